@@ -1,0 +1,169 @@
+"""The records that flow around the loop, in the order in which they appear.
+
+Shape legend used in this package:
+    G  rollouts of one prompt (a group)         N  samples of one iteration
+    T  tokens of one packed row, padding included
+    V  vocabulary of the model; v  the part of it on one tensor-parallel rank
+    K  distillation top-k
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, ready for the engine.
+
+    Example: Prompt(uid="train:17", messages=({"role": "user", "content": "order 53142"},),
+                    token_ids=[9, 4, 4], answer="12345", kind="exact")
+    """
+
+    uid: str  # "<split>:<row>", stable across runs: seeds and logs refer to it
+    messages: tuple[dict[str, str], ...]  # chat messages up to and without the assistant's turn
+    token_ids: list[int]  # the chat template applied, generation prompt included
+    answer: Any  # what the reward function compares with
+    kind: str  # which reward function scores it
+    metadata: dict[str, Any] = field(default_factory=dict)  # the row's other fields
+
+
+@dataclass
+class Rollout:
+    """One response of the engine to one prompt."""
+
+    prompt: int  # index of its prompt in the batch
+    sample: int  # 0 … G-1 inside its group
+    token_ids: list[int]  # the response, its end-of-sequence token included when it ended by itself
+    logprobs: list[float]  # the engine's log-prob of each response token at the sampling temperature
+    text: str  # decoded without special tokens
+    finish_reason: str  # "stop" or "length"
+    weight_version: int  # the publish that produced it
+
+
+@dataclass
+class Reward:
+    """What a reward function says of one response."""
+
+    score: float  # ≥ algorithm.success_reward_threshold means correct
+    feedback: str | None = None  # what was wrong, in words that may be shown to the teacher
+    well_formed: bool | None = None  # the response ends in the required format; None: not applicable
+    error: str | None = None  # "time-out …" or "crash …": the score is then the failure score
+
+
+@dataclass
+class RoutedSample:
+    """A rollout with everything that the loss needs to know of it. Routing is these numbers.
+
+    The token loss of every response token is
+        policy_weight · ℓ_GRPO(advantage) + distill_weight · w_t · ℓ_SDPO(teacher)
+    and its tokens count in the joint denominator when `counted`.
+    """
+
+    uid: str
+    group: int
+    sample: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    rollout_logprobs: list[float]  # same length as response_ids
+    advantage: float
+    policy_weight: float
+    distill_weight: float
+    teacher_ids: list[int] | None = None  # enriched prompt; present if and only if distill_weight > 0
+    teacher_sample: int | None = None  # the sibling that teaches; None: feedback alone, or no teacher
+
+    @property
+    def counted(self) -> bool:
+        return self.policy_weight > 0 or self.distill_weight > 0
+
+    @property
+    def student_length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def teacher_length(self) -> int:
+        return 0 if self.teacher_ids is None else len(self.teacher_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Samples that share one packed row, in order. `samples` index the iteration's list of
+    RoutedSample; an empty row keeps the ranks in step and contributes nothing."""
+
+    samples: tuple[int, ...]
+    tokens: int  # sum of the lengths of its sequences, padding excluded
+
+
+@dataclass(frozen=True)
+class MiniBatchPlan:
+    """What every data-parallel rank forwards for one optimiser step.
+
+    `student[d]` / `teacher[d]` are the rows of data-parallel rank d; every rank has the same number of
+    rows in each pass. A sample's teacher row lives on the same rank as its student row, so that
+    teacher scores never travel.
+    """
+
+    student: list[list[Row]]
+    teacher: list[list[Row]]
+    loss_tokens: int  # N: response tokens of counted samples, over all ranks (the joint denominator)
+    distill_tokens: int  # |Ω|: response tokens of samples with distill_weight > 0, over all ranks
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The forward passes of one iteration: one MiniBatchPlan an optimiser step."""
+
+    mini_batches: list[MiniBatchPlan]
+    efficiency: float  # useful tokens ÷ tokens of the padded rows
+    imbalance: float  # slowest rank's cost ÷ mean cost − 1
+
+
+@dataclass
+class TokenScores:
+    """What a scoring pass keeps of one sample, per response token (R = len(response_ids)); on the
+    ranks of the last pipeline stage only. Never [R, V] unless the divergence is over the full
+    vocabulary, and then only this rank's shard."""
+
+    logprob: torch.Tensor | None = None  # [R] fp32, log π_old of the response tokens
+    topk_ids: torch.Tensor | None = None  # [R, K] int64, the student's top-k, global ids
+    teacher_logprobs: torch.Tensor | None = None  # [R, K] fp32, the teacher's log-prob at topk_ids
+    teacher_logits: torch.Tensor | None = None  # [R, v], full-vocabulary divergence only
+    teacher_entropy: torch.Tensor | None = None  # [R] fp32, nats, over the full vocabulary
+    reference_logprob: torch.Tensor | None = None  # [R] fp32, log π_ref of the response tokens
+
+
+@dataclass
+class PackedBatch:
+    """One packed row as tensors, next-token aligned: position t predicts targets[t].
+
+    All tensors are [T] (top-k ones [T, K]) and equal on every tensor-parallel rank. Outside response
+    positions `loss_mask` is 0 and the other values are 0.
+    """
+
+    input_ids: torch.Tensor  # int64
+    targets: torch.Tensor  # int64
+    position_ids: torch.Tensor  # int64, restart at 0 for every sequence
+    cu_seqlens: torch.Tensor  # [S+1] int32, boundaries of the S sequences (padding is the last one)
+    loss_mask: torch.Tensor  # fp32, 1 where the target is a response token of a counted sample
+    advantages: torch.Tensor  # fp32
+    policy_weight: torch.Tensor  # fp32
+    distill_weight: torch.Tensor  # fp32
+    rollout_logprobs: torch.Tensor  # fp32
+    old_logprobs: torch.Tensor | None = None  # fp32; None: the policy has not moved, ρ = 1 in value
+    reference_logprobs: torch.Tensor | None = None  # fp32
+    topk_ids: torch.Tensor | None = None  # [T, K] int64
+    teacher_logprobs: torch.Tensor | None = None  # [T, K] fp32
+    teacher_logits: torch.Tensor | None = None  # [T, v]
+    teacher_entropy: torch.Tensor | None = None  # fp32
+
+
+@dataclass
+class StepStats:
+    """One optimiser step: what the log needs."""
+
+    metrics: dict[str, float]
+    grad_norm: float
+    skipped: bool = False  # non-finite gradient: parameters untouched
