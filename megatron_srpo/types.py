@@ -167,3 +167,22 @@ class StepStats:
     metrics: dict[str, float]
     grad_norm: float
     skipped: bool = False  # non-finite gradient: parameters untouched
+
+
+@dataclass(frozen=True)
+class ModelShards:
+    """This rank's part of a Megatron model, in the form that the bridge reads and writes.
+
+    `parameters` maps the Megatron name with the GLOBAL layer number, e.g.
+    "decoder.layers.17.self_attention.linear_qkv.weight", to this rank's tensor (TP shard; only the layers
+    of this pipeline stage). Groups are torch process groups; None where the size is 1.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    tp_rank: int
+    tp_size: int
+    tp_group: Any
+    pp_rank: int
+    pp_size: int
+    pp_group: Any
+    padded_vocab_size: int  # rows of the full (padded) embedding; the HF vocab_size may be smaller

@@ -1,0 +1,62 @@
+"""Run a function on real gloo ranks in fresh processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A port on loopback that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank_main(rank: int, func: Callable, world_size: int, port: int, args: tuple, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        results[rank] = ("ok", func(*args))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results[rank] = ("error", traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def run_distributed(func: Callable, world_size: int, *args: Any) -> list[Any]:
+    """Call `func(*args)` on `world_size` gloo ranks; return what each rank returned.
+
+    `func` and its arguments must be picklable (a module-level function). A rank that raises fails the
+    call with that rank's traceback.
+    """
+    context = mp.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        port = free_port()
+        workers = [
+            context.Process(target=_rank_main, args=(rank, func, world_size, port, args, results))
+            for rank in range(world_size)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        for rank in range(world_size):
+            status, value = results.get(rank, ("error", "the rank died without a traceback"))
+            if status == "error":
+                raise AssertionError(f"rank {rank} of {world_size}:\n{value}")
+        return [results[rank][1] for rank in range(world_size)]
