@@ -1,0 +1,84 @@
+"""Core attention on torch's scaled_dot_product_attention, for packed rows, where Transformer Engine is absent.
+
+Megatron's own unfused attention refuses packed (THD) rows. A packed row's sequences are grouped by similar length,
+each group is right-padded into one batch, and runs causally: under a causal mask padding on the right is never seen
+by a real query, so no mask is built and no [T, T] matrix exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+_MAX_PADDING = 1.25  # a length group may be padded to this multiple of its shortest sequence …
+_SHORT = 64  # … except below this length, where one call costs more than the padding
+
+
+def length_groups(lengths: list[int]) -> list[list[int]]:
+    """Indices of sequences that run as one batch, longest first. Zero-length sequences are left out."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[index] == 0:
+            continue
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (longest <= _SHORT or longest <= _MAX_PADDING * lengths[index]):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def packed_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None, dropout: float
+) -> Tensor:
+    """Causal attention inside each sequence of one packed row.
+
+    query [T, heads, d], key and value [T, groups, d], cu_seqlens [S+1]; returns [T, heads, d].
+    """
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    grouped_query = query.size(1) != key.size(1)
+    output = query.new_zeros(query.size(0), query.size(1), value.size(2))
+    for group in length_groups(lengths):
+        longest = lengths[group[0]]
+        starts = torch.tensor([bounds[i] for i in group], device=query.device)
+        sizes = torch.tensor([lengths[i] for i in group], device=query.device)
+        steps = torch.arange(longest, device=query.device)
+        valid = steps[None, :] < sizes[:, None]  # [B, L]
+        # Padding repeats the sequence's last token; nothing real looks at it.
+        positions = starts[:, None] + torch.minimum(steps[None, :], sizes[:, None] - 1)  # [B, L]
+        q, k, v = (x[positions].transpose(1, 2) for x in (query, key, value))  # [B, heads, L, d]
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=grouped_query
+        )
+        output = output.index_put((positions[valid],), mixed.transpose(1, 2)[valid])
+    return output
+
+
+class PackedAttention(MegatronModule):
+    """`core_attention` of Megatron's self attention; the signature is Megatron's DotProductAttention."""
+
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+        attention_dropout: float | None = None, softmax_scale: float | None = None, **unused: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """query [T, heads, d] (THD, one packed row); returns [T, heads·d]."""
+        assert packed_seq_params is not None, "rows are always packed"
+        mixed = packed_causal_attention(
+            query, key, value, packed_seq_params.cu_seqlens_q,
+            scale=self.softmax_scale, dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return mixed.reshape(mixed.size(0), -1)

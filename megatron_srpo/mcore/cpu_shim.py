@@ -1,0 +1,128 @@
+"""Lets Megatron Core train on a machine without CUDA: the one place that patches torch.
+
+Megatron Core asks `torch.cuda` for devices, streams and generators, and names the device "cuda" in factories, also
+when nothing of it is needed. `install()` answers those questions for the CPU. It does nothing where CUDA is there, so
+it can never change what a GPU run computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "as_tensor",
+    "empty_like", "zeros_like", "ones_like", "full_like",
+)  # fmt: skip
+_installed = False
+
+
+class _NullStream:
+    """Stands for torch.cuda.Stream and torch.cuda.Event: everything on a CPU is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool) or device is None:
+        return False
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def build(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return build
+
+
+def _patch_queries() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect", "init"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+    stream = _NullStream()
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
+    cuda.Stream = cuda.Event = _NullStream
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: 0
+
+
+def _patch_rng() -> None:
+    # Not manual_seed_all: torch.manual_seed calls it, and would recurse.
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda device=None: torch.get_rng_state()
+        module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+
+
+def _patch_tensors() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+    original_to = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], (str, torch.device)) and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return original_to(self, *args, **kwargs)
+
+    torch.Tensor.to = to
+
+    original_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original_type(self, dtype, *args, **kwargs)
+        name = original_type(self)
+        # Megatron's optimizers sort parameters by names such as 'torch.cuda.FloatTensor'.
+        if "megatron/core/optimizer" in sys._getframe(1).f_code.co_filename:
+            name = name.replace("torch.", "torch.cuda.", 1)
+        return name
+
+    torch.Tensor.type = type_
+
+
+def install() -> None:
+    """Patch torch once, and only where there is no CUDA. Call it before building a Megatron model."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    _patch_queries()
+    _patch_rng()
+    _patch_tensors()

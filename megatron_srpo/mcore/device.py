@@ -1,0 +1,47 @@
+"""Decides, once, on what hardware path the trainer runs. Nothing else asks `is_available()`."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DevicePath:
+    """The chosen path and why; `str()` is the line for the log."""
+
+    device: torch.device
+    backend: str  # torch.distributed backend
+    transformer_engine: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.device.type} ({self.reason})"
+
+
+def choose_device(requested: str, local_rank: int) -> DevicePath:
+    """`requested` is run.device: auto, cpu or cuda. Raises ValueError when cuda is asked for and absent."""
+    cuda = torch.cuda.is_available()
+    if requested == "cuda" and not cuda:
+        raise ValueError(
+            "run.device = 'cuda', but torch sees no GPU here "
+            f"(torch {torch.__version__}). Use run.device = 'auto' or 'cpu', or run "
+            "'python -m megatron_srpo doctor' to see what is missing."
+        )
+    if requested == "cpu" and cuda:
+        raise ValueError(
+            "run.device = 'cpu', but this machine has CUDA and Megatron Core would use it. "
+            "Hide the GPUs for a CPU run: CUDA_VISIBLE_DEVICES= ."
+        )
+    if not cuda:
+        from megatron_srpo.mcore import cpu_shim
+
+        cpu_shim.install()
+        return DevicePath(torch.device("cpu"), "gloo", False, "no CUDA: Megatron Core's local layers, torch SDPA, gloo")
+    torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank)
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return DevicePath(device, "cpu:gloo,cuda:nccl", True, "CUDA with Transformer Engine")
+    return DevicePath(device, "cpu:gloo,cuda:nccl", False, "CUDA without Transformer Engine: local layers, torch SDPA")

@@ -1,0 +1,93 @@
+"""Process groups: Megatron's model-parallel groups, and the control group over which the driver speaks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_srpo.config import ParallelConfig
+from megatron_srpo.mcore.device import DevicePath
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands. Groups are torch process groups."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    tp_group: Any
+    pp_rank: int
+    pp_size: int
+    pp_group: Any
+    cp_rank: int
+    cp_size: int
+    cp_group: Any
+    dp_rank: int
+    dp_size: int
+    dp_group: Any  # data parallel only
+    dp_cp_group: Any  # data and context parallel: the group over which gradients are summed
+    control_group: Any  # gloo over all ranks, with a long time-out
+    device: torch.device
+
+    @property
+    def is_driver(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+
+def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout_minutes: float) -> Topology:
+    """Join the torchrun world and build Megatron's groups. `seed` starts the model-parallel generators."""
+    timeout = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        dist.init_process_group(path.backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=int(timeout_minutes) or 1,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    state = parallel_state
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=state.get_tensor_model_parallel_world_size(),
+        tp_group=state.get_tensor_model_parallel_group(),
+        pp_rank=state.get_pipeline_model_parallel_rank(),
+        pp_size=state.get_pipeline_model_parallel_world_size(),
+        pp_group=state.get_pipeline_model_parallel_group(),
+        cp_rank=state.get_context_parallel_rank(),
+        cp_size=state.get_context_parallel_world_size(),
+        cp_group=state.get_context_parallel_group(),
+        dp_rank=state.get_data_parallel_rank(),
+        dp_size=state.get_data_parallel_world_size(),
+        dp_group=state.get_data_parallel_group(),
+        dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        device=path.device,
+    )
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def shutdown() -> None:
+    """Leave the groups; safe to call twice."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,166 @@
+"""A Megatron GPTModel from a Hugging Face config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_srpo.config import ModelConfig, ParallelConfig
+from megatron_srpo.mcore.attention import PackedAttention
+from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.types import ModelShards
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight says that its gradient must be summed over tensor parallel ranks.
+
+    Under sequence parallelism every rank normalises its own part of the sequence; Megatron's
+    `finalize_model_grads` sums gradients that carry the mark. Its local norm refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding: vocab_size rounded up to a multiple of the tensor parallel size."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def rope_theta(hf: dict[str, Any]) -> float:
+    """Base of the rotary embedding, from either place where a config.json keeps it."""
+    return float((hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", 10000.0)))
+
+
+def head_dim(hf: dict[str, Any]) -> int:
+    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def has_qk_norm(hf: dict[str, Any]) -> bool:
+    return hf["architectures"][0].startswith("Qwen3")
+
+
+def transformer_config(
+    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool
+) -> TransformerConfig:
+    """Megatron's configuration for a Qwen3 or Llama style decoder."""
+    bf16 = model.dtype == "bfloat16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    fields: dict[str, Any] = dict(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        kv_channels=head_dim(hf),
+        ffn_hidden_size=hf["intermediate_size"],
+        normalization="RMSNorm",
+        layernorm_epsilon=hf["rms_norm_eps"],
+        qk_layernorm=has_qk_norm(hf),
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=bool(hf.get("attention_bias", False)),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        use_cpu_initialization=not on_cuda,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=False,
+        # Gradients are sums, because the objective divides by its own global denominators: see step.py.
+        calculate_per_token_loss=True,
+        # Rows differ in length; Megatron couples this flag to a dispatcher even in dense models.
+        variable_seq_lengths=pp > 1,
+        moe_token_dispatcher_type="alltoall",
+    )
+    if model.recompute == "full":
+        fields.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
+
+
+def layer_specs(config: TransformerConfig, *, transformer_engine: bool) -> Any:
+    """The layers of this pipeline stage: Transformer Engine's, or Megatron's local ones with our norm and attention."""
+    if transformer_engine:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    layers = [layer] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
+
+
+def build_model(
+    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
+) -> torch.nn.Module:
+    """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it."""
+    config = transformer_config(hf, model, parallel, on_cuda=topology.device.type == "cuda")
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_specs(config, transformer_engine=transformer_engine),
+        vocab_size=padded_vocab_size(hf["vocab_size"], topology.tp_size),
+        max_sequence_length=hf["max_position_embeddings"],
+        pre_process=topology.pp_rank == 0,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
+        position_embedding_type="rope",
+        rotary_base=rope_theta(hf),
+        parallel_output=True,
+    )
+    gpt.to(topology.device)
+    return Float16Module(config, gpt) if config.bf16 else gpt
+
+
+def unwrap(module: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def model_shards(module: torch.nn.Module, topology: Topology, vocab_size: int) -> ModelShards:
+    """The model as the bridge sees it: parameter names with global layer numbers."""
+    gpt = unwrap(module)
+    global_number = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
+    parameters = {}
+    for name, parameter in gpt.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = global_number[parts[2]]
+        parameters[".".join(parts)] = parameter
+    return ModelShards(
+        parameters=parameters,
+        tp_rank=topology.tp_rank,
+        tp_size=topology.tp_size,
+        tp_group=topology.tp_group if topology.tp_size > 1 else None,
+        pp_rank=topology.pp_rank,
+        pp_size=topology.pp_size,
+        pp_group=topology.pp_group if topology.pp_size > 1 else None,
+        padded_vocab_size=padded_vocab_size(vocab_size, topology.tp_size),
+    )

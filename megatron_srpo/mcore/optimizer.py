@@ -1,0 +1,134 @@
+"""Megatron's distributed optimizer: building it, stepping it, and its state by model parameter.
+
+The optimizer is always the distributed one: each data-parallel rank keeps its shard of the fp32 main parameters
+and of Adam's moments. Everything else that is kept per parameter (the teacher's shadow) uses the same sharding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.utils import get_model_config
+
+from megatron_srpo.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class ParameterShard:
+    """One model parameter and this data-parallel rank's flat slice of it in the optimizer."""
+
+    parameter: torch.nn.Parameter  # the model's, whole (its tensor-parallel shard)
+    main: torch.Tensor  # [stop − start] fp32, this rank's slice of the main parameter
+    start: int  # in the flattened parameter
+    stop: int
+    state: dict[str, torch.Tensor]  # Adam's state of the slice
+
+
+def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (0-based): linear warm-up, then the schedule down to min_lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    left = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.min_lr + (config.lr - config.min_lr) * left
+
+
+class ShardedOptimizer:
+    """Adam over the shards of a wrapped model."""
+
+    def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
+        megatron_config = get_model_config(model)
+        self.config = config
+        self.model = DistributedDataParallel(
+            megatron_config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            model,
+        )
+        self._megatron = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=megatron_config.bf16,
+                params_dtype=megatron_config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.model],
+        )
+        megatron_config.grad_scale_func = self._megatron.scale_loss
+        self._parts = getattr(self._megatron, "chained_optimizers", [self._megatron])
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad_buffer()
+        self._megatron.zero_grad()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Clip and step; returns the gradient norm. A non-finite norm leaves every parameter untouched."""
+        for group in self._megatron.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self._megatron.prepare_grads()
+        norm = float(self._megatron.get_grad_norm())
+        if not math.isfinite(norm):
+            return norm
+        for part in self._parts:
+            parameters = part.get_parameters()
+            if self.config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        self._megatron.step_with_ready_grads()
+        return norm
+
+    def reload_main_from_model(self) -> None:
+        """The model's parameters were written (weights loaded): take them as the fp32 main parameters."""
+        self._megatron.reload_model_params()
+
+    def publish_main_to_model(self) -> None:
+        """The main slices were written: copy them into the model and gather the whole parameters."""
+        for part in self._parts:
+            part._copy_main_params_to_model_params()
+        self.model.start_param_sync(force_sync=True)
+
+    def shards(self) -> Iterator[ParameterShard]:
+        """This rank's slices, in the same order on every call. A parameter of which this data-parallel rank holds
+        nothing does not appear."""
+        for part in self._parts:
+            for parameter, (group, index) in part.model_param_group_index_map.items():
+                span = part._get_model_param_range_map(parameter)["param"]
+                main = part.optimizer.param_groups[group]["params"][index]
+                yield ParameterShard(parameter, main, span.start, span.end, part.optimizer.state[main])
+
+    def adam_steps(self) -> int:
+        """How many steps Adam has taken."""
+        steps = {int(shard.state["step"]) for shard in self.shards() if "step" in shard.state}
+        steps |= {int(group["step"]) for group in self._megatron.param_groups if "step" in group}
+        assert len(steps) <= 1, f"Adam's step differs between parameters: {steps}"
+        return steps.pop() if steps else 0
+
+    def restore_adam(self, steps: int) -> None:
+        """Create Adam's state with `steps` taken and zero moments; the caller fills the moments.
+
+        torch's Adam counts steps per parameter, in a tensor of its own each (one shared tensor would be counted
+        once per parameter); the fused ones count per group.
+        """
+        fused = any("step" in group for group in self._megatron.param_groups)
+        for shard in self.shards():
+            shard.state["exp_avg"] = torch.zeros_like(shard.main)
+            shard.state["exp_avg_sq"] = torch.zeros_like(shard.main)
+            if not fused:
+                shard.state["step"] = torch.tensor(float(steps))
+        for group in self._megatron.param_groups:
+            if fused:
+                group["step"] = steps

@@ -1,0 +1,131 @@
+"""`Policy`: the trained model as the rest of the package sees it, on one rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.config import Config
+from megatron_srpo.mcore.device import DevicePath
+from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.mcore.model import build_model, model_shards
+from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
+from megatron_srpo.mcore.shadow import WeightShadow
+from megatron_srpo.mcore.step import LossFunction, PipelineRunner, ScoreFunction
+from megatron_srpo.types import ModelShards, PackedBatch, StepStats
+
+
+class Policy:
+    """Student, teacher and reference in one model.
+
+    `load_weights(shards)` fills the parameters (the bridge does it); it is called before the optimizer copies them.
+    """
+
+    def __init__(
+        self, config: Config, hf_config: dict, topology: Topology, path: DevicePath,
+        load_weights: Callable[[ModelShards], None], *, total_steps: int, trainable: bool = True,
+    ) -> None:  # fmt: skip
+        self.topology = topology
+        self.total_steps = total_steps
+        self._optimizer_config = config.optimizer
+        self._teacher_config = config.teacher
+        vocab = hf_config["vocab_size"]
+        model = build_model(
+            hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine
+        )
+        load_weights(model_shards(model, topology, vocab))
+        self.steps = 0  # optimiser steps asked for, skipped ones included
+        self.optimizer = ShardedOptimizer(model, config.optimizer) if trainable else None
+        self.model = self.optimizer.model if self.optimizer else model
+        self.runner = PipelineRunner(self.model, topology, vocab)
+        self.shards = model_shards(self.model, topology, vocab)
+        self.shadows = self._build_shadows(config) if trainable else {}
+        multiple = topology.tp_size if config.parallel.sequence_parallel else 1
+        self.row_multiple = multiple  # rows are padded to a multiple of this many tokens
+
+    def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
+        names = []
+        if config.algorithm.name != "grpo" and config.teacher.mode != "live":
+            names.append("teacher")
+        if config.algorithm.kl_loss_coef > 0:
+            names.append("reference")
+        return {name: WeightShadow(self.optimizer) for name in names}
+
+    @property
+    def vocab_start(self) -> int:
+        """First global token id of this rank's vocabulary shard."""
+        return self.runner.vocab_start
+
+    def teacher(self) -> AbstractContextManager[None]:
+        """Score under the teacher's weights inside this block (the live student's in mode "live")."""
+        return self.shadows["teacher"].active() if "teacher" in self.shadows else nullcontext()
+
+    def reference(self) -> AbstractContextManager[None]:
+        return self.shadows["reference"].active()
+
+    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list:
+        """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage."""
+        self.model.eval()
+        return self.runner.score([self._to_device(row) for row in rows], score) if rows else []
+
+    def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
+        """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
+        assert self.optimizer is not None
+        self.model.train()
+        self.optimizer.zero_grad()
+        metrics = self.runner.train([self._to_device(row) for row in rows], loss)
+        lr = learning_rate(self.steps, self._optimizer_config, self.total_steps)
+        norm = self.optimizer.step(lr)
+        self.steps += 1
+        skipped = not math.isfinite(norm)
+        if not skipped and self._teacher_config.mode == "ema" and "teacher" in self.shadows:
+            self.shadows["teacher"].update(self._teacher_config.update_rate)
+        reduced = self._reduce(metrics)
+        reduced["actor/lr"] = lr
+        return StepStats(reduced, norm, skipped)
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the samples of all ranks: each data-parallel rank's last stage contributes once, all
+        ranks get the result. Empty contributions are zeros of the same shape."""
+        mine = values.detach().double().to(self.topology.device).clone()
+        if not (self.topology.is_last_stage and self.topology.tp_rank == 0 and self.topology.cp_rank == 0):
+            mine.zero_()
+        dist.all_reduce(mine)
+        return mine
+
+    def _reduce(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Metrics of all rows of all ranks: [sum, count] pairs become means, "_max" ones maxima."""
+        names = sorted({name for row in rows for name in row})
+        everywhere: list[list[str]] = [None] * self.topology.world_size
+        dist.all_gather_object(everywhere, names, group=self.topology.control_group)
+        names = sorted({name for part in everywhere for name in part})
+        sums = [n for n in names if not n.endswith("_max")]
+        maxima = [n for n in names if n.endswith("_max")]
+        pairs = torch.zeros(len(sums), 2, dtype=torch.float64)
+        tops = torch.full((len(maxima),), -math.inf, dtype=torch.float64)
+        for row in rows:
+            for i, name in enumerate(sums):
+                if name in row:
+                    pairs[i] += row[name].double().cpu()
+            for i, name in enumerate(maxima):
+                if name in row:
+                    tops[i] = max(tops[i], row[name].double().cpu())
+        pairs = self.sum_over_data(pairs).cpu()
+        tops = tops.to(self.topology.device)
+        dist.all_reduce(tops, dist.ReduceOp.MAX)
+        result = {n: float(s / c) for n, (s, c) in zip(sums, pairs, strict=True) if c > 0}
+        result.update({n: float(t) for n, t in zip(maxima, tops.cpu(), strict=True) if math.isfinite(t)})
+        return result
+
+    def _to_device(self, row: PackedBatch) -> PackedBatch:
+        if self.topology.device.type == "cpu":
+            return row
+        moved = {
+            name: value.to(self.topology.device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in vars(row).items()
+        }
+        return PackedBatch(**moved)

@@ -1,0 +1,90 @@
+"""Running packed rows through the pipeline: one function for training, one for scoring.
+
+Megatron scales losses in three places (the schedule divides by micro-batches and multiplies by the context parallel
+size, DDP averages over data-parallel ranks, `finalize_model_grads` divides by tokens). Our objective carries its own
+global denominators, so all of it is switched off here and nowhere else: `calculate_per_token_loss` makes DDP sum
+gradients and leaves the loss alone, and `_sum_gradients` keeps the token division out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.types import PackedBatch
+
+# logits [T, v] of this rank's vocabulary shard, row -> (scalar loss, metrics); or row scores by name
+LossFunction = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+ScoreFunction = Callable[[torch.Tensor, PackedBatch], Any]
+
+
+def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    finalize_model_grads(model, None, **kwargs)
+
+
+def packed_params(row: PackedBatch) -> PackedSeqParams:
+    """Megatron's description of a packed row (THD): sequence boundaries, and the longest sequence."""
+    longest = int((row.cu_seqlens[1:] - row.cu_seqlens[:-1]).max())
+    return PackedSeqParams("thd", row.cu_seqlens, row.cu_seqlens, None, None, longest, longest)
+
+
+class PipelineRunner:
+    """Forward and backward of packed rows on this rank's pipeline stage.
+
+    Every rank of a model-parallel group must pass the same rows, and every data-parallel rank the same number.
+    """
+
+    def __init__(self, model: torch.nn.Module, topology: Topology, vocab_size: int) -> None:
+        self.model = model
+        self.topology = topology
+        self.config = get_model_config(model)
+        self.config.finalize_model_grads_func = _sum_gradients
+        shard = -(-vocab_size // topology.tp_size)
+        self.vocab_start = topology.tp_rank * shard
+        # Padding of the vocabulary is cut off here, so that no loss ever sees it.
+        self._real_width = max(0, min(shard, vocab_size - self.vocab_start))
+
+    def _forward(self, rows: Any, model: torch.nn.Module, *, after: Callable[[torch.Tensor, PackedBatch], Any]) -> Any:
+        row: PackedBatch = next(rows)
+        # fp32_output: bf16 logits stay bf16; the losses compute in fp32 piece by piece.
+        keywords = {"fp32_output": False} if self.config.bf16 else {}
+        output = model(
+            row.input_ids[None], row.position_ids[None], None, packed_seq_params=packed_params(row), **keywords
+        )
+        return output, partial(self._on_last_stage, row=row, after=after)
+
+    def _on_last_stage(self, output: torch.Tensor, *, row: PackedBatch, after: Any, non_loss_data: bool = False) -> Any:
+        return after(output[0][:, : self._real_width], row)
+
+    def _run(self, rows: list[PackedBatch], after: Any, **flags: Any) -> list[Any]:
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward, after=after),
+            data_iterator=iter(rows),
+            model=self.model,
+            num_microbatches=len(rows),
+            seq_length=rows[0].input_ids.numel(),
+            micro_batch_size=1,
+            **flags,
+        )
+
+    def train(self, rows: list[PackedBatch], loss: LossFunction) -> list[dict[str, torch.Tensor]]:
+        """Accumulate the gradient of Σ loss(row); returns each row's metrics (last stage; else [])."""
+
+        def after(logits: torch.Tensor, row: PackedBatch) -> Any:
+            value, metrics = loss(logits, row)
+            return value, torch.zeros((), dtype=torch.int, device=logits.device), metrics
+
+        return self._run(rows, after, forward_only=False)
+
+    @torch.no_grad()
+    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[Any]:
+        """`score` of every row without gradient (last stage; else [])."""
+        return self._run(rows, score, forward_only=True, collect_non_loss_data=True)
