@@ -1,0 +1,345 @@
+"""Builds the parts from a configuration and starts the loop: the only place where all packages meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config import Config, ConfigError
+
+
+@dataclass
+class Session:
+    """One rank's share of the machine: device, groups and the control channel."""
+
+    path: Any  # mcore.device.DevicePath
+    topology: Any  # mcore.groups.Topology
+    control: Any  # mcore.control.Control
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask for a clean stop at the end of the iteration; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def install(self) -> None:
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+@contextmanager
+def _session(config: Config) -> Iterator[Session]:
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.control import Control
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.rollout.environment import prepare_environment
+
+    path = choose_device(config.run.device, groups.local_rank())
+    prepare_environment(path.device.type)  # before vLLM is imported
+    topology = groups.initialize(
+        config.parallel, path, seed=config.run.seed, timeout_minutes=config.run.control_timeout_minutes
+    )
+    try:
+        yield Session(path, topology, Control(topology))
+    finally:
+        groups.shutdown()
+
+
+def hf_config_of(folder: str) -> dict[str, Any]:
+    """The model folder's config.json."""
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+class Prompting:
+    """The driver's tokenizer, prompts and teacher prompts."""
+
+    def __init__(self, config: Config) -> None:
+        from megatron_srpo.data import TeacherPromptBuilder, load_tokenizer
+
+        self._config = config
+        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        longest = config.teacher.max_prompt_length or (config.data.max_prompt_length + config.rollout.max_response_length)
+        self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, config.data, longest)
+
+    def prompts(self, split: str, say: Callable[[str], None]) -> list:
+        """The prompts of one split, those over length dropped or refused."""
+        from megatron_srpo.data import load_rows, render_prompts
+
+        files = self._config.data.train if split == "train" else self._config.data.test
+        if not files:
+            raise ConfigError(f"data.{split} is empty: name the file of the {split} split.")
+        examples, report = load_rows(files, self._config.data)
+        prompts, dropped = render_prompts(examples, self.tokenizer, self._config.data, split)
+        say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")
+        return prompts
+
+
+class DriverParts:
+    """What only the driver has: prompts, rewards, and the log."""
+
+    def __init__(self, config: Config, *, splits: tuple[str, ...]) -> None:
+        from megatron_srpo.rewards import RewardPool
+
+        self._config = config
+        self.observer: Any = None
+        prompting = Prompting(config)
+        self.teacher_prompt = prompting.teacher_prompt
+        self.prompts = {split: prompting.prompts(split, self.say) for split in splits}
+        self._pool = RewardPool(config.reward, sorted({p.kind for prompts in self.prompts.values() for p in prompts}))
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        if self.observer is None:
+            print(text, flush=True)
+        else:
+            self.observer.message(text)
+
+    def loader(self) -> Any:
+        from megatron_srpo.data import PromptLoader
+
+        config = self._config
+        return PromptLoader(
+            self.prompts["train"], config.rollout.rollout_batch_size, seed=config.run.seed, shuffle=config.data.shuffle
+        )
+
+    def score(self, prompts: list, rollouts: list) -> list:
+        """The reward of every rollout, in order."""
+        from megatron_srpo.rewards import RewardTask
+
+        answered = [(prompts[rollout.prompt], rollout.text) for rollout in rollouts]
+        return self._pool.score([RewardTask(p.kind, text, p.answer, p.metadata) for p, text in answered])
+
+    def observe(self, start: int) -> Any:
+        """Open the log, which continues at iteration `start`."""
+        from megatron_srpo.observe import Observer
+
+        self.observer = Observer(self._config, start_step=start)
+        return self.observer
+
+    def close(self) -> None:
+        self._pool.close()
+        if self.observer is not None:
+            self.observer.close()
+
+
+def _on_driver(control: Any, build: Callable[[], Any]) -> Any:
+    """Build something on the driver alone (None elsewhere); its error is raised on every rank."""
+    box = [None]
+
+    def run() -> None:
+        box[0] = build()
+
+    control.share(run)
+    return box[0]
+
+
+def _build_policy(config: Config, hf: dict, session: Session, *, total_steps: int, trainable: bool) -> Any:
+    from megatron_srpo.bridge import load_hf_weights
+    from megatron_srpo.mcore.policy import Policy
+
+    return Policy(
+        config, hf, session.topology, session.path, partial(load_hf_weights, hf_dir=config.model.path),
+        total_steps=total_steps, trainable=trainable,
+    )  # fmt: skip
+
+
+def _build_engine(config: Config, session: Session, model_dir: str) -> Any:
+    from megatron_srpo.rollout import ColocatedEngine
+
+    return ColocatedEngine(
+        hf_dir=model_dir,
+        dtype=config.model.dtype,
+        rollout=config.rollout,
+        max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
+        seed=config.run.seed,
+        control_group=session.topology.control_group,
+        device=session.topology.device.type,
+    )
+
+
+def _requests(prompts: list, iteration: int, *, seed: int, samples: int) -> list:
+    from megatron_srpo.rollout import GenerateRequest, request_seed
+
+    return [
+        GenerateRequest(
+            prompt=index, sample=sample, token_ids=prompt.token_ids,
+            seed=request_seed(seed, iteration, prompt.uid, sample),
+        )  # fmt: skip
+        for index, prompt in enumerate(prompts)
+        for sample in range(samples)
+    ]
+
+
+class Evaluator:
+    """Samples k answers to every held-out prompt and scores them; every rank calls it, the driver gets metrics."""
+
+    def __init__(self, config: Config, engine: Any, prompts: list, score: Callable | None) -> None:
+        limit = config.eval.max_prompts
+        self._config, self._engine, self._score = config, engine, score
+        self._prompts = prompts[:limit] if limit else prompts
+
+    def __call__(self) -> dict[str, float] | None:
+        from megatron_srpo.evaluation import accuracy_metrics
+        from megatron_srpo.rollout import SamplingSettings
+
+        config = self._config
+        # Iteration −1: the same seeds at every evaluation, so that curves differ by the weights alone.
+        requests = _requests(self._prompts, -1, seed=config.run.seed, samples=config.eval.n_samples)
+        sampling = SamplingSettings(
+            temperature=config.eval.temperature, top_p=config.eval.top_p, max_tokens=config.rollout.max_response_length
+        )
+        rollouts = self._engine.generate(requests, sampling)
+        if self._score is None:
+            return None
+        rewards = self._score(self._prompts, rollouts)
+        return accuracy_metrics(
+            rollouts, rewards, threshold=config.algorithm.success_reward_threshold, k=config.eval.n_samples
+        )
+
+
+def _write_hf(config: Config, export: Callable[[], Iterator], target: Path, *, is_driver: bool) -> None:
+    """Every rank drains the export; the driver writes the folder."""
+    from megatron_srpo.bridge import write_hf_folder
+
+    if is_driver:
+        write_hf_folder(export(), config.model.path, target, dtype=config.model.dtype)
+    else:
+        for _ in export():
+            pass
+
+
+def train(config: Config) -> int:
+    """Run the training job on this rank; returns the process's exit code (0 done, 130 stopped by the user)."""
+    stop = StopRequest()
+    stop.install()
+    with _session(config) as session:
+        return _train(config, session, stop)
+
+
+def _sampling(config: Config) -> Any:
+    from megatron_srpo.rollout import SamplingSettings
+
+    rollout = config.rollout
+    return SamplingSettings(temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.max_response_length)
+
+
+def _optimizer_steps(config: Config) -> int:
+    per_step = config.train.prompts_per_mini_batch or config.rollout.rollout_batch_size
+    return config.run.iterations * -(-config.rollout.rollout_batch_size // per_step)
+
+
+def _train(config: Config, session: Session, stop: StopRequest) -> int:
+    from megatron_srpo.trainer import Trainer
+
+    control = session.control
+    splits = ("train", "test") if config.eval.every else ("train",)
+    driver = _on_driver(control, lambda: DriverParts(config, splits=splits))
+    engine = None
+    try:
+        parts, engine, start = _assemble(config, session, driver, stop)
+        done = Trainer(parts, start_iteration=start).run()
+        folder = Path(config.run.output_dir) / "hf"
+        if done:
+            _write_hf(config, parts.export, folder, is_driver=control.is_driver)
+        if driver:
+            saved = parts.checkpoints.last
+            driver.say(f"done: the trained model is in {folder}" if done else f"stopped; last checkpoint: {saved}")
+        return 0 if done else 130
+    finally:
+        if driver:
+            driver.close()
+        if engine is not None:
+            engine.close()
+
+
+def _assemble(config: Config, session: Session, driver: DriverParts | None, stop: StopRequest) -> tuple[Any, Any, int]:
+    """Policy, engine and everything else of the loop; returns (parts, engine, first iteration)."""
+    from megatron_srpo.bridge import Exporter
+    from megatron_srpo.checkpoints import Checkpoints
+    from megatron_srpo.mcore import checkpoint
+    from megatron_srpo.objective import Objective
+    from megatron_srpo.trainer import Parts
+
+    control, topology = session.control, session.topology
+    hf = hf_config_of(config.model.path)
+    policy = _build_policy(config, hf, session, total_steps=_optimizer_steps(config), trainable=True)
+    exporter = Exporter(policy.shards, hf)
+    checkpoints = Checkpoints(config, control, checkpoint.save, checkpoint.load)
+    restored = checkpoints.restore(policy) or {"iteration": 0}
+    start = restored["iteration"]
+    engine = _build_engine(config, session, config.model.path)
+    loader = _on_driver(control, driver.loader if driver else lambda: None)
+    if start:
+        control.share(lambda: loader.load_state_dict(restored["loader"]))
+        engine.publish(exporter.items(), start)
+    test = control.share(lambda: driver.prompts.get("test", []))
+    group = topology.tp_group if topology.tp_size > 1 else None
+    parts = Parts(
+        config=config,
+        control=control,
+        policy=policy,
+        objective=Objective(config, vocab_start=policy.vocab_start, group=group),
+        engine=engine,
+        export=exporter.items,
+        requests=partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt),
+        sampling=_sampling(config),
+        evaluate=Evaluator(config, engine, test, driver and driver.score),
+        checkpoints=checkpoints,
+        should_stop=stop,
+        loader=loader,
+        score_rewards=driver and driver.score,
+        teacher_prompt=driver and driver.teacher_prompt,
+        observer=_on_driver(control, lambda: driver.observe(start)),
+    )
+    return parts, engine, start
+
+
+def evaluate(config: Config, *, checkpoint: str | None, hf: str | None, split: str) -> int:
+    """Evaluate a checkpoint of ours or a Hugging Face folder on a split; prints the metrics as JSON on the driver."""
+    from megatron_srpo import checkpoints
+
+    if hf is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": hf})})
+    with _session(config) as session:
+        driver = _on_driver(session.control, lambda: DriverParts(config, splits=(split,)))
+        engine = _build_engine(config, session, config.model.path)
+        try:
+            if checkpoint is not None:
+                folder = checkpoints.resolve(Path(checkpoint))
+                engine.publish(_checkpoint_items(config, session, folder), 1)
+            prompts = session.control.share(lambda: driver.prompts[split])
+            metrics = Evaluator(config, engine, prompts, driver and driver.score)()
+            if driver:
+                print(json.dumps(metrics, indent=1), flush=True)
+        finally:
+            if driver:
+                driver.close()
+            engine.close()
+    return 0
+
+
+def _checkpoint_items(config: Config, session: Session, folder: Path) -> Iterator:
+    """The weights of one of our checkpoints in Hugging Face names."""
+    from megatron_srpo.bridge import Exporter
+    from megatron_srpo.mcore import checkpoint
+
+    hf = hf_config_of(config.model.path)
+    policy = _build_policy(config, hf, session, total_steps=1, trainable=False)
+    checkpoint.load(policy, folder)
+    return Exporter(policy.shards, hf).items()

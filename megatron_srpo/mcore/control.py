@@ -1,0 +1,49 @@
+"""How the driver (global rank 0) and the other ranks talk: objects over gloo, outside every training group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.mcore.groups import Topology
+
+T = TypeVar("T")
+
+
+class Control:
+    """The control channel of one rank. Every rank makes the same calls in the same order."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    @property
+    def is_driver(self) -> bool:
+        return self._topology.is_driver
+
+    def share(self, compute: Callable[[], T]) -> T:
+        """Run `compute` on the driver alone; every rank gets its result, or raises its exception."""
+        box: list[Any] = [None, None]
+        if self.is_driver:
+            try:
+                box[0] = compute()
+            except Exception as error:  # the others wait: they must hear of it before it goes on here
+                box[1] = error
+        original = box[1]
+        dist.broadcast_object_list(box, src=0, group=self._topology.control_group)
+        if original is not None:
+            raise original
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._topology.control_group)
+        return bool(value)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._topology.control_group)

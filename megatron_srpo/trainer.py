@@ -1,0 +1,209 @@
+"""The loop.
+
+    prompts ─► engine.generate ─► rewards ─► route ─► plan ─► score (student, teacher) ─► step ─► publish
+       ▲                                                                                     │
+       └────────────── metrics · eval · checkpoint · next iteration ◄────────────────────────┘
+
+Every rank runs it. The driver (global rank 0) alone draws prompts, scores answers, routes and plans; the result
+goes to all ranks through `control.share`. Everything that computes with the model is done by all ranks together.
+What each line waits for: `generate` for the slowest engine; `share` for the driver; `score` and `train_step` for the
+slowest data-parallel rank; `publish` for the engines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_srpo.config import Config
+from megatron_srpo.packing import pack_student, pack_teacher, plan_batch, response_spans
+from megatron_srpo.routing import route
+from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, Reward, Rollout, RoutedSample, Row, TokenScores
+
+
+@dataclass
+class Parts:
+    """What the loop is made of; `launch` builds it. Parts marked (driver) are None on the other ranks."""
+
+    config: Config
+    control: Any  # mcore.control.Control
+    policy: Any  # mcore.policy.Policy
+    objective: Any  # objective.Objective
+    engine: Any  # rollout.engine.RolloutEngine
+    export: Callable[[], Iterator[tuple[str, torch.Tensor]]]  # the policy in Hugging Face names, on every rank
+    requests: Callable[[list[Prompt], int], list]  # prompts, iteration -> generate requests
+    sampling: Any  # rollout.engine.SamplingSettings
+    evaluate: Callable[[], dict[str, float] | None]  # held-out metrics; every rank calls it
+    checkpoints: Any  # checkpoints.Checkpoints
+    should_stop: Callable[[], bool]  # this rank was asked to stop
+    loader: Any  # (driver) data.PromptLoader
+    score_rewards: Callable[[list[Prompt], list[Rollout]], list[Reward]] | None  # (driver)
+    teacher_prompt: Callable | None  # (driver) data.TeacherPromptBuilder
+    observer: Any  # (driver) observe.Observer
+
+
+class Trainer:
+    """Runs iterations until the configured number, or until asked to stop."""
+
+    def __init__(self, parts: Parts, *, start_iteration: int = 0) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.iteration = start_iteration
+        self._timing: dict[str, float] = {}
+
+    def run(self) -> bool:
+        """Train; True when all iterations are done, False when stopped early (a checkpoint is written either way)."""
+        parts, total = self.parts, self.config.run.iterations
+        if self.iteration == 0 and self.config.eval.every:
+            self._log(parts.evaluate())
+        while self.iteration < total:
+            metrics = self._iterate()
+            self.iteration += 1
+            every = self.config.eval.every
+            if every and (self.iteration % every == 0 or self.iteration == total):
+                with self._timed("eval"):
+                    metrics.update(parts.evaluate() or {})
+            self._log(metrics)
+            stop = parts.control.any(parts.should_stop())
+            last = stop or self.iteration == total
+            if last or (self.config.checkpoint.every and self.iteration % self.config.checkpoint.every == 0):
+                self._save()
+            if stop and self.iteration < total:
+                return False
+        return True
+
+    def _iterate(self) -> dict[str, float]:
+        self._timing = {}
+        started = time.perf_counter()
+        policy = self.parts.policy
+        samples, plan, metrics = self._collect()
+        with self._timed("score"):
+            scores = self._score_students(samples, plan)
+        with self._timed("teacher"):
+            self._score_teacher(samples, plan, scores)
+            self._score_reference(samples, plan, scores)
+        with self._timed("train"):
+            steps = [self._train(samples, mini, scores) for mini in plan.mini_batches]
+        with self._timed("publish"):
+            self.parts.engine.publish(self.parts.export(), self.iteration + 1)
+        steps = [step for step in steps if step is not None]
+        for name in {name for step in steps for name in step.metrics}:
+            values = [step.metrics[name] for step in steps if name in step.metrics]
+            metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+        metrics["actor/grad_norm"] = sum(step.grad_norm for step in steps) / max(1, len(steps))
+        metrics["actor/optimizer_steps"] = policy.steps
+        metrics["actor/skipped_steps"] = sum(step.skipped for step in steps)
+        elapsed = time.perf_counter() - started
+        metrics.update({f"timing_s/{name}": seconds for name, seconds in self._timing.items()})
+        metrics["timing_s/step"] = elapsed
+        metrics["perf/tokens_per_second"] = metrics["perf/total_tokens"] / elapsed
+        return metrics
+
+    def _collect(self) -> tuple[list[RoutedSample], BatchPlan, dict[str, float]]:
+        """Prompts → rollouts → rewards → routed samples → plan; the same on every rank."""
+        parts, config = self.parts, self.config
+        prompts: list[Prompt] = parts.control.share(lambda: parts.loader.next_batch())
+        with self._timed("gen"):
+            rollouts = parts.engine.generate(parts.requests(prompts, self.iteration), parts.sampling)
+
+        def route_and_plan() -> tuple[list[RoutedSample], BatchPlan, dict[str, float]]:
+            with self._timed("reward"):
+                rewards = parts.score_rewards(prompts, rollouts)
+            with self._timed("route"):
+                samples, report = route(
+                    prompts, rollouts, rewards, config.algorithm, seed=config.run.seed, iteration=self.iteration,
+                    teacher_prompt=parts.teacher_prompt, feedback_with_solution=config.teacher.feedback_with_solution,
+                )  # fmt: skip
+                plan = plan_batch(
+                    samples, dp_size=parts.policy.topology.dp_size, max_tokens=config.train.max_tokens_per_gpu,
+                    prompts_per_mini_batch=config.train.prompts_per_mini_batch,
+                    pad_to_multiple=parts.policy.row_multiple, seed=config.run.seed + self.iteration,
+                )  # fmt: skip
+            metrics = report.metrics()
+            metrics["perf/packing_efficiency"] = plan.efficiency
+            metrics["perf/imbalance"] = plan.imbalance
+            metrics["perf/total_tokens"] = sum(sample.student_length for sample in samples)
+            metrics["rollout/weight_version"] = max(rollout.weight_version for rollout in rollouts)
+            metrics["data/epoch"] = parts.loader.epoch
+            return samples, plan, metrics
+
+        return parts.control.share(route_and_plan)
+
+    def _mine(self, rows_by_rank: list[list[Row]]) -> list[Row]:
+        return rows_by_rank[self.parts.policy.topology.dp_rank] if rows_by_rank else []
+
+    def _pack(self, rows: list[Row], samples: list[RoutedSample], scores: list[TokenScores], *, teacher: bool) -> list:
+        pack = pack_teacher if teacher else pack_student
+        return [pack(row, samples, scores, pad_to_multiple=self.parts.policy.row_multiple) for row in rows]
+
+    def _score(
+        self, rows: list[Row], samples: list[RoutedSample], scores: list[TokenScores], function: Callable,
+        *, teacher: bool = False,
+    ) -> None:  # fmt: skip
+        """One scoring pass; what `function` returns per position is kept per sample in `scores`."""
+        results = self.parts.policy.score(self._pack(rows, samples, scores, teacher=teacher), function)
+        for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
+            for index, start, stop in response_spans(row, samples, teacher=teacher):
+                for name, values in result.items():
+                    setattr(scores[index], name, values[start:stop].cpu())
+
+    def _score_students(self, samples: list[RoutedSample], plan: BatchPlan) -> list[TokenScores]:
+        """Old log-probs where the policy will have moved (every mini-batch but the first), and the student's top-k
+        for distilled samples, which are packed on their own where nothing else is needed."""
+        objective = self.parts.objective
+        scores = [TokenScores() for _ in samples]
+        for number, mini in enumerate(plan.mini_batches):
+            if number > 0:
+                self._score(self._mine(mini.student), samples, scores, objective.score_old)
+            if objective.needs_topk:
+                # A teacher row's samples fit as student rows: their own prompts are never longer.
+                self._score(self._mine(mini.teacher), samples, scores, objective.score_topk)
+        return scores
+
+    def _score_teacher(self, samples: list[RoutedSample], plan: BatchPlan, scores: list[TokenScores]) -> None:
+        if not any(rows for mini in plan.mini_batches for rows in mini.teacher):
+            return
+        with self.parts.policy.teacher():
+            for mini in plan.mini_batches:
+                rows = self._mine(mini.teacher)
+                self._score(rows, samples, scores, self.parts.objective.score_teacher, teacher=True)
+
+    def _score_reference(self, samples: list[RoutedSample], plan: BatchPlan, scores: list[TokenScores]) -> None:
+        if not self.parts.objective.needs_reference:
+            return
+        with self.parts.policy.reference():
+            for mini in plan.mini_batches:
+                self._score(self._mine(mini.student), samples, scores, self.parts.objective.score_reference)
+
+    def _train(self, samples: list[RoutedSample], mini: MiniBatchPlan, scores: list[TokenScores]) -> Any:
+        """One optimiser step, or None when nothing in the mini-batch counts."""
+        if mini.loss_tokens == 0:
+            return None
+        rows = self._mine(mini.student)
+        mine = [scores[i] for row in rows for i in row.samples]
+        weights = self.parts.policy.sum_over_data(self.parts.objective.dynamic_weight_sum(mine))
+        mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
+        loss = self.parts.objective.loss(loss_tokens=mini.loss_tokens, distill_weight_mean=mean)
+        return self.parts.policy.train_step(self._pack(rows, samples, scores, teacher=False), loss)
+
+    def _save(self) -> None:
+        with self._timed("checkpoint"):
+            loader = self.parts.control.share(lambda: self.parts.loader.state_dict())
+            self.parts.checkpoints.save(self.parts.policy, self.iteration, {"loader": loader})
+
+    def _log(self, metrics: dict[str, float] | None) -> None:
+        if self.parts.observer is not None and metrics:
+            self.parts.observer.log(self.iteration, metrics)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._timing[name] = self._timing.get(name, 0.0) + time.perf_counter() - started
