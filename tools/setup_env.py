@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 BUILD_TOOLS = (
     "setuptools==78.1.1",
@@ -115,6 +116,8 @@ def has_nvidia_gpu() -> bool:
 
 def check_machine(setup: Setup) -> None:
     """Refuses what would fail minutes later."""
+    if sys.version_info < (3, 11):  # noqa: UP036 (this script runs before anything has checked it)
+        raise SetupError(f"Python 3.11 or newer is needed, got {sys.version.split()[0]}: make setup PYTHON=python3.11")
     if sys.platform != "linux":
         raise SetupError(f"expected Linux, got {sys.platform}: vLLM and Megatron Core are built for Linux")
     if setup.device == "gpu":
@@ -230,29 +233,46 @@ def _version_of(config: Path) -> str:
 
 def check_torch_build(setup: Setup) -> None:
     """On x86-64, stops before pip downloads gigabytes of CUDA libraries that the CPU build of vLLM cannot use."""
-    installed = subprocess.run(
-        [setup.python, "-c", "from importlib.metadata import version; print(version('torch'))"],
-        env=setup.environment,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    installed = installed_torch(setup)
     version = installed if installed.startswith(TORCH.partition("==")[2]) else version_pip_would_install(setup)
     if os.uname().machine == "x86_64" and "+cpu" not in version:
         raise SetupError(
             f"pip {'has installed' if version == installed else 'would install'} torch {version}, the CUDA build; "
             "on a CPU, expected the build +cpu.\n"
             "    Tell pip where PyTorch keeps its CPU wheels, and run the same command again:\n"
-            '        export PIP_EXTRA_INDEX_URL=…   (the address: README, section Install, or pytorch.org, choice "CPU")'
+            '        export PIP_EXTRA_INDEX_URL=…   (the address: README, section Install, or pytorch.org, "CPU")'
             + ("\n    Or use the GPU that is here: make setup DEVICE=gpu" if has_nvidia_gpu() else "")
         )
 
 
+def installed_torch(setup: Setup) -> str:
+    """The version of torch in `.venv`, e.g. "2.13.0+cpu"; "" without one."""
+    query = [setup.python, "-c", "from importlib.metadata import version; print(version('torch'))"]
+    return subprocess.run(query, env=setup.environment, capture_output=True, text=True).stdout.strip()
+
+
 def version_pip_would_install(setup: Setup) -> str:
-    """Asks pip, without installing, which build of torch its indexes give, e.g. "2.13.0+cpu"."""
-    report = setup.venv / "torch-report.json"
-    command = pip(setup, "--dry-run", "--ignore-installed", "--no-deps", "--report", report, TORCH)
-    run_step(setup, "asking pip which build of torch it would install", command, "is a package index reachable?")
-    return json.loads(report.read_text())["install"][0]["metadata"]["version"]
+    """Which build of torch pip's indexes give, e.g. "2.13.0+cpu": pip prefers it to the one without a label.
+
+    Not by `pip install --dry-run`, which downloads the wheel, gigabytes of it where the answer is the CUDA build.
+    """
+    command = [setup.python, "-m", "pip", "--disable-pip-version-check", "index", "versions", "torch"]
+    listed = subprocess.run(command, env=setup.environment, capture_output=True, text=True)
+    return choose_build(listed.stdout) or _no_torch(listed.stderr)
+
+
+def choose_build(listing: str) -> str:
+    """The build that pip takes for the pinned release, from the output of `pip index versions`; "" for none."""
+    _, _, available = listing.partition("Available versions:")
+    release = TORCH.partition("==")[2]
+    versions = [version.strip() for version in available.partition("\n")[0].split(",")]
+    return max((v for v in versions if v == release or v.startswith(release + "+")), default="", key=len)
+
+
+def _no_torch(said: str) -> str:
+    raise SetupError(
+        f"pip finds no {TORCH} for this Python and machine: is a package index reachable?\n{tail(said, 5)}"
+    )
 
 
 def usable_requirements(setup: Setup) -> Path:
@@ -295,12 +315,11 @@ def install(setup: Setup) -> None:
     run_step(setup, "importing torch, Megatron Core and vLLM once", probe, "remove .venv and run it again")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: as last time, else cpu")
     parser.add_argument("--verbose", action="store_true", help="pip's own output, instead of .venv/setup.log")
     options = parser.parse_args(arguments)
-    root = Path(__file__).resolve().parent.parent
     stamp = read_stamp(root / ".venv")
     device = stamp.get("device", "cpu") if options.device == "auto" else options.device
     setup = Setup(root, device, options.verbose)
@@ -308,10 +327,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.execv(sys._base_executable, [sys._base_executable, *sys.argv])
     start, wanted = time.monotonic(), fingerprint(root, device, sys.version_info)
     try:
-        if sys.version_info < (3, 11):
-            raise SetupError(
-                f"Python 3.11 or newer is needed, got {sys.version.split()[0]}: make setup PYTHON=python3.11"
-            )
         if stamp.get("fingerprint") == wanted and setup.python.exists():
             announce("environment ready (.venv)")
             return 0

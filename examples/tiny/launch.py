@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 # One thread a rank: the ranks are the parallelism, and more threads than cores slow all of them down.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 LAUNCHER = "torch/distributed/elastic"  # marks the lines that torchrun itself writes
-FAILED = ") of binary:"  # … in its line about the first rank that failed; a traceback of torchrun's own follows
+LAUNCHER_ENDS = (") of binary:", "SignalException")  # … and the first of its last words: a traceback of its own follows
 
 
 class TrainingFailed(RuntimeError):
@@ -48,6 +51,52 @@ def train_command(config: Path, processes: int, overrides: Mapping[str, object] 
     return [*launcher, *rendezvous, "-m", "megatron_srpo", "train", str(config), *given]
 
 
+class Training:
+    """A trainer that is running. With `quiet` its output goes to the log alone, else also to the terminal.
+
+    It gets a session of its own, so that one Ctrl-C reaches it once: by `stop`.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, quiet: bool = False):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                list(command),
+                cwd=ROOT,
+                env={**ENVIRONMENT, **os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=file if quiet else None,
+                stderr=file if quiet else subprocess.PIPE,
+                start_new_session=True,
+            )
+        self._echo = threading.Thread(target=_echo, args=(self._process.stderr, log), daemon=True)
+        if not quiet:
+            self._echo.start()
+
+    def status(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self._process.poll()
+
+    def wait(self) -> int:
+        status = self._process.wait()
+        if self._echo.is_alive():
+            self._echo.join(timeout=5)
+        return status
+
+    def stop(self) -> None:
+        """Asks for a clean stop and waits for it; a second Ctrl-C ends all of the trainer's processes at once."""
+        try:
+            self._process.send_signal(signal.SIGINT)
+            self.wait()
+        except KeyboardInterrupt:
+            family = psutil.Process(self._process.pid)
+            for process in [*family.children(recursive=True), family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.wait()
+
+
 def _echo(stream: IO[bytes], log: Path) -> None:
     """Copies the trainer's stderr to ours and to `log`; what torchrun says of itself goes to the log alone."""
     echo = True
@@ -56,52 +105,36 @@ def _echo(stream: IO[bytes], log: Path) -> None:
             file.write(line)
             file.flush()
             text = line.decode(errors="replace")
-            echo = echo and FAILED not in text and "SignalException" not in text
+            echo = echo and not any(mark in text for mark in LAUNCHER_ENDS)
             if echo and LAUNCHER not in text:
                 sys.stderr.write(text)
                 sys.stderr.flush()
 
 
-def run_training(command: Sequence[str], log: Path, stdout: IO[bytes] | None = None) -> None:
-    """Runs `command` to its end. Raises TrainingFailed, or Interrupted after a clean stop that Ctrl-C asked for.
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP do what Ctrl-C does, so that no trainer is left behind."""
 
-    The trainer gets a session of its own, so that one Ctrl-C reaches it once: from here.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        list(command),
-        cwd=ROOT,
-        env={**ENVIRONMENT, **os.environ},
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    echo = threading.Thread(target=_echo, args=(process.stderr, log), daemon=True)
-    echo.start()
-    previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        _stop(process)
-        raise Interrupted("stopped") from None
+        yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        echo.join(timeout=5)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_training(command: Sequence[str], log: Path) -> None:
+    """Runs `command` to its end. Raises TrainingFailed, or Interrupted after a clean stop that Ctrl-C asked for."""
+    with terminate_as_interrupt():
+        training = Training(command, log)
+        try:
+            status = training.wait()
+        except KeyboardInterrupt:
+            print("\nstopping after this iteration (Ctrl-C again: at once) …", file=sys.stderr, flush=True)
+            training.stop()
+            raise Interrupted("stopped") from None
     if status != 0:
         raise TrainingFailed(f"the trainer ended with status {status}; its messages are above and in {log}")
-
-
-def _raise_interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks for a clean stop and waits for it; a second Ctrl-C ends the trainer's processes at once."""
-    print("\nstopping after this iteration (Ctrl-C again: at once) …", file=sys.stderr, flush=True)
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait()
-    except KeyboardInterrupt:
-        process.kill()
-        process.wait()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 BATCH = 256
 
@@ -15,6 +16,7 @@ class Judge:
     """A model folder, loaded for sampling in fp32 on the CPU."""
 
     def __init__(self, folder: Path):
+        logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -24,7 +26,9 @@ class Judge:
         return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int = 0) -> list[str | None]:
+    def sample(
+        self, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int = 0
+    ) -> list[str | None]:
         """One response a prompt; None where it did not end by itself. Temperature 0 is greedy."""
         torch.manual_seed(seed)
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
@@ -42,10 +46,17 @@ class Judge:
 
     def accuracy(self, rows: Sequence[dict[str, str]], max_new_tokens: int, temperature: float, seed: int = 0) -> float:
         """Share of `rows` answered exactly, each asked once."""
-        return self.accuracy_of_prompts([self.render(row["prompt"]) for row in rows], rows, max_new_tokens, temperature, seed)
+        return self.accuracy_of_prompts(
+            [self.render(row["prompt"]) for row in rows], rows, max_new_tokens, temperature, seed
+        )
 
     def accuracy_of_prompts(
-        self, prompts: Sequence[str], rows: Sequence[dict[str, str]], max_new_tokens: int, temperature: float, seed: int = 0
+        self,
+        prompts: Sequence[str],
+        rows: Sequence[dict[str, str]],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int = 0,
     ) -> float:
         """The same for prompts that are rendered already, for example with a demonstration."""
         responses = self.sample(prompts, max_new_tokens, temperature, seed)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from examples.tiny.task import Example, Task, draw_question
 from examples.tiny.tokenizer import character_tokenizer
@@ -151,6 +152,7 @@ def warm_started_model(task: Task, settings: WarmStart, cache: Path, report: Cal
         torch.set_num_threads(threads)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
+    logging.disable_progress_bar()
     model.save_pretrained(aside)
     character_tokenizer(task.characters, task.chat_template).save_pretrained(aside)
     (aside / "warm_start.json").write_text(json.dumps({**dataclasses.asdict(settings), **facts}, indent=2) + "\n")

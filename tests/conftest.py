@@ -1,0 +1,16 @@
+"""What every test process needs before torch and vLLM are imported: one thread, no network, no compilation."""
+
+import os
+
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",  # more threads than cores are slower by an order of magnitude
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "WANDB_MODE": "offline",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ.setdefault(_name, _value)
