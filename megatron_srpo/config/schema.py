@@ -1,26 +1,27 @@
-"""The configuration: one tree of typed models, read from TOML plus dotted overrides.
+"""The typed models: every key, its type, its default and, in the comment beside it, what it means.
 
-Unknown keys, wrong types and contradictions raise `ConfigError` with one message a problem: key, value,
-what was expected, and the nearest valid key. 0 switches an optional number off (TOML has no null).
+Types are strict: "3" is no number and 1 is no boolean (an integer where a number is wanted is fine). 0 switches an
+optional number off (TOML has no null). `reference.py` reads the comments.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import tomllib
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class ConfigError(ValueError):
-    """A configuration that must not be run; str() is the whole message for the user."""
+class UserError(ValueError):
+    """A mistake of the user, or of the machine: str() is the whole message (expected, got, cure), shown without a
+    traceback. Packages raise it, or a subclass."""
+
+
+class ConfigError(UserError):
+    """A configuration that must not be run."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -119,7 +120,7 @@ class AlgorithmConfig(Section):
 class TeacherConfig(Section):
     mode: Literal["ema", "frozen", "live"] = "ema"
     update_rate: float = Field(0.05, gt=0, le=1)  # μ: teacher ← (1 − μ) teacher + μ student
-    max_prompt_length: int = Field(0, ge=0)  # tokens of the enriched prompt; 0 = data.max_prompt_length + rollout.max_response_length
+    max_prompt_length: int = Field(0, ge=0)  # tokens, enriched; 0 = data.max_prompt_length + rollout's response
     feedback_with_solution: bool = False  # show feedback also when a correct sibling exists
     template: str = "{question}{solution}{feedback}\n\n{instruction}"
     solution_section: str = "\n\nHere is a correct solution from an earlier attempt:\n\n{solution}"

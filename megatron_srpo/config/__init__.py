@@ -1,0 +1,2 @@
+from megatron_srpo.config.schema import *  # noqa
+from megatron_srpo.config.schema import UserError, ConfigError, Config
