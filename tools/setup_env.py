@@ -270,6 +270,7 @@ def choose_build(listing: str) -> str:
 
 
 def _no_torch(said: str) -> str:
+    said = "\n".join(line for line in said.splitlines() if not line.startswith("WARNING: pip index"))
     raise SetupError(
         f"pip finds no {TORCH} for this Python and machine: is a package index reachable?\n{tail(said, 5)}"
     )
