@@ -1,0 +1,127 @@
+"""metrics.jsonl: one JSON object a line, "step" first.
+
+Every line is valid JSON: numbers that JSON has no words for become the strings "NaN", "Infinity" and "-Infinity",
+which Python's float() reads. Logging never stops training: when the disk is full, lines wait in memory and are
+written when there is room again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+WAITING_LINES = 10_000  # kept in memory while the file cannot be written; the oldest go first
+
+
+def json_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """One line of metrics.jsonl, without its end."""
+    record = {"step": step} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """A number as JSON has it; 0-d tensors and numpy numbers become Python's."""
+    if isinstance(value, str | bool) or value is None:
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl. A torn last line, as a killed process leaves it, is passed over."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+class JsonlWriter:
+    """Appends records to a file, each on the disk when `log` returns."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path = path
+        self._warn = warn
+        self._waiting: deque[bytes] = deque(maxlen=WAITING_LINES)
+        self._file: int | None = None
+        self._failing = False
+
+    def resume(self, step: int) -> None:
+        """Make the file ready for a run that continues after `step`: later lines are dropped, in one rename. Step 0
+        starts afresh, and what an earlier run left moves to metrics.previous.jsonl."""
+        self.close()
+        try:
+            if not self._path.exists():
+                return
+            if step == 0:
+                self._path.replace(self._path.with_name(f"{self._path.stem}.previous{self._path.suffix}"))
+                return
+            kept = [json_line(record["step"], record) for record in read_records(self._path) if record["step"] <= step]
+            aside = self._path.with_name(self._path.name + ".new")
+            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            aside.replace(self._path)
+        except OSError as error:
+            self._report(error)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one record. On failure it waits, and is tried again with the next one."""
+        self._waiting.append((json_line(step, metrics) + "\n").encode())
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            self._report(error)
+            return
+        if self._failing:
+            self._failing = False
+            self._warn(f"{self._path}: writing again, nothing is missing")
+
+    def close(self) -> None:
+        """Close the file, after one more attempt at lines that wait."""
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            self._warn(f"{self._path}: {len(self._waiting)} lines could not be written ({error})")
+        self._close_file()
+
+    def _append(self, line: bytes) -> None:
+        """Write `line` whole or not at all."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        end = os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError:
+            os.ftruncate(self._file, end)
+            self._close_file()
+            raise
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _report(self, error: OSError) -> None:
+        if not self._failing:
+            self._failing = True
+            self._warn(f"{self._path}: cannot be written ({error}); training goes on and it is tried again each time")

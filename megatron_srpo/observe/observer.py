@@ -1,0 +1,71 @@
+"""`Observer`: everything that is told about a run, on the driver alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config import Config
+from megatron_srpo.observe.metrics import JsonlWriter
+from megatron_srpo.observe.progress import open_progress
+from megatron_srpo.observe.trackers import Trackers
+
+METRICS_FILE = "metrics.jsonl"
+MISMATCH = "rollout_corr/logprob_diff_mean"  # mean |log π_trainer − log π_engine| of the sampled tokens, nats
+
+
+class Observer:
+    """Logs to metrics.jsonl, the trackers and the terminal. Nothing that goes wrong here stops training.
+
+    `start_step`: iterations that an earlier process has finished; what was logged after them is dropped.
+    """
+
+    def __init__(self, config: Config, *, start_step: int = 0) -> None:
+        self._mismatch_bound = config.rollout.mismatch_warning
+        self._mismatch_warned = False
+        self._progress = open_progress(
+            config.observe.progress, name=config.run.name, total=config.run.iterations, start=start_step
+        )
+        try:
+            self._jsonl = JsonlWriter(Path(config.run.output_dir) / METRICS_FILE, self.warn)
+            self._jsonl.resume(start_step)
+            self._trackers = Trackers(config, start_step=start_step, say=self.message)
+        except BaseException:
+            self._progress.close()  # or the terminal stays without a cursor
+            raise
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record one step: reduced values, by name."""
+        self._jsonl.log(step, metrics)
+        self._trackers.log(step, metrics)
+        self._progress.update(step, metrics)
+        self._watch_mismatch(step, metrics)
+
+    def message(self, text: str) -> None:
+        """A line for the user that does not disturb the display."""
+        self._progress.message(text)
+
+    def warn(self, text: str) -> None:
+        self.message(f"warning: {text}")
+
+    def close(self) -> None:
+        """Flush and close; a second call does nothing."""
+        self._jsonl.close()
+        self._trackers.close()
+        self._progress.close()
+
+    def _watch_mismatch(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Says it when trainer and engine begin to disagree, and when they agree again."""
+        if not self._mismatch_bound or MISMATCH not in metrics:
+            return
+        mismatch = float(metrics[MISMATCH])
+        wrong = not mismatch <= self._mismatch_bound  # NaN is wrong too
+        if wrong and not self._mismatch_warned:
+            self.warn(
+                f"iteration {step}: trainer and rollout engine differ by {mismatch:.3g} nats a token on average "
+                f"(rollout.mismatch_warning is {self._mismatch_bound:g}): their weights, temperature or precision differ"
+            )
+        elif self._mismatch_warned and not wrong:
+            self.message(f"iteration {step}: trainer and rollout engine agree again ({mismatch:.3g} nats a token)")
+        self._mismatch_warned = wrong

@@ -1,0 +1,201 @@
+"""The terminal: a live display where there is one, else a plain line an iteration."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+RECENT = 20  # iterations that the time left is judged by
+BARS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 32
+
+
+class Clock:
+    """Seconds an iteration, and what is left."""
+
+    def __init__(self, total: int, start: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._now = total, now
+        self._began = self._last = now()
+        self._last_step = start
+        self._durations: deque[float] = deque(maxlen=RECENT)
+
+    def tick(self, step: int) -> None:
+        """An iteration is finished; a repeated step (an evaluation on its own) only moves the clock."""
+        now = self._now()
+        if step > self._last_step:
+            if self._last_step and len(self._durations) == 1:
+                self._durations.clear()  # the first iteration warms everything up: no measure of the others
+            self._durations.append((now - self._last) / (step - self._last_step))
+            self._last_step = step
+        self._last = now
+
+    @property
+    def elapsed(self) -> float:
+        return self._now() - self._began
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end; None before the first iteration is through."""
+        if not self._durations:
+            return None
+        each = sum(self._durations) / len(self._durations)
+        return each * max(0, self._total - self._last_step)
+
+
+def duration(seconds: float | None) -> str:
+    """90 → 1:30, 3700 → 1:01:40."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def sparkline(values: list[float]) -> str:
+    """The last values as a row of bars, between their least and their greatest."""
+    shown = [value for value in values if value == value][-SPARK_WIDTH:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in shown)
+
+
+def facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, value) pairs worth a glance, those that the metrics have."""
+    shown = (
+        ("reward", "critic/score/mean", "{:.3f}"),
+        ("GRPO", "srpo/grpo_fraction", "{:.0%}"),
+        ("SDPO", "srpo/sdpo_fraction", "{:.0%}"),
+        ("length", "response_length/mean", "{:.1f}"),
+        ("tokens/s", "perf/tokens_per_second", "{:,.0f}"),
+        ("s/it", "timing_s/step", "{:.1f}"),
+    )
+    return [(what, style.format(float(metrics[key]))) for what, key, style in shown if key in metrics]
+
+
+def evaluation(metrics: Mapping[str, Any]) -> str:
+    """The held-out result in words, "" if there is none."""
+    if "eval/accuracy" not in metrics:
+        return ""
+    prompts = f" ({int(metrics['eval/prompts'])} prompts)" if "eval/prompts" in metrics else ""
+    return f"held-out accuracy {float(metrics['eval/accuracy']):.3f}{prompts}"
+
+
+class Progress(Protocol):
+    """Where iterations and messages are shown."""
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Mode "off": messages only."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        _print(self._console, text)
+
+    def close(self) -> None:
+        pass
+
+
+class PlainLines(Silent):
+    """One line an iteration, for log files."""
+
+    def __init__(self, console: Console, total: int, clock: Clock) -> None:
+        super().__init__(console)
+        self._total, self._clock = total, clock
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._clock.tick(step)
+        heading = f"iteration {step:>{len(str(self._total))}}/{self._total}"
+        parts = [f"{what} {value}" for what, value in facts(metrics)]
+        if parts:
+            parts.append(f"left {duration(self._clock.left)}")
+        held_out = evaluation(metrics)
+        if held_out:
+            parts.append(held_out)
+        if parts:
+            _print(self._console, " · ".join([heading, *parts]))
+
+
+class LiveDisplay:
+    """A bar and a line of numbers that stay in place at the bottom of the terminal."""
+
+    def __init__(self, console: Console, name: str, total: int, start: int, clock: Clock) -> None:
+        self._name, self._total, self._clock = name, total, clock
+        self._step = start
+        self._metrics: Mapping[str, Any] = {}
+        self._rewards: list[float] = []
+        self._held_out = ""
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=2)
+        self._live.start()
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._clock.tick(step)
+        self._step = step
+        if "critic/score/mean" in metrics:
+            self._metrics = dict(metrics)
+            self._rewards = [*self._rewards, float(metrics["critic/score/mean"])][-SPARK_WIDTH:]
+        self._held_out = evaluation(metrics) or self._held_out
+
+    def message(self, text: str) -> None:
+        _print(self._live.console, text)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def render(self) -> Group:
+        """The display as it is now; the live thread calls it."""
+        top = Table.grid(padding=(0, 2))
+        top.add_row(
+            Text(self._name, style="bold"),
+            ProgressBar(total=self._total, completed=self._step, width=30),
+            Text(f"{self._step}/{self._total}"),
+            Text(f"{duration(self._clock.elapsed)} elapsed, {duration(self._clock.left)} left", style="dim"),
+        )
+        values = Text("  ")
+        for what, value in facts(self._metrics):
+            values.append(f"{what} ", style="dim")
+            values.append(value, style="bold green" if what == "reward" else "bold")
+            values.append(f" {sparkline(self._rewards)}  " if what == "reward" else "   ", style="green")
+        lines = [top, values if self._metrics else Text("  the first iteration is under way …", style="dim")]
+        if self._held_out:
+            lines.append(Text(f"  {self._held_out}", style="cyan"))
+        return Group(*lines)
+
+
+def _print(console: Console, text: str) -> None:
+    # No mark-up, colours or folding: these are other people's words, and a log file has no width.
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
+
+
+def open_progress(
+    mode: str, *, name: str, total: int, start: int = 0, console: Console | None = None, clock: Clock | None = None
+) -> Progress:
+    """`mode` auto | live | plain | off; auto is live in a terminal that can move its cursor, else plain."""
+    console = console or Console()
+    clock = clock or Clock(total, start)
+    if mode == "auto":
+        mode = "live" if console.is_terminal and not console.is_dumb_terminal else "plain"
+    if mode == "live":
+        return LiveDisplay(console, name, total, start, clock)
+    return PlainLines(console, total, clock) if mode == "plain" else Silent(console)

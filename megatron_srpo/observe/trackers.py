@@ -1,0 +1,143 @@
+"""TensorBoard and Weights & Biases. A tracker that fails is switched off with one message; training goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_srpo.config import Config
+
+WANDB_ID_FILE = "wandb_run_id"
+WANDB_TIMEOUT_SECONDS = 60  # for the service's start, and for a question about the login
+
+
+class Tracker(Protocol):
+    """Takes the finite numbers of one step."""
+
+    name: str
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in output_dir/tensorboard; a continued run hides the steps that it repeats."""
+
+    name = "TensorBoard"
+
+    def __init__(self, config: Config, start_step: int, say: Callable[[str], None]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(config.run.output_dir) / "tensorboard"
+        purge = start_step + 1 if start_step else 0
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        settings = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        # Four spaces make it a code block in TensorBoard's Markdown.
+        self._writer.add_text("config", "\n".join("    " + line for line in settings.splitlines()), start_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run, online or offline. Its id is kept in output_dir, so that a continued run stays one run."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, config: Config, start_step: int, say: Callable[[str], None]) -> None:
+        import wandb
+
+        folder = Path(config.run.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # wandb would go to a temporary folder
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=WANDB_TIMEOUT_SECONDS, login_timeout=WANDB_TIMEOUT_SECONDS
+        )
+        online = config.observe.wandb_mode == "online"
+        self._run = wandb.init(
+            project=config.observe.wandb_project, name=config.run.name, dir=str(folder),
+            mode=config.observe.wandb_mode, id=self._run_id(folder, start_step), resume="allow" if online else None,
+            config=config.model_dump(mode="json"), settings=settings,
+        )  # fmt: skip
+        # A continued run repeats the steps after its checkpoint; W&B's own counter would refuse those.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        if online:
+            say(f"Weights & Biases: {self._run.url}")
+
+    @staticmethod
+    def _run_id(folder: Path, start_step: int) -> str:
+        file = folder / WANDB_ID_FILE
+        if start_step and file.exists():
+            known = file.read_text().strip()
+            if known:
+                return known
+        new = uuid.uuid4().hex[:12]
+        file.write_text(new + "\n")
+        return new
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackers:
+    """The trackers that the configuration asks for."""
+
+    def __init__(self, config: Config, *, start_step: int, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._active: list[Tracker] = []
+        wanted: list[type] = []
+        if config.observe.tensorboard:
+            wanted.append(TensorBoard)
+        if config.observe.wandb:
+            wanted.append(WeightsAndBiases)
+        for kind in wanted:
+            try:
+                self._active.append(kind(config, start_step, say))
+            except Exception as error:  # whatever it is: a log is not worth a training run
+                self._gone(kind, error)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Pass on the finite numbers of a step."""
+        numbers = {name: float(value) for name, value in metrics.items() if _is_finite_number(value)}
+        for tracker in list(self._active):
+            try:
+                tracker.log(step, numbers)
+            except Exception as error:
+                self._active.remove(tracker)
+                self._gone(tracker, error)
+
+    def close(self) -> None:
+        """Flush and end all trackers."""
+        for tracker in self._active:
+            try:
+                tracker.close()
+            except Exception as error:
+                self._gone(tracker, error)
+        self._active = []
+
+    def _gone(self, tracker: Tracker | type, error: Exception) -> None:
+        if isinstance(error, ImportError):
+            cure = f"install {error.name}" if error.name else "install it"
+        else:
+            cure = "metrics.jsonl has everything"
+        detail = str(error).strip().splitlines() or [""]
+        self._say(f"{tracker.name} is off ({type(error).__name__}: {detail[0]}); training goes on: {cure}")
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,332 @@
+"""Samples → packed rows: who forwards what, in which row, and the rows as tensors.
+
+`plan_batch` decides (pure, no tensors); `pack_student` and `pack_teacher` build a row; `response_spans` says where the
+responses are in it. Shapes: T tokens of a row, R response tokens of a sample, K top-k, v vocabulary shard.
+
+    row      │ prompt 0 │ response 0 │ prompt 1 │ response 1 │ padding │
+    predicts            └─ from the last prompt token to the last but one of the response
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from megatron_srpo.config import UserError
+from megatron_srpo.types import BatchPlan, MiniBatchPlan, PackedBatch, RoutedSample, Row, TokenScores
+
+# Cost of a sequence of n tokens: n + n²/ATTENTION_LENGTH, in units of one token's matrix products. A layer needs about
+# 24·H² operations a token and 2·H·n for its causal attention: they are equal at n = 12·H, H = 4096 here.
+ATTENTION_LENGTH = 12 * 4096
+TRAIN_PASSES = 3  # forward and a backward of twice its work
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_batch(
+    samples: Sequence[RoutedSample], *, dp_size: int, max_tokens: int, prompts_per_mini_batch: int = 0,
+    pad_to_multiple: int = 1, seed: int = 0, drop_zero_advantage: bool = False,
+) -> BatchPlan:  # fmt: skip
+    """Which rank forwards which samples in which rows, for every optimiser step of the iteration.
+
+    Groups go to mini-batches whole, `prompts_per_mini_batch` of them each (0: all; the last may have fewer), in an
+    order drawn from `seed` when there are several. No padded row exceeds `max_tokens`, in any pass. Samples that do
+    not count get no row; with `drop_zero_advantage` neither do those without any gradient (no distillation, advantage
+    0: wrong to drop when a KL or entropy term is on), which stay in the denominator. Raises UserError for a sample
+    that does not fit.
+    """
+    budget = max_tokens - max_tokens % pad_to_multiple
+    _require_fit(samples, budget, max_tokens)
+    packer = _Packer(samples, dp_size, budget, drop_zero_advantage)
+    mini_batches = [packer.plan(indices) for indices in _mini_batches(samples, prompts_per_mini_batch, seed)]
+    return BatchPlan(
+        mini_batches=mini_batches,
+        efficiency=_efficiency(mini_batches, pad_to_multiple),
+        imbalance=packer.slowest / packer.mean - 1.0 if packer.mean else 0.0,
+    )
+
+
+def sample_cost(sample: RoutedSample) -> float:
+    """Work for one sample in all passes of the iteration, in token forwards: training, and where it is distilled the
+    teacher's score and the student's top-k."""
+    student = _sequence_cost(sample.student_length)
+    scoring = _sequence_cost(sample.teacher_length) + student if sample.distill_weight > 0 else 0.0
+    return TRAIN_PASSES * student + scoring
+
+
+def _sequence_cost(length: int) -> float:
+    return length + length * length / ATTENTION_LENGTH
+
+
+def _require_fit(samples: Sequence[RoutedSample], budget: int, max_tokens: int) -> None:
+    counted = [sample for sample in samples if sample.counted]
+    for sample in counted:
+        assert sample.prompt_ids, f"{sample.uid}: an empty prompt cannot predict the first response token"
+        assert (sample.teacher_ids is not None) == (sample.distill_weight > 0), "teacher_ids if and only if distilled"
+        assert len(sample.rollout_logprobs) == len(sample.response_ids), "one engine log-prob a response token"
+    too_long = [sample for sample in counted if max(sample.student_length, sample.teacher_length) > budget]
+    if not too_long:
+        return
+    worst = max(too_long, key=lambda sample: max(sample.student_length, sample.teacher_length))
+    longest = max(worst.student_length, worst.teacher_length)
+    teacher = f", {worst.teacher_length} tokens with the teacher's prompt" if worst.teacher_ids is not None else ""
+    usable = f" ({budget} usable, as rows are padded to a multiple)" if budget != max_tokens else ""
+    raise UserError(
+        f"{len(too_long)} of {len(samples)} samples do not fit into a packed row; the longest is prompt {worst.uid}, "
+        f"sample {worst.sample}: {worst.student_length} tokens with its response{teacher}. "
+        f"train.max_tokens_per_gpu is {max_tokens}{usable}: raise it to at least {longest + max_tokens - budget}, or "
+        "lower data.max_prompt_length, rollout.max_response_length or teacher.max_prompt_length"
+    )
+
+
+def _mini_batches(samples: Sequence[RoutedSample], prompts: int, seed: int) -> list[list[int]]:
+    """Indices of the samples of each mini-batch; whole groups."""
+    groups: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(sample.group, []).append(index)
+    order = sorted(groups)
+    size = prompts or max(1, len(order))
+    if size < len(order):
+        random.Random(seed).shuffle(order)
+    return [
+        [index for group in order[start : start + size] for index in groups[group]]
+        for start in range(0, len(order), size)
+    ]
+
+
+class _Packer:
+    """Plans mini-batches and adds up how long the ranks wait for each other."""
+
+    def __init__(
+        self, samples: Sequence[RoutedSample], dp_size: int, budget: int, drop_zero_advantage: bool
+    ) -> None:
+        self._samples = samples
+        self._dp_size = dp_size
+        self._budget = budget
+        self._drop = drop_zero_advantage
+        self._costs = [sample_cost(sample) for sample in samples]
+        self.slowest = self.mean = 0.0  # sums over mini-batches: the ranks meet after each
+
+    def plan(self, indices: Sequence[int]) -> MiniBatchPlan:
+        samples = self._samples
+        counted = [i for i in indices if samples[i].counted]
+        placed = [i for i in counted if not self._drop or samples[i].distill_weight > 0 or samples[i].advantage != 0]
+        loads, ranks = _balance(placed, self._costs, self._dp_size)
+        self.slowest += max(loads)
+        self.mean += sum(loads) / self._dp_size
+        student = [self._rows(rank, lambda i: samples[i].student_length) for rank in ranks]
+        # The student's top-k pass uses the teacher's rows, so they must fit under either prompt.
+        teacher = [
+            self._rows([i for i in rank if samples[i].distill_weight > 0], lambda i: samples[i].teacher_length,
+                       lambda i: max(samples[i].teacher_length, samples[i].student_length))
+            for rank in ranks
+        ]  # fmt: skip
+        return MiniBatchPlan(
+            student=_even(student, at_least=1 if counted else 0),
+            teacher=_even(teacher, at_least=0),
+            loss_tokens=sum(len(samples[i].response_ids) for i in counted),
+            distill_tokens=sum(len(samples[i].response_ids) for i in counted if samples[i].distill_weight > 0),
+        )
+
+    def _rows(
+        self, indices: Sequence[int], length: Callable[[int], int], room: Callable[[int], int] | None = None
+    ) -> list[Row]:
+        """Best-fit rows under the budget, the costliest first, so that all ranks' rows of one number are alike."""
+        bins = _best_fit_decreasing(indices, room or length, self._budget)
+        bins.sort(key=lambda row: -sum(_sequence_cost(length(i)) for i in row))
+        return [Row(tuple(row), sum(length(i) for i in row)) for row in bins]
+
+
+def _balance(indices: Sequence[int], costs: Sequence[float], parts: int) -> tuple[list[float], list[list[int]]]:
+    """Longest processing time first: the costliest sample left goes to the least loaded rank. (loads, samples)."""
+    heap = [(0.0, rank) for rank in range(parts)]
+    result: list[list[int]] = [[] for _ in range(parts)]
+    for index in sorted(indices, key=lambda i: (-costs[i], i)):
+        load, rank = heap[0]
+        result[rank].append(index)
+        heapq.heapreplace(heap, (load + costs[index], rank))
+    return [load for load, _ in sorted(heap, key=lambda entry: entry[1])], result
+
+
+def _best_fit_decreasing(indices: Sequence[int], size: Callable[[int], int], budget: int) -> list[list[int]]:
+    """Bins of at most `budget`: every item, longest first, into the fullest bin that has room."""
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for index in sorted(indices, key=lambda i: (-size(i), i)):
+        need = size(index)
+        at = bisect.bisect_left(free, (need, -1))
+        if at < len(free):
+            room, number = free.pop(at)
+        else:
+            room, number = budget, len(bins)
+            bins.append([])
+        bins[number].append(index)
+        bisect.insort(free, (room - need, number))
+    return bins
+
+
+def _even(rows: list[list[Row]], *, at_least: int) -> list[list[Row]]:
+    """The same number of rows on every rank: those with fewer get empty ones, or the ranks would deadlock."""
+    count = max(at_least, *(len(mine) for mine in rows))
+    return [mine + [Row((), 0)] * (count - len(mine)) for mine in rows]
+
+
+def padded_length(tokens: int, pad_to_multiple: int) -> int:
+    """Length of a row with so many tokens: the next multiple, and at least one."""
+    return max(1, math.ceil(tokens / pad_to_multiple)) * pad_to_multiple
+
+
+def _efficiency(mini_batches: Sequence[MiniBatchPlan], pad_to_multiple: int) -> float:
+    """Useful ÷ computed tokens when ranks wait for the longest of the rows that they run at the same time."""
+    useful = computed = 0
+    for mini in mini_batches:
+        for rows in (mini.student, mini.teacher):
+            for together in zip(*rows, strict=True):
+                useful += sum(row.tokens for row in together)
+                computed += len(together) * max(padded_length(row.tokens, pad_to_multiple) for row in together)
+    return useful / computed if computed else 1.0
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+def response_spans(row: Row, samples: Sequence[RoutedSample], *, teacher: bool = False) -> list[tuple[int, int, int]]:
+    """(sample index, start, stop) for every sample of the row, in order: logits at positions start … stop − 1 predict
+    its response tokens. For a sequence at offset o with prompt length P and R response tokens: o + P − 1, and R of
+    them. `teacher`: the row holds the teacher's prompts."""
+    spans, offset = [], 0
+    for index in row.samples:
+        prompt, response = len(_prompt(samples[index], teacher)), len(samples[index].response_ids)
+        start = offset + prompt - 1
+        spans.append((index, start, start + response))
+        offset += prompt + response
+    return spans
+
+
+def pack_student(
+    row: Row, samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None = None, *,
+    pad_to_multiple: int = 1,
+) -> PackedBatch:  # fmt: skip
+    """The row with the students' own prompts and what `scores` (one a sample of the iteration) has for it."""
+    return _pack(row, samples, scores, pad_to_multiple, teacher=False)
+
+
+def pack_teacher(
+    row: Row, samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None = None, *,
+    pad_to_multiple: int = 1,
+) -> PackedBatch:  # fmt: skip
+    """The row with the teacher's prompts: the same response tokens, so position by position what the student's row
+    has at its response positions, the student's top-k ids included."""
+    return _pack(row, samples, scores, pad_to_multiple, teacher=True)
+
+
+def _prompt(sample: RoutedSample, teacher: bool) -> list[int]:
+    if not teacher:
+        return sample.prompt_ids
+    assert sample.teacher_ids is not None, f"{sample.uid} sample {sample.sample} has no teacher prompt"
+    return sample.teacher_ids
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are in a row. S sequences; R_all response tokens of all samples, in order."""
+
+    total: int  # T
+    samples: list[RoutedSample]
+    responses: list[int]  # response lengths, by sample
+    positions: torch.Tensor  # [R_all], positions that predict a response token
+
+    def spread(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """[R_all, …] → [T, …], `fill` where no response token is predicted."""
+        result = torch.full((self.total, *values.shape[1:]), fill, dtype=values.dtype)
+        result[self.positions] = values
+        return result
+
+    def per_sample(self, values: Sequence[float]) -> torch.Tensor:
+        """One number a sample → [T] fp32."""
+        each = torch.tensor(values, dtype=torch.float32)
+        return self.spread(each.repeat_interleave(torch.tensor(self.responses, dtype=torch.long)))
+
+
+def _pack(
+    row: Row, samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None, multiple: int,
+    *, teacher: bool,
+) -> PackedBatch:  # fmt: skip
+    mine = [samples[index] for index in row.samples]
+    prompts = [_prompt(sample, teacher) for sample in mine]
+    lengths = [len(prompt) + len(sample.response_ids) for prompt, sample in zip(prompts, mine, strict=True)]
+    tokens = sum(lengths)
+    total = padded_length(tokens, multiple)
+    if total > tokens:
+        lengths.append(total - tokens)  # padding is a sequence of its own: attention stays inside it
+    ids = itertools.chain(
+        itertools.chain.from_iterable((*prompt, *s.response_ids) for prompt, s in zip(prompts, mine, strict=True)),
+        itertools.repeat(0, total - tokens),
+    )
+    sizes = torch.tensor(lengths, dtype=torch.long)
+    boundaries = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    spans = response_spans(row, samples, teacher=teacher)
+    layout = _Layout(
+        total, mine, [stop - start for _, start, stop in spans],
+        torch.cat([torch.arange(start, stop) for _, start, stop in spans] or [torch.zeros(0, dtype=torch.long)]),
+    )  # fmt: skip
+    responses = torch.tensor([token for sample in mine for token in sample.response_ids], dtype=torch.long)
+    engine = torch.tensor([value for sample in mine for value in sample.rollout_logprobs], dtype=torch.float32)
+    return PackedBatch(
+        input_ids=torch.tensor(list(ids), dtype=torch.long),
+        targets=layout.spread(responses),
+        position_ids=torch.arange(total) - boundaries[:-1].repeat_interleave(sizes),
+        cu_seqlens=boundaries.to(torch.int32),
+        loss_mask=layout.per_sample([float(sample.counted) for sample in mine]),
+        advantages=layout.per_sample([sample.advantage for sample in mine]),
+        policy_weight=layout.per_sample([sample.policy_weight for sample in mine]),
+        distill_weight=layout.per_sample([sample.distill_weight for sample in mine]),
+        rollout_logprobs=layout.spread(engine),
+        **_scored(row, scores, layout),
+    )
+
+
+def _scored(row: Row, scores: Sequence[TokenScores | None] | None, layout: _Layout) -> dict[str, torch.Tensor | None]:
+    """The fields of a row that come from scoring passes; None where there was no such pass."""
+    if scores is None:
+        return {}
+    mine = [scores[index] or TokenScores() for index in row.samples]
+    by_name = {f.name: [getattr(score, f.name) for score in mine] for f in fields(TokenScores)}
+    width = next((value.shape[1] for value in by_name["teacher_logprobs"] if value is not None), 0)
+    # Samples that are not distilled have no teacher: their teacher holds equal mass on each of the K ids and on the
+    # tail. That is a distribution, so what a loss computes from it before it is masked stays finite.
+    fill = -math.log(width + 1)
+    return {
+        "old_logprobs": _gather(by_name["logprob"], layout, every_sample=True),
+        "reference_logprobs": _gather(by_name["reference_logprob"], layout, every_sample=True),
+        "topk_ids": _gather(by_name["topk_ids"], layout),
+        "teacher_logprobs": _gather(by_name["teacher_logprobs"], layout, fill=fill),
+        "teacher_logits": _gather(by_name["teacher_logits"], layout),
+        "teacher_entropy": _gather(by_name["teacher_entropy"], layout),
+    }
+
+
+def _gather(
+    values: Sequence[torch.Tensor | None], layout: _Layout, *, fill: float = 0, every_sample: bool = False
+) -> torch.Tensor | None:
+    """One field of the samples' scores, [R, …] each → [T, …]; None if no sample has it. All samples have it, or with
+    `every_sample` off all distilled ones."""
+    known = next((value for value in values if value is not None), None)
+    if known is None:
+        return None
+    parts = []
+    for value, sample, length in zip(values, layout.samples, layout.responses, strict=True):
+        if value is None:
+            assert not every_sample and sample.distill_weight == 0, f"{sample.uid} sample {sample.sample}: no score"
+            value = torch.full((length, *known.shape[1:]), fill, dtype=known.dtype)
+        assert len(value) == length, f"{sample.uid} sample {sample.sample}: {len(value)} scores, {length} tokens"
+        parts.append(value.cpu())
+    return layout.spread(torch.cat(parts), fill)
