@@ -105,9 +105,7 @@ def _mini_batches(samples: Sequence[RoutedSample], prompts: int, seed: int) -> l
 class _Packer:
     """Plans mini-batches and adds up how long the ranks wait for each other."""
 
-    def __init__(
-        self, samples: Sequence[RoutedSample], dp_size: int, budget: int, drop_zero_advantage: bool
-    ) -> None:
+    def __init__(self, samples: Sequence[RoutedSample], dp_size: int, budget: int, drop_zero_advantage: bool) -> None:
         self._samples = samples
         self._dp_size = dp_size
         self._budget = budget
@@ -185,14 +183,10 @@ def padded_length(tokens: int, pad_to_multiple: int) -> int:
 
 
 def _efficiency(mini_batches: Sequence[MiniBatchPlan], pad_to_multiple: int) -> float:
-    """Useful ÷ computed tokens when ranks wait for the longest of the rows that they run at the same time."""
-    useful = computed = 0
-    for mini in mini_batches:
-        for rows in (mini.student, mini.teacher):
-            for together in zip(*rows, strict=True):
-                useful += sum(row.tokens for row in together)
-                computed += len(together) * max(padded_length(row.tokens, pad_to_multiple) for row in together)
-    return useful / computed if computed else 1.0
+    """Useful ÷ computed tokens of all passes; padding and empty rows are computed for nothing."""
+    rows = [row for mini in mini_batches for ranks in (mini.student, mini.teacher) for mine in ranks for row in mine]
+    computed = sum(padded_length(row.tokens, pad_to_multiple) for row in rows)
+    return sum(row.tokens for row in rows) / computed if computed else 1.0
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ written when there is room again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -89,7 +90,7 @@ class JsonlWriter:
             return
         if self._failing:
             self._failing = False
-            self._warn(f"{self._path}: writing again, nothing is missing")
+            self._warn(f"{self._path}: writing again, with the lines that waited")
 
     def close(self) -> None:
         """Close the file, after one more attempt at lines that wait."""
@@ -112,7 +113,8 @@ class JsonlWriter:
             while written < len(line):
                 written += os.write(self._file, line[written:])
         except OSError:
-            os.ftruncate(self._file, end)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, end)
             self._close_file()
             raise
 

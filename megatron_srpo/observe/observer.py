@@ -64,7 +64,7 @@ class Observer:
         if wrong and not self._mismatch_warned:
             self.warn(
                 f"iteration {step}: trainer and rollout engine differ by {mismatch:.3g} nats a token on average "
-                f"(rollout.mismatch_warning is {self._mismatch_bound:g}): their weights, temperature or precision differ"
+                f"(rollout.mismatch_warning is {self._mismatch_bound:g}): weights, temperature or precision differ"
             )
         elif self._mismatch_warned and not wrong:
             self.message(f"iteration {step}: trainer and rollout engine agree again ({mismatch:.3g} nats a token)")

@@ -13,6 +13,7 @@ from megatron_srpo.config import Config
 
 WANDB_ID_FILE = "wandb_run_id"
 WANDB_TIMEOUT_SECONDS = 60  # for the service's start, and for a question about the login
+WANDB_UPLOAD_SECONDS = 300  # that the end of a run waits for an upload
 
 
 class Tracker(Protocol):
@@ -59,8 +60,9 @@ class WeightsAndBiases:
         folder = Path(config.run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)  # wandb would go to a temporary folder
         settings = wandb.Settings(
-            silent=True, console="off", init_timeout=WANDB_TIMEOUT_SECONDS, login_timeout=WANDB_TIMEOUT_SECONDS
-        )
+            silent=True, console="off", init_timeout=WANDB_TIMEOUT_SECONDS, login_timeout=WANDB_TIMEOUT_SECONDS,
+            finish_timeout=WANDB_UPLOAD_SECONDS,
+        )  # fmt: skip
         online = config.observe.wandb_mode == "online"
         self._run = wandb.init(
             project=config.observe.wandb_project, name=config.run.name, dir=str(folder),

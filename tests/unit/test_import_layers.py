@@ -1,0 +1,126 @@
+"""Who may import whom. Lazy imports inside functions count, and so do importlib.import_module("…") calls."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "megatron_srpo"
+ROOT = Path(__file__).resolve().parents[2] / PACKAGE
+
+EVERYTHING = None
+BASE = {"types", "config"}
+# Units (a module or a folder directly under the package) that may import more than `types` and `config`; all others,
+# future ones included, may import those two and what is in their own folder.
+ALLOWED = {
+    "types": set(),
+    "config": set(),
+    "trainer": BASE | {"routing", "packing"},
+    "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
+    "launch": EVERYTHING,  # builds the parts
+    "cli": EVERYTHING,
+    "__main__": EVERYTHING,
+}
+# Foreign packages that only these places may import; everything else is tested without them.
+FOREIGN = {
+    "megatron": ("mcore/",),
+    "vllm": ("rollout/", "bridge/worker.py"),
+    "wandb": ("observe/",),
+}
+
+
+def imported_modules(source: str, module: str, *, is_package: bool) -> set[str]:
+    """Dotted names of everything that `source`, the module `module`, imports anywhere; absolute."""
+    found: set[str] = set()
+    base = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = base[: len(base) - node.level + 1] if node.level else []
+            origin = ".".join([*parts, *([node.module] if node.module else [])])
+            # `from package import name`: the name may be a module.
+            found.update({f"{origin}.{alias.name}" for alias in node.names} | {origin})
+        elif isinstance(node, ast.Call) and _is_dynamic_import(node.func) and node.args:
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                found.add(name.value)
+    return found
+
+
+def _is_dynamic_import(function: ast.expr) -> bool:
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in ("import_module", "__import__")
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What the file at `path`, relative to the package, imports and may not."""
+    parts = Path(path).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    module = ".".join([PACKAGE, *(parts[:-1] if is_package else parts)])
+    unit = parts[0]
+    allowed = ALLOWED.get(unit, BASE)
+    problems = []
+    for name in sorted(imported_modules(source, module, is_package=is_package)):
+        top, _, rest = name.partition(".")
+        sibling = rest.partition(".")[0]
+        if top == PACKAGE and sibling and (ROOT / sibling).with_suffix(".py").exists() | (ROOT / sibling).is_dir():
+            if allowed is not EVERYTHING and sibling != unit and sibling not in allowed:
+                problems.append(f"{path} imports {name}; {unit} may import {sorted(allowed) or 'no sibling'}")
+        elif top in FOREIGN and not path.startswith(FOREIGN[top]):
+            problems.append(f"{path} imports {name}; only {' and '.join(FOREIGN[top])} may")
+    return problems
+
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_module_imports_only_what_its_layer_may(path):
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    source = (ROOT / "__init__.py").read_text(encoding="utf-8")
+    heavy = {"torch", "megatron", "vllm", "transformers", "wandb", PACKAGE}
+    tops = {name.partition(".")[0] for name in imported_modules(source, PACKAGE, is_package=True)}
+    assert not tops & heavy
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "offender"),
+    [
+        ("routing.py", "from megatron_srpo.packing import plan_batch", "packing"),
+        ("routing.py", "from megatron_srpo import trainer", "trainer"),
+        ("types.py", "import megatron_srpo.config", "no sibling"),
+        ("trainer.py", "def f():\n    from megatron_srpo.mcore.step import x", "mcore"),
+        ("observe/report.py", "from ..routing import route", "routing"),
+        ("observe/__init__.py", "from .. import packing", "packing"),
+        ("trainer.py", "def f():\n    import megatron.core.optimizer", "megatron.core"),
+        ("mcore/step.py", "import vllm", "vllm"),
+        ("bridge/rules.py", "from vllm import LLM", "vllm"),
+        ("routing.py", "import importlib\nimportlib.import_module('wandb')", "wandb"),
+        ("trainer.py", "class A:\n    def f(self):\n        if 1:\n            import wandb.sdk", "wandb.sdk"),
+    ],
+)
+def test_a_forbidden_import_is_found(path, source, offender):
+    assert any(offender in problem for problem in violations(path, source))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("routing.py", "import torch\nfrom megatron_srpo.types import Prompt\nfrom megatron_srpo import config"),
+        ("observe/observer.py", "from megatron_srpo.observe.metrics import JsonlWriter\nfrom . import report"),
+        ("trainer.py", "from megatron_srpo.routing import route"),
+        ("launch.py", "from megatron_srpo.mcore.policy import Policy"),
+        ("mcore/step.py", "from megatron.core import parallel_state"),
+        ("bridge/worker.py", "import vllm"),
+        ("observe/trackers.py", "def f():\n    import wandb"),
+        ("config/schema.py", "from megatron_srpo import __version__"),
+    ],
+)
+def test_an_allowed_import_is_not_found(path, source):
+    assert violations(path, source) == []

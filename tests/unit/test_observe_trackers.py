@@ -1,0 +1,147 @@
+"""TensorBoard, W&B (offline) and the observer that owns them all."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from megatron_srpo.config import Config, DataConfig, ModelConfig, ObserveConfig, RolloutConfig, RunConfig
+from megatron_srpo.observe import Observer
+from megatron_srpo.observe.trackers import Trackers, WeightsAndBiases
+
+
+def config_of(folder, *, mismatch=0.05, **observe) -> Config:
+    keys = {"tensorboard": False, "wandb": False, "progress": "plain"} | observe
+    return Config(
+        run=RunConfig(output_dir=str(folder), iterations=4),
+        model=ModelConfig(path="model"),
+        data=DataConfig(train="train.jsonl"),
+        rollout=RolloutConfig(mismatch_warning=mismatch),
+        observe=ObserveConfig(**keys),
+    )
+
+
+def events(folder):
+    """Scalars of a TensorBoard folder as {name: [(step, value)]}, and the tags of texts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    scalars = {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    return scalars, read.Tags()["tensors"]
+
+
+def test_tensorboard_gets_finite_numbers_and_the_configuration(tmp_path):
+    trackers = Trackers(config_of(tmp_path, tensorboard=True), start_step=0, say=pytest.fail)
+    trackers.log(1, {"a": 0.5, "nan": float("nan"), "word": "x", "n": 3})
+    trackers.close()
+    scalars, texts = events(tmp_path / "tensorboard")
+    assert scalars == {"a": [(1, 0.5)], "n": [(1, 3.0)]}
+    assert texts == ["config/text_summary"]
+
+
+def test_tensorboard_forgets_the_steps_that_a_continued_run_repeats(tmp_path):
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        trackers = Trackers(config_of(tmp_path, tensorboard=True), start_step=start, say=pytest.fail)
+        for step in steps:
+            trackers.log(step, {"a": float(start)})
+        trackers.close()
+    assert events(tmp_path / "tensorboard")[0]["a"] == [(1, 0), (2, 0), (3, 2), (4, 2)]
+
+
+def test_wandb_runs_offline_and_a_continued_run_keeps_its_id(tmp_path, capfd):
+    ids = []
+    for start in (0, 2, 0):
+        trackers = Trackers(config_of(tmp_path, wandb=True), start_step=start, say=pytest.fail)
+        trackers.log(start + 1, {"a": 1.0})
+        trackers.close()
+        ids.append((tmp_path / "wandb_run_id").read_text().strip())
+    assert ids[0] == ids[1] != ids[2]
+    written = sorted(path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert set(written) == {f"run-{ids[0]}.wandb", f"run-{ids[2]}.wandb"}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wandb_is_not_imported_unless_it_is_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise ImportError
+    Trackers(config_of(tmp_path), start_step=0, say=pytest.fail).close()
+    said = []
+    Trackers(config_of(tmp_path, wandb=True), start_step=0, say=said.append).close()
+    assert len(said) == 1 and "Weights & Biases is off" in said[0] and "training goes on" in said[0]
+
+
+def test_a_tracker_that_breaks_is_switched_off_with_one_message(tmp_path, monkeypatch):
+    said, calls = [], []
+
+    class Broken:
+        name = "Broken"
+
+        def __init__(self, *arguments):
+            pass
+
+        def log(self, step, metrics):
+            calls.append(step)
+            raise RuntimeError("no route\nto host")
+
+    monkeypatch.setattr("megatron_srpo.observe.trackers.TensorBoard", Broken)
+    trackers = Trackers(config_of(tmp_path, tensorboard=True), start_step=0, say=said.append)
+    trackers.log(1, {"a": 1.0})
+    trackers.log(2, {"a": 1.0})
+    trackers.close()
+    assert calls == [1]
+    assert said == ["Broken is off (RuntimeError: no route); training goes on: metrics.jsonl has everything"]
+
+
+def test_an_output_folder_that_is_a_file_does_not_stop_the_observer(tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    observer = Observer(config_of(tmp_path / "run", tensorboard=True, wandb=True))
+    observer.log(1, {"critic/score/mean": 0.5})
+    observer.close()
+    said = capsys.readouterr().out
+    for part in ("metrics.jsonl: cannot be written", "TensorBoard is off", "Weights & Biases is off", "reward 0.500"):
+        assert part in said
+
+
+def test_the_observer_writes_every_record_and_continues_a_run(tmp_path):
+    for start, steps in ((0, (0, 1, 2, 3)), (2, (3, 4))):
+        observer = Observer(config_of(tmp_path, progress="off"), start_step=start)
+        for step in steps:
+            observer.log(step, {"start": start})
+        observer.close()
+        observer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["start"]) for row in rows] == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 2)]
+
+
+def test_a_mismatch_of_trainer_and_engine_is_told_when_it_begins_and_when_it_ends(tmp_path, capsys):
+    observer = Observer(config_of(tmp_path, progress="off"))
+    for step, value in enumerate((1e-6, 0.2, 0.3, float("nan"), 1e-6, 0.2), start=1):
+        observer.log(step, {"rollout_corr/logprob_diff_mean": value})
+    observer.close()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert said[0].startswith("warning: iteration 2: trainer and rollout engine differ by 0.2 nats")
+    assert "iteration 5: trainer and rollout engine agree again" in said[1]
+    observer = Observer(config_of(tmp_path, progress="off", mismatch=0))
+    observer.log(1, {"rollout_corr/logprob_diff_mean": 9.0})
+    observer.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_wandb_has_the_steps_as_its_axis():
+    """W&B's own counter refuses steps that a continued run repeats, so "step" is a metric."""
+    logged, defined = [], []
+
+    class Run:
+        def log(self, values):
+            logged.append(values)
+
+        def define_metric(self, name, **keys):
+            defined.append((name, keys))
+
+    tracker = object.__new__(WeightsAndBiases)
+    tracker._run = Run()
+    tracker.log(3, {"a": 1.0})
+    assert logged == [{"step": 3, "a": 1.0}]

@@ -1,0 +1,332 @@
+"""Packing: no budget is exceeded, nothing is lost, and a row says what its samples say."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_srpo.config import UserError
+from megatron_srpo.packing import pack_student, pack_teacher, padded_length, plan_batch, response_spans, sample_cost
+from megatron_srpo.types import PackedBatch, RoutedSample, Row, TokenScores
+
+
+def make(group=0, sample=0, prompt=3, response=2, *, policy=1.0, distill=0.0, advantage=0.5, teacher=5) -> RoutedSample:
+    """A sample whose token ids tell where they come from."""
+    base = 1000 * (group + 1) + 100 * sample
+    return RoutedSample(
+        uid=f"train:{group}", group=group, sample=sample,
+        prompt_ids=[base + i for i in range(prompt)],
+        response_ids=[base + 50 + i for i in range(response)],
+        rollout_logprobs=[-(i + 1) / 8 for i in range(response)],
+        advantage=advantage, policy_weight=policy, distill_weight=distill,
+        teacher_ids=[base + 30 + i for i in range(teacher)] if distill > 0 else None,
+    )  # fmt: skip
+
+
+@st.composite
+def iterations(draw):
+    """(samples, arguments of plan_batch): mixed routing, a budget that every sample fits, any number of ranks."""
+    samples = []
+    for group in range(draw(st.integers(1, 6))):
+        for sample in range(draw(st.integers(1, 5))):
+            policy, distill = draw(st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.9, 0.1), (0.0, 0.0)]))
+            lengths = {name: draw(st.integers(1, 20)) for name in ("prompt", "teacher")}
+            samples.append(
+                make(group, sample, response=draw(st.integers(0, 20)), policy=policy, distill=distill,
+                     advantage=draw(st.sampled_from([0.0, 0.5])), **lengths)
+            )  # fmt: skip
+    longest = max(max(s.student_length, s.teacher_length) for s in samples)
+    multiple = draw(st.sampled_from([1, 2, 8]))
+    budget = padded_length(longest, multiple) + draw(st.integers(0, 50))
+    plan = {
+        "dp_size": draw(st.integers(1, 4)), "max_tokens": budget, "pad_to_multiple": multiple,
+        "prompts_per_mini_batch": draw(st.integers(0, 3)), "seed": draw(st.integers(0, 3)),
+    }  # fmt: skip
+    return samples, plan
+
+
+def rows_of(plan, kind: str) -> list[Row]:
+    return [row for mini in plan.mini_batches for rank in getattr(mini, kind) for row in rank]
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(iterations())
+def test_no_row_exceeds_the_budget_in_any_pass(case):
+    samples, arguments = case
+    plan = plan_batch(samples, **arguments)
+    for row in rows_of(plan, "student"):
+        assert row.tokens == sum(samples[i].student_length for i in row.samples)
+        assert padded_length(row.tokens, arguments["pad_to_multiple"]) <= arguments["max_tokens"]
+    for row in rows_of(plan, "teacher"):
+        assert row.tokens == sum(samples[i].teacher_length for i in row.samples)
+        for scored in (pack_teacher, pack_student):  # the top-k pass packs the teacher's rows as student rows
+            packed = scored(row, samples, pad_to_multiple=arguments["pad_to_multiple"])
+            assert packed.input_ids.numel() <= arguments["max_tokens"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(iterations())
+def test_every_counted_sample_is_placed_once_and_its_teacher_row_is_on_the_same_rank(case):
+    samples, arguments = case
+    plan = plan_batch(samples, **arguments)
+    placed = sorted(i for row in rows_of(plan, "student") for i in row.samples)
+    assert placed == [i for i, s in enumerate(samples) if s.counted]
+    distilled = sorted(i for row in rows_of(plan, "teacher") for i in row.samples)
+    assert distilled == [i for i, s in enumerate(samples) if s.distill_weight > 0]
+    for mini in plan.mini_batches:
+        assert len(mini.student) == len(mini.teacher) == arguments["dp_size"]
+        assert len({len(rank) for rank in mini.student}) == len({len(rank) for rank in mini.teacher}) == 1
+        for student, teacher in zip(mini.student, mini.teacher, strict=True):
+            home = {i for row in student for i in row.samples}
+            assert {i for row in teacher for i in row.samples} <= home
+
+
+@settings(max_examples=100, deadline=None)
+@given(iterations())
+def test_groups_stay_whole_and_mini_batches_have_the_asked_number_of_them(case):
+    samples, arguments = case
+    plan = plan_batch(samples, **arguments)
+    seen = [
+        {samples[i].group for rank in mini.student for row in rank for i in row.samples} for mini in plan.mini_batches
+    ]
+    assert sum(len(groups) for groups in seen) == len(set().union(*seen))
+    groups = len({s.group for s in samples})
+    size = arguments["prompts_per_mini_batch"] or groups
+    assert len(plan.mini_batches) == math.ceil(groups / size)
+    assert all(len(some) <= size for some in seen)
+
+
+@settings(max_examples=100, deadline=None)
+@given(iterations())
+def test_the_loss_masks_of_all_rows_add_up_to_the_denominators(case):
+    samples, arguments = case
+    for mini in plan_batch(samples, **arguments).mini_batches:
+        packed = [pack_student(row, samples, pad_to_multiple=8) for rank in mini.student for row in rank]
+        assert sum(row.loss_mask.sum().item() for row in packed) == mini.loss_tokens
+        distilled = sum((row.loss_mask * (row.distill_weight > 0)).sum().item() for row in packed)
+        assert distilled == mini.distill_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(iterations())
+def test_efficiency_and_imbalance_are_what_they_say(case):
+    samples, arguments = case
+    plan = plan_batch(samples, **arguments)
+    rows = rows_of(plan, "student") + rows_of(plan, "teacher")
+    computed = sum(padded_length(row.tokens, arguments["pad_to_multiple"]) for row in rows)
+    assert plan.efficiency == pytest.approx(sum(row.tokens for row in rows) / computed if computed else 1)
+    costs = [
+        [sum(sample_cost(samples[i]) for row in rank for i in row.samples) for rank in mini.student]
+        for mini in plan.mini_batches
+    ]
+    mean = sum(sum(ranks) / len(ranks) for ranks in costs)
+    assert plan.imbalance == pytest.approx(sum(max(ranks) for ranks in costs) / mean - 1 if mean else 0, abs=1e-9)
+
+
+def test_realistic_lengths_are_balanced_and_packed_tightly():
+    generator = random.Random(0)
+    samples = [
+        make(g, s, 200, min(8000, int(generator.lognormvariate(6.5, 0.8))), distill=float(s < 3), teacher=900)
+        for g in range(32)
+        for s in range(8)
+    ]
+    plan = plan_batch(samples, dp_size=8, max_tokens=16384, pad_to_multiple=8)
+    assert plan.imbalance < 0.02
+    assert plan.efficiency > 0.99
+    rows = rows_of(plan, "student")
+    needed = sum(s.student_length for s in samples) / 16384
+    assert len(rows) <= 8 * math.ceil(needed / 8 + 1)
+
+
+def test_ten_thousand_samples_need_few_steps():
+    """Not a timing: the number of length look-ups grows like n log n, so planning stays far below a second."""
+    looked = 0
+
+    class Counting(RoutedSample):
+        @property
+        def student_length(self) -> int:
+            nonlocal looked
+            looked += 1
+            return 40 + self.sample
+
+    samples = [Counting("u", i // 8, i % 8, [1], [2], [0.0], 0.5, 1.0, 0.0) for i in range(10_000)]
+    plan_batch(samples, dp_size=8, max_tokens=1000)
+    assert looked < 20 * len(samples)
+
+
+def test_samples_without_any_gradient_can_be_dropped_but_stay_in_the_denominator():
+    samples = [make(0, 0, advantage=0.0), make(0, 1, advantage=1.0), make(0, 2, advantage=0.0, policy=0.0, distill=1.0)]
+    kept = plan_batch(samples, dp_size=1, max_tokens=100, drop_zero_advantage=False)
+    dropped = plan_batch(samples, dp_size=1, max_tokens=100, drop_zero_advantage=True)
+    assert sorted(i for row in rows_of(kept, "student") for i in row.samples) == [0, 1, 2]
+    assert sorted(i for row in rows_of(dropped, "student") for i in row.samples) == [1, 2]
+    assert kept.mini_batches[0].loss_tokens == dropped.mini_batches[0].loss_tokens == 6
+
+
+def test_a_step_whose_samples_were_all_dropped_still_has_a_row_on_every_rank():
+    plan = plan_batch([make(advantage=0.0)], dp_size=2, max_tokens=100, drop_zero_advantage=True)
+    assert plan.mini_batches[0].student == [[Row((), 0)], [Row((), 0)]]
+    assert plan.mini_batches[0].teacher == [[], []]
+
+
+def test_a_mini_batch_in_which_nothing_counts_has_no_rows():
+    plan = plan_batch([make(policy=0.0), make(1, policy=0.0)], dp_size=2, max_tokens=100)
+    assert plan.mini_batches[0].student == plan.mini_batches[0].teacher == [[], []]
+    assert (plan.mini_batches[0].loss_tokens, plan.efficiency, plan.imbalance) == (0, 1.0, 0.0)
+
+
+def test_mini_batches_are_drawn_from_the_seed():
+    samples = [make(group) for group in range(8)]
+
+    def groups(seed, size=2):
+        plan = plan_batch(samples, dp_size=1, max_tokens=100, prompts_per_mini_batch=size, seed=seed)
+        return [sorted(i for row in mini.student[0] for i in row.samples) for mini in plan.mini_batches]
+
+    assert groups(0) == groups(0) != groups(1)
+    assert groups(0, size=0) == groups(1, size=0) == [list(range(8))]
+
+
+@pytest.mark.parametrize(
+    ("sample", "budget", "multiple", "words"),
+    [
+        (make(prompt=8, response=9), 16, 1, ["train:0", "17 tokens", "is 16", "at least 17"]),
+        (make(distill=1.0, teacher=15), 16, 1, ["5 tokens", "17 tokens with the teacher's prompt", "at least 17"]),
+        (make(prompt=8, response=9), 18, 8, ["17 tokens", "16 usable", "at least 19"]),
+    ],
+)
+def test_a_sample_over_the_budget_is_refused_with_the_key_to_raise(sample, budget, multiple, words):
+    with pytest.raises(UserError, match=r"1 of 2 samples.*train\.max_tokens_per_gpu") as refusal:
+        plan_batch([make(1), sample], dp_size=1, max_tokens=budget, pad_to_multiple=multiple)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_a_sample_that_does_not_count_may_have_any_length():
+    plan = plan_batch([make(response=500, policy=0.0), make(1)], dp_size=1, max_tokens=16)
+    assert [row.samples for row in rows_of(plan, "student")] == [(1,)]
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_aligned_to_the_next_token():
+    samples = [make(0, 0, prompt=3, response=2, advantage=0.25), make(1, 0, prompt=2, response=3, advantage=-1.0)]
+    row = pack_student(Row((0, 1), 10), samples, pad_to_multiple=4)
+    assert row.input_ids.tolist() == [1000, 1001, 1002, 1050, 1051, 2000, 2001, 2050, 2051, 2052, 0, 0]
+    assert row.targets.tolist() == [0, 0, 1050, 1051, 0, 0, 2050, 2051, 2052, 0, 0, 0]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert row.cu_seqlens.tolist() == [0, 5, 10, 12] and row.cu_seqlens.dtype == torch.int32
+    assert row.loss_mask.tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert row.advantages.tolist() == [0, 0, 0.25, 0.25, 0, 0, -1, -1, -1, 0, 0, 0]
+    assert row.rollout_logprobs.tolist() == [0, 0, -0.125, -0.25, 0, 0, -0.125, -0.25, -0.375, 0, 0, 0]
+    assert response_spans(Row((0, 1), 10), samples) == [(0, 2, 4), (1, 6, 9)]
+    assert {row.input_ids.dtype, row.targets.dtype, row.position_ids.dtype} == {torch.int64}
+    assert {row.loss_mask.dtype, row.advantages.dtype, row.policy_weight.dtype} == {torch.float32}
+    assert row.old_logprobs is row.topk_ids is row.teacher_logprobs is row.teacher_entropy is None
+
+
+def test_a_full_row_has_no_padding_sequence():
+    row = pack_student(Row((0,), 5), [make()], pad_to_multiple=5)
+    assert row.cu_seqlens.tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_an_empty_row_is_one_sequence_that_contributes_nothing(multiple):
+    for row in (pack_student(Row((), 0), [], [], pad_to_multiple=multiple), pack_teacher(Row((), 0), [])):
+        assert row.cu_seqlens.tolist() == [0, row.input_ids.numel()]
+        assert row.loss_mask.sum() == 0 and row.input_ids.sum() == 0
+    assert pack_student(Row((), 0), [], pad_to_multiple=multiple).input_ids.numel() == multiple
+
+
+def test_the_teachers_row_has_the_same_responses_after_other_prompts():
+    samples = [make(0, 0, distill=1.0, policy=0.0, teacher=4), make(0, 1, distill=1.0, policy=0.0, response=3)]
+    scores = [TokenScores(topk_ids=torch.tensor([[1, 2], [3, 4]])), TokenScores(topk_ids=torch.full((3, 2), 9))]
+    student = pack_student(Row((0, 1), 0), samples, scores)
+    teacher = pack_teacher(Row((0, 1), 0), samples, scores)
+    assert teacher.input_ids[:6].tolist() == [1030, 1031, 1032, 1033, 1050, 1051]
+    row = Row((0, 1), 0)
+    spans = zip(response_spans(row, samples), response_spans(row, samples, teacher=True), strict=True)
+    for (_, start, stop), (_, other, end) in spans:
+        for name in ("targets", "topk_ids", "rollout_logprobs", "distill_weight"):
+            assert torch.equal(getattr(student, name)[start:stop], getattr(teacher, name)[other:end])
+    assert teacher.topk_ids.shape == (len(teacher.input_ids), 2) and teacher.topk_ids[0].tolist() == [0, 0]
+
+
+def test_a_sample_without_a_teacher_prompt_cannot_be_in_a_teachers_row():
+    with pytest.raises(AssertionError, match="no teacher prompt"):
+        pack_teacher(Row((0,), 5), [make()])
+
+
+def scores_of(sample: RoutedSample, seed: int) -> TokenScores:
+    generator = torch.Generator().manual_seed(seed)
+    n = len(sample.response_ids)
+    scores = TokenScores(logprob=torch.randn(n, generator=generator), reference_logprob=torch.randn(n))
+    if sample.distill_weight > 0:
+        scores.topk_ids = torch.randint(1, 50, (n, 4), generator=generator)
+        scores.teacher_logprobs = torch.randn(n, 4, generator=generator) - 5
+        scores.teacher_entropy = torch.rand(n, generator=generator)
+    return scores
+
+
+@settings(max_examples=100, deadline=None)
+@given(iterations())
+def test_unpacking_gives_back_every_response_token_and_score_once(case):
+    samples, arguments = case
+    scores = [scores_of(sample, seed) for seed, sample in enumerate(samples)]
+    seen = []
+    for row in rows_of(plan_batch(samples, **arguments), "student"):
+        packed = pack_student(row, samples, scores, pad_to_multiple=arguments["pad_to_multiple"])
+        outside = torch.ones_like(packed.loss_mask, dtype=torch.bool)
+        for index, start, stop in response_spans(row, samples):
+            seen.append(index)
+            outside[start:stop] = False
+            check_span(packed, samples[index], scores[index], slice(start, stop))
+        for name in ("targets", "loss_mask", "advantages", "policy_weight", "distill_weight", "rollout_logprobs"):
+            assert not getattr(packed, name)[outside].any()
+    assert sorted(seen) == [i for i, s in enumerate(samples) if s.counted]
+
+
+def check_span(packed: PackedBatch, sample: RoutedSample, scores: TokenScores, at: slice) -> None:
+    assert packed.targets[at].tolist() == sample.response_ids
+    assert packed.input_ids[at.start + 1 : at.stop + 1].tolist() == sample.response_ids
+    assert packed.rollout_logprobs[at].tolist() == sample.rollout_logprobs
+    assert packed.old_logprobs[at].equal(scores.logprob)
+    assert packed.reference_logprobs[at].equal(scores.reference_logprob)
+    assert (packed.policy_weight[at] == sample.policy_weight).all()
+    if sample.distill_weight > 0:
+        assert packed.topk_ids[at].equal(scores.topk_ids)
+        assert packed.teacher_logprobs[at].equal(scores.teacher_logprobs)
+        assert packed.teacher_entropy[at].equal(scores.teacher_entropy)
+
+
+def test_samples_without_a_teacher_get_finite_teacher_values_that_leave_mass_for_the_tail():
+    samples = [make(0, 0, distill=1.0, policy=0.0), make(0, 1)]
+    row = pack_student(Row((0, 1), 10), samples, [scores_of(s, 0) for s in samples])
+    filled = row.teacher_logprobs[5:]
+    assert torch.allclose(filled.exp().sum(-1), torch.tensor(4 / 5))
+    alone = pack_student(Row((1,), 5), samples, [TokenScores(), TokenScores(logprob=torch.zeros(2))])
+    assert alone.topk_ids is alone.teacher_logprobs is alone.teacher_entropy is None
+    assert alone.old_logprobs is not None
+
+
+def test_full_vocabulary_teacher_logits_keep_their_dtype():
+    samples = [make(distill=1.0, policy=0.0)]
+    row = pack_student(Row((0,), 5), samples, [TokenScores(teacher_logits=torch.ones(2, 7, dtype=torch.bfloat16))])
+    assert row.teacher_logits.shape == (5, 7) and row.teacher_logits.dtype == torch.bfloat16
+    assert row.teacher_logits.float().sum() == 14
+
+
+def test_a_missing_or_misplaced_score_is_no_zero():
+    samples = [make(0, 0), make(0, 1)]
+    with pytest.raises(AssertionError, match="train:0 sample 1: no score"):
+        pack_student(Row((0, 1), 10), samples, [TokenScores(logprob=torch.zeros(2)), TokenScores()])
+    with pytest.raises(AssertionError, match="3 scores, 2 tokens"):
+        pack_student(Row((0,), 5), samples, [TokenScores(logprob=torch.zeros(3)), None])

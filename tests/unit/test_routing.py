@@ -1,0 +1,337 @@
+"""Routing: the tables of the paper's appendix for all four methods, and what must hold for any group."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_srpo.config import AlgorithmConfig, UserError
+from megatron_srpo.routing import ROUTINGS, group_advantages, route, stable_hash
+from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
+
+METHODS = ("srpo", "grpo", "sdpo", "mix")
+POLICY, DISTILL, MIXED, OUT = (1.0, 0.0), (0.0, 1.0), (0.9, 0.1), (0.0, 0.0)
+
+
+@dataclass
+class FakeTeacherPrompt:
+    ids: list[int]
+    truncated: bool = False
+
+
+@dataclass
+class Teacher:
+    """Records what it is asked for; `fits` and `truncates` by the solution's text."""
+
+    calls: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    fits: bool = True
+    truncated: bool = False
+
+    def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> FakeTeacherPrompt | None:
+        self.calls.append((prompt.uid, solution, feedback))
+        return FakeTeacherPrompt([*prompt.token_ids, 7, 7], self.truncated) if self.fits else None
+
+
+def prompt_of(index: int) -> Prompt:
+    return Prompt(f"train:{index}", ({"role": "user", "content": "?"},), [1, 2, index], "a", "exact")
+
+
+def rollout_of(sample: int, prompt: int = 0, length: int = 3, finish: str = "stop") -> Rollout:
+    return Rollout(prompt, sample, [5] * length, [-0.5] * length, f"text {prompt}.{sample}", finish, 0)
+
+
+def run(scores, method, *, feedback=None, teacher=None, lengths=None, seed=0, iteration=0, with_solution=False, **keys):
+    """Route one group with these scores; returns (samples, report)."""
+    feedback = feedback or [None] * len(scores)
+    lengths = lengths or [3] * len(scores)
+    return route(
+        [prompt_of(0)],
+        [rollout_of(i, length=n) for i, n in enumerate(lengths)],
+        [Reward(score, said) for score, said in zip(scores, feedback, strict=True)],
+        AlgorithmConfig(name=method, **keys),
+        seed=seed, iteration=iteration, teacher_prompt=teacher or Teacher(), feedback_with_solution=with_solution,
+    )  # fmt: skip
+
+
+def weights(samples: list[RoutedSample]) -> list[tuple[float, float]]:
+    return [(s.policy_weight, pytest.approx(s.distill_weight)) for s in samples]
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+TABLES = {
+    # scores, feedback on, feedback: weights by method. A correct rollout's teacher is another correct one.
+    "mixed group": (
+        [1, 0, 1, 0], False, None,
+        {"srpo": [POLICY, DISTILL, POLICY, DISTILL], "grpo": [POLICY] * 4, "sdpo": [DISTILL] * 4, "mix": [MIXED] * 4},
+    ),
+    "all wrong": (
+        [0, 0, 0], False, None,
+        {"srpo": [POLICY] * 3, "grpo": [POLICY] * 3, "sdpo": [OUT] * 3, "mix": [POLICY] * 3},
+    ),
+    "all right": (
+        [1, 1, 1], False, None,
+        {"srpo": [POLICY] * 3, "grpo": [POLICY] * 3, "sdpo": [DISTILL] * 3, "mix": [MIXED] * 3},
+    ),
+    "single correct": (
+        [0, 1, 0], False, None,
+        {
+            "srpo": [DISTILL, POLICY, DISTILL], "grpo": [POLICY] * 3,
+            "sdpo": [DISTILL, OUT, DISTILL], "mix": [MIXED, POLICY, MIXED],
+        },
+    ),
+    "feedback only": (
+        [0, 0, 0], True, ["bad digit", None, "  "],
+        {
+            "srpo": [DISTILL, POLICY, POLICY], "grpo": [POLICY] * 3,
+            "sdpo": [DISTILL, OUT, OUT], "mix": [MIXED, POLICY, POLICY],
+        },
+    ),
+    "feedback that is switched off": (
+        [0, 0], False, ["bad digit", "bad digit"],
+        {"srpo": [POLICY] * 2, "grpo": [POLICY] * 2, "sdpo": [OUT] * 2, "mix": [POLICY] * 2},
+    ),
+    "a group of one": (
+        [1], False, None,
+        {"srpo": [POLICY], "grpo": [POLICY], "sdpo": [OUT], "mix": [POLICY]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", TABLES)
+def test_weights_follow_the_table(case, method):
+    scores, use_feedback, feedback, expected = TABLES[case]
+    samples, _ = run(scores, method, feedback=feedback, use_feedback=use_feedback)
+    assert weights(samples) == expected[method]
+    for sample in samples:
+        assert (sample.teacher_ids is not None) == (sample.distill_weight > 0)
+
+
+def test_every_method_of_the_configuration_has_a_routing():
+    assert set(ROUTINGS) == set(AlgorithmConfig.model_fields["name"].annotation.__args__)
+
+
+def test_an_all_wrong_group_has_no_advantage_and_a_mixed_one_the_distance_to_its_mean():
+    assert [s.advantage for s in run([0, 0, 0], "srpo")[0]] == [0, 0, 0]
+    assert [s.advantage for s in run([1, 0, 0, 0], "srpo")[0]] == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_advantages_can_be_divided_by_the_sample_standard_deviation():
+    samples, _ = run([1, 0, 0, 0], "grpo", advantage_std=True)
+    assert samples[0].advantage == pytest.approx(0.75 / (0.5 + 1e-6))
+    assert group_advantages([3.0], divide_by_std=True) == [0.0]
+    assert group_advantages([2.0, 2.0], divide_by_std=True) == [0.0, 0.0]
+
+
+def test_the_threshold_is_correct_itself():
+    samples, _ = run([0.5, 0.49], "srpo")
+    assert weights(samples) == [POLICY, DISTILL]
+    samples, _ = run([0.5, 0.49], "srpo", success_reward_threshold=0.6)
+    assert weights(samples) == [POLICY, POLICY]
+
+
+def test_the_teacher_is_asked_for_distilled_samples_only():
+    teacher = Teacher()
+    run([1, 0, 1, 0], "grpo", teacher=teacher)
+    assert teacher.calls == []
+    run([1, 0, 0], "srpo", teacher=teacher)
+    assert teacher.calls == [("train:0", "text 0.0", None)] * 2
+    teacher.calls.clear()
+    run([1, 0, 0], "mix", teacher=teacher, mix_lambda=1.0)
+    assert teacher.calls == []
+
+
+def test_feedback_is_shown_only_without_a_solution_unless_asked_for():
+    says = ["", "wrong digit"]
+    for with_solution, expected in ((False, None), (True, "wrong digit")):
+        teacher = Teacher()
+        run([1, 0], "srpo", feedback=says, use_feedback=True, teacher=teacher, with_solution=with_solution)
+        assert teacher.calls == [("train:0", "text 0.0", expected)]
+    teacher = Teacher()
+    samples, _ = run([0, 0], "srpo", feedback=says, use_feedback=True, teacher=teacher)
+    assert teacher.calls == [("train:0", None, "wrong digit")]
+    assert samples[1].teacher_sample is None and samples[1].distill_weight == 1
+
+
+def test_feedback_is_never_shown_when_it_is_switched_off():
+    teacher = Teacher()
+    run([1, 0], "srpo", feedback=["x", "y"], use_feedback=False, teacher=teacher, with_solution=True)
+    assert teacher.calls == [("train:0", "text 0.0", None)]
+
+
+@pytest.mark.parametrize(("method", "expected"), [("srpo", [POLICY] * 3), ("sdpo", [OUT] * 3), ("mix", [POLICY] * 3)])
+def test_a_teacher_prompt_that_does_not_fit_makes_a_sample_unteachable(method, expected):
+    samples, report = run([1, 1, 0], method, teacher=Teacher(fits=False))
+    assert weights(samples) == expected
+    assert all(s.teacher_ids is None and s.teacher_sample is None for s in samples)
+    assert report.metrics()["srpo/teacher_prompt_unfit"] == (1 if method == "srpo" else 3)
+    assert report.metrics()["srpo/teacher_available_fraction"] == 1
+
+
+# ---- siblings --------------------------------------------------------------------------------------------------------
+
+
+def test_a_random_sibling_is_the_same_in_every_process_and_not_always_the_same_one():
+    scores = [1] * 4 + [0] * 4
+    chosen = [[s.teacher_sample for s in run(scores, "srpo", iteration=i)[0][4:]] for i in range(8)]
+    assert chosen == [[s.teacher_sample for s in run(scores, "srpo", iteration=i)[0][4:]] for i in range(8)]
+    assert {sample for row in chosen for sample in row} == {0, 1, 2, 3}
+    assert stable_hash(0, 1, "train:17", 3) == 13014949586738491870  # pinned: hash() would differ between processes
+
+
+def test_the_shortest_sibling_teaches():
+    samples, _ = run([1, 1, 1, 0], "srpo", lengths=[9, 2, 5, 4], sibling="shortest")
+    assert samples[3].teacher_sample == 1
+    samples, _ = run([1, 1, 1, 0], "sdpo", lengths=[9, 2, 5, 4], sibling="shortest")
+    assert [s.teacher_sample for s in samples] == [1, 2, 1, 1]
+
+
+def test_least_used_siblings_take_turns():
+    samples, _ = run([1, 1, 1] + [0] * 6, "srpo", sibling="least_used")
+    taught = [s.teacher_sample for s in samples if s.distill_weight > 0]
+    assert sorted(taught) == [0, 0, 1, 1, 2, 2]
+
+
+# ---- groups and bad input --------------------------------------------------------------------------------------------
+
+
+def test_unequal_groups_and_a_missing_sample_are_routed_by_group():
+    rollouts = [rollout_of(0, 0), rollout_of(2, 0), rollout_of(0, 1), rollout_of(1, 1), rollout_of(2, 1)]
+    rewards = [Reward(1), Reward(0), Reward(0), Reward(0), Reward(0)]
+    samples, report = route(
+        [prompt_of(0), prompt_of(1)], rollouts, rewards, AlgorithmConfig(), seed=0, iteration=0,
+        teacher_prompt=Teacher(),
+    )  # fmt: skip
+    assert [(s.group, s.sample, s.uid) for s in samples] == [
+        (0, 0, "train:0"), (0, 2, "train:0"), (1, 0, "train:1"), (1, 1, "train:1"), (1, 2, "train:1"),
+    ]  # fmt: skip
+    assert [s.advantage for s in samples] == [0.5, -0.5, 0, 0, 0]
+    assert samples[1].teacher_sample == 0
+    metrics = report.metrics()
+    assert (metrics["srpo/all_wrong_groups"], metrics["srpo/all_right_groups"]) == (1, 0)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_finite_number_is_refused_by_name(score):
+    with pytest.raises(UserError, match=r"train:0, sample 1 .*expected a finite number"):
+        run([1, score], "grpo")
+
+
+def test_the_report_measures_what_was_routed():
+    rewards = [
+        Reward(1.0, well_formed=True), Reward(0.0, well_formed=False), Reward(0.0, error="time-out after 10 s"),
+        Reward(1.0),
+    ]  # fmt: skip
+    rollouts = [rollout_of(0, length=2), rollout_of(1, length=6, finish="length"), rollout_of(2, length=4)]
+    rollouts.append(rollout_of(0, prompt=1, length=8))
+    _, report = route(
+        [prompt_of(0), prompt_of(1)], rollouts, rewards, AlgorithmConfig(), seed=0, iteration=0,
+        teacher_prompt=Teacher(truncated=True),
+    )  # fmt: skip
+    third = 1 / 3
+    assert report.metrics() == pytest.approx(
+        {
+            "srpo/sdpo_fraction": 0.5,
+            "srpo/grpo_fraction": 0.5,
+            "srpo/teacher_available_fraction": 0.5,
+            "srpo/sdpo_token_fraction": 0.5,
+            "srpo/all_wrong_groups": 0,
+            "srpo/all_right_groups": 1,
+            "srpo/teacher_prompt_truncated": 2,
+            "srpo/teacher_prompt_unfit": 0,
+            "critic/score/mean": 0.5,
+            "critic/score/max": 1,
+            "critic/score/min": 0,
+            "critic/score/std": 0.5,
+            "critic/advantages/mean": (2 * 2 * third - 10 * third) / 20,
+            "critic/advantages/max": 2 * third,
+            "critic/advantages/min": -third,
+            "reward/errors": 1,
+            "srpo/well_formed_fraction": 0.5,
+            "response_length/mean": 5,
+            "response_length/max": 8,
+            "response_length/min": 2,
+            "response_length/clip_ratio": 0.25,
+            "srpo/response_length_correct": 5,
+            "srpo/response_length_wrong": 5,
+        }
+    )
+
+
+def test_left_out_samples_are_in_no_denominator():
+    metrics = run([0, 1, 0], "sdpo", lengths=[2, 50, 4])[1].metrics()
+    assert metrics["srpo/sdpo_token_fraction"] == 1
+    assert metrics["srpo/sdpo_fraction"] == pytest.approx(2 / 3)
+    assert "srpo/well_formed_fraction" not in metrics
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw):
+    """Groups of unequal size with any scores, some feedback, any method."""
+    prompts = draw(st.integers(1, 4))
+    rollouts, rewards = [], []
+    for prompt in range(prompts):
+        for sample in sorted(draw(st.sets(st.integers(0, 7), min_size=1, max_size=6))):
+            rollouts.append(rollout_of(sample, prompt, draw(st.integers(0, 9))))
+            score = draw(st.sampled_from([0.0, 1.0]) | st.floats(-10, 10))
+            rewards.append(Reward(score, draw(st.sampled_from([None, "", "why"]))))
+    algorithm = AlgorithmConfig(
+        name=draw(st.sampled_from(METHODS)),
+        use_feedback=draw(st.booleans()),
+        sibling=draw(st.sampled_from(["random", "shortest", "least_used"])),
+        advantage_std=draw(st.booleans()),
+    )
+    return [prompt_of(i) for i in range(prompts)], rollouts, rewards, algorithm, draw(st.integers(0, 3))
+
+
+def route_batch(batch, order=None):
+    prompts, rollouts, rewards, algorithm, seed = batch
+    order = order or range(len(rollouts))
+    samples, report = route(
+        prompts, [rollouts[i] for i in order], [rewards[i] for i in order], algorithm, seed=seed, iteration=5,
+        teacher_prompt=Teacher(),
+    )  # fmt: skip
+    return samples, report.metrics()
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches())
+def test_whatever_the_group_teachers_are_right_and_weights_are_consistent(batch):
+    _, rollouts, rewards, algorithm, _ = batch
+    samples, _ = route_batch(batch)
+    score = {(r.prompt, r.sample): reward.score for r, reward in zip(rollouts, rewards, strict=True)}
+    for sample in samples:
+        if sample.teacher_sample is not None:
+            assert sample.teacher_sample != sample.sample
+            assert score[sample.group, sample.teacher_sample] >= algorithm.success_reward_threshold
+        assert (sample.teacher_ids is not None) == (sample.distill_weight > 0)
+        assert sample.policy_weight + sample.distill_weight == pytest.approx(1 if sample.counted else 0)
+        if algorithm.name == "srpo":
+            assert {sample.policy_weight, sample.distill_weight} == {0.0, 1.0}
+            if sample.distill_weight:
+                assert score[sample.group, sample.sample] < algorithm.success_reward_threshold
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches())
+def test_advantages_sum_to_zero_in_every_group(batch):
+    samples, _ = route_batch(batch)
+    for group in {s.group for s in samples}:
+        assert sum(s.advantage for s in samples if s.group == group) == pytest.approx(0, abs=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.randoms(use_true_random=False))
+def test_the_order_of_the_rollouts_does_not_matter(batch, shuffler: random.Random):
+    order = list(range(len(batch[1])))
+    shuffler.shuffle(order)
+    assert route_batch(batch, order) == route_batch(batch)
