@@ -140,7 +140,8 @@ class PackedBatch:
     """One packed row as tensors, next-token aligned: position t predicts targets[t].
 
     All tensors are [T] (top-k ones [T, K]) and equal on every tensor-parallel rank. Outside response
-    positions `loss_mask` is 0 and the other values are 0.
+    positions `loss_mask` is 0 and the other values are 0. Samples that are not distilled have no teacher: 0 too, but
+    −log(K + 1) in `teacher_logprobs`, a distribution whose tail is not empty, so that nothing there is ever NaN.
     """
 
     input_ids: torch.Tensor  # int64

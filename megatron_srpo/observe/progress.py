@@ -15,7 +15,7 @@ from rich.text import Text
 
 RECENT = 20  # iterations that the time left is judged by
 BARS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 32
+SPARK_WIDTH = 24
 
 
 class Clock:
@@ -137,7 +137,7 @@ class PlainLines(Silent):
 
 
 class LiveDisplay:
-    """A bar and a line of numbers that stay in place at the bottom of the terminal."""
+    """A bar and two lines of numbers that stay in place at the bottom of the terminal."""
 
     def __init__(self, console: Console, name: str, total: int, start: int, clock: Clock) -> None:
         self._name, self._total, self._clock = name, total, clock
@@ -171,15 +171,16 @@ class LiveDisplay:
             Text(f"{self._step}/{self._total}"),
             Text(f"{duration(self._clock.elapsed)} elapsed, {duration(self._clock.left)} left", style="dim"),
         )
-        values = Text("  ")
-        for what, value in facts(self._metrics):
-            values.append(f"{what} ", style="dim")
-            values.append(value, style="bold green" if what == "reward" else "bold")
-            values.append(f" {sparkline(self._rewards)}  " if what == "reward" else "   ", style="green")
-        lines = [top, values if self._metrics else Text("  the first iteration is under way …", style="dim")]
-        if self._held_out:
-            lines.append(Text(f"  {self._held_out}", style="cyan"))
-        return Group(*lines)
+        if not self._metrics:
+            return Group(top, Text("  the first iteration is under way …", style="dim"))
+        reward, *others = facts(self._metrics)
+        score = Text.assemble("  ", (f"{reward[0]} ", "dim"), (reward[1], "bold green"))
+        score.append(f" {sparkline(self._rewards)}", style="green")
+        score.append(f"  {self._held_out}", style="cyan")
+        numbers = Text("  ")
+        for what, value in others:
+            numbers.append(f"{what} ", style="dim").append(f"{value}   ", style="bold")
+        return Group(top, score, numbers)
 
 
 def _print(console: Console, text: str) -> None:
