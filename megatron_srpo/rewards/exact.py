@@ -1,0 +1,22 @@
+"""exact: the whole response is the answer, white space around it aside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_srpo.rewards.registry import RewardError, Verdict, register
+
+
+@register("exact")
+def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+    """1 if the stripped response equals the answer (text, or a number as Python writes it), else 0."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise RewardError(f"kind 'exact' expects text or a number as answer, got {type(answer).__name__}")
+    given = response.strip()
+    if given == str(answer).strip():
+        return Verdict(1.0)
+    return Verdict(0.0, f"The answer {_shown(given)} is not correct." if given else "The response is empty.")
+
+
+def _shown(text: str, limit: int = 200) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "…")

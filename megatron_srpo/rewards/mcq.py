@@ -1,0 +1,29 @@
+"""mcq: a multiple-choice question whose option letter is given as `<answer>LETTER</answer>`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_srpo.rewards.registry import RewardError, Verdict, register
+from megatron_srpo.rewards.tags import last_tagged
+
+
+@register("mcq")
+def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+    """1 if the text between the last `<answer>` and `</answer>` is the answer's letter, else 0.
+
+    Well-formed: the response ends with that pair, and it holds one capital letter. The feedback never names the right
+    option: a teacher that reads it would only have to copy it.
+    """
+    if not isinstance(answer, str) or not answer.strip():
+        raise RewardError(f"kind 'mcq' expects the letter of the right option as answer, got {answer!r:.80}")
+    given = last_tagged(response, "answer")
+    if given is None:
+        return Verdict(0.0, "The response has no <answer>…</answer> with the letter of an option.", False)
+    is_letter = len(given) == 1 and "A" <= given <= "Z"
+    well_formed = is_letter and response.rstrip().endswith("</answer>")
+    if given == answer.strip():
+        return Verdict(1.0, None, well_formed)
+    if is_letter:
+        return Verdict(0.0, f"Option {given} is not the right one.", well_formed)
+    return Verdict(0.0, "The text between <answer> and </answer> is not the letter of an option.", False)

@@ -1,0 +1,209 @@
+"""Scores a batch in worker processes: in order, within a time for each response, whatever the functions do.
+
+A worker reports every result when it has it. So when one hangs or dies, the driver knows at which task: that one fails,
+and the rest of its chunk goes to another worker. A task at which a worker died gets a second try alone, because an
+earlier one may have done the damage.
+"""
+
+from __future__ import annotations
+
+import selectors
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_srpo.config import RewardConfig, UserError
+from megatron_srpo.rewards.process import STOP_SECONDS, WorkerProcess
+from megatron_srpo.rewards.worker import Setup
+from megatron_srpo.types import Reward
+
+CHUNKS_PER_WORKER = 4  # more balance better, fewer cost less
+LARGEST_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class RewardTask:
+    """One response to score: the row's kind, the response's text, the row's answer and other fields."""
+
+    kind: str
+    response: str
+    answer: Any
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def as_tuple(self) -> tuple:
+        return self.kind, self.response, self.answer, self.metadata
+
+
+@dataclass
+class _Batch:
+    """A call of `score` on its way. Tasks are known by their number."""
+
+    tasks: Sequence[RewardTask]
+    rewards: list[Reward | None]
+    waiting: deque[list[int]]  # chunks that no worker has
+    open: int  # tasks without a reward
+    retried: set[int] = field(default_factory=set)
+
+    def settle(self, number: int, reward: Reward) -> None:
+        self.rewards[number] = reward
+        self.open -= 1
+
+
+class RewardPool:
+    """`workers` processes that have imported the reward functions of `kinds`. A context manager; not for several threads.
+
+    The constructor returns when every function is imported; UserError if one cannot be: unknown kind, an error in the
+    user's module.
+    """
+
+    def __init__(self, config: RewardConfig, kinds: Iterable[str]) -> None:
+        self._config = config
+        self._setup = Setup(tuple(sorted(set(kinds))), dict(config.functions), config.timeout_seconds, config.memory_mib)
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[WorkerProcess] = []
+        self._finalizer = weakref.finalize(self, _end_all, self._workers)  # also when the interpreter exits
+        try:
+            for _ in range(config.workers):
+                self._start()
+            while not all(worker.ready for worker in self._workers):
+                self._turn(None)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def score(self, tasks: Sequence[RewardTask]) -> list[Reward]:
+        """The reward of each task, in order. What cannot be scored gets `reward.failure_score` and an `error`.
+
+        Raises UserError only if workers cannot be started again.
+        """
+        if not self._finalizer.alive:
+            raise RuntimeError("the reward pool is closed")
+        unknown = {task.kind for task in tasks} - set(self._setup.kinds)
+        if unknown:
+            raise UserError(f"reward kinds {sorted(unknown)} are not among those the pool was made for")
+        batch = _Batch(tasks, [None] * len(tasks), self._chunks(len(tasks)), len(tasks))
+        try:
+            while batch.open:
+                self._hand_out(batch)
+                self._turn(batch)
+        except BaseException:  # interrupted: results on their way belong to no later batch
+            for worker in [worker for worker in self._workers if worker.pending]:
+                self._forget(worker).kill()
+            raise
+        return batch.rewards
+
+    def close(self) -> None:
+        """End the workers. May be called again."""
+        self._finalizer()
+        self._selector.close()
+
+    def _chunks(self, count: int) -> deque[list[int]]:
+        size = min(LARGEST_CHUNK, max(1, -(-count // (CHUNKS_PER_WORKER * self._config.workers))))
+        return deque(list(range(start, min(start + size, count))) for start in range(0, count, size))
+
+    def _hand_out(self, batch: _Batch) -> None:
+        while len(self._workers) < self._config.workers:  # after an interrupted batch
+            self._start()
+        for worker in [worker for worker in self._workers if worker.idle]:
+            if not batch.waiting:
+                return
+            numbers = batch.waiting.popleft()
+            try:
+                worker.assign(numbers, [batch.tasks[number].as_tuple() for number in numbers])
+            except OSError:
+                self._died(worker, batch)
+
+    def _turn(self, batch: _Batch | None) -> None:
+        """Wait for the workers' next news, or for the first deadline, and act on it."""
+        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
+        wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        for key, _ in self._selector.select(wait):
+            worker: WorkerProcess = key.data
+            if worker not in self._workers:  # its end was noticed a moment ago
+                continue
+            if key.fileobj is worker.channel:
+                self._receive(worker, batch)
+            elif not worker.drain_output():
+                self._selector.unregister(worker.output)
+        now = time.monotonic()
+        for worker in [w for w in self._workers if w.deadline is not None and w.deadline <= now]:
+            self._hangs(worker, batch)
+
+    def _receive(self, worker: WorkerProcess, batch: _Batch | None) -> None:
+        messages = worker.read()
+        if messages is None:
+            self._died(worker, batch)
+            return
+        for message in messages:
+            if isinstance(message, list):
+                batch.settle(worker.take_first(), self._reward(*message))
+            elif "failed" in message:
+                raise UserError(message["failed"])
+            else:
+                worker.ready, worker.deadline = True, None
+
+    def _reward(self, score: float | None, feedback: str | None, well_formed: bool | None, error: str | None) -> Reward:
+        if score is None:
+            return Reward(self._config.failure_score, error=error)
+        return Reward(score, feedback, well_formed)
+
+    def _hangs(self, worker: WorkerProcess, batch: _Batch | None) -> None:
+        self._forget(worker).kill()
+        if not worker.ready:
+            raise UserError("a reward worker did not start: importing the reward functions takes too long")
+        first, *rest = worker.pending
+        error = f"time-out after {self._config.timeout_seconds:g} s (reward.timeout_seconds)"
+        batch.settle(first, Reward(self._config.failure_score, error=error))
+        self._replace(rest, batch)
+
+    def _died(self, worker: WorkerProcess, batch: _Batch | None) -> None:
+        how = self._forget(worker).end()
+        if not worker.ready:
+            raise UserError(f"a reward worker ended while it imported the reward functions ({how})")
+        rest = worker.pending
+        if rest:
+            first, *rest = rest
+            if first in batch.retried:
+                batch.settle(first, Reward(self._config.failure_score, error=f"crash: {how}"))
+            else:
+                batch.retried.add(first)
+                batch.waiting.append([first])
+        self._replace(rest, batch)
+
+    def _replace(self, rest: list[int], batch: _Batch | None) -> None:
+        if rest:
+            batch.waiting.appendleft(rest)
+        self._start()
+
+    def _start(self) -> None:
+        worker = WorkerProcess(self._setup)
+        self._workers.append(worker)
+        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+        self._selector.register(worker.output, selectors.EVENT_READ, worker)
+
+    def _forget(self, worker: WorkerProcess) -> WorkerProcess:
+        self._workers.remove(worker)
+        self._selector.unregister(worker.channel)
+        if worker.output.fileno() in self._selector.get_map():
+            self._selector.unregister(worker.output)
+        return worker
+
+
+def _end_all(workers: list[WorkerProcess]) -> None:
+    for worker in workers:
+        worker.hang_up()
+    limit = time.monotonic() + STOP_SECONDS
+    while workers:
+        worker = workers.pop()
+        if not worker.pending:
+            worker.wait(max(0.0, limit - time.monotonic()))
+        worker.kill()

@@ -1,0 +1,61 @@
+"""reasoning_gym: the tasks of the reasoning-gym library, judged by its own scorers.
+
+A row: {"kind": "reasoning_gym", "prompt": …, "answer": …, "dataset": "chain_sum", "entry": {…}}, where `entry` is what
+the library generated ({"question", "answer", "metadata"}). Without "entry" the row's "question" and "metadata" are used,
+without "dataset" the entry's own "source_dataset".
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from megatron_srpo.rewards.registry import RewardError, Verdict, register
+from megatron_srpo.rewards.tags import last_tagged
+
+ANSWER_LIMIT = 20_000  # characters
+
+
+@register("reasoning_gym")
+def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+    """The library's score (0 … 1) of the text between the last `<answer>` and `</answer>`."""
+    entry = _entry(answer, metadata)
+    scorer = _scorer(_dataset(entry, metadata))
+    given = last_tagged(response, "answer")
+    if given is None:
+        return Verdict(0.0, "The response has no <answer>…</answer>.", False)
+    well_formed = response.rstrip().endswith("</answer>")
+    if len(given) > ANSWER_LIMIT:
+        return Verdict(0.0, "The answer is far too long.", well_formed)
+    value = float(scorer(given, entry))
+    return Verdict(value, None if value >= 1 else f"The answer {given[:200]!r} is not fully correct.", well_formed)
+
+
+def _entry(answer: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    entry = metadata.get("entry")
+    if entry is None:
+        entry = {
+            "question": metadata.get("question", ""), "answer": answer, "metadata": metadata.get("metadata") or {}
+        }  # fmt: skip
+    if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict) or "answer" not in entry:
+        raise RewardError(
+            'kind \'reasoning_gym\' expects the row\'s "entry" to be the generated {"question", "answer", "metadata"}'
+        )
+    return entry
+
+
+def _dataset(entry: dict[str, Any], metadata: dict[str, Any]) -> str:
+    for name in (metadata.get("dataset"), entry["metadata"].get("source_dataset")):
+        if isinstance(name, str) and name in DATASETS:
+            return name
+    raise RewardError(
+        f"kind 'reasoning_gym' expects the row's \"dataset\" to name one of the library's, got {metadata.get('dataset')!r}"
+    )
+
+
+@cache
+def _scorer(dataset: str) -> Any:
+    return reasoning_gym.get_score_answer_fn(dataset)

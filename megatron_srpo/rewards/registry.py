@@ -1,0 +1,189 @@
+"""Which function scores which kind of row.
+
+A reward function is `(response: str, answer, metadata: dict) -> float | tuple | Verdict | Reward`. A built-in kind is the
+name of a file in this folder, whose function carries `@register(kind)`; the user's own come by reference,
+"module:function" or "path/file.py:function".
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
+
+FEEDBACK_LIMIT = 8192  # characters; feedback is read by the teacher, whose prompt is bounded anyway
+_PLUMBING = {"pool", "process", "registry", "tags", "worker"}  # files of this folder that are no kinds
+_FUNCTIONS: dict[str, RewardFunction] = {}
+
+
+class RewardError(ValueError):
+    """A kind that cannot be scored: unknown, not importable, or a function that returns no reward."""
+
+
+class Verdict(NamedTuple):
+    """What a reward function returns; the same fields as types.Reward, without importing torch."""
+
+    score: float
+    feedback: str | None = None  # what was wrong, in words that may be shown to the teacher
+    well_formed: bool | None = None  # the response ends in the required format; None: not applicable
+
+
+def register(kind: str) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator: the function scores rows of `kind`."""
+
+    def keep(function: RewardFunction) -> RewardFunction:
+        known = _FUNCTIONS.get(kind)
+        if known is not None and known.__module__ != function.__module__:
+            raise RewardError(f"reward kind {kind!r} is registered twice: {known.__module__}, {function.__module__}")
+        _FUNCTIONS[kind] = function
+        return function
+
+    return keep
+
+
+def known_kinds() -> list[str]:
+    """The built-in kinds and those registered so far."""
+    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} - _PLUMBING
+    return sorted(files | set(_FUNCTIONS))
+
+
+def resolve(kind: str, functions: dict[str, str] | None = None) -> RewardFunction:
+    """The function that scores `kind`; `functions` (kind → reference) goes before the built-in ones.
+
+    "reasoning-gym" and "reasoning_gym" are the same kind. Raises RewardError with the cure.
+    """
+    if functions and kind in functions:
+        return _by_reference(kind, functions[kind])
+    name = kind.replace("-", "_")
+    if kind not in _FUNCTIONS and name in known_kinds() and name not in _FUNCTIONS:
+        _import_built_in(name)
+    function = _FUNCTIONS.get(kind) or _FUNCTIONS.get(name)
+    if function is None:
+        raise RewardError(_unknown(kind, functions or {}))
+    return function
+
+
+def as_verdict(result: Any) -> Verdict:
+    """A reward function's result in one form; raises RewardError for what is no reward or no finite number."""
+    if isinstance(result, tuple):
+        parts = list(result)
+    elif hasattr(result, "score"):
+        parts = [result.score, getattr(result, "feedback", None), getattr(result, "well_formed", None)]
+    else:
+        parts = [result]
+    if not 1 <= len(parts) <= 3:
+        raise RewardError(f"expected (score, feedback, well_formed) from the reward function, got {len(parts)} values")
+    score, feedback, well_formed = parts + [None] * (3 - len(parts))
+    if feedback is not None and not isinstance(feedback, str):
+        raise RewardError(f"expected text as feedback from the reward function, got {type(feedback).__name__}")
+    return Verdict(
+        _finite(score),
+        feedback[:FEEDBACK_LIMIT] if feedback else None,
+        None if well_formed is None else bool(well_formed),
+    )
+
+
+def _finite(score: Any) -> float:
+    try:
+        if isinstance(score, str | bytes | None):
+            raise TypeError
+        number = float(score)  # bool, numpy and one-element tensors too
+    except (TypeError, ValueError, OverflowError):
+        raise RewardError(f"expected a number as score from the reward function, got {type(score).__name__}") from None
+    if not math.isfinite(number):
+        raise RewardError(f"expected a finite score from the reward function, got {number}")
+    return number
+
+
+def _import_built_in(name: str) -> None:
+    try:
+        importlib.import_module(f"megatron_srpo.rewards.{name}")
+    except ImportError as error:
+        package = (error.name or name).replace("_", "-")
+        raise RewardError(f"reward kind {name!r} needs a package: {error}. Install it: pip install {package}") from error
+
+
+def _unknown(kind: str, functions: dict[str, str]) -> str:
+    known = sorted(set(known_kinds()) | set(functions))
+    nearest = difflib.get_close_matches(kind.replace("-", "_"), known, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return (
+        f"unknown reward kind {kind!r}.{hint} Known: {', '.join(known)}. "
+        f'For your own: [reward.functions] {kind} = "module:function" or "path/file.py:function".'
+    )
+
+
+def _by_reference(kind: str, reference: str) -> RewardFunction:
+    where, _, name = reference.rpartition(":")
+    if not where or not name:
+        raise RewardError(
+            f'reward.functions.{kind}: expected "module:function" or "path/file.py:function", got {reference!r}'
+        )
+    try:
+        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+        raise RewardError(f"reward.functions.{kind}: cannot import {where!r}: {_last_frame(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        nearest = difflib.get_close_matches(name, public, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise RewardError(f"reward.functions.{kind}: {where!r} has no function {name!r}.{hint}")
+    _check_signature(kind, reference, function)
+    return function
+
+
+def _check_signature(kind: str, reference: str, function: Callable) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise RewardError(f"reward.functions.{kind}: {reference!r} is async; expected a plain function")
+    try:
+        inspect.signature(function).bind("response", "answer", {})
+    except TypeError:
+        raise RewardError(
+            f"reward.functions.{kind}: {reference!r} cannot be called as function(response, answer, metadata)"
+        ) from None
+    except ValueError:
+        pass  # a builtin without a signature
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise RewardError(f"reward function's file not found: {path}")
+    name = f"megatron_srpo_user_reward_{path.stem}_{abs(hash(str(path))):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # files beside it can be imported, and shadow nothing
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _last_frame(error: BaseException) -> str:
+    """ "KeyError: 'x' (judge.py, line 3)": enough to find it, without a traceback."""
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        file = Path(frame.tb_frame.f_code.co_filename)
+        if file != Path(__file__) and file.suffix == ".py" and "importlib" not in file.parts:
+            place = f" ({file.name}, line {frame.tb_lineno})"
+        frame = frame.tb_next
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,16 @@
+"""Text between tags of a response. Linear in the length of the response, whatever it contains."""
+
+from __future__ import annotations
+
+
+def last_tagged(text: str, tag: str) -> str | None:
+    """The text between the last `<tag>` and the `</tag>` behind it, stripped; None where there is no such pair."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    start = text.rfind(opening)
+    end = text.find(closing, start) if start >= 0 else -1
+    return text[start + len(opening) : end].strip() if end >= 0 else None
+
+
+def after_thinking(text: str) -> str:
+    """The text behind the last `</think>`, or all of it."""
+    return text.rpartition("</think>")[2]

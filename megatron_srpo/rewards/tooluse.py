@@ -1,0 +1,184 @@
+"""tooluse: the calls that the response makes, as `Action: name` and `Action Input: {json}`, are the expected ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_srpo.rewards.registry import RewardError, Verdict, register
+from megatron_srpo.rewards.tags import after_thinking
+
+CALL_LIMIT = 256  # actions or inputs of one response
+DEPTH_LIMIT = 64  # of an input's JSON
+NAMED_LIMIT = 8  # items that a feedback names
+
+_MARK = re.compile(r"\bAction( Input)?:")
+_BLANK = re.compile(r"\s*")
+_LINE = re.compile(r"[^\r\n]*")
+_CONTINUES = "{}[],:\"'"  # behind an object on its line: it was not the whole input
+
+
+@dataclass
+class Calls:
+    """What a response calls."""
+
+    actions: list[str] = field(default_factory=list)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # inputs that cannot be read, in words
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """All inputs in one object; of a name given twice the later value counts, as in the reference."""
+        return {name: value for one in self.inputs for name, value in one.items()}
+
+
+@register("tooluse")
+def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+    """1 if the multiset of actions and the merged inputs equal the expected ones, and every input is an object; else 0.
+
+    `answer`: [{"Action": name, "Action_Input": object or its JSON}, …], or that list as JSON. Calls inside a closed
+    `<think>…</think>` are drafts and do not count. The feedback names what is wrong and never the expected values.
+    """
+    expected = expected_calls(answer)
+    calls = read_calls(after_thinking(response))
+    well_formed = bool(calls.actions) and len(calls.actions) == len(calls.inputs) and not calls.problems
+    complaints = list(calls.problems) or [
+        *_compare_actions(calls.actions, expected.actions), *_compare_inputs(calls.merged, expected.merged)
+    ]  # fmt: skip
+    if not calls.actions and expected.actions:
+        complaints.insert(0, "The response calls no action.")
+    return Verdict(0.0 if complaints else 1.0, " ".join(complaints) or None, well_formed)
+
+
+def read_calls(text: str) -> Calls:
+    """The calls of a text. Each input is read as one JSON value, so braces and "Action:" inside its strings are no
+    calls; an input that is broken, or goes on behind its closing brace, is a problem and no guess is made."""
+    calls, position = Calls(), 0
+    while (mark := _MARK.search(text, position)) is not None:
+        if max(len(calls.actions), len(calls.inputs)) >= CALL_LIMIT:
+            calls.problems.append(f"The response makes more than {CALL_LIMIT} calls.")
+            break
+        if mark.group(1) is None:
+            line = _LINE.match(text, mark.end()).group()
+            name = line.partition("Action Input:")[0]
+            calls.actions.append(name.strip())
+            position = mark.end() + len(name)
+        else:
+            position = _read_input(text, mark.end(), calls)
+    return calls
+
+
+def expected_calls(answer: Any) -> Calls:
+    """The calls of a row's answer; RewardError if it is not of the form that `score` describes."""
+    if isinstance(answer, str):
+        try:
+            answer = json.loads(answer)
+        except (ValueError, RecursionError) as error:
+            raise RewardError(f"kind 'tooluse' expects a JSON list of calls as answer: {error}") from None
+    if not isinstance(answer, list):
+        raise RewardError(f"kind 'tooluse' expects a list of calls as answer, got {type(answer).__name__}")
+    calls = Calls()
+    for one in answer:
+        if not isinstance(one, dict) or not isinstance(one.get("Action"), str):
+            raise RewardError("kind 'tooluse' expects calls {\"Action\": name, \"Action_Input\": …} as answer")
+        calls.actions.append(one["Action"].strip())
+        given = one.get("Action_Input", {})
+        try:
+            given = _decode(given, 0)[0] if isinstance(given, str) else given
+        except ValueError as error:
+            raise RewardError(f"kind 'tooluse': the answer's Action_Input is no JSON object: {error}") from None
+        if not isinstance(given, dict):
+            raise RewardError(f"kind 'tooluse': the answer's Action_Input is a {type(given).__name__}, not an object")
+        calls.inputs.append(given)
+    return calls
+
+
+def _read_input(text: str, position: int, calls: Calls) -> int:
+    """Read the input that starts behind `position`; returns where to go on."""
+    start = _BLANK.match(text, position).end()
+    number = len(calls.inputs) + len(calls.problems) + 1
+    if text[start : start + 1] != "{":
+        calls.problems.append(f"Action Input {number} is not a JSON object.")
+        return position
+    try:
+        value, end = _decode(text, start)
+    except ValueError as error:
+        calls.problems.append(f"Action Input {number} is not valid JSON: {_reason(error)}.")
+        return start + 1
+    rest = _LINE.match(text, end).group().lstrip()
+    if rest[:1] and rest[0] in _CONTINUES:
+        calls.problems.append(f"Action Input {number} goes on behind its closing brace.")
+        return end
+    calls.inputs.append(value)
+    return end
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """(value, end) of the JSON value at `start`; ValueError for what is no JSON, NaN, or nested too deeply."""
+    try:
+        value, end = _DECODER.raw_decode(text, start + len(_BLANK.match(text, start).group()))
+        if _depth(value) > DEPTH_LIMIT:
+            raise RecursionError
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value, end
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def _depth(value: Any) -> int:
+    """How deeply lists and objects are nested: level by level, so that no depth can exhaust the stack."""
+    depth, level = 0, [value]
+    while level and depth <= DEPTH_LIMIT:
+        inner: list[Any] = []
+        for one in level:
+            inner.extend(one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        depth, level = depth + 1, inner
+    return depth
+
+
+def _reason(error: ValueError) -> str:
+    return error.msg.lower() if isinstance(error, json.JSONDecodeError) else str(error)[:80]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """JSON equality: 1 and 1.0 are the same number, true is not 1 (to Python it is)."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
+
+
+def _compare_actions(given: list[str], expected: list[str]) -> list[str]:
+    surplus, missing = Counter(given) - Counter(expected), Counter(expected) - Counter(given)
+    complaints = []
+    if surplus:
+        complaints.append(f"Wrong or superfluous actions: {_named(surplus)}.")
+    if missing:
+        complaints.append(f"Expected actions that are missing: {missing.total()}.")
+    return complaints
+
+
+def _compare_inputs(given: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    problems = {
+        "Unknown input names": [name for name in given if name not in expected],
+        "Missing input names": [name for name in expected if name not in given],
+        "Inputs with a wrong value": [n for n, value in expected.items() if n in given and not _same(given[n], value)],
+    }
+    return [f"{what}: {_named(names)}." for what, names in problems.items() if names]
+
+
+def _named(names: Any) -> str:
+    shown = [repr(name[:80]) for name in list(names)[:NAMED_LIMIT]]
+    return ", ".join(shown) + (", …" if len(names) > NAMED_LIMIT else "")
