@@ -53,7 +53,7 @@ class _Batch:
 
 
 class RewardPool:
-    """`workers` processes that have imported the reward functions of `kinds`. A context manager; not for several threads.
+    """Worker processes that have imported the reward functions of `kinds`. A context manager; for one thread.
 
     The constructor returns when every function is imported; UserError if one cannot be: unknown kind, an error in the
     user's module.
@@ -61,7 +61,9 @@ class RewardPool:
 
     def __init__(self, config: RewardConfig, kinds: Iterable[str]) -> None:
         self._config = config
-        self._setup = Setup(tuple(sorted(set(kinds))), dict(config.functions), config.timeout_seconds, config.memory_mib)
+        self._setup = Setup(
+            tuple(sorted(set(kinds))), dict(config.functions), config.timeout_seconds, config.memory_mib
+        )
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
         self._finalizer = weakref.finalize(self, _end_all, self._workers)  # also when the interpreter exits

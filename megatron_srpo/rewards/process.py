@@ -69,7 +69,7 @@ class WorkerProcess:
         self.channel.sendall(encode(tasks))
 
     def read(self) -> list[Any] | None:
-        """The messages that arrived; None at the end of the channel, which is the end of the worker. Call when readable.
+        """The messages that arrived; None at the end of the channel, which is the worker's. Call when readable.
 
         A task's deadline runs from the result before it.
         """

@@ -1,8 +1,8 @@
 """reasoning_gym: the tasks of the reasoning-gym library, judged by its own scorers.
 
 A row: {"kind": "reasoning_gym", "prompt": …, "answer": …, "dataset": "chain_sum", "entry": {…}}, where `entry` is what
-the library generated ({"question", "answer", "metadata"}). Without "entry" the row's "question" and "metadata" are used,
-without "dataset" the entry's own "source_dataset".
+the library generated ({"question", "answer", "metadata"}). Without "entry" the row's "question" and "metadata" are
+used, without "dataset" the entry's own "source_dataset".
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def _dataset(entry: dict[str, Any], metadata: dict[str, Any]) -> str:
     for name in (metadata.get("dataset"), entry["metadata"].get("source_dataset")):
         if isinstance(name, str) and name in DATASETS:
             return name
-    raise RewardError(
-        f"kind 'reasoning_gym' expects the row's \"dataset\" to name one of the library's, got {metadata.get('dataset')!r}"
-    )
+    got = metadata.get("dataset")
+    raise RewardError(f"kind 'reasoning_gym' expects the row's \"dataset\" to name one of the library's, got {got!r}")
 
 
 @cache

@@ -1,7 +1,7 @@
 """Which function scores which kind of row.
 
-A reward function is `(response: str, answer, metadata: dict) -> float | tuple | Verdict | Reward`. A built-in kind is the
-name of a file in this folder, whose function carries `@register(kind)`; the user's own come by reference,
+A reward function is `(response: str, answer, metadata: dict) -> float | tuple | Verdict | Reward`. A built-in kind is
+the name of a file in this folder, whose function carries `@register(kind)`; the user's own come by reference,
 "module:function" or "path/file.py:function".
 """
 
@@ -110,7 +110,9 @@ def _import_built_in(name: str) -> None:
         importlib.import_module(f"megatron_srpo.rewards.{name}")
     except ImportError as error:
         package = (error.name or name).replace("_", "-")
-        raise RewardError(f"reward kind {name!r} needs a package: {error}. Install it: pip install {package}") from error
+        raise RewardError(
+            f"reward kind {name!r} needs a package: {error}. Install it: pip install {package}"
+        ) from error
 
 
 def _unknown(kind: str, functions: dict[str, str]) -> str:

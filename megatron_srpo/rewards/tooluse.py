@@ -83,7 +83,7 @@ def expected_calls(answer: Any) -> Calls:
     calls = Calls()
     for one in answer:
         if not isinstance(one, dict) or not isinstance(one.get("Action"), str):
-            raise RewardError("kind 'tooluse' expects calls {\"Action\": name, \"Action_Input\": …} as answer")
+            raise RewardError('kind \'tooluse\' expects calls {"Action": name, "Action_Input": …} as answer')
         calls.actions.append(one["Action"].strip())
         given = one.get("Action_Input", {})
         try:

@@ -1,0 +1,258 @@
+"""Rows of jsonl and parquet files as examples. Every complaint names the file and the line (or row)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config import DataConfig, UserError
+
+JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet",)
+ROLES = ("system", "user", "assistant", "tool")
+_REPORTED = 3  # skipped rows whose problem is told
+_UNUSABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+class DataError(UserError):
+    """A data set, a row or a tokenizer that cannot be used: where, what was expected, what came, the cure."""
+
+
+class _BadRow(ValueError):
+    """What is wrong with one row."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. `row` counts all rows of the data set from 0, skipped ones too, so that it stays the row's name."""
+
+    row: int
+    messages: tuple[dict[str, str], ...]  # chat messages, the last one the user's (or a tool's)
+    answer: Any
+    kind: str
+    metadata: dict[str, Any]  # the row's other fields
+    source: str  # "file:line"
+
+
+@dataclass
+class LoadReport:
+    """What loading did; str() is the line for the log."""
+
+    rows: int = 0  # usable
+    files: int = 0
+    skipped: int = 0
+    problems: list[str] = field(default_factory=list)  # of the first skipped rows
+
+    def __str__(self) -> str:
+        text = f"{self.rows} rows from {self.files} file{'s' * (self.files != 1)}"
+        if not self.skipped:
+            return text
+        more = "; …" if self.skipped > len(self.problems) else ""
+        return f"{text}, {self.skipped} bad rows skipped: {'; '.join(self.problems)}{more}"
+
+
+def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example], LoadReport]:
+    """The rows of the files, in order.
+
+    `prompt` is text or a list of chat messages; `answer` any JSON value but null; `kind` comes from the row, or else
+    from `config.kind`; an optional `system` goes before the messages; other fields become metadata. A bad row is a
+    DataError, or skipped and counted where `config.on_bad_row` is "skip". A missing or unreadable file, and a data set
+    without a usable row, are always errors.
+    """
+    files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
+    if not files:
+        raise DataError("no data file given: expected .jsonl or .parquet files in data.train")
+    examples: list[Example] = []
+    report = LoadReport(files=len(files))
+    row = 0
+    for file in files:
+        for place, record in read_records(file):
+            try:
+                examples.append(_example(record, row, place, config))
+            except _BadRow as problem:
+                _complain(f"{place}: {problem}", config, report)
+            row += 1
+    report.rows = len(examples)
+    if not examples:
+        raise DataError(_nothing_usable(files, row, report))
+    return examples, report
+
+
+def read_records(file: Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", the row) for every row of a .jsonl or .parquet file; a row that cannot be read is an Exception
+    object in place of the row. DataError for the file as a whole."""
+    if file.is_dir():
+        raise DataError(f"{file} is a folder: name its .jsonl or .parquet files")
+    suffix = file.suffix.lower()
+    if suffix not in JSONL + PARQUET:
+        raise DataError(f"{file}: expected a .jsonl or .parquet file (tools/prepare_data.py converts other data)")
+    if not file.is_file():
+        raise DataError(_missing(file))
+    try:
+        yield from _read_jsonl(file) if suffix in JSONL else _read_parquet(file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors write
+            if line.strip():
+                yield f"{file}:{number}", _parse(line)
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return _BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return _BadRow(f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return _BadRow("nested too deeply")
+    except ValueError as error:
+        return _BadRow(f"not JSON: {error}")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value (write null)")
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{file}: parquet files need pyarrow: pip install pyarrow") from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for record in _rows(batch):
+                number += 1
+                yield f"{file}:row {number}", record
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _rows(batch: Any) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # one row is broken: find out which
+        return [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _row(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return _BadRow("a text is not UTF-8")
+
+
+def _example(record: Any, row: int, place: str, config: DataConfig) -> Example:
+    if isinstance(record, _BadRow):
+        raise record
+    if not isinstance(record, dict):
+        raise _BadRow(f"expected an object with {config.prompt_key!r} and {config.answer_key!r}, got {_type(record)}")
+    messages = _messages(_required(record, "prompt", config.prompt_key), record.get(config.system_key), config)
+    answer = _required(record, "answer", config.answer_key)
+    if isinstance(answer, str):
+        _check_text(answer, config.answer_key)
+    used = {config.prompt_key, config.answer_key, config.kind_key, config.system_key}
+    metadata = {name: value for name, value in record.items() if name not in used}
+    return Example(row, messages, answer, _kind(record, config), metadata, place)
+
+
+def _required(record: dict[str, Any], name: str, key: str) -> Any:
+    value = record.get(key)
+    if value is None:
+        if key in record:
+            raise _BadRow(f"{key!r} is null")
+        present = sorted(map(str, record))
+        nearest = difflib.get_close_matches(key, present, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise _BadRow(f"no field {key!r} (has: {', '.join(present)[:200]}).{hint} data.{name}_key sets its name")
+    return value
+
+
+def _kind(record: dict[str, Any], config: DataConfig) -> str:
+    kind = record.get(config.kind_key)
+    kind = config.kind if kind is None or kind == "" else kind
+    if not isinstance(kind, str):
+        raise _BadRow(f"{config.kind_key!r}: expected the name of a reward, got {_type(kind)}")
+    if not kind.strip():
+        raise _BadRow(f"no field {config.kind_key!r}, and data.kind is empty: name the reward that scores these rows")
+    return kind
+
+
+def _messages(prompt: Any, system: Any, config: DataConfig) -> tuple[dict[str, str], ...]:
+    key = config.prompt_key
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": _text(prompt, key)}]
+    elif isinstance(prompt, list) and prompt:
+        messages = [_message(one, f"{key}[{index}]") for index, one in enumerate(prompt)]
+    else:
+        raise _BadRow(f"{key!r}: expected text or a list of chat messages, got {_type(prompt)}")
+    if messages[-1]["role"] not in ("user", "tool") or all(message["role"] != "user" for message in messages):
+        raise _BadRow(f"{key!r}: expected the last message to be the user's, got {messages[-1]['role']!r}")
+    if system is not None and system != "":
+        if messages[0]["role"] == "system":
+            raise _BadRow(f"a system message in both {config.system_key!r} and {key!r}: keep one")
+        messages.insert(0, {"role": "system", "content": _text(system, config.system_key)})
+    return tuple(messages)
+
+
+def _message(message: Any, place: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise _BadRow(f"{place}: expected a message with 'role' and 'content', got {_type(message)}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise _BadRow(f"{place}: expected 'role' to be one of {', '.join(ROLES)}, got {role!r:.40}")
+    return {"role": role, "content": _text(message.get("content"), f"{place}.content")}
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise _BadRow(f"{place!r}: expected text, got {_type(value)}")
+    if not value.strip():
+        raise _BadRow(f"{place!r} is empty")
+    _check_text(value, place)
+    return value
+
+
+def _check_text(value: str, place: str) -> None:
+    unusable = _UNUSABLE.search(value)
+    if unusable:
+        what = "a NUL character" if unusable.group() == "\x00" else "half of a surrogate pair"
+        raise _BadRow(f"{place!r} holds {what} at character {unusable.start() + 1}, which no tokenizer reads")
+
+
+def _type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _complain(problem: str, config: DataConfig, report: LoadReport) -> None:
+    if config.on_bad_row == "error":
+        raise DataError(f'{problem}. Mend the row, or skip bad rows: data.on_bad_row = "skip"')
+    report.skipped += 1
+    if len(report.problems) < _REPORTED:
+        report.problems.append(problem)
+
+
+def _nothing_usable(files: list[Path], rows: int, report: LoadReport) -> str:
+    names = ", ".join(map(str, files))
+    if not rows:
+        return f"the data set is empty: no rows in {names}"
+    return f"no usable row among {rows} in {names}: {'; '.join(report.problems)}"
+
+
+def _missing(file: Path) -> str:
+    beside = [one.name for one in file.parent.glob("*") if one.suffix.lower() in JSONL + PARQUET]
+    nearest = difflib.get_close_matches(file.name, beside, n=1)
+    return f"data file not found: {file}" + (f"; did you mean {file.parent / nearest[0]}?" if nearest else "")

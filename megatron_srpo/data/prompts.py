@@ -1,0 +1,67 @@
+"""Examples → prompts: the tokenizer's chat template applied, over-length prompts dropped or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_srpo.config import DataConfig
+from megatron_srpo.data.dataset import DataError, Example
+from megatron_srpo.types import Prompt
+
+_RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+_AT_ONCE = 1024  # texts that the tokenizer gets in one call
+
+
+def render_prompts(
+    examples: Sequence[Example], tokenizer: Any, config: DataConfig, split: str
+) -> tuple[list[Prompt], int]:
+    """(prompts in the examples' order, number dropped for being over `config.max_prompt_length` tokens).
+
+    uid = "<split>:<row>". Over-length prompts are a DataError where `config.overlong_prompts` is "error", and always if
+    no prompt is left.
+    """
+    prompts: list[Prompt] = []
+    too_long: list[tuple[Example, int]] = []
+    for start in range(0, len(examples), _AT_ONCE):
+        some = examples[start : start + _AT_ONCE]
+        texts = [render_chat(tokenizer, one.messages, config.chat_template_kwargs, one.source) for one in some]
+        for example, ids in zip(some, encode(tokenizer, texts), strict=True):
+            if len(ids) > config.max_prompt_length:
+                too_long.append((example, len(ids)))
+            else:
+                prompts.append(_prompt(example, ids, split))
+    if too_long and (config.overlong_prompts == "error" or not prompts):
+        raise DataError(_overlong(too_long, len(examples), config))
+    return prompts, len(too_long)
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], kwargs: dict[str, Any], where: str) -> str:
+    """The chat template's text for the messages, up to where the assistant answers. `where` names them in an error."""
+    reserved = _RESERVED & set(kwargs)
+    if reserved:
+        raise DataError(f"data.chat_template_kwargs: {sorted(reserved)} are the trainer's own; remove them")
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+    except Exception as error:  # templates raise their own complaints, e.g. that they know no system role
+        raise DataError(f"{where}: the tokenizer's chat template refuses these messages: {error}") from error
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered texts: special tokens in them are read as such, and none are added."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _prompt(example: Example, ids: list[int], split: str) -> Prompt:
+    uid = f"{split}:{example.row}"
+    return Prompt(uid, example.messages, list(ids), example.answer, example.kind, example.metadata)
+
+
+def _overlong(too_long: list[tuple[Example, int]], count: int, config: DataConfig) -> str:
+    example, _ = too_long[0]
+    lengths = [length for _, length in too_long]
+    return (
+        f"{len(too_long)} of {count} prompts are longer than data.max_prompt_length = {config.max_prompt_length} "
+        f"tokens ({min(lengths)} to {max(lengths)}; first: {example.source}). Raise data.max_prompt_length"
+        + ("" if len(too_long) == count else ', or drop them: data.overlong_prompts = "drop"')
+    )

@@ -1,0 +1,193 @@
+"""What the self-teacher reads: the question, a correct sibling's answer, feedback on the failed attempt.
+
+The demonstration and the feedback come out of a model, so they are inserted as plain text: never formatted, and
+encoded apart from the chat template's own text, so that a `<|im_end|>` inside them is letters and not the end of a turn.
+Because they are encoded apart, a demonstration can be cut to the very token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from megatron_srpo.config import DataConfig, TeacherConfig
+from megatron_srpo.data.dataset import DataError
+from megatron_srpo.data.prompts import encode, render_chat
+from megatron_srpo.types import Prompt
+
+_THINKING = re.compile("</?think>")
+
+Piece = tuple[str, str]  # ("text", literal) or ("field", name)
+
+
+@dataclass(frozen=True)
+class TeacherPrompt:
+    """An enriched prompt. `truncated`: the demonstration (or the feedback) was cut to fit."""
+
+    ids: list[int]
+    truncated: bool
+
+
+class TeacherPromptBuilder:
+    """Callable: (prompt, solution, feedback) → TeacherPrompt, or None where there is nothing to teach or no room.
+
+    `max_prompt_length` counts tokens of the whole teacher prompt. Templates are checked here: DataError for an unknown,
+    missing or repeated placeholder.
+    """
+
+    def __init__(self, tokenizer: Any, teacher: TeacherConfig, data: DataConfig, max_prompt_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._kwargs = data.chat_template_kwargs
+        self._limit = max_prompt_length
+        self._instruction = teacher.instruction
+        self._template = parse_template(
+            "teacher.template", teacher.template, {"question", "solution", "feedback", "instruction"},
+            needed={"question", "solution"},
+        )  # fmt: skip
+        self._sections = {
+            "solution": parse_template("teacher.solution_section", teacher.solution_section, {"solution"}),
+            "feedback": parse_template("teacher.feedback_section", teacher.feedback_section, {"feedback"}),
+        }
+        self._untrusted = _UntrustedText(tokenizer)
+        self._check_chat_template()
+
+    def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> TeacherPrompt | None:
+        """Thinking is taken out of the solution. Over length, the demonstration loses tokens at its end, then the
+        feedback does; the question never. None if no token of either is left."""
+        shown = {"solution": strip_thinking(solution or ""), "feedback": (feedback or "").strip()}
+        shown = {name: text for name, text in shown.items() if text and ("field", name) in self._template}
+        if not shown:
+            return None
+        pieces = self._pieces(prompt, set(shown))
+        fixed = encode(self._tokenizer, [text for kind, text in pieces if kind == "text"])
+        inserted = {name: self._untrusted.encode(text) for name, text in shown.items()}
+        room = self._limit - sum(map(len, fixed))
+        needed = sum(map(len, inserted.values()))
+        truncated = _cut(inserted, needed - room)
+        if not any(inserted.values()) or sum(map(len, inserted.values())) > room:
+            return None
+        literal = iter(fixed)
+        ids = [token for kind, name in pieces for token in (next(literal) if kind == "text" else inserted[name])]
+        return TeacherPrompt(ids, truncated)
+
+    def _pieces(self, prompt: Prompt, shown: set[str]) -> list[Piece]:
+        """The whole chat as literal text and the places of the untrusted texts in it."""
+        marks = _marks(prompt.messages)
+        messages = list(prompt.messages)
+        last = max(index for index, message in enumerate(messages) if message["role"] == "user")
+        content = self._content(messages[last]["content"], {name: marks[name] for name in shown})
+        messages[last] = {**messages[last], "content": content}
+        text = render_chat(self._tokenizer, messages, self._kwargs, prompt.uid)
+        names = {mark: name for name, mark in marks.items()}
+        parts = re.split("(" + "|".join(names) + ")", text)
+        return [("field", names[part]) if part in names else ("text", part) for part in parts if part]
+
+    def _content(self, question: str, marks: dict[str, str]) -> str:
+        """The user's message, with a mark in place of each untrusted text. Fields left out are empty."""
+        fields = {"question": question, "instruction": self._instruction}
+        for name, mark in marks.items():
+            fields[name] = _fill(self._sections[name], {name: mark})
+        return _fill(self._template, fields)
+
+    def _check_chat_template(self) -> None:
+        messages = ({"role": "user", "content": "question"},)
+        shown = {name for name in self._sections if ("field", name) in self._template}
+        pieces = self._pieces(Prompt("teacher", messages, [], "", ""), shown)
+        for name in shown:
+            count = pieces.count(("field", name))
+            if count != 1:
+                raise DataError(
+                    f"the tokenizer's chat template shows the last user message {count} times or changes it; a teacher "
+                    "prompt needs it once, as it is"
+                )
+
+
+class _UntrustedText:
+    """Encodes text from a model so that nothing in it is a control token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        tokens = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+        control = set(tokenizer.convert_tokens_to_ids(tokens))
+        obeyed = [token for token in tokens if control & set(self._split(f"a{token}a"))]
+        # Where the tokenizer cannot be told to read them as letters, they are taken out.
+        self._removed = re.compile("|".join(map(re.escape, obeyed))) if obeyed else None
+
+    def encode(self, text: str) -> list[int]:
+        while self._removed is not None and self._removed.search(text):  # taking one out may join another
+            text = self._removed.sub("", text)
+        return self._split(text)
+
+    def _split(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def strip_thinking(text: str) -> str:
+    """The text without its `<think>…</think>` parts, stripped. One that never closes goes on to the end; one whose
+    opening is in the prompt (a `</think>` alone) began with the text."""
+    kept: list[str] = []
+    start, thinking = 0, False
+    for tag in _THINKING.finditer(text):
+        if tag.group() == "</think>":
+            if not thinking:
+                kept.clear()
+            start, thinking = tag.end(), False
+        elif not thinking:
+            kept.append(text[start : tag.start()])
+            thinking = True
+    if not thinking:
+        kept.append(text[start:])
+    return "".join(kept).strip()
+
+
+def parse_template(key: str, template: str, known: set[str], *, needed: set[str] | None = None) -> list[Piece]:
+    """A template as pieces. DataError (naming `key`) for an unknown or repeated placeholder, or one of `needed` (else
+    all of `known`) that is missing; {{ and }} are braces."""
+    expected = ", ".join(f"{{{name}}}" for name in sorted(known))
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(f"{key}: {error}; placeholders are {expected}, and {{{{ stands for a brace") from None
+    pieces: list[Piece] = []
+    for literal, name, specification, conversion in parsed:
+        if literal:
+            pieces.append(("text", literal))
+        if name is None:
+            continue
+        if name not in known or specification or conversion:
+            raise DataError(f"{key}: unknown placeholder {{{name}}}; expected {expected}, and {{{{ stands for a brace")
+        if ("field", name) in pieces:
+            raise DataError(f"{key}: {{{name}}} stands there twice; expected once")
+        pieces.append(("field", name))
+    for name in sorted(known if needed is None else needed):
+        if ("field", name) not in pieces:
+            raise DataError(f"{key}: {{{name}}} is missing, without it the teacher cannot see it")
+    return pieces
+
+
+def _fill(pieces: Sequence[Piece], fields: dict[str, str]) -> str:
+    return "".join(text if kind == "text" else fields.get(text, "") for kind, text in pieces)
+
+
+def _marks(messages: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Stand-ins for the untrusted texts while the chat template runs: letters and digits not in the messages."""
+    number = 0
+    while any(f"SRPO{number}MARK" in message["content"] for message in messages):
+        number += 1
+    return {name: f"SRPO{number}MARK{name.upper()}" for name in ("solution", "feedback")}
+
+
+def _cut(inserted: dict[str, list[int]], excess: int) -> bool:
+    """Shorten the solution, then the feedback, by `excess` tokens at the end; whether anything was cut."""
+    cut = False
+    for name in ("solution", "feedback"):
+        ids = inserted.get(name, [])
+        if excess > 0 and ids:
+            cut = True
+            kept = max(0, len(ids) - excess)
+            excess -= len(ids) - kept
+            del ids[kept:]
+    return cut
