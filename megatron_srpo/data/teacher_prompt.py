@@ -1,8 +1,8 @@
 """What the self-teacher reads: the question, a correct sibling's answer, feedback on the failed attempt.
 
 The demonstration and the feedback come out of a model, so they are inserted as plain text: never formatted, and
-encoded apart from the chat template's own text, so that a `<|im_end|>` inside them is letters and not the end of a turn.
-Because they are encoded apart, a demonstration can be cut to the very token.
+encoded apart from the chat template's own text, so that a `<|im_end|>` inside them is letters and not the end of a
+turn. Because they are encoded apart, a demonstration can be cut to the very token.
 """
 
 from __future__ import annotations

@@ -1,0 +1,399 @@
+"""Turns data sets as users download them into the trainer's rows: train.jsonl and test.jsonl.
+
+    python tools/prepare_data.py sciknoweval SciKnowEval/data --domain chemistry --out data/chemistry
+    python tools/prepare_data.py toolalpaca ToolAlpaca/data/train_data.json \
+        --test-source ToolAlpaca/data/eval_simulated.json --out data/tooluse
+    python tools/prepare_data.py convert x.parquet --map prompt=question,answer=solution.final --kind math --out data/x
+
+A row has idx, kind, dataset, system, prompt, answer. Equal prompts are kept once, so that no test question is trained
+on; the split is drawn from the seed and the prompt's text alone, so that it does not change with the order of the rows.
+The files are read back by the trainer's own loader before they take their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_srpo.config import DataConfig, UserError
+from megatron_srpo.data import load_rows, read_records
+from megatron_srpo.rewards.registry import RewardError
+from megatron_srpo.rewards.tooluse import expected_calls
+
+MCQ_SYSTEM = (
+    "You will get a multiple-choice question. Think it through, choose one option, and reply in this form:\n"
+    "<reasoning>\n(your reasoning)\n</reasoning>\n<answer>\n(the letter of your option)\n</answer>\n\n"
+    "Between <answer> and </answer> write the letter alone, without the text of the option. "
+    "To choose option A, for example:\n<answer>\nA\n</answer>"
+)
+MCQ_REQUEST = "Please reason step by step."
+TOOLUSE_HEAD = "Answer the user's question with the tools that are listed here.\nThe tools:"
+TOOLUSE_FORMAT = (
+    "Write every call in this format:\n"
+    "Thought: what you want to do, and why\n"
+    "Action: the name of one of the tools\n"
+    "Action Input: its input as a JSON object. Take every value from the user's question, and make none up.\n\n"
+    "Begin!"
+)
+DOMAINS = ("biology", "chemistry", "material", "physics")
+READABLE = (".jsonl", ".ndjson", ".parquet", ".json")
+LONGEST_CALL_SEQUENCE = 5  # ToolAlpaca's own limit for training instances
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split("\n\n")[0], rich_markup_mode=None)
+
+
+class Skip(Exception):
+    """A source row that is not converted; the text is the reason that is counted."""
+
+
+@dataclass
+class Converted:
+    """Rows without idx, what was skipped and why."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: Counter = field(default_factory=Counter)
+
+    def add(self, records: Iterable[tuple[str, Any]], convert: Callable[[Any], Iterator[dict[str, Any]]]) -> None:
+        for _, record in records:
+            try:
+                if isinstance(record, Exception):
+                    raise Skip(str(record))
+                if not isinstance(record, dict):
+                    raise Skip("not an object")
+                for row in convert(record):
+                    if isinstance(row, Skip):
+                        self.skipped[str(row)] += 1
+                    else:
+                        self.rows.append(row)
+            except Skip as reason:
+                self.skipped[str(reason)] += 1
+            except KeyError as error:
+                self.skipped[f"no field {error}"] += 1
+            except (TypeError, AttributeError, IndexError, ValueError) as error:
+                self.skipped[f"not of the expected form ({error})"] += 1
+
+
+def read_source(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every row of a file, of all files in a folder, or of a data set saved by `datasets`."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from _read_saved(path)
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READABLE)
+        if not files:
+            raise UserError(f"no {', '.join(READABLE)} files in {path}")
+        for file in files:
+            yield from read_source(file)
+    elif path.suffix.lower() == ".json":
+        yield from _read_json(path)
+    else:
+        yield from read_records(path)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"file not found: {path}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, list):
+        raise UserError(f"{path}: expected a list of rows, got {type(content).__name__}")
+    for index, record in enumerate(content, 1):
+        yield f"{path}:item {index}", record
+
+
+def _read_saved(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{path} is a saved Hugging Face data set: pip install datasets") from None
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.DatasetDict):
+        raise UserError(f"{path} holds several splits: name one, e.g. {path / sorted(saved)[-1]} (and --test-source)")
+    for index, record in enumerate(saved, 1):
+        yield f"{path}:row {index}", record
+
+
+def sciknoweval_rows(domains: set[str], level: str) -> Callable[[dict], Iterator[dict[str, Any]]]:
+    """Rows of the hub's SciKnowEval: {"question", "choices": {"text", "label"}, "answerKey", "type", "domain",
+    "details": {"level"}}."""
+
+    def convert(record: dict) -> Iterator[dict[str, Any]]:
+        if not str(record["type"]).startswith("mcq"):
+            raise Skip("not multiple choice")
+        if level != "all" and record["details"]["level"] != level:
+            raise Skip(f"not of level {level}")
+        if _domain(record["domain"]) not in domains:
+            raise Skip("of another domain")
+        texts, labels = record["choices"]["text"], record["choices"]["label"]
+        letters = all(isinstance(one, str) and len(one) == 1 and "A" <= one <= "Z" for one in labels)
+        if not letters or len(set(labels)) != len(labels) or len(texts) != len(labels):
+            raise Skip("options without a letter each")
+        if record["answerKey"] not in labels:
+            raise Skip("no right option")
+        options = "\n".join(f"{label}: {text.strip()}" for label, text in zip(labels, texts, strict=True))
+        prompt = f"{record['question'].strip()}\n\n{options}\n{MCQ_REQUEST}"
+        yield _row("mcq", "sciknoweval", MCQ_SYSTEM, prompt, record["answerKey"])
+
+    return convert
+
+
+def _domain(name: str) -> str:
+    name = name.strip().lower()
+    return "material" if name.startswith("material") else name
+
+
+def toolalpaca_rows(record: dict) -> Iterator[dict[str, Any] | Skip]:
+    """Rows of one API of ToolAlpaca: its "Instructions" with "Golden_Answers" (the evaluation files), or what its
+    "Instances" did (the training file)."""
+    functions = {
+        name: text for name, text in (record.get("Function_Description") or {}).items() if name != "components"
+    }
+    documentation = record.get("NLDocumentation") or "\n".join(f"{name}: {text}" for name, text in functions.items())
+    if not documentation:
+        raise Skip("an API without documentation")
+    head = f"{TOOLUSE_HEAD}\nName: {record['Name']}\nDescription: {record['Description']}\nDocumentation:\n"
+    head += f"{documentation.rstrip()}\n\n{TOOLUSE_FORMAT}\nQuestion: "
+    for question, calls in _questions(record):
+        try:
+            answer = _checked_calls(calls, set(functions))
+        except Skip as reason:
+            yield reason
+        else:
+            yield _row("tooluse", "tooluse", None, head + question.strip(), answer)
+
+
+def _questions(record: dict) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """(question, calls) of an API."""
+    if "Golden_Answers" in record:
+        yield from zip(record["Instructions"], record["Golden_Answers"], strict=True)
+        return
+    for instance in record.get("Instances", []):
+        steps = instance.get("intermediate_steps") or []
+        calls = [{"Action": step[0][0], "Action_Input": step[0][1]} for step in steps]
+        yield instance.get("input", "").rpartition("\nHint: ")[0] or instance.get("input", ""), calls
+
+
+def _checked_calls(calls: list[dict[str, str]], functions: set[str]) -> str:
+    """The calls as the answer of a row; Skip where the reward could not judge by them."""
+    names = {call["Action"] for call in calls}
+    if not calls or len(calls) > LONGEST_CALL_SEQUENCE:
+        raise Skip(f"not 1 to {LONGEST_CALL_SEQUENCE} calls")
+    if names == {"getDetails"}:  # ToolAlpaca's way to ask back: no call of the API
+        raise Skip("only asks back")
+    if functions and names - functions - {"getDetails"}:
+        raise Skip("a call of an unknown function")
+    try:
+        expected_calls(calls)
+    except RewardError:
+        raise Skip("a call whose input is no JSON object") from None
+    return json.dumps(calls, ensure_ascii=False)
+
+
+def mapped_rows(
+    fields: dict[str, str], *, kind: str, dataset: str, system: str, keep: list[str]
+) -> Callable[[dict], Iterator[dict[str, Any]]]:
+    """Rows of any data set: `fields` maps our fields to its own, dots lead into objects."""
+
+    def convert(record: dict) -> Iterator[dict[str, Any]]:
+        values = {ours: _look_up(record, theirs) for ours, theirs in fields.items()}
+        for name in ("prompt", "answer"):
+            if values[name] is None or values[name] == "":
+                raise Skip(f"no {fields[name]!r}")
+        row_kind = values.get("kind") or kind
+        if not row_kind:
+            raise Skip("no kind")
+        row = _row(row_kind, dataset, values.get("system") or system or None, values["prompt"], values["answer"])
+        yield {**row, **{name: _look_up(record, name) for name in keep}}
+
+    return convert
+
+
+def _look_up(record: Any, path: str) -> Any:
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    first, _, rest = path.partition(".")
+    inner = record.get(first) if isinstance(record, dict) else None
+    return _look_up(inner, rest) if rest and inner is not None else inner
+
+
+def _row(kind: str, dataset: str, system: str | None, prompt: Any, answer: Any) -> dict[str, Any]:
+    return {"kind": kind, "dataset": dataset, "system": system, "prompt": prompt, "answer": answer}
+
+
+def prompt_key(row: dict[str, Any]) -> str:
+    """What makes two prompts equal: their words. Case counts: it tells one molecule from another."""
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], sort_keys=True)
+    return " ".join(prompt.split())
+
+
+def unique(rows: list[dict[str, Any]], taken: Iterable[str] = ()) -> tuple[list[dict[str, Any]], int]:
+    """(the first row of each prompt that is not `taken`, number of rows left out)."""
+    seen, kept = set(taken), []
+    for row in rows:
+        key = prompt_key(row)
+        if key not in seen:
+            seen.add(key)
+            kept.append(row)
+    return kept, len(rows) - len(kept)
+
+
+def split(rows: list[dict[str, Any]], test_size: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(train, test) in the given order. A row's lot is a hash of the seed and its prompt."""
+    lots = [hashlib.sha256(f"{seed}:{prompt_key(row)}".encode()).digest() for row in rows]
+    drawn = set(sorted(range(len(rows)), key=lots.__getitem__)[:test_size])
+    return [row for i, row in enumerate(rows) if i not in drawn], [row for i, row in enumerate(rows) if i in drawn]
+
+
+def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """`folder`/<name>.jsonl for each split, complete or not at all; read back before they take their names. A split
+    without rows has no file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staged: dict[Path, Path] = {}
+    try:
+        for name, rows in splits.items():
+            part = folder / f".{name}.{os.getpid()}.jsonl"
+            staged[part] = folder / f"{name}.jsonl"
+            with part.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            if rows:
+                load_rows(str(part), DataConfig(train=str(part)))
+        for part, final in staged.items():
+            if part.stat().st_size:
+                part.replace(final)
+            else:
+                final.unlink(missing_ok=True)
+    finally:
+        for part in staged:
+            part.unlink(missing_ok=True)
+
+
+@dataclass
+class Wanted:
+    """Where the result goes and how it is split."""
+
+    out: Path
+    test_fraction: float | None
+    test_size: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.test_fraction is not None and self.test_size is not None:
+            raise UserError("--test-fraction and --test-size exclude each other: give one")
+        if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
+            raise UserError(f"--test-fraction: expected a number from 0 to below 1, got {self.test_fraction}")
+
+    def test_rows(self, count: int) -> int:
+        if self.test_size is None:
+            return round(count * (0.1 if self.test_fraction is None else self.test_fraction))
+        if not 0 <= self.test_size < count:
+            raise UserError(f"--test-size {self.test_size} leaves nothing to train on: there are {count} rows")
+        return self.test_size
+
+
+def prepare(
+    sources: list[Path], test_sources: list[Path], convert: Callable[[Any], Iterator[Any]], wanted: Wanted
+) -> None:
+    """Convert, drop duplicates, split, number, write, and say what was done."""
+    main, held_out = Converted(), Converted()
+    for converted, source in [*((main, one) for one in sources), *((held_out, one) for one in test_sources)]:
+        converted.add(read_source(source), convert)
+    test, repeated_test = unique(held_out.rows)
+    train, repeated = unique(main.rows, map(prompt_key, test))
+    if not train:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in main.skipped.most_common(5))
+        raise UserError(f"nothing to convert in {', '.join(map(str, sources))}{': ' if reasons else ''}{reasons}")
+    if not test_sources:
+        train, test = split(train, wanted.test_rows(len(train)), wanted.seed)
+    for row_number, row in enumerate([*train, *test]):
+        row["idx"] = row_number
+    splits = {name: [{"idx": row["idx"], **row} for row in rows] for name, rows in (("train", train), ("test", test))}
+    write_splits(wanted.out, splits)
+    typer.echo(f"{wanted.out}: {len(train)} train rows, {len(test)} test rows; {repeated + repeated_test} duplicates")
+    for reason, count in (main.skipped + held_out.skipped).most_common(10):
+        typer.echo(f"  skipped {count}: {reason}")
+
+
+Sources = Annotated[list[Path], typer.Argument(help="files, or folders that are searched for them")]
+Out = Annotated[Path, typer.Option(help="folder for train.jsonl and test.jsonl")]
+TestSource = Annotated[list[Path], typer.Option(help="the test split, instead of drawing one")]
+TestFraction = Annotated[float | None, typer.Option(help="share of the rows for the test split (default 0.1)")]
+TestSize = Annotated[int | None, typer.Option(help="rows of the test split")]
+Seed = Annotated[int, typer.Option(help="of the split")]
+
+
+@app.command()
+def sciknoweval(
+    sources: Sources, out: Out,
+    domain: Annotated[list[str], typer.Option(help=f"one or more of {', '.join(DOMAINS)}; default: all")] = [],  # noqa: B006
+    level: Annotated[str, typer.Option(help="L1 to L5, or all; L3 is reasoning")] = "L3",
+    test_source: TestSource = [], test_fraction: TestFraction = None, test_size: TestSize = None, seed: Seed = 0,  # noqa: B006
+) -> None:  # fmt: skip
+    """SciKnowEval's multiple-choice questions, as the hub has them (jsonl or parquet)."""
+    domains = {_domain(one) for one in domain} or set(DOMAINS)
+    if domains - set(DOMAINS):
+        raise UserError(f"--domain: expected some of {', '.join(DOMAINS)}, got {', '.join(domain)}")
+    prepare(sources, test_source, sciknoweval_rows(domains, level), Wanted(out, test_fraction, test_size, seed))
+
+
+@app.command()
+def toolalpaca(
+    sources: Sources, out: Out,
+    test_source: TestSource = [], test_fraction: TestFraction = None, test_size: TestSize = None, seed: Seed = 0,  # noqa: B006
+) -> None:  # fmt: skip
+    """ToolAlpaca's json files: train_data.json, eval_simulated.json, eval_real.json."""
+    prepare(sources, test_source, toolalpaca_rows, Wanted(out, test_fraction, test_size, seed))
+
+
+@app.command()
+def convert(
+    sources: Sources, out: Out,
+    map: Annotated[str, typer.Option(help="OURS=THEIRS,… of prompt, answer, system, kind")] = "",
+    kind: Annotated[str, typer.Option(help="the reward of rows that have no kind of their own")] = "",
+    dataset: Annotated[str, typer.Option(help="the data set's name (default: that of the first source)")] = "",
+    system: Annotated[str, typer.Option(help="system message of rows that have none of their own")] = "",
+    keep: Annotated[str, typer.Option(help="other fields to keep, comma-separated")] = "",
+    test_source: TestSource = [], test_fraction: TestFraction = None, test_size: TestSize = None, seed: Seed = 0,  # noqa: B006
+) -> None:  # fmt: skip
+    """Any jsonl, json, parquet, or data set saved by Hugging Face datasets."""
+    fields = {"prompt": "prompt", "answer": "answer", "system": "system", "kind": "kind"}
+    for pair in filter(None, map.split(",")):
+        ours, _, theirs = (part.strip() for part in pair.partition("="))
+        if ours not in fields or not theirs:
+            raise UserError(f"--map: expected OURS=THEIRS with OURS one of {', '.join(fields)}, got {pair!r}")
+        fields[ours] = theirs
+    rows = mapped_rows(
+        fields, kind=kind, dataset=dataset or sources[0].stem, system=system,
+        keep=[name.strip() for name in keep.split(",") if name.strip()],
+    )  # fmt: skip
+    prepare(sources, test_source, rows, Wanted(out, test_fraction, test_size, seed))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code. A user's mistake is one line."""
+    try:
+        return app(arguments, standalone_mode=False, prog_name="prepare_data.py") or 0
+    except UserError as error:
+        typer.echo(f"prepare_data: {error}", err=True)
+    except OSError as error:
+        typer.echo(f"prepare_data: {error.filename or 'file'}: {error.strerror}", err=True)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own complaints about the command line
+            raise
+        typer.echo(f"prepare_data: {error.format_message()}", err=True)
+        return 2
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
