@@ -1,0 +1,155 @@
+"""Prompts are the chat template's, within their length; batches come in an order that a checkpoint continues."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_srpo.config import DataConfig
+from megatron_srpo.data import DataError, Example, PromptLoader, load_tokenizer, render_prompts
+from megatron_srpo.types import Prompt
+from tests.unit.chat_tokenizer import chat_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chat_tokenizer()
+
+
+def example(row, text, system=None):
+    messages = [{"role": "system", "content": system}] if system else []
+    return Example(row, (*messages, {"role": "user", "content": text}), "answer", "exact", {"row": row}, f"f:{row}")
+
+
+def config(**changes):
+    return DataConfig(train="unused", **changes)
+
+
+def test_a_prompt_is_the_chat_template_with_the_assistants_turn_open(tokenizer):
+    (prompt,), dropped = render_prompts([example(5, "hé", "sys")], tokenizer, config(), "train")
+    assert tokenizer.decode(prompt.token_ids) == (
+        "<|im_start|>system\nsys<|im_end|>\n<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (prompt.uid, prompt.answer, prompt.kind, prompt.metadata) == ("train:5", "answer", "exact", {"row": 5})
+    assert prompt.token_ids.count(tokenizer.eos_token_id) == 2 and dropped == 0
+
+
+def test_the_chat_templates_own_options_reach_it(tokenizer):
+    (prompt,), _ = render_prompts(
+        [example(0, "q")], tokenizer, config(chat_template_kwargs={"enable_thinking": False}), "test"
+    )
+    assert tokenizer.decode(prompt.token_ids).endswith("assistant\n<think></think>")
+    with pytest.raises(DataError, match="tokenize"):
+        render_prompts([example(0, "q")], tokenizer, config(chat_template_kwargs={"tokenize": True}), "test")
+
+
+def test_overlong_prompts_are_dropped_and_counted_or_refused(tokenizer):
+    examples = [example(row, "x" * (10 * row)) for row in range(5)]
+    fits = len(render_prompts([examples[2]], tokenizer, config(), "t")[0][0].token_ids)
+    prompts, dropped = render_prompts(examples, tokenizer, config(max_prompt_length=fits), "train")
+    assert [one.uid for one in prompts] == ["train:0", "train:1", "train:2"] and dropped == 2
+    with pytest.raises(DataError, match=rf"2 of 5 prompts .* {fits} tokens \({fits + 10} to {fits + 20}; first: f:3"):
+        render_prompts(examples, tokenizer, config(max_prompt_length=fits, overlong_prompts="error"), "train")
+    with pytest.raises(DataError, match="5 of 5 prompts"):
+        render_prompts(examples, tokenizer, config(max_prompt_length=3), "train")
+
+
+def test_a_template_that_refuses_the_messages_is_named_with_the_row():
+    strict = chat_tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
+    with pytest.raises(DataError, match=r"f:3: .*no system role"):
+        render_prompts([example(3, "q", "system")], strict, config(), "train")
+
+
+def test_a_tokenizer_comes_from_a_local_folder(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded("a<|im_end|>")["input_ids"] == tokenizer("a<|im_end|>")["input_ids"]
+
+
+def test_a_folder_without_a_usable_tokenizer_is_refused_with_the_cure(tmp_path):
+    for name, fit, cure in [
+        ("absent", lambda folder: None, "Nothing is downloaded"),
+        ("empty", lambda folder: folder.mkdir(), "no tokenizer"),
+        ("plain", lambda folder: chat_tokenizer(None).save_pretrained(folder), "no chat template"),
+        ("broken", lambda folder: (folder.mkdir(), (folder / "tokenizer.json").write_text("{")), "cannot be loaded"),
+    ]:
+        fit(tmp_path / name)
+        with pytest.raises(DataError, match=cure):
+            load_tokenizer(str(tmp_path / name))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    settings_file = tmp_path / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(settings_file.read_text()).items() if key != "eos_token"}
+    settings_file.write_text(json.dumps(kept))
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="end-of-sequence"):
+        load_tokenizer(str(tmp_path))
+
+
+def prompts(count, answer="a"):
+    return [Prompt(f"train:{i}", ({"role": "user", "content": str(i)},), [i], answer, "exact") for i in range(count)]
+
+
+def uids(batch):
+    return [prompt.uid for prompt in batch]
+
+
+def stream(loader, batches):
+    return [uid for _ in range(batches) for uid in uids(loader.next_batch())]
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 12), batch=st.integers(1, 20), seed=st.integers(0, 5), shuffle=st.booleans())
+def test_every_epoch_shows_every_prompt_once_whatever_the_batch_size(count, batch, seed, shuffle):
+    loader = PromptLoader(prompts(count), batch, seed=seed, shuffle=shuffle)
+    shown = stream(loader, 3 * count)
+    for epoch in range(len(shown) // count):
+        assert Counter(shown[epoch * count : (epoch + 1) * count]) == Counter(uids(prompts(count)))
+    assert loader.epoch == len(shown) // count
+
+
+def test_the_order_is_the_seeds_and_the_epochs():
+    first = stream(PromptLoader(prompts(20), 20, seed=3), 2)
+    assert first == stream(PromptLoader(prompts(20), 7, seed=3), 6)[:40]  # not the batch size's
+    assert first != stream(PromptLoader(prompts(20), 20, seed=4), 2)
+    assert first[:20] != first[20:]
+    assert stream(PromptLoader(prompts(20), 20, seed=3, shuffle=False), 1) == uids(prompts(20))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 3, 5, 9])
+def test_a_resumed_loader_goes_on_where_it_stopped(taken):
+    whole, stopped = (PromptLoader(prompts(7), 3, seed=1) for _ in range(2))
+    expected = stream(whole, taken + 6)[3 * taken :]
+    stream(stopped, taken)
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = PromptLoader(prompts(7), 3, seed=1)
+    resumed.load_state_dict(state)
+    assert stream(resumed, 6) == expected and resumed.epoch == whole.epoch
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (PromptLoader(prompts(8), 3, seed=1), "number of prompts"),
+        (PromptLoader(prompts(7, answer="b"), 3, seed=1), "data set"),
+        (PromptLoader(list(reversed(prompts(7))), 3, seed=1), "data set"),
+        (PromptLoader(prompts(7), 3, seed=2), "run.seed"),
+        (PromptLoader(prompts(7), 3, seed=1, shuffle=False), "data.shuffle"),
+    ],
+)
+def test_the_state_of_another_data_set_or_order_is_refused(other, named):
+    state = PromptLoader(prompts(7), 3, seed=1).state_dict()
+    with pytest.raises(DataError, match=named):
+        other.load_state_dict(state)
+
+
+def test_a_damaged_state_and_an_empty_data_set_are_refused():
+    loader = PromptLoader(prompts(7), 3)
+    with pytest.raises(DataError, match="damaged"):
+        loader.load_state_dict({**loader.state_dict(), "position": 7})
+    with pytest.raises(DataError, match="empty"):
+        PromptLoader([], 3)
