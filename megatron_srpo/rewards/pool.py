@@ -7,6 +7,7 @@ earlier one may have done the damage.
 
 from __future__ import annotations
 
+import os
 import selectors
 import time
 import weakref
@@ -66,7 +67,7 @@ class RewardPool:
         )
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
-        self._finalizer = weakref.finalize(self, _end_all, self._workers)  # also when the interpreter exits
+        self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())  # also at exit
         try:
             for _ in range(config.workers):
                 self._start()
@@ -200,7 +201,9 @@ class RewardPool:
         return worker
 
 
-def _end_all(workers: list[WorkerProcess]) -> None:
+def _end_all(workers: list[WorkerProcess], owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the driver exits: the workers are not its own
+        return
     for worker in workers:
         worker.hang_up()
     limit = time.monotonic() + STOP_SECONDS

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_srpo.rewards.registry import RewardError, Verdict, register
 from megatron_srpo.rewards.tags import after_thinking
 
-CALL_LIMIT = 256  # actions or inputs of one response
+MARK_LIMIT = 512  # actions and inputs of one response
 DEPTH_LIMIT = 64  # of an input's JSON
 NAMED_LIMIT = 8  # items that a feedback names
 
@@ -56,10 +56,11 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
 def read_calls(text: str) -> Calls:
     """The calls of a text. Each input is read as one JSON value, so braces and "Action:" inside its strings are no
     calls; an input that is broken, or goes on behind its closing brace, is a problem and no guess is made."""
-    calls, position = Calls(), 0
+    calls, position, marks = Calls(), 0, 0
     while (mark := _MARK.search(text, position)) is not None:
-        if max(len(calls.actions), len(calls.inputs)) >= CALL_LIMIT:
-            calls.problems.append(f"The response makes more than {CALL_LIMIT} calls.")
+        marks += 1
+        if marks > MARK_LIMIT:  # broken inputs count too: each costs a look at the whole text
+            calls.problems.append(f"The response makes more than {MARK_LIMIT // 2} calls.")
             break
         if mark.group(1) is None:
             line = _LINE.match(text, mark.end()).group()

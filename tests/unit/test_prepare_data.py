@@ -1,0 +1,280 @@
+"""Data sets as users download them become rows that the trainer reads; no question is in both splits."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from megatron_srpo.config import DataConfig
+from megatron_srpo.data import load_rows
+from megatron_srpo.rewards import resolve
+from tools.prepare_data import MCQ_SYSTEM, main
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+FIELDS = ["idx", "kind", "dataset", "system", "prompt", "answer"]
+
+
+def science(number, **changes):
+    return {
+        "prompt": {"default": "Please directly give the answer."},
+        "question": f"Which of the options follows from {number}? ",
+        "answer": "",
+        "type": "mcq-4-choices",
+        "domain": ["Biology", "Chemistry", "Material", "Physics"][number % 4],
+        "details": {"level": "L3", "task": "t", "subtask": "s", "source": "x"},
+        "answerKey": "ABCD"[number % 4],
+        "choices": {"text": [f"one {number}", "two\n", "three", "four"], "label": ["A", "B", "C", "D"]},
+        **changes,
+    }
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def prepare(out, *arguments):
+    assert main([str(one) for one in arguments] + ["--out", str(out)]) == 0
+    return read(out, "train"), read(out, "test") if (out / "test.jsonl").exists() else []
+
+
+def refusal(capsys, *arguments):
+    assert main([str(one) for one in arguments]) != 0
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("prepare_data: ") and not captured.out
+    return captured.err
+
+
+def test_science_rows_have_the_trainers_form(tmp_path):
+    source = write(tmp_path / "s.jsonl", [science(number) for number in range(40)])
+    train, test = prepare(tmp_path / "out", "sciknoweval", source, "--domain", "chemistry", "--test-fraction", 0.2)
+    assert (len(train), len(test)) == (8, 2)
+    (first,) = (row for row in train + test if "from 1?" in row["prompt"])
+    assert list(first) == FIELDS and first["system"] == MCQ_SYSTEM
+    assert (first["kind"], first["dataset"], first["answer"]) == ("mcq", "sciknoweval", "B")
+    assert first["prompt"] == (
+        "Which of the options follows from 1?\n\nA: one 1\nB: two\nC: three\nD: four\nPlease reason step by step."
+    )
+    assert sorted(row["idx"] for row in train + test) == list(range(10))
+    assert resolve("mcq")(f"<answer>\n{first['answer']}\n</answer>", first["answer"], {}).score == 1
+
+
+def test_only_multiple_choice_of_the_level_and_domain_is_taken_and_the_rest_counted(tmp_path, capsys):
+    rows = [
+        science(1), science(5),
+        science(9, type="filling"), science(13, type="open-ended-qa"), science(17, details={"level": "L1"}), science(2),
+        science(21, answerKey="E"), science(25, choices={"text": ["a", "b"], "label": ["A", "A"]}),
+        science(29, choices={"text": ["a"], "label": ["A", "B"]}), {"question": "?"}, science(33, choices=None),
+    ]  # fmt: skip
+    train, _ = prepare(tmp_path / "out", "sciknoweval", write(tmp_path / "s.jsonl", rows), "--domain", "Chemistry")
+    assert len(train) == 2
+    said = capsys.readouterr().out
+    for line in ("skipped 2: not multiple choice", "1: not of level L3", "1: of another domain", "1: no right option",
+                 "2: options without a letter each", "1: no field 'type'", "1: not of the expected form"):  # fmt: skip
+        assert line in said
+    train, _ = prepare(
+        tmp_path / "out",
+        "sciknoweval",
+        tmp_path / "s.jsonl",
+        "--domain",
+        "chemistry",
+        "--domain",
+        "materials",
+        "--level",
+        "all",
+    )
+    assert len(train) == 4
+
+
+def test_a_folder_is_searched_and_parquet_is_the_same_as_jsonl(tmp_path):
+    rows = [science(number) for number in range(20)]
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(rows[:10]), folder / "a.parquet")
+    write(folder / "b.jsonl", rows[10:])
+    (folder / "README.md").write_text("x")
+    mixed = prepare(tmp_path / "out", "sciknoweval", tmp_path / "hub")
+    plain = prepare(tmp_path / "out2", "sciknoweval", write(tmp_path / "all.jsonl", rows))
+    assert mixed == plain
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_rows(tmp_path):
+    rows = [science(number) for number in range(60)]
+    forward = write(tmp_path / "f.jsonl", rows)
+    backward = write(tmp_path / "b.jsonl", rows[::-1])
+    prompts = [
+        {
+            row["prompt"]
+            for row in prepare(tmp_path / f"o{i}", "sciknoweval", source, "--test-size", 7, "--seed", seed)[1]
+        }
+        for i, (source, seed) in enumerate([(forward, 0), (backward, 0), (forward, 1)])
+    ]
+    assert prompts[0] == prompts[1] != prompts[2] and len(prompts[0]) == 7
+
+
+def test_equal_prompts_are_kept_once_but_case_counts(tmp_path, capsys):
+    rows = [
+        {"prompt": "c1ccccc1  is?", "answer": "a"},
+        {"prompt": " c1ccccc1 is?\n", "answer": "b"},
+        {"prompt": "C1CCCCC1 is?", "answer": "c"},
+    ]
+    source = write(tmp_path / "r.jsonl", rows)
+    train, test = prepare(tmp_path / "out", "convert", source, "--kind", "exact", "--test-fraction", 0)
+    assert [row["answer"] for row in train] == ["a", "c"] and test == []
+    assert "2 train rows, 0 test rows; 1 duplicates" in capsys.readouterr().out
+
+
+def test_a_question_of_the_given_test_set_is_never_trained_on(tmp_path):
+    train_source = write(tmp_path / "train.jsonl", [{"prompt": f"q{i}", "answer": i} for i in range(10)])
+    test_source = write(tmp_path / "test.jsonl", [{"prompt": f"q{i}", "answer": i} for i in range(8, 12)])
+    train, test = prepare(tmp_path / "out", "convert", train_source, "--kind", "exact", "--test-source", test_source)
+    assert [row["prompt"] for row in train] == [f"q{i}" for i in range(8)]
+    assert [(row["prompt"], row["idx"]) for row in test] == [(f"q{i}", i) for i in range(8, 12)]
+
+
+def api(**changes):
+    return {
+        "Name": "Birds",
+        "Description": "Pictures of birds",
+        "NLDocumentation": "findBird: Find.\nParameters: {}\nlistBirds: List.\nParameters: {}\n",
+        "Function_Description": {"findBird": "Find.", "listBirds": "List.", "components": ""},
+        **changes,
+    }
+
+
+def steps(*calls):
+    return [[[action, given, f"\nAction: {action}"], "Status Code: 200."] for action, given in calls]
+
+
+def test_toolalpacas_golden_answers_and_training_instances_become_rows(tmp_path, capsys):
+    evaluation = api(
+        Instructions=["Find a wren.", "Any bird?"],
+        Golden_Answers=[
+            [{"Action": "findBird", "Action_Input": '{"name": "wren", "where": {"country": "IE"}}'}],
+            [{"Action": "findBird", "Action_Input": "{broken"}],
+        ],
+    )
+    training = api(
+        Instances=[
+            {"input": "List them.\nHint: use listBirds", "intermediate_steps": steps(("listBirds", "{}"))},
+            {"input": "Both.", "intermediate_steps": steps(("listBirds", "{}"), ("findBird", '{"name": "é"}'))},
+            {"input": "Ask.", "intermediate_steps": steps(("getDetails", '{"Question": "?"}'))},
+            {"input": "Wrong.", "intermediate_steps": steps(("fly", "{}"))},
+            {"input": "Nothing.", "intermediate_steps": []},
+            {"input": "No steps."},
+        ]
+    )
+    for name, content in (
+        ("eval.json", [evaluation]),
+        ("train.json", [training, api(NLDocumentation="", Function_Description=None)]),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+    train, test = prepare(
+        tmp_path / "out", "toolalpaca", tmp_path / "train.json", "--test-source", tmp_path / "eval.json"
+    )
+    assert [row["prompt"].rpartition("Question: ")[2] for row in train + test] == [
+        "List them.",
+        "Both.",
+        "Find a wren.",
+    ]
+    assert list(test[0]) == FIELDS and test[0]["system"] is None and test[0]["kind"] == "tooluse"
+    assert "Name: Birds\nDescription: Pictures of birds\nDocumentation:\nfindBird: Find." in test[0]["prompt"]
+    response = 'Thought: …\nAction: listBirds\nAction Input: {}\nAction: findBird\nAction Input: {"name": "é"}'
+    assert resolve("tooluse")(response, train[1]["answer"], {}).score == 1
+    said = capsys.readouterr().out
+    for reason in ("2: not 1 to 5 calls", "1: only asks back", "1: a call of an unknown function",
+                   "1: a call whose input is no JSON object", "1: an API without documentation"):  # fmt: skip
+        assert f"skipped {reason}" in said
+
+
+def test_any_table_is_converted_by_a_field_mapping(tmp_path):
+    rows = [
+        {"data": {"q": f"q{i}"}, "gold.x": i, "role": "Be exact.", "level": i % 2, "task": "math" if i else None}
+        for i in range(5)
+    ]
+    source = tmp_path / "t.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), source)
+    train, _ = prepare(
+        tmp_path / "out", "convert", source, "--map", "prompt=data.q, answer=gold.x,system=role,kind=task",
+        "--kind", "exact", "--keep", "level", "--test-fraction", 0,
+    )  # fmt: skip
+    assert train[0] == {
+        "idx": 0, "kind": "exact", "dataset": "t", "system": "Be exact.", "prompt": "q0", "answer": 0, "level": 0
+    }  # fmt: skip
+    assert train[4]["kind"] == "math"
+
+
+def test_chat_messages_and_saved_hugging_face_data_sets_are_read(tmp_path, capsys):
+    messages = [[{"role": "user", "content": f"q{i}"}] for i in range(4)]
+    saved = datasets.Dataset.from_dict({"prompt": messages, "answer": list("abcd")})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "splits"))
+    train, test = prepare(
+        tmp_path / "out", "convert", tmp_path / "saved", "--kind", "exact", "--system", "s", "--test-size", 1
+    )
+    assert len(train) == 3 and len(test) == 1 and test[0]["prompt"] in messages
+    examples, _ = load_rows(str(tmp_path / "out" / "train.jsonl"), DataConfig(train="unused"))
+    assert examples[0].messages[0] == {"role": "system", "content": "s"}
+    capsys.readouterr()
+    assert "name one, e.g. " in refusal(capsys, "convert", tmp_path / "splits", "--kind", "x", "--out", tmp_path / "o")
+    assert len(prepare(tmp_path / "out3", "convert", tmp_path / "splits" / "train", "--kind", "exact")[0]) == 4
+
+
+def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
+    source = write(tmp_path / "s.jsonl", [{"q": "x", "a": "y"}, {"q": "z"}])
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "object.json").write_text("{}")
+    out = ["--out", tmp_path / "out"]
+    for arguments, complaint in [
+        (["sciknoweval", tmp_path / "absent.jsonl", *out], "not found"),
+        (["sciknoweval", source, "--domain", "law", *out], "expected some of biology"),
+        (["sciknoweval", source, *out], "nothing to convert"),
+        (["toolalpaca", tmp_path / "bad.json", *out], "is not JSON"),
+        (["toolalpaca", tmp_path / "object.json", *out], "expected a list"),
+        (["convert", source, *out], "2 × no 'prompt'"),
+        (["convert", source, "--map", "prompt=q,answer=a", *out], "no kind"),
+        (["convert", source, "--map", "prompt", *out], "expected OURS=THEIRS"),
+        (["convert", source, "--map", "promt=q", *out], "expected OURS=THEIRS"),
+        (["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-size", 5, *out], "leaves nothing"),
+        (["convert", source, "--test-size", 1, "--test-fraction", 0.5, *out], "give one"),
+        (["convert", source, "--test-fraction", 1.5, *out], "--test-fraction"),
+        (["convert", tmp_path / "s.csv", *out], "expected a .jsonl"),
+        (["convert", source], "--out"),
+        (["convert", source, "--tset-size", 1, *out], "--tset-size"),
+    ]:
+        assert complaint in refusal(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_replaced_whole_or_left_alone(tmp_path, capsys):
+    good = write(tmp_path / "g.jsonl", [{"prompt": f"q{i}", "answer": i} for i in range(10)])
+    prepare(tmp_path / "out", "convert", good, "--kind", "exact")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"train.jsonl", "test.jsonl"}
+    capsys.readouterr()
+    unreadable = write(tmp_path / "u.jsonl", [{"prompt": "a\u0000b", "answer": 1}])
+    assert "NUL" in refusal(capsys, "convert", unreadable, "--kind", "exact", "--out", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    prepare(tmp_path / "out", "convert", good, "--kind", "exact", "--test-fraction", 0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]  # no stale test split
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+def test_the_layout_is_that_of_the_published_split():
+    real = json.loads((SHARED / "sciknoweval" / "chemistry_test.jsonl").open().readline())
+    assert list(real) == FIELDS
+    question, _, options = real["prompt"].partition("\n\n")
+    from tools.prepare_data import sciknoweval_rows
+
+    texts = [line[3:] for line in options.splitlines()[:4]]
+    (row,) = sciknoweval_rows({"chemistry"}, "L3")(
+        science(1, question=question, choices={"text": texts, "label": list("ABCD")}, answerKey=real["answer"])
+    )
+    assert (row["prompt"], row["answer"], row["kind"]) == (real["prompt"], real["answer"], real["kind"])

@@ -1,0 +1,267 @@
+"""The pool scores in order; what hangs, dies, eats memory or prints costs its own reward and nothing else."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_srpo.config import RewardConfig, UserError
+from megatron_srpo.rewards import RewardPool, RewardTask
+from megatron_srpo.types import Reward
+
+ROOT = Path(__file__).resolve().parents[2]
+JUDGE = """
+import ctypes, os, subprocess, sys
+
+def judge(response, answer, metadata):
+    word, _, rest = response.partition(" ")
+    if word == "hang":
+        while True:
+            pass
+    if word == "exit":
+        os._exit(int(rest))
+    if word == "segfault":
+        ctypes.string_at(0)
+    if word == "memory":
+        return len(bytearray(1 << 40))
+    if word == "eat":
+        kept = []
+        while True:
+            kept.append(bytearray(1 << 24))
+    if word == "raise":
+        raise KeyError(rest)
+    if word == "quit":
+        sys.exit(3)
+    if word == "print":
+        print("x" * 1_000_000)
+        print("y" * 1_000_000, file=sys.stderr)
+        os.write(1, b"z" * 1_000_000)
+    if word == "child":
+        subprocess.Popen(["sleep", "1000"])
+        open(rest, "w").write(str(os.getpid()))
+        while True:
+            pass
+    if word == "imports":
+        return float(bool({"torch", "vllm", "megatron.core", "transformers", "pydantic"} & set(sys.modules)))
+    if word == "nan":
+        return float("nan")
+    if word == "limits":
+        import resource
+        return (0.5, str(resource.getrlimit(resource.RLIMIT_CORE)[0]))
+    return (float(word), f"feedback for {word} {answer} {metadata.get('k')}", True)
+"""
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    path = tmp_path_factory.mktemp("judge") / "judge.py"
+    path.write_text(JUDGE)
+    return f"{path}:judge"
+
+
+@pytest.fixture(scope="module")
+def pool(judge):
+    config = RewardConfig(functions={"own": judge}, workers=2, timeout_seconds=1.0, memory_mib=128, failure_score=-1.0)
+    with RewardPool(config, ["own", "mcq", "exact"]) as pool:
+        yield pool
+
+
+def own(*responses):
+    return [RewardTask("own", response, "a", {"k": 1}) for response in responses]
+
+
+def test_rewards_come_in_the_order_of_the_tasks(pool):
+    numbers = [index / 1000 for index in range(500)]
+    rewards = pool.score([RewardTask("own", str(number), number, {"k": 2}) for number in numbers])
+    assert rewards == [Reward(n, f"feedback for {n} {n} 2", True) for n in numbers]
+    assert pool.score([]) == []
+
+
+def test_kinds_are_mixed_in_a_batch(pool):
+    tasks = [RewardTask("mcq", "<answer>A</answer>", "A"), *own("0.25"), RewardTask("exact", "no", "yes")]
+    assert [reward.score for reward in pool.score(tasks)] == [1.0, 0.25, 0.0]
+
+
+FAILURES = {
+    "hang": "time-out after 1 s",
+    "exit 7": "crash: exit code 7",
+    "segfault": "crash: killed by SIGSEGV",
+    "memory": "crash: out of memory",
+    "eat": "crash: out of memory",
+    "raise it": "exception: KeyError: 'it'",
+    "quit": "exception: SystemExit: 3",
+    "nan": "exception: expected a finite score",
+    "word": "exception: ValueError: could not convert",
+}
+
+
+@pytest.mark.parametrize("bad", FAILURES)
+def test_one_bad_response_fails_alone_and_the_pool_goes_on(pool, bad):
+    responses = [str(index / 100) for index in range(40)]
+    rewards = pool.score(own(*responses[:17], bad, *responses[17:]))
+    failed = rewards.pop(17)
+    assert failed.score == -1.0 and failed.error.startswith(FAILURES[bad])
+    assert [reward.score for reward in rewards] == [index / 100 for index in range(40)]
+    assert not any(reward.error for reward in rewards)
+
+
+def test_many_bad_responses_among_good_ones(pool):
+    responses = ["1", "exit 1", "0.5", "hang", "hang", "0.25", "exit 2", "segfault", "0"] * 2
+    errors = [reward.error for reward in pool.score(own(*responses))]
+    expected = [None, "crash: exit code 1", None, *["time-out after 1 s (reward.timeout_seconds)"] * 2, None,
+                "crash: exit code 2", "crash: killed by SIGSEGV", None] * 2  # fmt: skip
+    assert errors == expected
+
+
+def test_a_worker_that_was_ruined_by_an_earlier_response_does_not_blame_the_next(judge, tmp_path):
+    flag = tmp_path / "ruined"
+    path = tmp_path / "ruins.py"
+    path.write_text(
+        "import os\n"
+        "ruined = False\n"
+        "def judge(response, answer, metadata):\n"
+        "    global ruined\n"
+        "    if ruined: os._exit(1)\n"
+        f"    ruined = response == 'ruin' and not os.path.exists({str(flag)!r})\n"
+        f"    if ruined: open({str(flag)!r}, 'w').close()\n"
+        "    return 1.0\n"
+    )
+    config = RewardConfig(functions={"own": f"{path}:judge"}, workers=1, timeout_seconds=5.0)
+    with RewardPool(config, ["own"]) as pool:
+        rewards = pool.score(own("ruin", *["fine"] * 7))
+    assert rewards == [Reward(1.0)] * 8
+
+
+def test_a_hopeless_expression_is_ended_by_the_time_out():
+    config = RewardConfig(workers=1, timeout_seconds=1.0)
+    with RewardPool(config, ["math"]) as pool:
+        rewards = pool.score([RewardTask("math", rf"\boxed{{{text}}}", "3") for text in ("3", "9^{9^{9^{9}}}", "1+2")])
+    assert [reward.score for reward in rewards] == [1.0, 0.0, 1.0] and "time-out" in rewards[1].error
+
+
+def test_what_reward_functions_print_reaches_nobody(pool, capfd):
+    assert [reward.error for reward in pool.score(own("print", "print", "1", "print"))][2] is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_workers_import_neither_torch_nor_the_engines_and_leave_no_core_files(pool):
+    assert [reward.score for reward in pool.score(own("imports", "imports"))] == [0.0, 0.0]
+    assert pool.score(own("limits"))[0].feedback == "0"
+
+
+def test_a_megabyte_response_travels(pool):
+    long = "1" + " " + "x" * 1_000_000
+    assert [reward.score for reward in pool.score(own(long, "0.5", long, "\ud800"))][:3] == [1.0, 0.5, 1.0]
+
+
+def test_children_of_a_hanging_function_end_with_it(judge, tmp_path):
+    note = tmp_path / "group"
+    with RewardPool(RewardConfig(functions={"own": judge}, workers=1, timeout_seconds=0.5), ["own"]) as pool:
+        assert "time-out" in pool.score(own(f"child {note}"))[0].error
+    listing = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    alive = Counter(line.split()[0] for line in listing.splitlines() if not line.split()[1].startswith("Z"))
+    assert alive[note.read_text()] == 0
+
+
+def workers_of(pool):
+    return [worker._process.pid for worker in pool._workers]
+
+
+def test_closing_leaves_no_process_and_may_be_repeated(judge):
+    pool = RewardPool(RewardConfig(functions={"own": judge}, workers=3), ["own"])
+    pids = workers_of(pool)
+    assert len(pids) == 3 and pool.score(own("1"))[0].score == 1.0
+    pool.close()
+    pool.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.score(own("1"))
+
+
+def test_workers_that_died_between_two_batches_are_replaced(pool):
+    for pid in workers_of(pool):
+        os.kill(pid, 9)
+    assert [reward.score for reward in pool.score(own("1", "0.5", "0.25"))] == [1.0, 0.5, 0.25]
+
+
+def test_an_interrupted_batch_leaves_no_results_for_the_next(pool, monkeypatch):
+    turn, count = pool._turn, iter(range(100))
+
+    def interrupted(batch):
+        turn(batch)
+        if next(count) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "_turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.score(own(*["1"] * 50, "hang", "hang"))
+    monkeypatch.undo()
+    assert [reward.score for reward in pool.score(own(*["0.5"] * 30))] == [0.5] * 30
+    assert len(workers_of(pool)) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("import no_such_package_at_all", "cannot import .*no_such_package_at_all"),
+        ("def judge(response: return 1", "SyntaxError"),
+        ("import sys; sys.exit(4)", "SystemExit: 4"),
+        ("import os; os._exit(4)", r"ended while it imported the reward functions \(exit code 4\)"),
+        ("import os, sys; print('oh dear', file=sys.stderr, flush=True); os._exit(4)", "exit code 4: oh dear"),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_is_refused_before_training(tmp_path, body, complaint):
+    path = tmp_path / "wrong.py"
+    path.write_text(body + "\n")
+    with pytest.raises(UserError, match=complaint):
+        RewardPool(RewardConfig(functions={"own": f"{path}:judge"}), ["own"])
+
+
+def test_an_unknown_kind_is_refused_before_training(pool):
+    with pytest.raises(UserError, match=r"unknown reward kind 'mqc'. Did you mean 'mcq'"):
+        RewardPool(RewardConfig(workers=1), ["mqc"])
+    with pytest.raises(UserError, match=r"'math'.*not among those"):
+        pool.score([RewardTask("math", "", "")])
+
+
+def test_workers_end_when_their_driver_is_killed(judge):
+    script = textwrap.dedent(
+        f"""
+        import os
+        from megatron_srpo.config import RewardConfig
+        from megatron_srpo.rewards import RewardPool
+        pool = RewardPool(RewardConfig(functions={{"own": {judge!r}}}), ["own"])
+        print(*[worker._process.pid for worker in pool._workers], flush=True)
+        os.kill(os.getpid(), 9)
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == -9, result.stderr
+    for pid in map(int, result.stdout.split()):
+        wait_for_end(pid)
+
+
+def wait_for_end(pid):
+    """Until the process is gone or a zombie that nobody collects; at most as long as pidfd says, 10 s."""
+    import select
+
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], 10)[0], f"worker {pid} outlived its driver"
+    finally:
+        os.close(descriptor)
+
+
+def test_importing_the_rewards_imports_no_torch():
+    script = "import sys, megatron_srpo.rewards.worker; print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
