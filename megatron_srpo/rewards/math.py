@@ -76,5 +76,5 @@ def _equal(expected: str, given: str) -> bool:
 
 
 def _parse(content: str) -> list:
-    latex = f"\\boxed{{{content.strip().strip('$')}}}"
+    latex = f"\\boxed{{{content.strip(' $')}}}"
     return math_verify.parse(f"${latex}$", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)

@@ -71,6 +71,7 @@ def test_the_chat_templates_options_reach_the_teacher():
         ("opened in the prompt</think>\n\nyes", "yes"),
         ("<think>says <think> once more</think>yes", "yes"),
         ("<think></think>", ""),
+        ("a<think>b</think>c</think>d", "d"),
         ("a < think > b", "a < think > b"),
         ("", ""),
     ],

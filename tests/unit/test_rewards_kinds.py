@@ -134,6 +134,12 @@ def test_tooluse_says_what_does_not_match(response, feedback):
     assert verdict.score == 0 and feedback in verdict.feedback
 
 
+@pytest.mark.parametrize(("given", "right"), [(True, 1), (0, False), ([1], [True]), ({"a": 1}, {"a": True}), ("1", 1)])
+def test_tooluse_tells_values_of_different_types_apart(given, right):
+    assert tooluse(call("find", {"n": given}), answer(("find", {"n": right})), {}).score == 0
+    assert tooluse(call("find", {"n": right}), answer(("find", {"n": right})), {}).score == 1
+
+
 def test_tooluses_feedback_holds_no_expected_value():
     verdict = tooluse(call("find", {"code": "mine"}), answer(("find", {"code": "s3cret"}), ("hidden", {"pin": 77})), {})
     assert verdict.score == 0 and not re.search("s3cret|77|hidden", verdict.feedback)

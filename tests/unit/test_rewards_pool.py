@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,8 @@ def judge(response, answer, metadata):
         print("y" * 1_000_000, file=sys.stderr)
         os.write(1, b"z" * 1_000_000)
     if word == "child":
-        subprocess.Popen(["sleep", "1000"])
-        open(rest, "w").write(str(os.getpid()))
+        child = subprocess.Popen(["sleep", "1000"])
+        open(rest, "w").write(str(child.pid))
         while True:
             pass
     if word == "imports":
@@ -159,12 +158,10 @@ def test_a_megabyte_response_travels(pool):
 
 
 def test_children_of_a_hanging_function_end_with_it(judge, tmp_path):
-    note = tmp_path / "group"
+    note = tmp_path / "child"
     with RewardPool(RewardConfig(functions={"own": judge}, workers=1, timeout_seconds=0.5), ["own"]) as pool:
         assert "time-out" in pool.score(own(f"child {note}"))[0].error
-    listing = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-    alive = Counter(line.split()[0] for line in listing.splitlines() if not line.split()[1].startswith("Z"))
-    assert alive[note.read_text()] == 0
+    wait_for_end(int(note.read_text()))
 
 
 def workers_of(pool):
