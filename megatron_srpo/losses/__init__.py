@@ -1,0 +1,20 @@
+"""The routed objective on vocabulary-parallel logits. Losses take tensors and process groups, nothing else."""
+
+from megatron_srpo.losses.combine import LossSettings, routed_loss
+from megatron_srpo.losses.grpo import k3, policy_loss, rollout_weights
+from megatron_srpo.losses.sdpo import distill_ratio, dynamic_weights, topk_divergence
+from megatron_srpo.losses.vocab_parallel import full_divergence, gather_logprobs, topk
+
+__all__ = [
+    "LossSettings",
+    "distill_ratio",
+    "dynamic_weights",
+    "full_divergence",
+    "gather_logprobs",
+    "k3",
+    "policy_loss",
+    "rollout_weights",
+    "routed_loss",
+    "topk",
+    "topk_divergence",
+]

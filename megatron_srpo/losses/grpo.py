@@ -1,0 +1,67 @@
+"""The GRPO branch: clipped policy gradient per token, the KL to a reference, and the rollout correction.
+
+All tensors are [T]. Log-ratios are clamped before `exp`; the caller replaces values outside the loss mask beforehand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_BOUND = 20.0
+
+
+def _ratio(logp: Tensor, other: Tensor) -> Tensor:
+    return (logp - other).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def policy_loss(
+    logp: Tensor, old_logp: Tensor | None, advantages: Tensor, *,
+    clip_low: float, clip_high: float, dual_clip: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ℓ = −min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)·A), and whether the clip was active (GRPO; DAPO's clip-higher).
+
+    `old_logp` None: the policy has not moved, ρ = 1 in value. dual_clip c > 1 bounds the loss by −c·A where A < 0.
+    """
+    ratio = _ratio(logp, logp.detach() if old_logp is None else old_logp)
+    plain = ratio * advantages
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    objective = torch.minimum(plain, bounded)
+    clipped = bounded < plain
+    if dual_clip > 0:
+        floor = dual_clip * advantages
+        objective = torch.where(advantages < 0, torch.maximum(objective, floor), objective)
+    return -objective, clipped
+
+
+def k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(π‖π_ref) from a sampled token: r − 1 − log r, r = π_ref/π; never negative."""
+    log_ratio = (reference_logp - logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return log_ratio.exp() - 1 - log_ratio
+
+
+@torch.no_grad()
+def rollout_weights(
+    old_logp: Tensor, rollout_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, *, mode: str, cap: float
+) -> Tensor:
+    """Importance weights of the trainer's policy against the engine's, π_old/π_roll, without gradient.
+
+    off: 1. truncate: min(r, cap). mask: r where r ≤ cap, else 0. sequence_mask: r truncated, and 0 for every token of
+    a sequence whose geometric mean ratio over its response tokens leaves [1/cap, cap]. `mask` [T] marks response
+    tokens, `cu_seqlens` [S+1] the sequences.
+    """
+    if mode == "off":
+        return torch.ones_like(old_logp)
+    ratio = _ratio(old_logp, rollout_logp)
+    if mode == "truncate":
+        return ratio.clamp(max=cap)
+    if mode == "mask":
+        return torch.where(ratio > cap, torch.zeros_like(ratio), ratio)
+    assert mode == "sequence_mask", mode
+    positions = torch.arange(mask.numel(), device=mask.device)
+    sequence = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
+    count = torch.zeros(cu_seqlens.numel(), dtype=ratio.dtype, device=mask.device)
+    logs = count.index_add(0, sequence, ratio.log() * mask)
+    mean = logs / count.index_add(0, sequence, mask.to(ratio.dtype)).clamp(min=1)
+    limit = torch.tensor(cap, dtype=ratio.dtype, device=mask.device).log().abs()
+    return torch.where(mean.abs()[sequence] > limit, torch.zeros_like(ratio), ratio.clamp(max=cap))

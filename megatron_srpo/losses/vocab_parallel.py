@@ -1,0 +1,205 @@
+"""Softmax quantities of logits whose vocabulary is split over tensor-parallel ranks. No rank ever sees [T, V].
+
+Legend: T tokens of a row, v this rank's part of the vocabulary (ranks may differ in width), M ids asked for per token,
+K top-k. `vocab_start` is the global id of this rank's first column; `group` is the tensor-parallel process group, None
+for one process.
+
+Everything is computed from the logits in fp32 (fp64 stays fp64), a chunk of tokens at a time, so that no fp32 copy of
+[T, v] exists beside the logits; what is saved for backward is the logits in their own dtype and O(T·M).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20  # bound of one temporary [chunk, v] in fp32
+
+
+def _work_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of tokens whose fp32 copy stays below CHUNK_BYTES."""
+    size = max(1, CHUNK_BYTES // max(1, 4 * logits.size(1)))
+    return (slice(start, start + size) for start in range(0, logits.size(0), size))
+
+
+def _all_reduce(values: Tensor, operation: Any, group: Any) -> None:
+    if group is not None:
+        dist.all_reduce(values, operation, group=group)
+
+
+def _row_max(logits: Tensor, group: Any) -> Tensor:
+    """[T] largest logit over the whole vocabulary; 0 where all are −inf, so that x − max stays defined."""
+    if logits.size(1):
+        top = logits.amax(1).to(_work_dtype(logits))
+    else:
+        top = torch.full((logits.size(0),), -math.inf, dtype=_work_dtype(logits), device=logits.device)
+    _all_reduce(top, dist.ReduceOp.MAX, group)
+    return top.masked_fill(top == -math.inf, 0.0)
+
+
+def _local(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Columns of global ids on this rank (clamped), and which of them are here."""
+    columns = ids - vocab_start
+    here = (columns >= 0) & (columns < width)
+    return columns.clamp(0, max(0, width - 1)), here
+
+
+def _times(weight: Tensor, values: Tensor) -> Tensor:
+    """weight · values, with 0 · ±inf = 0 (a logit of −inf has probability 0 and adds nothing)."""
+    return torch.where(weight == 0, torch.zeros_like(weight), weight * values)
+
+
+class _GatherLogprobs(torch.autograd.Function):
+    """Log-probs at ids, and the entropy: MAX, then one SUM of [T, 2 + M]; no collective in backward.
+
+    With x the logits, z = Σ exp(x), p = exp(x)/z, H = log z − Σ p·x:
+        ∂ log p_i / ∂x_j = 1[i = j] − p_j          ∂H / ∂x_j = −p_j (log p_j + H)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, vocab_start: int, group: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        work = _work_dtype(logits)
+        top = _row_max(logits, group)
+        columns, here = _local(ids, vocab_start, logits.size(1))
+        sums = torch.zeros(logits.size(0), 2 + ids.size(1), dtype=work, device=logits.device)
+        for part in _chunks(logits):
+            shifted = logits[part].to(work) - top[part, None]
+            weights = shifted.exp()
+            sums[part, 0] = weights.sum(1)
+            sums[part, 1] = _times(weights, shifted).sum(1)
+            if logits.size(1):
+                found = shifted.gather(1, columns[part])
+                sums[part, 2:] = torch.where(here[part], found, torch.zeros_like(found))
+        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        log_sum = sums[:, 0].log()
+        entropy = log_sum - sums[:, 1] / sums[:, 0]
+        ctx.save_for_backward(logits, columns, here, top + log_sum, entropy)
+        return sums[:, 2:] - log_sum[:, None], entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        logits, columns, here, normaliser, entropy = ctx.saved_tensors
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
+        work = normaliser.dtype
+        gradient = torch.empty_like(logits)
+        for part in _chunks(logits):
+            logp = logits[part].to(work) - normaliser[part, None]
+            p = logp.exp()
+            piece = torch.zeros_like(p)
+            if grad_entropy is not None:
+                piece -= _times(p, logp + entropy[part, None]) * grad_entropy[part, None]
+            if grad_logprobs is not None:
+                piece -= p * grad_logprobs[part].sum(1, keepdim=True)
+                if logits.size(1):
+                    piece.scatter_add_(1, columns[part], grad_logprobs[part].to(work) * here[part])
+            gradient[part] = piece.to(logits.dtype)
+        return gradient, None, None, None
+
+
+def gather_logprobs(logits: Tensor, ids: Tensor, *, vocab_start: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Log-probs at global ids and the entropy of the softmax, both over the whole vocabulary and differentiable.
+
+    logits [T, v], ids [T, M] int64 → ([T, M], [T]) fp32, nats. Two collectives forward, none backward.
+    """
+    return _GatherLogprobs.apply(logits, ids, vocab_start, group)
+
+
+@torch.no_grad()
+def topk(logits: Tensor, k: int, *, vocab_start: int, group: Any) -> Tensor:
+    """Global ids of the k largest logits, largest first, the same on every rank; among equals the lowest id.
+
+    logits [T, v] → [T, k] int64. One gather of the ranks' own candidates.
+    """
+    best = min(k, logits.size(1))
+    values, columns = logits.topk(best, dim=1)
+    candidates = torch.full((logits.size(0), k, 2), -math.inf, dtype=torch.float64, device=logits.device)
+    candidates[:, :best, 0] = values.double()  # exact for every logit dtype, and for ids below 2^53
+    candidates[:, :best, 1] = (columns + vocab_start).double()
+    if group is not None:
+        parts = [torch.empty_like(candidates) for _ in range(group.size())]
+        dist.all_gather(parts, candidates, group=group)
+        candidates = torch.cat(parts, 1)
+    ids = candidates[..., 1]
+    by_id = ids.masked_fill(ids == -math.inf, math.inf).argsort(dim=1, stable=True)
+    candidates = candidates.gather(1, by_id[..., None].expand(-1, -1, 2))
+    order = candidates[..., 0].argsort(dim=1, descending=True, stable=True)[:, :k]
+    chosen = candidates[..., 1].gather(1, order)
+    if not torch.isfinite(chosen).all():
+        raise ValueError(f"top-k of {k} asked for, but the vocabulary has fewer entries: lower distillation_topk")
+    return chosen.long()
+
+
+def _divergence_terms(logp: Tensor, logq: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Per vocabulary entry: its term of D, and ∂D/∂p up to a constant (constants vanish under the softmax)."""
+    p, q = logp.exp(), logq.exp()
+    if alpha == 0.0:  # KL(q‖p): Σ q (log q − log p), ∂/∂p = −q/p; times p below, so −q
+        return _times(q, logq - logp), -q
+    if alpha == 1.0:  # KL(p‖q)
+        ratio = logp - logq
+        return _times(p, ratio), _times(p, ratio)
+    logm = torch.logaddexp(logp + math.log1p(-alpha), logq + math.log(alpha))
+    from_p, from_q = logp - logm, logq - logm
+    # D = α KL(q‖m) + (1−α) KL(p‖m), m = (1−α) p + α q. ∂D/∂p = (1−α) log(p/m): the other terms cancel.
+    return alpha * _times(q, from_q) + (1 - alpha) * _times(p, from_p), (1 - alpha) * _times(p, from_p)
+
+
+class _FullDivergence(torch.autograd.Function):
+    """D(student, teacher) over the whole vocabulary; ∂D/∂x_j = g_j − p_j Σ g with g = p · ∂D/∂p.
+
+    Collectives: MAX and SUM for both normalisers, then one SUM of [T, 2]; none in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, alpha: float, group: Any) -> Tensor:
+        work = _work_dtype(student)
+        tops = torch.stack([_row_max(student, None), _row_max(teacher, None).to(work)])
+        _all_reduce(tops, dist.ReduceOp.MAX, group)
+        sums = torch.zeros_like(tops)
+        for part in _chunks(student):
+            for i, logits in enumerate((student, teacher)):
+                sums[i, part] = (logits[part].to(work) - tops[i, part, None]).exp().sum(1)
+        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        normalisers = tops + sums.log()
+        totals = torch.zeros(student.size(0), 2, dtype=work, device=student.device)
+        for part in _chunks(student):
+            logp = student[part].to(work) - normalisers[0, part, None]
+            logq = teacher[part].to(work) - normalisers[1, part, None]
+            value, slope = _divergence_terms(logp, logq, alpha)
+            totals[part] = torch.stack([value.sum(1), slope.sum(1)], 1)
+        _all_reduce(totals, dist.ReduceOp.SUM, group)
+        ctx.alpha = alpha
+        ctx.save_for_backward(student, teacher, normalisers, totals[:, 1])
+        return totals[:, 0].clamp_min(0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        student, teacher, normalisers, slope_sum = ctx.saved_tensors
+        work = normalisers.dtype
+        gradient = torch.empty_like(student)
+        for part in _chunks(student):
+            logp = student[part].to(work) - normalisers[0, part, None]
+            logq = teacher[part].to(work) - normalisers[1, part, None]
+            _, slope = _divergence_terms(logp, logq, ctx.alpha)
+            piece = slope - logp.exp() * slope_sum[part, None]
+            gradient[part] = (piece * grad[part, None]).to(student.dtype)
+        return gradient, None, None, None
+
+
+def full_divergence(student: Tensor, teacher: Tensor, alpha: float, *, group: Any) -> Tensor:
+    """Generalised Jensen–Shannon divergence of the teacher q and the student p over the whole vocabulary.
+
+    student, teacher [T, v] logits → [T] fp32, nats; differentiable in the student. α = 0: KL(q‖p); α = 1: KL(p‖q);
+    between: α·KL(q‖m) + (1−α)·KL(p‖m), m = (1−α)·p + α·q (SDPO's divergence; algorithm of SRPO §2.2).
+    """
+    return _FullDivergence.apply(student, teacher.detach(), alpha, group)
