@@ -1,0 +1,142 @@
+"""Megatron shards → (Hugging Face name, full tensor), in the same order on every rank, with bounded memory.
+
+stage 0            stage 1                            every rank
+embed, layers 0…   layers …, norm, head    ─►  bucket: broadcast the owner stage's shards over the pipeline,
+                                                        gather them over tensor parallel ranks, undo the split
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.bridge.errors import BridgeError
+from megatron_srpo.bridge.families import Mapped, weight_table
+from megatron_srpo.types import ModelShards
+
+ALIGNMENT = 16  # bytes; every tensor in a flat buffer starts at a multiple, so that it can be viewed in its dtype
+DEFAULT_BUCKET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Megatron parameter: its shard's place in the export."""
+
+    name: str
+    stage: int  # the pipeline stage that has it
+    shape: tuple[int, ...]  # of the shard
+    dtype: torch.dtype  # in which it is exported
+    mapped: Mapped
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shard in a flat buffer, alignment included."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+class Exporter:
+    """Exports a model again and again. Making one is collective over the pipeline group, and so is every export.
+
+    `shards` is read at export time: it must hold the live parameters. `bucket_bytes` bounds the full tensors that are
+    gathered at once; a larger tensor is a bucket of its own. Beyond the model, an export holds at most the gathered
+    bucket, this rank's part of it, and the full tensors of one parameter. `dtype` converts on the way (None: as is).
+    """
+
+    def __init__(
+        self, shards: ModelShards, hf_config: Mapping[str, Any], *,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        if bucket_bytes <= 0:
+            raise BridgeError(f"bucket_bytes is {bucket_bytes}: expected a positive number of bytes")
+        self._shards = shards
+        self._table = weight_table(hf_config, shards.padded_vocab_size)
+        self._buckets = _buckets(self._parts(dtype), bucket_bytes // shards.tp_size)
+
+    def _parts(self, dtype: torch.dtype | None) -> list[Part]:
+        """All parameters of the model, by stage, then in the stage's own order; the same list on every rank."""
+        shards = self._shards
+        mine = [(name, tuple(p.shape), dtype or p.dtype) for name, p in shards.parameters.items()]
+        stages = [mine]
+        if shards.pp_size > 1:
+            stages = [None] * shards.pp_size
+            dist.all_gather_object(stages, mine, group=shards.pp_group)
+        parts = [
+            Part(name, stage, shape, kind, self._table.lookup(name))
+            for stage, found in enumerate(stages)
+            for name, shape, kind in found
+        ]
+        return [part for part in parts if part.mapped.exported]
+
+    def names(self) -> list[str]:
+        """The Hugging Face names, in the order of `items`."""
+        return [name for bucket in self._buckets for part in bucket for name in part.mapped.hf_names]
+
+    @torch.no_grad()
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor) on the device of the parameters; every rank must drain it.
+
+        A tensor is never overwritten by the exporter, but without any parallelism it is a view of the parameter and
+        changes with it: use it before the next optimiser step, or copy it. It may keep its whole bucket alive.
+        """
+        for bucket in self._buckets:
+            if self._shards.tp_size == 1 and self._shards.pp_size == 1:
+                gathered = [[self._shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
+            else:
+                gathered = self._gather(bucket)
+            for part, parts in zip(bucket, gathered, strict=True):
+                yield from zip(part.mapped.hf_names, part.mapped.rule.from_shards(parts), strict=True)
+            del gathered, parts  # before the next bucket is allocated
+
+    def _gather(self, bucket: list[Part]) -> list[list[torch.Tensor]]:
+        """For each part, the shards of all tensor-parallel ranks. Bytes travel, so that any dtype does, bit for bit."""
+        shards = self._shards
+        stage, size = bucket[0].stage, sum(part.nbytes for part in bucket)
+        device = next(iter(shards.parameters.values())).device
+        flat = torch.empty(size, dtype=torch.uint8, device=device)
+        if stage == shards.pp_rank:
+            for part, view in zip(bucket, _views(flat, bucket), strict=True):
+                view.copy_(shards.parameters[part.name])
+        if shards.pp_size > 1:
+            dist.broadcast(flat, dist.get_global_rank(shards.pp_group, stage), group=shards.pp_group)
+        if shards.tp_size == 1:
+            return [[view] for view in _views(flat, bucket)]
+        full = torch.empty(shards.tp_size * size, dtype=torch.uint8, device=device)
+        dist.all_gather_into_tensor(full, flat, group=shards.tp_group)
+        by_rank = [_views(flat, bucket) for flat in full.chunk(shards.tp_size)]
+        return [list(parts) for parts in zip(*by_rank, strict=True)]
+
+
+def _views(flat: torch.Tensor, bucket: list[Part]) -> list[torch.Tensor]:
+    """The bucket's shards as views of a flat byte buffer."""
+    views, start = [], 0
+    for part in bucket:
+        used = math.prod(part.shape) * part.dtype.itemsize
+        views.append(flat[start : start + used].view(part.dtype).view(part.shape))
+        start += part.nbytes
+    return views
+
+
+def _buckets(parts: list[Part], shard_bytes: int) -> list[list[Part]]:
+    """Consecutive parts of one stage, up to `shard_bytes` a bucket, at least one part."""
+    buckets: list[list[Part]] = []
+    filled = 0
+    for part in parts:
+        if not buckets or buckets[-1][0].stage != part.stage or filled + part.nbytes > shard_bytes:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(part)
+        filled += part.nbytes
+    return buckets
+
+
+def export_hf(
+    shards: ModelShards, hf_config: Mapping[str, Any], *,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES, dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """One export; see `Exporter`, which saves the planning when there are several."""
+    return Exporter(shards, hf_config, bucket_bytes=bucket_bytes, dtype=dtype).items()

@@ -1,0 +1,160 @@
+"""Hugging Face folder → Megatron shards, reading from safetensors only the slices that this rank needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_srpo.bridge.errors import BridgeError, nearest
+from megatron_srpo.bridge.families import Mapped, WeightTable, weight_table
+from megatron_srpo.bridge.rules import shape_of
+from megatron_srpo.types import ModelShards
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what a weight may be stored as
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # computed buffers that old checkpoints carry
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The folder's config.json. Raises BridgeError when there is none, or it is no JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BridgeError(
+            f"{folder} has no config.json: expected a Hugging Face model folder (config.json, safetensors, tokenizer)."
+        ) from None
+    except ValueError as error:
+        raise BridgeError(f"{path} is not valid JSON ({error}): fetch the model again.") from None
+    if not isinstance(config, dict):
+        raise BridgeError(f"{path} holds no JSON object: fetch the model again.")
+    return config
+
+
+class WeightFolder:
+    """The tensors of a Hugging Face folder by name, in one or several safetensors files; a context manager."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files = ExitStack()
+        self._open: dict[str, Any] = {}
+        self._file_of = self._index()
+
+    def __enter__(self) -> WeightFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+        self._open.clear()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def source(self, name: str) -> Any:
+        """A slice handle of one tensor: nothing is read until it is indexed."""
+        if name not in self._file_of:
+            raise BridgeError(
+                f"{self.folder} has no tensor {name!r}, which config.json implies.{nearest(name, self._file_of)} "
+                "Is the download complete, and is the config.json of this model?"
+            )
+        try:
+            source = self._handle(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise BridgeError(
+                f"{self.folder / self._file_of[name]}: cannot read {name!r} ({error}): index and file disagree; fetch "
+                "the model again."
+            ) from None
+        if source.get_dtype() not in FLOATS:
+            raise BridgeError(
+                f"{name} in {self.folder} is stored as {source.get_dtype()}: expected one of {', '.join(FLOATS)}. "
+                "Quantised weights cannot be trained: use the original model."
+            )
+        return source
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            path = self.folder / file
+            if not path.exists():
+                raise BridgeError(f"{self.folder} lacks {file}, which {INDEX} names: the download is incomplete.")
+            try:
+                self._open[file] = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except SafetensorError as error:
+                raise BridgeError(f"{path} is not a complete safetensors file ({error}): fetch it again.") from None
+        return self._open[file]
+
+    def _index(self) -> Mapping[str, str]:
+        """Tensor name → file name."""
+        if not self.folder.is_dir():
+            raise BridgeError(f"{self.folder} is not a folder: expected a Hugging Face model folder (model.path).")
+        if (self.folder / INDEX).exists():
+            return json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        single = self.folder / SINGLE
+        files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise BridgeError(self._no_weights())
+        return {name: file.name for file in files for name in self._handle(file.name).keys()}  # noqa: SIM118
+
+    def _no_weights(self) -> str:
+        pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in self.folder.glob(f"*.{suffix}"))
+        if pickled:
+            return (
+                f"{self.folder} has its weights only as {pickled[0]}: expected safetensors. Convert them: "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
+            )
+        return f"{self.folder} has no weights: expected {SINGLE}, or {INDEX} and the files that it names."
+
+
+def check_names(folder: WeightFolder, table: WeightTable) -> None:
+    """Refuse tensors that no rule reads: the model would train without them."""
+    known = table.hf_names()
+    extra = sorted(name for name in folder.names - known if not name.endswith(IGNORED_SUFFIXES))
+    if extra:
+        raise BridgeError(
+            f"{folder.folder} has {len(extra)} tensor(s) that family {table.family.name!r} with {table.dims.layers} "
+            f"layers does not know, the first is {extra[0]!r}.{nearest(extra[0], known)} Training without them would "
+            "be wrong: check config.json (num_hidden_layers, architectures, attention_bias)."
+        )
+
+
+def read_shard(
+    folder: WeightFolder, mapped: Mapped, shape: tuple[int, ...], tp_rank: int, tp_size: int
+) -> torch.Tensor:
+    """One parameter's shard, in the dtype of the file. Raises BridgeError when the file's shapes do not fit."""
+    sources = [folder.source(name) for name in mapped.hf_names]
+    expected = mapped.rule.hf_shapes(shape, tp_size)
+    for name, source, want in zip(mapped.hf_names, sources, expected, strict=True):
+        if shape_of(source) != want:
+            raise BridgeError(
+                f"{name} in {folder.folder} has shape {list(shape_of(source))}, config.json implies {list(want)}: "
+                "weights and config.json are of different models."
+            )
+    shard = mapped.rule.to_shard(sources, tp_rank, tp_size)
+    if tuple(shard.shape) != shape:
+        raise BridgeError(
+            f"{', '.join(mapped.hf_names)}: a tensor parallel rank of {tp_size} gets {list(shard.shape)}, its Megatron "
+            f"parameter is {list(shape)}. The padded vocabulary or the tensor parallel size does not fit the model."
+        )
+    return shard
+
+
+@torch.no_grad()
+def load_hf_weights(shards: ModelShards, hf_dir: str | Path) -> None:
+    """Fill this rank's parameters from a Hugging Face folder, cast to each parameter's dtype. No communication.
+
+    Reads only this rank's slices, one parameter at a time. Raises BridgeError for a folder without (complete)
+    safetensors, another family, a parameter without a rule, a missing or unknown tensor, or a wrong shape.
+    """
+    table = weight_table(read_config(hf_dir), shards.padded_vocab_size)
+    mapped = {name: table.lookup(name) for name in shards.parameters}
+    with WeightFolder(hf_dir) as folder:
+        check_names(folder, table)
+        for name, parameter in shards.parameters.items():
+            shape = tuple(parameter.shape)
+            parameter.copy_(read_shard(folder, mapped[name], shape, shards.tp_rank, shards.tp_size))

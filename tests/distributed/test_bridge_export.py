@@ -1,0 +1,114 @@
+"""The export on real gloo ranks: bitwise, in one order, bucket by bucket, for TP, PP and both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_srpo.bridge import Exporter, export_hf, load_hf_weights, read_config
+from megatron_srpo.types import ModelShards
+from tests.distributed_harness import run_distributed
+from tests.tiny_models import make_tiny_model
+from tests.tiny_shards import empty_shards
+
+TP, PP = 2, 2
+
+
+def _grid(tp: int, pp: int) -> dict:
+    """This rank's place and groups in a tp × pp grid, tensor parallel ranks next to each other."""
+    rank = dist.get_rank()
+    place: dict = {"tp_rank": rank % tp, "tp_size": tp, "pp_rank": rank // tp, "pp_size": pp}
+    for size, name, members in (
+        (tp, "tp_group", [list(range(stage * tp, (stage + 1) * tp)) for stage in range(pp)]),
+        (pp, "pp_group", [list(range(shard, tp * pp, tp)) for shard in range(tp)]),
+    ):
+        groups = [dist.new_group(ranks) for ranks in members] if size > 1 else []
+        place[name] = next((g for g, ranks in zip(groups, members, strict=False) if rank in ranks), None)
+    return place
+
+
+def _loaded(folder: str, place: dict, **layout) -> ModelShards:
+    shards = empty_shards(read_config(folder), **place, **layout)
+    load_hf_weights(shards, folder)
+    return shards
+
+
+def _check_exports(folder: str, tp: int, pp: int) -> dict:
+    """Exports with small, middling and one bucket, compared here with the file; returns what ranks must agree on."""
+    place, config = _grid(tp, pp), read_config(folder)
+    expected = load_file(f"{folder}/model.safetensors")
+    orders = []
+    for bucket_bytes, layout in ((1, {}), (40_000, {"transformer_engine": True, "pad_to": 4}), (10**9, {"pad_to": 16})):
+        exporter = Exporter(_loaded(folder, place, **layout), config, bucket_bytes=bucket_bytes)
+        for _ in range(2):  # an exporter is used again and again
+            items = list(exporter.items())
+            assert [name for name, _ in items] == exporter.names()
+            assert {name: tuple(t.shape) for name, t in items} == {n: tuple(t.shape) for n, t in expected.items()}
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in items)
+        orders.append(sorted(exporter.names()))
+    converted = dict(export_hf(_loaded(folder, place), config, dtype=torch.bfloat16))
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in converted.items())
+    return {"order": exporter.names(), "names": orders}
+
+
+def _check_live(folder: str) -> None:
+    """The export reads the parameters as they are when it runs."""
+    shards = _loaded(folder, _grid(2, 1))
+    exporter = Exporter(shards, read_config(folder))
+    with torch.no_grad():
+        for parameter in shards.parameters.values():
+            parameter.mul_(2)
+    expected = load_file(f"{folder}/model.safetensors")
+    kept = list(exporter.items())
+    with torch.no_grad():
+        for parameter in shards.parameters.values():
+            parameter.zero_()
+    list(exporter.items())
+    assert all(torch.equal(tensor, expected[name] * 2) for name, tensor in kept)  # never overwritten afterwards
+
+
+def _check_memory(folder: str) -> None:
+    """What is gathered at once is bounded by the bucket."""
+    gathered = []
+    gather = dist.all_gather_into_tensor
+
+    def record(full, flat, group):
+        gathered.append(full.numel())
+        return gather(full, flat, group=group)
+
+    dist.all_gather_into_tensor = record
+    shards = _loaded(folder, _grid(2, 1))
+    largest = max(tensor.nbytes for tensor in load_file(f"{folder}/model.safetensors").values())
+    for bucket_bytes in (2 * largest, 10**9):
+        gathered.clear()
+        list(Exporter(shards, read_config(folder), bucket_bytes=bucket_bytes).items())
+        assert (len(gathered) > 3) == (bucket_bytes < 10**6)
+        assert max(gathered) <= bucket_bytes
+
+
+def _on_two_ranks(tied: str, untied: str) -> dict:
+    results = {
+        (tp, pp, folder): _check_exports(folder, tp, pp) for tp, pp in ((TP, 1), (1, PP)) for folder in (tied, untied)
+    }
+    _check_live(tied)
+    _check_memory(untied)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    sizes = {"hidden": 48, "layers": 2, "heads": 12, "kv_heads": 4, "head_dim": 6, "ffn": 28, "vocab": 37}
+    make = tmp_path_factory.mktemp
+    return [str(make_tiny_model(make(f"tied-{tied}"), tied=tied, **sizes)) for tied in (True, False)]
+
+
+def test_tp2_and_pp2_exports_are_bitwise_and_in_one_order(folders):
+    ours, theirs = run_distributed(_on_two_ranks, 2, *folders)
+    assert ours == theirs
+
+
+def test_tp2_times_pp2_export_is_bitwise_and_in_one_order(folders):
+    results = run_distributed(_check_exports, 4, folders[1], TP, PP)
+    assert all(result == results[0] for result in results)

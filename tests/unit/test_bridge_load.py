@@ -1,0 +1,204 @@
+"""A Hugging Face folder into shards and back, for every family, naming and split; and what broken folders get."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_srpo.bridge import BridgeError, Exporter, family_of, load_hf_weights, read_config, weight_table
+from tests.tiny_models import make_tiny_model
+from tests.tiny_shards import empty_shards
+
+SIZES = {"hidden": 48, "layers": 2, "heads": 12, "kv_heads": 4, "head_dim": 6, "ffn": 28, "vocab": 37}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(family, tied) → folder, made on demand."""
+    made = {}
+
+    def folder(family="qwen3", tied=True):
+        if (family, tied) not in made:
+            path = tmp_path_factory.mktemp(f"{family}-{tied}")
+            made[family, tied] = make_tiny_model(path, family, tied=tied, **SIZES)
+        return made[family, tied]
+
+    return folder
+
+
+@pytest.fixture
+def broken(folders, tmp_path):
+    """A private copy of a sound folder, to be broken."""
+    shutil.copytree(folders(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def loaded(folder, **layout):
+    shards = empty_shards(read_config(folder), **layout)
+    load_hf_weights(shards, folder)
+    return shards
+
+
+def undo(folder, ranks):
+    """Full tensors from the shards of all tensor-parallel ranks of one stage."""
+    table = weight_table(read_config(folder), ranks[0].padded_vocab_size)
+    full = {}
+    for name in ranks[0].parameters:
+        mapped = table.lookup(name)
+        if mapped.exported:
+            parts = [rank.parameters[name].detach() for rank in ranks]
+            full.update(zip(mapped.hf_names, mapped.rule.from_shards(parts), strict=True))
+    return full
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("transformer_engine", [False, True], ids=["local", "te"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_folder_to_shards_to_folder_is_bitwise(folders, family, tied, transformer_engine, tp):
+    folder = folders(family, tied)
+    ranks = [
+        loaded(folder, tp_rank=rank, tp_size=tp, transformer_engine=transformer_engine, pad_to=4) for rank in range(tp)
+    ]
+    expected = load_file(folder / "model.safetensors")
+    full = undo(folder, ranks)
+    assert sorted(full) == sorted(expected)  # a tied head is not exported
+    assert all(torch.equal(full[name], expected[name]) for name in expected)
+
+
+def test_every_parameter_is_written_and_padding_is_zero(folders):
+    shards = loaded(folders(), tp_rank=1, tp_size=2, pad_to=16)  # 64 rows for 37: rank 1 has 5 real ones
+    assert all(parameter.isfinite().all() for parameter in shards.parameters.values())
+    assert shards.parameters["embedding.word_embeddings.weight"][5:].eq(0).all()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_pipeline_stage_loads_its_own_layers_and_the_last_one_its_head(folders, tied):
+    folder = folders("qwen3", tied)
+    stage = loaded(folder, pp_rank=1, pp_size=2)
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    assert torch.equal(stage.parameters["output_layer.weight"], head)
+    down = stage.parameters["decoder.layers.1.mlp.linear_fc2.weight"]
+    assert torch.equal(down, weights["model.layers.1.mlp.down_proj.weight"])
+    assert not any("layers.0" in name for name in stage.parameters)
+
+
+def test_weights_are_cast_to_the_parameters_dtype(folders):
+    shards = loaded(folders(), dtype=torch.bfloat16)
+    norm = load_file(folders() / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(shards.parameters["decoder.final_layernorm.weight"], norm.bfloat16())
+
+
+def test_a_sharded_folder_loads_like_a_single_file(tmp_path, folders):
+    sharded = make_tiny_model(tmp_path / "sharded", max_shard_size="20KB", **SIZES)
+    assert not (sharded / "model.safetensors").exists()
+    one, many = loaded(folders()), loaded(sharded)
+    assert all(torch.equal(one.parameters[name], many.parameters[name]) for name in one.parameters)
+
+
+def test_without_parallelism_the_export_is_a_view_of_the_parameters(folders):
+    shards = loaded(folders())
+    items = dict(Exporter(shards, read_config(folders())).items())
+    shards.parameters["decoder.final_layernorm.weight"].data.fill_(3.0)
+    assert items["model.norm.weight"].eq(3).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("decoder.layers.1.mlp.linear_fc3.weight", "decoder.layers.1.mlp.linear_fc"),
+        ("decoder.layers.0.self_attention.linear_qkv.bias", "decoder.layers.0.self_attention.linear_qkv.weight"),
+        ("decoder.layers.7.mlp.linear_fc1.weight", "decoder.layers.7.mlp.linear_fc1.weight"),  # there are two layers
+    ],
+)
+def test_a_parameter_without_a_rule_is_refused_with_the_nearest(folders, name, nearest):
+    shards = empty_shards(read_config(folders()))
+    shards.parameters[name] = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(BridgeError) as refused:
+        load_hf_weights(shards, folders())
+    assert repr(name) in str(refused.value) and nearest in str(refused.value)
+    with pytest.raises(BridgeError, match="no rule"):
+        Exporter(shards, read_config(folders()))
+
+
+def test_an_unknown_architecture_is_refused_with_the_supported_ones():
+    with pytest.raises(BridgeError, match=r"'Qwen3MoeForCausalLM'.*LlamaForCausalLM, Qwen3ForCausalLM.*nearest"):
+        family_of({"architectures": ["Qwen3MoeForCausalLM"]})
+    assert family_of({"model_type": "llama"}).name == "llama"
+    with pytest.raises(BridgeError, match="None"):
+        family_of({})
+
+
+def rewrite(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigure(folder, **values):
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights: expected model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            r"only as pytorch_model.bin.*save_pretrained",
+        ),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 40), "not a complete safetensors file"),
+        (
+            lambda f: rewrite(f, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")),
+            r"no tensor 'model.layers.1.mlp.up_proj.weight'.*nearest.*model.layers",
+        ),
+        (
+            lambda f: rewrite(f, lambda w: w.update({"model.norm.weight": torch.zeros(41)})),
+            r"model.norm.weight .* has shape \[41\], config.json implies \[48\]",
+        ),
+        (
+            lambda f: rewrite(f, lambda w: w.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)})),
+            "stored as I8.*Quantised",
+        ),
+        (
+            lambda f: rewrite(f, lambda w: w.update({"model.layers.1.self_attn.o_proj.bias": torch.zeros(48)})),
+            r"1 tensor\(s\) .* does not know.*o_proj.bias.*attention_bias",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}})
+            ),
+            "lacks model-00001-of-00002.safetensors.*incomplete",
+        ),
+    ],
+    ids=["none", "bin", "no config", "bad json", "truncated", "missing", "shape", "int8", "extra", "half a download"],
+)
+def test_a_broken_folder_gets_one_clear_message(broken, damage, message):
+    shards = empty_shards(read_config(broken))
+    damage(broken)
+    with pytest.raises(BridgeError, match=message):
+        load_hf_weights(shards, broken)
+
+
+def test_a_config_with_other_layers_than_the_weights_is_refused(broken):
+    reconfigure(broken, num_hidden_layers=1)
+    with pytest.raises(BridgeError, match=r"does not know, the first is 'model\.layers\.1"):
+        load_hf_weights(empty_shards(read_config(broken)), broken)
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path, folders):
+    with pytest.raises(BridgeError, match="expected a Hugging Face model folder"):
+        load_hf_weights(empty_shards(read_config(folders())), tmp_path / "nowhere")
+
+
+def test_a_head_of_tied_models_that_is_in_the_folder_all_the_same_is_ignored(broken):
+    rewrite(broken, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    load_hf_weights(empty_shards(read_config(broken)), broken)
