@@ -1,2 +1,57 @@
-from megatron_srpo.config.schema import *  # noqa
-from megatron_srpo.config.schema import UserError, ConfigError, Config
+"""The configuration: one tree of typed models, read from TOML plus dotted overrides.
+
+    schema.py     the models: keys, types, defaults, meanings
+    load.py       TOML file + overrides → Config; Config → TOML file
+    check.py      what the types cannot say: contradictions, the model folder, the number of ranks
+    reference.py  the table of all keys for docs/configuration.md
+
+Every refusal is one `ConfigError` that lists all problems: key, value, what was expected, and the cure.
+"""
+
+from megatron_srpo.config.check import check, read_model_folder
+from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
+from megatron_srpo.config.schema import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObserveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    TeacherConfig,
+    TrainConfig,
+    UserError,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "ObserveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Section",
+    "TeacherConfig",
+    "TrainConfig",
+    "UserError",
+    "check",
+    "load_config",
+    "nearest_key",
+    "read_model_folder",
+    "save_resolved",
+    "to_toml",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class UserError(ValueError):
@@ -108,13 +108,19 @@ class AlgorithmConfig(Section):
             return self.entropy_beta
         return 1.0 if self.name == "srpo" else 0.0
 
-    @model_validator(mode="after")
-    def _check(self) -> AlgorithmConfig:
-        if self.entropy_beta < 0 and self.entropy_beta != -1:
-            raise ValueError("entropy_beta must be ≥ 0, or -1 for the method's own value")
-        if 0 < self.dual_clip <= 1:
-            raise ValueError("dual_clip must be > 1 (3 is usual), or 0 to switch it off")
-        return self
+    @field_validator("entropy_beta")
+    @classmethod
+    def _beta_or_default(cls, value: float) -> float:
+        if value < 0 and value != -1:
+            raise ValueError("expected a number ≥ 0, or -1 for the method's own value")
+        return value
+
+    @field_validator("dual_clip")
+    @classmethod
+    def _dual_clip_or_off(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("expected a number > 1 (3 is usual), or 0 to switch it off")
+        return value
 
 
 class TeacherConfig(Section):

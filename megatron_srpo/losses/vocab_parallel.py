@@ -117,9 +117,10 @@ def gather_logprobs(logits: Tensor, ids: Tensor, *, vocab_start: int, group: Any
 
 @torch.no_grad()
 def topk(logits: Tensor, k: int, *, vocab_start: int, group: Any) -> Tensor:
-    """Global ids of the k largest logits, largest first, the same on every rank; among equals the lowest id.
+    """Global ids of the k largest logits, largest first and lower ids first among equals, the same on every rank.
 
-    logits [T, v] → [T, k] int64. One gather of the ranks' own candidates.
+    logits [T, v] → [T, k] int64. One gather of the ranks' own candidates. Which of several equal logits make the cut is
+    torch.topk's choice.
     """
     best = min(k, logits.size(1))
     values, columns = logits.topk(best, dim=1)

@@ -1,0 +1,295 @@
+"""From a TOML file and command line overrides to a `Config`, and back."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import functools
+import json
+import math
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from megatron_srpo.config.schema import Config, ConfigError, Section
+
+SHOWN = 70  # characters of a value in a message
+
+
+@functools.cache
+def config_fields() -> dict[str, FieldInfo]:
+    """Every dotted key, "section.key", with pydantic's record of its type, default and bounds."""
+    return {
+        f"{name}.{key}": field
+        for name, section in Config.model_fields.items()
+        for key, field in section.annotation.model_fields.items()
+    }
+
+
+def nearest_key(key: str) -> str | None:
+    """The existing key that `key` most likely means: its last part in another section first, then by spelling."""
+    keys = list(config_fields())
+    leaf = key.rpartition(".")[2].replace("-", "_")
+    same = [known for known in keys if known.rpartition(".")[2] == leaf]
+    for pool in (same, keys):
+        found = difflib.get_close_matches(key, pool, n=1, cutoff=0.0 if pool is same else 0.6)
+        if found:
+            return found[0]
+    leaves = {known.rpartition(".")[2]: known for known in keys}
+    found = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    return leaves[found[0]] if found else None
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` and apply `overrides` ("--section.key", "VALUE", or "--section.key=VALUE").
+
+    An override's value is a TOML literal; where the key holds text, quotes are optional. Raises ConfigError with all
+    problems in one message.
+    """
+    given = _read_toml(Path(path))
+    pairs, problems = _split_overrides(overrides)
+    from_command_line = set()
+    for key, text in pairs:
+        problem = _apply(given, key, text)
+        problems += [problem] if problem else []
+        from_command_line.add(key)
+    config = None
+    try:
+        config = Config.model_validate(given)
+    except ValidationError as error:
+        problems += _explain(error, from_command_line)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+    return config
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Expected a configuration in TOML{_tomls_beside(path)}.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder. Expected a configuration file in TOML{_tomls_beside(path)}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8. Expected a text file in TOML.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"at line (\d+)", str(error))
+        lines = text.splitlines() or [""]
+        number = int(place[1]) if place else len(lines)
+        line = lines[min(number, len(lines)) - 1].strip()
+        raise ConfigError(f"{path}, line {number}: not valid TOML: {error}\n    {line}") from None
+
+
+def _tomls_beside(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    names = sorted(file.name for file in folder.glob("*.toml"))[:8] if folder.is_dir() else []
+    return f"; in {folder} there are {', '.join(names)}" if names else ""
+
+
+def _split_overrides(tokens: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Pairs (dotted key, value as text), and what is wrong with the form."""
+    pairs, problems, rest = [], [], list(tokens)
+    while rest:
+        token = rest.pop(0)
+        key, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--"):
+            problems.append(f"{token!r}: not expected here; an override is --section.key VALUE")
+        elif equals:
+            pairs.append((key, value))
+        elif rest and not rest[0].startswith("--"):
+            pairs.append((key, rest.pop(0)))
+        else:
+            problems.append(f"--{key}: has no value; write --{key} VALUE, or --{key}=VALUE if it starts with --")
+    return pairs, problems
+
+
+def _apply(given: dict[str, Any], key: str, text: str) -> str | None:
+    """Set one override in the tree; returns what is wrong, if its place does not exist."""
+    parts = key.split(".")
+    field = config_fields().get(".".join(parts[:2]))
+    if field is None or (len(parts) > 2 and get_origin(field.annotation) is not dict):
+        if key in Config.model_fields:
+            return f"--{key}: is a section, not a key; give its keys one by one, like --{key}.{_first_key(key)} VALUE"
+        return f"--{key} {_shown(text)}: no such key{_nearest_hint(key)}"
+    place = given
+    for part in parts[:-1]:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):  # the file has a plain value here: the validation reports it
+            return None
+    place[parts[-1]] = _value(text, Any if len(parts) > 2 else field.annotation)
+    return None
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """`text` as a TOML literal, or as it stands where it is none, or where the key wants text and it reads as another
+    type (a run may be named 17)."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    if set(parsed) != {"value"}:  # a line break in the text
+        return text
+    types = _plain_types(annotation)
+    return text if str in types and type(parsed["value"]) not in types else parsed["value"]
+
+
+def _plain_types(annotation: Any) -> set[type]:
+    """The Python types that a key accepts."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return set().union(*(_plain_types(part) for part in get_args(annotation)))
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {origin or annotation}
+
+
+# ---- explaining ------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, from_command_line: set[str]) -> list[str]:
+    """One line for each key that is wrong, in the file's order."""
+    lines: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        location = [str(part) for part in problem["loc"][:2]]
+        key = ".".join(location)
+        if key in lines:  # the other types of a union, or another element of a list
+            continue
+        origin = " (from the command line)" if key in from_command_line else ""
+        lines[key] = _explain_one(key, problem) + origin
+    return list(lines.values())
+
+
+def _explain_one(key: str, problem: dict[str, Any]) -> str:
+    kind, value = problem["type"], problem["input"]
+    field = config_fields().get(key)
+    if kind == "missing":
+        if field is None:
+            return f"[{key}]: required section is missing; it needs {_required_keys(key)}"
+        return f"{key}: required key is missing; expected {expected(field)}"
+    if kind == "extra_forbidden":
+        if "." not in key and isinstance(value, dict):
+            found = difflib.get_close_matches(key, Config.model_fields, n=1, cutoff=0.5)
+            hint = f"; the nearest is [{found[0]}]" if found else f"; there are {', '.join(Config.model_fields)}"
+            return f"[{key}]: no such section{hint}"
+        return f"{key} = {_shown(value)}: no such key{_nearest_hint(key)}"
+    if field is None:
+        return f"{key} = {_shown(value)}: expected a section, [{key}] with keys like {_first_key(key)}"
+    if len(problem["loc"]) > 2 and kind != "value_error":  # an element: show what the key as a whole was given
+        value = _whole_value(problem, value)
+    if kind == "value_error":
+        return f"{key} = {_shown(value)}: {problem['ctx']['error']}"
+    return f"{key} = {_shown(value)}: expected {expected(field)}"
+
+
+def _whole_value(problem: dict[str, Any], value: Any) -> Any:
+    """The value of a key whose element is wrong; pydantic gives only the element for lists and tables."""
+    inner = problem["loc"][2:]
+    last = inner[-1]
+    return [value] if isinstance(last, int) else {str(last): value} if not _names_a_type(last) else value
+
+
+def _names_a_type(part: Any) -> bool:
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith("list["))
+
+
+def _nearest_hint(key: str) -> str:
+    found = nearest_key(key)
+    return f"; the nearest is {found}" if found else f"; the sections are {', '.join(Config.model_fields)}"
+
+
+def _first_key(section: str) -> str:
+    return next(iter(Config.model_fields[section].annotation.model_fields))
+
+
+def _required_keys(section: str) -> str:
+    model: type[Section] = Config.model_fields[section].annotation
+    return ", ".join(f"{section}.{name}" for name, field in model.model_fields.items() if field.is_required())
+
+
+def expected(field: FieldInfo) -> str:
+    """What a key accepts, in words: "a whole number ≥ 1", "one of "ema", "frozen", "live"."."""
+    words = _type_in_words(field.annotation)
+    bounds = []
+    for bound in field.metadata:
+        for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+            limit = getattr(bound, attribute, None)
+            if limit is not None:
+                bounds.append(f"{sign} {limit}")
+    return f"{words} {' and '.join(bounds)}".strip()
+
+
+def _type_in_words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(_type_in_words(part) for part in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(value) for value in arguments)
+    if origin is list:
+        return "a list of texts"
+    if origin is dict:
+        return "a table of texts" if arguments[1] is str else "a table"
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[annotation]
+
+
+def _shown(value: Any) -> str:
+    text = to_toml_value(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration, defaults included, as TOML that `load_config` reads back to an equal one."""
+    sections = []
+    for name, values in config.model_dump().items():
+        lines = [f"{key} = {to_toml_value(value)}" for key, value in values.items()]
+        sections.append("\n".join([f"[{name}]", *lines]))
+    return "\n\n".join(sections) + "\n"
+
+
+def save_resolved(config: Config, path: str | Path) -> None:
+    """Write `to_toml(config)` to `path`, whole or not at all; makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text("# Resolved configuration of this run: the file, the overrides and the defaults.\n\n" + to_toml(config))
+    aside.replace(path)
+
+
+def to_toml_value(value: Any) -> str:
+    """A value as a TOML literal on one line; tables inline."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(to_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = [f"{_toml_key(str(key))} = {to_toml_value(item)}" for key, item in value.items()]
+        return "{ " + ", ".join(pairs) + " }" if pairs else "{}"
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else to_toml_value(key)

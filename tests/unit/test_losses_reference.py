@@ -1,0 +1,162 @@
+"""The routed objective against the plain reference in one process: value and gradient."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_srpo.losses import (
+    LossSettings,
+    dynamic_weights,
+    full_divergence,
+    gather_logprobs,
+    k3,
+    policy_loss,
+    routed_loss,
+    topk,
+    topk_divergence,
+)
+from megatron_srpo.losses import vocab_parallel
+from tests.losses_reference import divergence, objective, random_row
+
+CASES = {
+    "defaults": ({}, {}),
+    "several_steps": ({}, {"old": True}),
+    "forward_kl_without_tail": ({"alpha": 0.0, "tail": False}, {}),
+    "reverse_kl": ({"alpha": 1.0}, {"old": True}),
+    "skewed_mixture_and_temperature": ({"alpha": 0.25, "temperature": 0.7}, {}),
+    "full_vocabulary": ({"alpha": 0.5}, {"full": True}),
+    "dual_clip_kl_and_entropy": ({"dual_clip": 1.5, "kl_loss_coef": 0.3, "entropy_coef": 0.2}, {"old": True}),
+    "no_correction_no_ratio": ({"rollout_correction": "off", "distill_ratio_clip": 0.0, "beta": 0.0}, {"old": True}),
+    "token_mask": ({"rollout_correction": "mask", "rollout_correction_cap": 1.3}, {"old": True}),
+    "sequence_mask": ({"rollout_correction": "sequence_mask", "rollout_correction_cap": 1.3}, {"old": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_the_plain_reference(case, monkeypatch):
+    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", 4 * 13 * 4)  # several chunks, the last one shorter
+    settings, row = LossSettings(**CASES[case][0]), CASES[case][1]
+    for seed in range(3):
+        logits, teacher, batch, sequences = random_row(seed, 13, k=4, **row)
+        logits.requires_grad_()
+        if batch.topk_ids is not None and settings.temperature != 1.0:
+            scaled = (teacher / settings.temperature).log_softmax(-1)
+            batch.teacher_logprobs = scaled.gather(1, batch.topk_ids)
+            batch.teacher_entropy = -(scaled.exp() * scaled).sum(-1)
+        expected = objective(logits, teacher, batch, settings, 9, 0.4, sequences)
+        (expected_gradient,) = torch.autograd.grad(expected, logits)
+        loss, _ = routed_loss(logits, batch, settings, loss_tokens=9, distill_weight_mean=0.4, vocab_start=0, group=None)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert float(loss.detach() - expected.detach()) == pytest.approx(0, abs=1e-10)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
+
+
+def test_alpha_names_the_direction_of_the_divergence():
+    p, q = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    forward = 0.1 * math.log(0.1 / 0.7) + 0.1 * math.log(0.1 / 0.2) + 0.8 * math.log(0.8 / 0.1)
+    reverse = 0.7 * math.log(0.7 / 0.1) + 0.2 * math.log(0.2 / 0.1) + 0.1 * math.log(0.1 / 0.8)
+    for alpha, expected in ((0.0, forward), (1.0, reverse)):
+        full = full_divergence(p.log()[None], q.log()[None], alpha, group=None)
+        kept = topk_divergence(p.log()[None], q.log()[None], alpha, tail=False)
+        assert float(full) == pytest.approx(expected, abs=1e-12)
+        assert float(kept) == pytest.approx(expected, abs=1e-12)
+
+
+def test_beta_zero_weighs_every_token_exactly_one():
+    assert torch.equal(dynamic_weights(torch.tensor([0.0, 3.7, 80.0]), 0.0), torch.ones(3))
+
+
+def test_minus_infinity_one_hot_and_uniform_logits_stay_finite():
+    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf], [0.0, 0.0, 0.0, 0.0], [-math.inf, 900.0, -math.inf, -900.0]])
+    logits = logits.double().requires_grad_()
+    logp, entropy = gather_logprobs(logits, torch.tensor([[0], [1], [1]]), vocab_start=0, group=None)
+    (gradient,) = torch.autograd.grad(logp.sum() + entropy.sum(), logits)
+    first = torch.tensor([0.0, 1.0]).double().softmax(0)
+    expected = torch.tensor([float(-(first * first.log()).sum()), math.log(4), 0.0]).double()
+    torch.testing.assert_close(entropy.detach(), expected)
+    assert torch.isfinite(gradient).all()
+    teacher = torch.tensor([[0.0, -math.inf, -math.inf, 2.0]] * 3).double()
+    mixed = full_divergence(logits, teacher, 0.5, group=None)
+    assert torch.isfinite(mixed).all() and (mixed >= 0).all()
+    assert torch.isfinite(torch.autograd.grad(mixed.sum(), logits)[0]).all()
+
+
+def test_topk_puts_the_lowest_id_first_among_equals_and_refuses_more_than_there_are():
+    logits = torch.tensor([[1.0, 5.0, 5.0, 5.0, 7.0]])
+    assert topk(logits, 4, vocab_start=0, group=None).tolist() == [[4, 1, 2, 3]]
+    with pytest.raises(ValueError, match="distillation_topk"):
+        topk(logits, 6, vocab_start=0, group=None)
+
+
+def test_garbage_outside_the_mask_does_not_reach_loss_or_gradient():
+    logits, _, batch, _ = random_row(0, 13, k=4, old=True)
+    logits.requires_grad_()
+    settings = LossSettings(kl_loss_coef=0.1)
+
+    def run():
+        loss, _ = routed_loss(logits, batch, settings, loss_tokens=9, distill_weight_mean=1, vocab_start=0, group=None)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    clean = run()
+    off = batch.loss_mask == 0
+    for name in ("rollout_logprobs", "old_logprobs", "reference_logprobs", "teacher_entropy"):
+        getattr(batch, name)[off] = -1e30
+    dirty = run()
+    assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
+
+
+def test_an_empty_row_gives_an_exact_zero_that_backward_can_run_through():
+    logits, _, batch, _ = random_row(0, 13, k=4)
+    batch.loss_mask.zero_()
+    logits.requires_grad_()
+    loss, metrics = routed_loss(
+        logits, batch, LossSettings(), loss_tokens=0, distill_weight_mean=1.0, vocab_start=0, group=None
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert float(loss.detach()) == 0.0 and torch.equal(gradient, torch.zeros_like(gradient))
+    assert float(metrics["actor/entropy"][1]) == 0.0
+
+
+def test_bf16_divergence_is_not_negative_and_near_its_float64_value():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(64, 999).bfloat16(), torch.randn(64, 999).bfloat16()
+    exact = full_divergence(student.double(), teacher.double(), 0.5, group=None)
+    rounded = full_divergence(student, teacher, 0.5, group=None)
+    assert (full_divergence(student, student, 0.5, group=None) >= 0).all()
+    torch.testing.assert_close(rounded.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_only_logits_and_small_tensors_are_saved_for_backward():
+    logits = torch.randn(32, 4000).bfloat16().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t):
+        gather_logprobs(logits, torch.zeros(32, 5, dtype=torch.long), vocab_start=0, group=None)
+    assert sum(saved) - logits.numel() * 2 <= 32 * (5 * 9 + 8)
+
+
+def test_two_half_rows_add_up_to_the_whole_row():
+    logits, _, batch, sequences = random_row(3, 13, k=4, old=True)
+    whole, _ = routed_loss(
+        logits, batch, LossSettings(), loss_tokens=9, distill_weight_mean=0.5, vocab_start=0, group=None
+    )
+    parts = 0.0
+    for first in (True, False):
+        keep = (sequences < 2) == first
+        fields = {n: v[keep] if torch.is_tensor(v) and n != "cu_seqlens" else v for n, v in vars(batch).items()}
+        fields["cu_seqlens"] = torch.tensor([0, 5, 6] if first else [0, 6, 8]).int()
+        half, _ = routed_loss(
+            logits[keep], type(batch)(**fields), LossSettings(), loss_tokens=9, distill_weight_mean=0.5,
+            vocab_start=0, group=None,
+        )  # fmt: skip
+        parts += float(half)
+    assert parts == pytest.approx(float(whole), abs=1e-12)
+
+
+def test_grpo_pieces_by_hand():
+    logp = torch.tensor([math.log(0.5)] * 3).double()
+    old = torch.tensor([math.log(0.25)] * 3).double()  # ρ = 2
+    loss, clipped = policy_loss(logp, old, torch.tensor([1.0, -1.0, 0.0]).double(), clip_low=0.2, clip_high=0.28)
+    assert loss.tolist() == pytest.approx([-1.28, 2.0, 0.0]) and clipped.tolist() == [True, False, False]
+    assert float(k3(logp, old)[0]) == pytest.approx(0.5 - 1 + math.log(2))
+    assert float(divergence([torch.tensor(1.0)], [torch.tensor(1.0)], 0.5)) == 0.0
