@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, UserError
 
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -21,11 +21,11 @@ def find_latest(root: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint from a user's path: itself, a folder of checkpoints, or a run. Raises ValueError with what exists."""
+    """A checkpoint from a user's path: itself, a folder of checkpoints, or a run. Raises UserError."""
     for candidate in (path, find_latest(path), find_latest(path / "checkpoints")):
         if candidate is not None and _NAME.fullmatch(candidate.name) and candidate.is_dir():
             return candidate
-    raise ValueError(f"no checkpoint in {path}: expected a folder step_NNNNNNNN, or a run that holds checkpoints/step_*")
+    raise UserError(f"no checkpoint in {path}: expected a folder step_NNNNNNNN, or a run that holds checkpoints/step_*")
 
 
 class Checkpoints:
@@ -71,7 +71,7 @@ class Checkpoints:
         if before["model"]["path"] != self._config.model.path or (
             before["algorithm"]["name"] != self._config.algorithm.name
         ):
-            raise ValueError(
+            raise UserError(
                 f"{found} was written by another run (model.path {before['model']['path']}, algorithm "
                 f"{before['algorithm']['name']}), this one has {self._config.model.path}, "
                 f"{self._config.algorithm.name}. Choose another run.output_dir, or checkpoint.resume = false."

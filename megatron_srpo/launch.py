@@ -74,7 +74,9 @@ class Prompting:
 
         self._config = config
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        longest = config.teacher.max_prompt_length or (config.data.max_prompt_length + config.rollout.max_response_length)
+        longest = config.teacher.max_prompt_length or (
+            config.data.max_prompt_length + config.rollout.max_response_length
+        )
         self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, config.data, longest)
 
     def prompts(self, split: str, say: Callable[[str], None]) -> list:
@@ -178,7 +180,9 @@ def _requests(prompts: list, iteration: int, *, seed: int, samples: int) -> list
 
     return [
         GenerateRequest(
-            prompt=index, sample=sample, token_ids=prompt.token_ids,
+            prompt=index,
+            sample=sample,
+            token_ids=prompt.token_ids,
             seed=request_seed(seed, iteration, prompt.uid, sample),
         )  # fmt: skip
         for index, prompt in enumerate(prompts)
@@ -236,7 +240,9 @@ def _sampling(config: Config) -> Any:
     from megatron_srpo.rollout import SamplingSettings
 
     rollout = config.rollout
-    return SamplingSettings(temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.max_response_length)
+    return SamplingSettings(
+        temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.max_response_length
+    )
 
 
 def _optimizer_steps(config: Config) -> int:
@@ -310,18 +316,16 @@ def _assemble(config: Config, session: Session, driver: DriverParts | None, stop
     return parts, engine, start
 
 
-def evaluate(config: Config, *, checkpoint: str | None, hf: str | None, split: str) -> int:
-    """Evaluate a checkpoint of ours or a Hugging Face folder on a split; prints the metrics as JSON on the driver."""
+def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
+    """Evaluate model.path, or a checkpoint of ours, on a split; prints the metrics as JSON on the driver."""
     from megatron_srpo import checkpoints
 
-    if hf is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": hf})})
     with _session(config) as session:
         driver = _on_driver(session.control, lambda: DriverParts(config, splits=(split,)))
         engine = _build_engine(config, session, config.model.path)
         try:
             if checkpoint is not None:
-                folder = checkpoints.resolve(Path(checkpoint))
+                folder = checkpoints.resolve(checkpoint)
                 engine.publish(_checkpoint_items(config, session, folder), 1)
             prompts = session.control.share(lambda: driver.prompts[split])
             metrics = Evaluator(config, engine, prompts, driver and driver.score)()

@@ -41,7 +41,10 @@ def objective(logits, teacher, batch: PackedBatch, s: LossSettings, loss_tokens,
         lp = logp[t, batch.targets[t]]
         old = lp.detach() if batch.old_logprobs is None else batch.old_logprobs[t]
         rho, advantage = (lp - old).exp(), batch.advantages[t]
-        clipped = min(max(rho, torch.tensor(1 - s.clip_low, dtype=torch.float64)), torch.tensor(1 + s.clip_high, dtype=torch.float64))
+        clipped = min(
+            max(rho, torch.tensor(1 - s.clip_low, dtype=torch.float64)),
+            torch.tensor(1 + s.clip_high, dtype=torch.float64),
+        )
         surrogate = min(rho * advantage, clipped * advantage)
         if s.dual_clip and advantage < 0:
             surrogate = max(surrogate, s.dual_clip * advantage)

@@ -31,9 +31,12 @@ class PublishExtension:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         model = self.model_runner.get_model()
+        # A tied head is the embedding under a second name until the reload gives each name a tensor of its own.
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied -= {name for name, _ in model.named_parameters()}
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
-        self._awaited = {name for name, _ in model.named_parameters()}
+        self._awaited = {name for name, _ in model.named_parameters()} - tied
 
     @torch.no_grad()
     def load_bucket(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -118,7 +118,11 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     parallel, algorithm = config.parallel, config.algorithm
     heads = hf["num_attention_heads"]
     groups, layers = hf.get("num_key_value_heads") or heads, hf["num_hidden_layers"]
-    sizes = (("num_attention_heads", heads), ("num_key_value_heads", groups), ("intermediate_size", hf["intermediate_size"]))
+    sizes = (
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", groups),
+        ("intermediate_size", hf["intermediate_size"]),
+    )
     for key, where in (
         ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size),
         ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size),

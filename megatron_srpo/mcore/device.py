@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_srpo.config import UserError
+
 
 @dataclass(frozen=True)
 class DevicePath:
@@ -22,16 +24,16 @@ class DevicePath:
 
 
 def choose_device(requested: str, local_rank: int) -> DevicePath:
-    """`requested` is run.device: auto, cpu or cuda. Raises ValueError when cuda is asked for and absent."""
+    """`requested` is run.device: auto, cpu or cuda. Raises UserError when cuda is asked for and absent."""
     cuda = torch.cuda.is_available()
     if requested == "cuda" and not cuda:
-        raise ValueError(
+        raise UserError(
             "run.device = 'cuda', but torch sees no GPU here "
             f"(torch {torch.__version__}). Use run.device = 'auto' or 'cpu', or run "
             "'python -m megatron_srpo doctor' to see what is missing."
         )
     if requested == "cpu" and cuda:
-        raise ValueError(
+        raise UserError(
             "run.device = 'cpu', but this machine has CUDA and Megatron Core would use it. "
             "Hide the GPUs for a CPU run: CUDA_VISIBLE_DEVICES= ."
         )

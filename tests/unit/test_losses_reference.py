@@ -15,8 +15,8 @@ from megatron_srpo.losses import (
     routed_loss,
     topk,
     topk_divergence,
+    vocab_parallel,
 )
-from megatron_srpo.losses import vocab_parallel
 from tests.losses_reference import divergence, objective, random_row
 
 CASES = {
@@ -46,7 +46,9 @@ def test_loss_and_gradient_equal_the_plain_reference(case, monkeypatch):
             batch.teacher_entropy = -(scaled.exp() * scaled).sum(-1)
         expected = objective(logits, teacher, batch, settings, 9, 0.4, sequences)
         (expected_gradient,) = torch.autograd.grad(expected, logits)
-        loss, _ = routed_loss(logits, batch, settings, loss_tokens=9, distill_weight_mean=0.4, vocab_start=0, group=None)
+        loss, _ = routed_loss(
+            logits, batch, settings, loss_tokens=9, distill_weight_mean=0.4, vocab_start=0, group=None
+        )
         (gradient,) = torch.autograd.grad(loss, logits)
         assert float(loss.detach() - expected.detach()) == pytest.approx(0, abs=1e-10)
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
@@ -68,7 +70,9 @@ def test_beta_zero_weighs_every_token_exactly_one():
 
 
 def test_minus_infinity_one_hot_and_uniform_logits_stay_finite():
-    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf], [0.0, 0.0, 0.0, 0.0], [-math.inf, 900.0, -math.inf, -900.0]])
+    logits = torch.tensor(
+        [[0.0, -math.inf, 1.0, -math.inf], [0.0, 0.0, 0.0, 0.0], [-math.inf, 900.0, -math.inf, -900.0]]
+    )
     logits = logits.double().requires_grad_()
     logp, entropy = gather_logprobs(logits, torch.tensor([[0], [1], [1]]), vocab_start=0, group=None)
     (gradient,) = torch.autograd.grad(logp.sum() + entropy.sum(), logits)
@@ -130,7 +134,9 @@ def test_bf16_divergence_is_not_negative_and_near_its_float64_value():
 def test_only_logits_and_small_tensors_are_saved_for_backward():
     logits = torch.randn(32, 4000).bfloat16().requires_grad_()
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
         gather_logprobs(logits, torch.zeros(32, 5, dtype=torch.long), vocab_start=0, group=None)
     assert sum(saved) - logits.numel() * 2 <= 32 * (5 * 9 + 8)
 

@@ -1,0 +1,26 @@
+"""Which engine answers which request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_srpo.rollout.engine import GenerateRequest
+
+
+def split_requests(requests: Sequence[GenerateRequest], engines: int, max_tokens: int) -> list[list[GenerateRequest]]:
+    """Deal requests to engines: equal shares of prompt plus response tokens, neighbours together.
+
+    Requests are cut in (prompt, sample) order, so that the samples of a prompt mostly share an engine, and its prefix
+    cache. Responses are taken at their full length, which nobody knows beforehand. The result depends on the arguments
+    alone: every rank computes the same.
+    """
+    ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
+    costs = [len(request.token_ids) + max_tokens for request in ordered]
+    share = sum(costs) / engines
+    shares: list[list[GenerateRequest]] = [[] for _ in range(engines)]
+    done = 0
+    for request, cost in zip(ordered, costs, strict=True):
+        middle = done + cost / 2  # the engine in whose share the request's middle lies
+        shares[min(engines - 1, int(middle / share))].append(request)
+        done += cost
+    return shares

@@ -1,0 +1,160 @@
+"""vLLM engines inside the training ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.rollout.balance import split_requests
+from megatron_srpo.rollout.engine import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout.environment import shared_memory_name, unlink_blocks
+from megatron_srpo.rollout.guest import preserved_generators
+from megatron_srpo.rollout.vllm_engine import EngineSettings, check_model, start_engine, stop_engine
+from megatron_srpo.types import Rollout
+
+
+class ColocatedEngine:
+    """A RolloutEngine on the training ranks: rollout.tensor_parallel_size consecutive ranks are one engine.
+
+    Making one is collective. Without a torch.distributed world it is a single engine in this process. `control_group`
+    is a gloo group over all ranks, for what travels between them: token ids, log-probs and text. `device` is "cpu" or
+    "cuda". `tokenizer` is another folder for the tokenizer. Call rollout.environment.prepare_environment first.
+    """
+
+    def __init__(
+        self, *, hf_dir: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
+        control_group: Any = None, device: str = "cpu", tokenizer: str = "",
+    ) -> None:  # fmt: skip
+        self._control, self._device, self._max_model_len = control_group, device, max_model_len
+        self._owns_world = not dist.is_initialized()
+        self._rank, world = (0, 1) if self._owns_world else (dist.get_rank(), dist.get_world_size())
+        size = rollout.tensor_parallel_size
+        if world % size:
+            raise RolloutError(
+                f"rollout.tensor_parallel_size = {size} does not divide the {world} rank(s): every engine is a group "
+                "of that many. Choose a divisor, or start another number of processes."
+            )
+        check_model(str(hf_dir), rollout, max_model_len, device)
+        self._engines, self._engine, self._speaks = world // size, self._rank // size, self._rank % size == 0
+        name = shared_memory_name(self._pids(world)[self._engine * size])
+        self._llm = start_engine(
+            EngineSettings(
+                str(hf_dir), str(tokenizer or hf_dir), dtype, rollout, max_model_len, seed, device, shared_memory=name
+            )
+        )
+        if size > 1:
+            unlink_blocks(name)
+        self._tokenizer = self._llm.get_tokenizer()
+        self._asleep = False
+        self.weight_version = 0
+
+    def _pids(self, world: int) -> list[int]:
+        pids = [os.getpid()] * world
+        if world > 1:
+            dist.all_gather_object(pids, os.getpid(), group=self._control)
+        return pids
+
+    def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> list[Rollout] | None:
+        """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
+        self._must_be_awake("generate")
+        for request in requests:
+            if not 0 < len(request.token_ids) <= self._max_model_len - sampling.max_tokens:
+                raise RolloutError(
+                    f"prompt {request.prompt} has {len(request.token_ids)} tokens: expected 1 to "
+                    f"{self._max_model_len - sampling.max_tokens}, so that {sampling.max_tokens} more fit in "
+                    f"{self._max_model_len}. Raise data.max_prompt_length, or drop it."
+                )
+        mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
+        try:
+            answers, error = self._run(mine, sampling), None
+        except Exception as failure:  # the others wait in the gather: they must hear of it before it goes on here
+            answers, error = [], failure
+        found = self._gather(answers if self._speaks else [], error)
+        return None if found is None else sorted(found, key=lambda rollout: (rollout.prompt, rollout.sample))
+
+    def _run(self, requests: list[GenerateRequest], sampling: SamplingSettings) -> list[Rollout]:
+        """This rank's engine alone."""
+        from vllm import SamplingParams
+
+        if not requests:
+            return []
+        # What an earlier call left in the cache would change roundings, and a resumed run has no earlier call.
+        self._reset_cache()
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens, ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
+                flat_logprobs=True, detokenize=False,
+            )
+            for request in requests
+        ]  # fmt: skip
+        prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
+        with preserved_generators(self._device):
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [self._rollout(*pair) for pair in zip(requests, outputs, strict=True)]
+
+    def _rollout(self, request: GenerateRequest, output: Any) -> Rollout:
+        (answer,) = output.outputs
+        ids, logprobs = list(answer.token_ids), list(answer.logprobs.logprobs)
+        if len(ids) != len(logprobs) or answer.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM returned {len(ids)} tokens, {len(logprobs)} log-probs and finish_reason "
+                f"{answer.finish_reason!r} for prompt {request.prompt}, sample {request.sample}"
+            )
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Rollout(
+            request.prompt, request.sample, ids, logprobs, text, answer.finish_reason, self.weight_version
+        )  # fmt: skip
+
+    def _gather(self, answers: list[Rollout], error: Exception | None) -> list[Rollout] | None:
+        """All answers on rank 0, None elsewhere. A failure anywhere is raised where it happened, and on rank 0."""
+        parts: list[Any] | None = [(answers, repr(error) if error else None)]
+        if not self._owns_world:
+            sent = parts[0]
+            parts = [None] * dist.get_world_size() if self._rank == 0 else None
+            dist.gather_object(sent, parts, dst=0, group=self._control)
+        if error is not None:
+            raise error
+        if parts is None:
+            return None
+        failed = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(parts) if why]
+        if failed:
+            raise RuntimeError(f"generation failed on {'; '.join(failed)}")
+        return [answer for answers, _ in parts for answer in answers]
+
+    def publish(self, items: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """See RolloutEngine. Tensors go to the worker one by one, without copies beside the engine's own."""
+        self._must_be_awake("publish")
+        self._llm.collective_rpc("publish_weights", args=(items,))
+        self._reset_cache()
+        self.weight_version = version
+
+    def _reset_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM's prefix cache is in use and cannot be reset: requests are still running")
+
+    def _must_be_awake(self, what: str) -> None:
+        if self._asleep:
+            raise RuntimeError(f"the engine sleeps: call wake() before {what}()")
+
+    def sleep(self) -> None:
+        """Move the weights to the host and drop the cache; CUDA only, elsewhere nothing happens."""
+        if self._device == "cuda" and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        """Collective, like the constructor. The trainer's own process groups stay."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            stop_engine(llm, owns_world=self._owns_world)

@@ -1,0 +1,75 @@
+"""What the trainer asks of a rollout engine, whatever runs it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_srpo.config import UserError
+from megatron_srpo.types import Rollout
+
+
+class RolloutError(UserError):
+    """An engine that cannot start, or a request that it cannot serve: expected, got, cure."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How all requests of one call are sampled.
+
+    The returned log-probs are of the distribution that was sampled from: after temperature, and, when top_p < 1 or
+    top_k > 0, renormalised over the kept tokens. Training needs top_p = 1 and top_k = 0.
+    """
+
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    max_tokens: int = 16
+    ignore_eos: bool = False  # go on to max_tokens (benchmarks)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One response to one prompt."""
+
+    prompt: int  # index of the prompt in the batch
+    sample: int  # 0 … G-1 inside its group
+    token_ids: list[int]  # of the prompt
+    seed: int  # of this response's sampling; see request_seed
+
+
+def request_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
+    """A seed in 0 … 2⁶³−1 that depends on nothing else: not on the batch, the number of engines, or the process."""
+    key = f"{run_seed}/{iteration}/{sample}/{uid}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with weights that the trainer publishes. Every rank calls every method, in the same order."""
+
+    weight_version: int  # of the last publish; 0: the weights of the folder
+
+    def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> list[Rollout] | None:
+        """One Rollout a request, sorted by (prompt, sample), on global rank 0; None on the other ranks.
+
+        Every rank passes the same requests. A seed gives the same response whatever else is in the batch.
+        """
+        ...
+
+    def publish(self, items: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take new weights: (Hugging Face name, full tensor), on every rank. Caches are dropped."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the device's memory, where the device supports it; nothing may be asked for until `wake`."""
+        ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None:
+        """Release everything; safe to call twice."""
+        ...

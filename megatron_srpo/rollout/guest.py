@@ -1,0 +1,51 @@
+"""An engine is a guest in the trainer's process: what it changes there is put back."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved_generators(device: str) -> Iterator[None]:
+    """Inside, Python's, NumPy's and torch's global random generators may be used or reseeded; afterwards they continue
+    where they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if device == "cuda" else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+@contextmanager
+def preserved_settings() -> Iterator[None]:
+    """Inside, an engine may start. vLLM's CPU worker turns torch.set_num_threads into a no-op and its workers set the
+    matmul precision; signal handlers, default dtype and gradient mode are kept for safety."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    gradients = torch.is_grad_enabled()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
