@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def _session(config: Config) -> Iterator[Session]:
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rollout.environment import prepare_environment
 
+    _quiet()
     path = choose_device(config.run.device, groups.local_rank())
     prepare_environment(path.device.type)  # before vLLM is imported
     topology = groups.initialize(
@@ -59,6 +61,14 @@ def _session(config: Config) -> Iterator[Session]:
         yield Session(path, topology, Control(topology))
     finally:
         groups.shutdown()
+
+
+def _quiet() -> None:
+    """Silence what the libraries say of themselves at every start; nothing of ours goes through `warnings`."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with sequence parallelism
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for module in ("torch.*", "megatron.*", "transformers.*"):
+        warnings.filterwarnings("ignore", module=module.replace(".*", r"\..*"))
 
 
 def hf_config_of(folder: str) -> dict[str, Any]:

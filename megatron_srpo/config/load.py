@@ -66,7 +66,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(given)
     except ValidationError as error:
-        problems += _explain(error, from_command_line)
+        problems += _explain(error, given, from_command_line)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -160,7 +160,7 @@ def _plain_types(annotation: Any) -> set[type]:
 # ---- explaining ------------------------------------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError, from_command_line: set[str]) -> list[str]:
+def _explain(error: ValidationError, given: dict[str, Any], from_command_line: set[str]) -> list[str]:
     """One line for each key that is wrong, in the file's order."""
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
@@ -168,6 +168,8 @@ def _explain(error: ValidationError, from_command_line: set[str]) -> list[str]:
         key = ".".join(location)
         if key in lines:  # the other types of a union, or another element of a list
             continue
+        if len(problem["loc"]) > 2:  # an element of a list or table is wrong: show the whole value
+            problem["input"] = given[location[0]][location[1]]
         origin = " (from the command line)" if key in from_command_line else ""
         lines[key] = _explain_one(key, problem) + origin
     return list(lines.values())
@@ -188,22 +190,9 @@ def _explain_one(key: str, problem: dict[str, Any]) -> str:
         return f"{key} = {_shown(value)}: no such key{_nearest_hint(key)}"
     if field is None:
         return f"{key} = {_shown(value)}: expected a section, [{key}] with keys like {_first_key(key)}"
-    if len(problem["loc"]) > 2 and kind != "value_error":  # an element: show what the key as a whole was given
-        value = _whole_value(problem, value)
     if kind == "value_error":
         return f"{key} = {_shown(value)}: {problem['ctx']['error']}"
     return f"{key} = {_shown(value)}: expected {expected(field)}"
-
-
-def _whole_value(problem: dict[str, Any], value: Any) -> Any:
-    """The value of a key whose element is wrong; pydantic gives only the element for lists and tables."""
-    inner = problem["loc"][2:]
-    last = inner[-1]
-    return [value] if isinstance(last, int) else {str(last): value} if not _names_a_type(last) else value
-
-
-def _names_a_type(part: Any) -> bool:
-    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith("list["))
 
 
 def _nearest_hint(key: str) -> str:

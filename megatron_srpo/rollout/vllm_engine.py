@@ -131,11 +131,15 @@ def stop_engine(llm: Any, *, owns_world: bool) -> None:
     """Shut an engine down and leave its process groups, but not the trainer's. `owns_world`: it made the world."""
     from vllm.distributed import parallel_state
 
-    llm.llm_engine.engine_core.shutdown()
+    core = llm.llm_engine.engine_core.engine_core  # its own shutdown() would end torch.distributed, the trainer's too
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # the engine's start froze what was there
     parallel_state.destroy_model_parallel()
     if owns_world:
         parallel_state.destroy_distributed_environment()
-    elif parallel_state._WORLD is not None:  # destroy_distributed_environment would end the trainer's world, too
+    elif parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
     gc.collect()
