@@ -1,15 +1,17 @@
 """The configuration: one tree of typed models, read from TOML plus dotted overrides.
 
-    schema.py     the models: keys, types, defaults, meanings
-    load.py       TOML file + overrides → Config; Config → TOML file
-    check.py      what the types cannot say: contradictions, the model folder, the number of ranks
-    reference.py  the table of all keys for docs/configuration.md
+    schema.py        the models: keys, types, defaults, meanings
+    load.py          TOML file + overrides → Config; Config → TOML file
+    check.py         what the types cannot say: contradictions, also with the model and the number of ranks
+    model_folder.py  whether the model is there, whole, and supported
+    reference.py     the table of all keys for docs/configuration.md
 
 Every refusal is one `ConfigError` that lists all problems: key, value, what was expected, and the cure.
 """
 
-from megatron_srpo.config.check import check, read_model_folder
+from megatron_srpo.config.check import check
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
+from megatron_srpo.config.model_folder import read_model_folder
 from megatron_srpo.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,

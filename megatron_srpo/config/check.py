@@ -1,171 +1,265 @@
-"""What the types cannot say: contradictions between keys, the model folder, the number of ranks.
+"""What the types cannot say: contradictions between keys, with the model, and with the number of ranks.
 
-Nothing here imports torch: a wrong configuration is refused in the first second.
+Nothing here imports torch: a wrong configuration is refused in the first second. Every line is the key, its value, why
+it cannot be, and the cure.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.config.model_folder import unsupported
 from megatron_srpo.config.schema import Config, ConfigError
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
 
-def check(config: Config, hf_config: dict[str, Any] | None = None, world_size: int | None = None) -> None:
-    """Raise one ConfigError that lists every contradiction: in the configuration, with the model, with the ranks."""
-    problems = [*_batches(config), *_lengths(config), *_sampling(config), *_rest(config)]
+def check(
+    config: Config,
+    hf_config: dict[str, Any] | None = None,
+    world_size: int | None = None,
+    *,
+    splits: Iterable[str] = (),
+) -> None:
+    """Raise one ConfigError that lists every contradiction.
+
+    `hf_config`: the model's config.json, if it could be read. `world_size`: ranks of all nodes. `splits`: whose files
+    must exist ("train", "test").
+    """
+    problems = [*_batches(config), *_lengths(config), *_sampling(config), *_objective(config), *_schedule(config)]
+    problems += _layout(config)
+    problems += _files(config, splits)
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:
         problems += _ranks(config, world_size)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"the configuration has {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ConfigError(listed("this configuration", problems))
 
 
-def read_model_folder(path: str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder that has safetensors; ConfigError says what is missing."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"model.path = {path!r}: no such folder. Expected a Hugging Face model on this machine.")
-    try:
-        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"model.path = {path!r}: has no config.json. Expected a Hugging Face model folder.") from None
-    except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'}: not valid JSON ({error}). Fetch the model again.") from None
-    if not any(folder.glob("*.safetensors")):
-        pickled = next((file.name for pattern in ("*.bin", "*.pt") for file in sorted(folder.glob(pattern))), None)
-        cure = (
-            f"it has {pickled}: convert it with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-            if pickled
-            else "fetch the model again, weights included"
-        )
-        raise ConfigError(f"model.path = {path!r}: has no weights. Expected *.safetensors; {cure}.")
-    return hf
+def listed(subject: str, problems: list[str]) -> str:
+    """One message: a line that counts, then a line for each problem."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{subject}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def distils(config: Config) -> bool:
+    """Whether the method has a teacher."""
+    return config.algorithm.name != "grpo"
+
+
+def teacher_prompt_length(config: Config) -> int:
+    """Tokens of the longest enriched prompt: teacher.max_prompt_length, resolved."""
+    return config.teacher.max_prompt_length or config.data.max_prompt_length + config.rollout.max_response_length
+
+
+def optimizer_steps(config: Config) -> int:
+    """Of the whole run."""
+    batch = config.rollout.rollout_batch_size
+    return config.run.iterations * math.ceil(batch / (config.train.prompts_per_mini_batch or batch))
 
 
 def _batches(config: Config) -> Iterator[str]:
     batch, mini = config.rollout.rollout_batch_size, config.train.prompts_per_mini_batch
     if mini and batch % mini:
         yield (
-            f"rollout.rollout_batch_size = {batch} is not divisible by train.prompts_per_mini_batch = {mini}: "
-            f"choose a divisor of {batch}, or 0 for the whole batch"
+            f"train.prompts_per_mini_batch = {mini}: does not divide rollout.rollout_batch_size = {batch}; "
+            f"choose one of {_some(_divisors(batch))}, or 0 for the whole batch"
         )
-    if config.rollout.n_samples_per_prompt == 1:
+    algorithm = config.algorithm
+    if config.rollout.n_samples_per_prompt > 1:
+        return
+    if algorithm.name != "sdpo":
         yield (
-            "rollout.n_samples_per_prompt = 1: a group of one has no sibling and its advantage is always 0; "
-            "expected at least 2"
+            f"rollout.n_samples_per_prompt = 1: with algorithm.name = {algorithm.name!r} the advantage is the reward "
+            "less the group's mean, which is always 0 in a group of one; sample at least 2"
+        )
+    elif not algorithm.use_feedback:
+        yield (
+            "rollout.n_samples_per_prompt = 1: no sibling can teach a group of one; sample at least 2, or set "
+            "algorithm.use_feedback = true if the rewards give feedback"
         )
 
 
 def _lengths(config: Config) -> Iterator[str]:
-    prompt, response, budget = (
-        config.data.max_prompt_length, config.rollout.max_response_length, config.train.max_tokens_per_gpu,
-    )  # fmt: skip
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    budget, teacher = config.train.max_tokens_per_gpu, teacher_prompt_length(config)
     if prompt + response > budget:
         yield (
-            f"data.max_prompt_length + rollout.max_response_length = {prompt + response} does not fit a row of "
-            f"train.max_tokens_per_gpu = {budget}: raise the budget, or lower one of the lengths"
+            f"train.max_tokens_per_gpu = {budget}: the longest sample has data.max_prompt_length + "
+            f"rollout.max_response_length = {prompt + response} tokens and must fit one row; raise the budget to that, "
+            "or shorten one of them"
         )
-    teacher = config.teacher.max_prompt_length or prompt + response
-    if config.algorithm.name != "grpo" and teacher + response > budget:
+    if distils(config) and teacher + response > budget:
+        source = "" if config.teacher.max_prompt_length else " (data.max_prompt_length + rollout.max_response_length)"
         yield (
-            f"the teacher's prompt ({teacher} tokens) and rollout.max_response_length = {response} do not fit a row of "
-            f"train.max_tokens_per_gpu = {budget}: raise it to at least {teacher + response}, or set a smaller "
-            "teacher.max_prompt_length"
+            f"train.max_tokens_per_gpu = {budget}: the teacher reads up to {teacher} tokens of prompt{source} and "
+            f"{response} of response, which must fit one row; raise the budget to {teacher + response}, or set a "
+            "smaller teacher.max_prompt_length"
+        )
+    if distils(config) and 0 < config.teacher.max_prompt_length <= prompt:
+        yield (
+            f"teacher.max_prompt_length = {teacher}: leaves no room beside a question of data.max_prompt_length = "
+            f"{prompt} tokens; raise it, or 0 for {prompt + response}"
         )
 
 
 def _sampling(config: Config) -> Iterator[str]:
-    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+    rollout = config.rollout
+    for key, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
+        if value != off:
+            yield (
+                f"rollout.{key} = {value}: training samples must come from the whole distribution, or the importance "
+                f"weights against the engine are biased; set {off} (eval.top_p is free)"
+            )
+    if config.eval.n_samples > 1 and config.eval.temperature == 0:
         yield (
-            f"rollout.top_p = {config.rollout.top_p}, rollout.top_k = {config.rollout.top_k}: training rollouts must "
-            "come from the whole distribution, or the importance weights against the engine are biased; "
-            "set top_p = 1.0 and top_k = 0 (eval.top_p is free)"
+            f"eval.n_samples = {config.eval.n_samples}: at eval.temperature = 0 all of them are the same answer; "
+            "set n_samples = 1, or a temperature above 0"
         )
 
 
-def _rest(config: Config) -> Iterator[str]:
-    parallel, optimizer = config.parallel, config.optimizer
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+def _objective(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.rollout_correction != "off" and algorithm.rollout_correction_cap < 1:
         yield (
-            "parallel.sequence_parallel = true with tensor_model_parallel_size = 1: there is nothing to split; "
-            "set it to false, or raise tensor_model_parallel_size"
+            f"algorithm.rollout_correction_cap = {algorithm.rollout_correction_cap}: the weight of a token on which "
+            "trainer and engine agree is 1, and a cap below that changes it; set 1 or more (2 is usual)"
         )
+    if 0 < algorithm.distill_ratio_clip < 1:
+        yield (
+            f"algorithm.distill_ratio_clip = {algorithm.distill_ratio_clip}: the ratio starts at 1, and a clip below "
+            "that changes it; set 1 or more (2 is usual), or 0 for no ratio"
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    optimizer, steps = config.optimizer, optimizer_steps(config)
+    if optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr = {optimizer.min_lr}: is above optimizer.lr = {optimizer.lr}; lower it"
+    if optimizer.warmup_steps > steps:
+        yield (
+            f"optimizer.warmup_steps = {optimizer.warmup_steps}: the run has only {steps} optimizer steps and would "
+            "never reach optimizer.lr; lower it, or raise run.iterations"
+        )
+    if config.eval.every and not config.data.test:
+        yield f"eval.every = {config.eval.every}: data.test is empty; name the held-out file, or set eval.every = 0"
+
+
+def _layout(config: Config) -> Iterator[str]:
+    parallel = config.parallel
     if parallel.context_parallel_size > 1:
         yield (
-            f"parallel.context_parallel_size = {parallel.context_parallel_size}: context parallelism is not there yet; "
-            "set 1 and use tensor parallelism with sequence_parallel for long responses"
+            f"parallel.context_parallel_size = {parallel.context_parallel_size}: splitting one sequence over ranks is "
+            "not there yet; set 1, and for long responses use tensor parallelism with sequence_parallel = true and "
+            'model.recompute = "full"'
         )
-    if optimizer.min_lr > optimizer.lr:
-        yield f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}: lower it"
-    if optimizer.warmup_steps > config.run.iterations * max(1, config.rollout.rollout_batch_size):
-        yield f"optimizer.warmup_steps = {optimizer.warmup_steps} is longer than the run: lower it"
-    if config.eval.every and not config.data.test:
-        yield f"eval.every = {config.eval.every}, but data.test is empty: name the held-out file, or set eval.every = 0"
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel = true: it splits activations over tensor-parallel ranks, and "
+            "parallel.tensor_model_parallel_size is 1; set it to false, or raise that size"
+        )
+
+
+def _files(config: Config, splits: Iterable[str]) -> Iterator[str]:
+    for split in splits:
+        given = getattr(config.data, split)
+        files = [given] if isinstance(given, str) else given
+        if not [name for name in files if name]:
+            yield f"data.{split}: is empty; name the {split} split's .jsonl or .parquet file"
+        for name in files:
+            if name and not Path(name).expanduser().exists():
+                yield f'data.{split} = "{name}": no such file (looked from {Path.cwd()}); see tools/prepare_data.py'
+    output = Path(config.run.output_dir).expanduser()
+    if "train" in splits and output.exists() and not output.is_dir():
+        yield f'run.output_dir = "{output}": is a file; name a folder, which may not exist yet'
 
 
 def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
-    name = (hf.get("architectures") or [None])[0]
-    if name not in ARCHITECTURES:
-        yield f"model.path: config.json is for {name!r}; supported are {', '.join(ARCHITECTURES)}"
+    problems = unsupported(hf)
+    yield from problems
+    if problems:  # its numbers may mean something else, or be absent
         return
-    parallel, algorithm = config.parallel, config.algorithm
-    heads = hf["num_attention_heads"]
-    groups, layers = hf.get("num_key_value_heads") or heads, hf["num_hidden_layers"]
-    sizes = (
-        ("num_attention_heads", heads),
-        ("num_key_value_heads", groups),
-        ("intermediate_size", hf["intermediate_size"]),
-    )
-    for key, where in (
-        ("parallel.tensor_model_parallel_size", parallel.tensor_model_parallel_size),
-        ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size),
-    ):
-        for what, size in sizes:
-            if size % where:
-                yield f"{key} = {where} does not divide the model's {what} = {size}: choose a common divisor"
-    if layers % parallel.pipeline_model_parallel_size:
+    yield from _model_split(config, hf)
+    vocabulary, longest = hf["vocab_size"], hf["max_position_embeddings"]
+    topk, head = config.algorithm.distillation_topk, head_dim(hf)
+    if distils(config) and topk > vocabulary:
         yield (
-            f"parallel.pipeline_model_parallel_size = {parallel.pipeline_model_parallel_size} does not divide the model's "
-            f"num_hidden_layers = {layers}"
+            f"algorithm.distillation_topk = {topk}: the model's vocabulary has {vocabulary} tokens; lower it, or 0 for "
+            "the full vocabulary"
         )
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        yield f"model.path: rope type {kind!r} is not supported yet; expected the default rotary embedding"
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
-    if longest > hf["max_position_embeddings"]:
+    prompt = config.data.max_prompt_length
+    if distils(config):
+        prompt = max(prompt, teacher_prompt_length(config))
+    if prompt + config.rollout.max_response_length > longest:
+        whose = "teacher's enriched prompt" if prompt > config.data.max_prompt_length else "data.max_prompt_length"
         yield (
-            f"data.max_prompt_length + rollout.max_response_length = {longest} is above the model's "
-            f"max_position_embeddings = {hf['max_position_embeddings']}: lower one of them"
+            f"rollout.max_response_length = {config.rollout.max_response_length}: with the {whose} ({prompt} tokens) "
+            f"that is beyond the model's max_position_embeddings = {longest}; shorten prompts or responses"
         )
-    if algorithm.name != "grpo" and algorithm.distillation_topk > hf["vocab_size"]:
+    if config.run.device == "cpu" and head not in CPU_HEAD_DIMS:
+        sizes = ", ".join(map(str, CPU_HEAD_DIMS))
+        yield f'run.device = "cpu": the model has head_dim {head}, and vLLM on a CPU supports {sizes}; use a GPU'
+
+
+def _model_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+    """Whether heads and layers come out even on every rank, in the trainer and in the engine."""
+    heads, layers, ffn = hf["num_attention_heads"], hf["num_hidden_layers"], hf["intermediate_size"]
+    groups = hf.get("num_key_value_heads") or heads
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": ffn}
+    uneven = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
+    if uneven:
         yield (
-            f"algorithm.distillation_topk = {algorithm.distillation_topk} is above the model's vocabulary of "
-            f"{hf['vocab_size']}: lower it, or 0 for the full vocabulary"
+            f"parallel.tensor_model_parallel_size = {tp}: does not divide the model's {', '.join(uneven)}; every rank "
+            f"needs whole heads and key-value heads: choose one of {_some(_divisors(math.gcd(heads, groups, ffn)))}"
         )
-    if hf.get("attention_bias") or hf.get("mlp_bias"):
-        yield "model.path: attention_bias or mlp_bias is true; models with biases are not supported yet"
+    if layers % pp:
+        yield (
+            f"parallel.pipeline_model_parallel_size = {pp}: does not divide the model's num_hidden_layers = {layers}; "
+            f"choose one of {_some(_divisors(layers))}"
+        )
+    engine = config.rollout.tensor_parallel_size
+    fits = [size for size in _divisors(math.gcd(heads, ffn)) if groups % size == 0 or size % groups == 0]
+    if engine not in fits:
+        yield (
+            f"rollout.tensor_parallel_size = {engine}: does not fit the model's num_attention_heads = {heads}, "
+            f"num_key_value_heads = {groups}, intermediate_size = {ffn}; choose one of {_some(fits)}"
+        )
+
+
+def head_dim(hf: dict[str, Any]) -> int:
+    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
 def _ranks(config: Config, world_size: int) -> Iterator[str]:
-    parallel = config.parallel
-    model_ranks = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
-    if world_size % model_ranks:
+    parallel, engine = config.parallel, config.rollout.tensor_parallel_size
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size,
+    )  # fmt: skip
+    copies = tp * pp * cp
+    started = "1 rank was started" if world_size == 1 else f"{world_size} ranks were started"
+    if world_size % copies:
+        needed = math.lcm(copies, engine) * math.ceil(world_size / math.lcm(copies, engine))
         yield (
-            f"{world_size} rank(s) cannot be divided by tensor × pipeline × context parallel size = {model_ranks}: start "
-            f"a multiple of {model_ranks} (torchrun --nproc-per-node), or lower the sizes"
+            f"parallel: one copy of the model takes tensor {tp} × pipeline {pp} × context {cp} = {copies} ranks, but "
+            f"{started}; start a multiple of {copies} (torchrun --nproc-per-node {needed} -m megatron_srpo …), or "
+            "lower a size"
         )
-    if world_size % config.rollout.tensor_parallel_size:
+    if world_size % engine:
         yield (
-            f"{world_size} rank(s) cannot be divided by rollout.tensor_parallel_size = "
-            f"{config.rollout.tensor_parallel_size}"
+            f"rollout.tensor_parallel_size = {engine}: one engine takes {engine} ranks, but {started}; choose one of "
+            f"{_some(_divisors(world_size))}"
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _some(sizes: list[int]) -> str:
+    """The first ten of them, in words."""
+    return ", ".join(map(str, sizes[:10])) + (", …" if len(sizes) > 10 else "")

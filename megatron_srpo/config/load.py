@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_srpo.config.check import listed
 from megatron_srpo.config.schema import Config, ConfigError, Section
 
 SHOWN = 70  # characters of a value in a message
@@ -68,8 +69,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         problems += _explain(error, given, from_command_line)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ConfigError(listed(str(path), problems))
     return config
 
 

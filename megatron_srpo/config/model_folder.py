@@ -1,0 +1,95 @@
+"""The model folder: whether a Hugging Face model is there, whole, and of a kind that the trainer can build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config.schema import ConfigError
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
+NUMBERS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+INDEX = "model.safetensors.index.json"
+
+
+def read_model_folder(path: str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder whose safetensors are all there; ConfigError says what is missing."""
+    folder, given = Path(path).expanduser(), f'model.path = "{path}"'
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{given}: no such folder (looked from {Path.cwd()}). Expected a Hugging Face model on this machine; "
+            "nothing is downloaded by itself. Fetch it first: hf download OWNER/MODEL --local-dir FOLDER"
+        )
+    file = folder / "config.json"
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        inside = sorted(found.parent.name for found in folder.glob("*/config.json"))
+        hint = f"; there is one in its folder {inside[0]}" if inside else ""
+        raise ConfigError(f"{given}: has no config.json. Expected a Hugging Face model folder{hint}.") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON ({error}). Fetch the model again.") from None
+    if not isinstance(hf, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {type(hf).__name__}. Fetch the model again.")
+    _require_weights(folder, given)
+    return hf
+
+
+def _require_weights(folder: Path, given: str) -> None:
+    present = {file.name for file in folder.glob("*.safetensors") if file.stat().st_size > 0}
+    if not present:
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        cure = (
+            f"It has {pickled[0]}, which is not read: convert it with "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            if pickled
+            else "Fetch the model again, weights included"
+        )
+        raise ConfigError(f"{given}: has no weights. Expected *.safetensors. {cure}.")
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, OSError):
+            raise ConfigError(f"{index} is not an index of safetensors files. Fetch the model again.") from None
+        if named - present:
+            missing = sorted(named - present)
+            raise ConfigError(
+                f"{given}: {len(missing)} of the {len(named)} weight files that {INDEX} names are missing or empty, "
+                f"first {missing[0]}. The download was not finished: run it again."
+            )
+
+
+def unsupported(hf: dict[str, Any]) -> list[str]:
+    """What in a config.json the trainer would get wrong, a line each; empty when it can be trained."""
+    name = (hf.get("architectures") or [None])[0]
+    if name not in ARCHITECTURES:
+        return [f"model.path: its config.json is for {name or 'no architecture'}; supported are {_all(ARCHITECTURES)}"]
+    missing = [key for key in NUMBERS if not isinstance(hf.get(key), int | float)]
+    if missing:
+        return [f"model.path: its config.json has no {_all(missing)}; expected the file of a {name}"]
+    problems = []
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        problems.append(
+            f'model.path: rotary embedding "{kind}" (rope_scaling) is not supported; expected the default one'
+        )
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        problems.append("model.path: partial_rotary_factor is not 1; expected rotary embedding of whole heads")
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if hf.get(key):
+            problems.append(f"model.path: {key} is true in its config.json; expected false, others are not supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        problems.append(f'model.path: hidden_act is "{hf["hidden_act"]}"; expected "silu"')
+    if hf.get("quantization_config"):
+        problems.append("model.path: its weights are quantized; expected the bfloat16 or float32 model")
+    return problems
+
+
+def _all(names: tuple[str, ...] | list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
