@@ -1,6 +1,8 @@
 """`python -m megatron_srpo`. The guard matters: saving a checkpoint starts helper processes that import this module."""
 
-from megatron_srpo.cli import app
+import sys
+
+from megatron_srpo.cli import main
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -1,48 +1,141 @@
 """The command line: train, eval, doctor, report.
 
-A user's mistake ends with one message and exit code 2; Ctrl-C with 130; everything else is a traceback.
+Exit codes: 0 done; 1 the doctor found something missing; 2 a user's mistake, told in one message by the driver alone;
+130 stopped by Ctrl-C. Anything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import dis
+import errno
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_srpo.config import Config, UserError, check, load_config, read_model_folder, save_resolved
+from megatron_srpo.config import (
+    Config,
+    ConfigError,
+    UserError,
+    contradictions,
+    listed,
+    load_config,
+    nearest_key,
+    read_model_folder,
+    save_resolved,
+)
+
+PACKAGE = "megatron_srpo"
+TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set: tracebacks for users' mistakes too
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="SRPO on Megatron Core and vLLM. Train with: torchrun --nproc-per-node N -m megatron_srpo train CONFIG.toml",
-)  # fmt: skip
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+)
 
 
-def _guarded(run: Callable[[], int]) -> None:
-    """Run, and leave with its exit code; a user's mistake is one message on the driver, without traceback."""
-    driver = os.environ.get("RANK", "0") == "0"
+SPLITS = ("train", "test")
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's TOML file.")]
+
+
+@app.command()
+def train(context: typer.Context, config: ConfigFile) -> int:
+    """Train. Any key of the configuration can be set: --section.key VALUE (docs/configuration.md lists them)."""
+    settings = load_config(config, context.obj)
+    check_run(settings, train=True)
+    run_alone()
+    if is_driver():
+        save_resolved(settings, Path(settings.run.output_dir) / "config.toml")
+    from megatron_srpo import launch
+
+    return launch.train(settings)
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    config: ConfigFile,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A run, its checkpoints folder, or one step_NNNNNNNN.")
+    ] = None,
+    hf: Annotated[Path | None, typer.Option(metavar="DIR", help="A Hugging Face folder.")] = None,
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="Which data file: train or test.")] = "test",
+) -> int:
+    """Evaluate: avg@k, pass@k and maj@k on a split, k = eval.n_samples. Takes --section.key VALUE too.
+
+    Started without torchrun it runs as one process, whatever layout the configuration has.
+    """
+    if (checkpoint is None) == (hf is None):
+        raise UserError("eval: expected one of --checkpoint DIR and --hf DIR, got " + ("both" if hf else "neither"))
+    if split not in SPLITS:
+        raise UserError(f"eval: expected --split train or --split test, got {split}")
+    overrides = list(context.obj)
+    if hf is not None:
+        overrides += ["--model.path", str(hf)]
+    if "RANK" not in os.environ:
+        overrides += one_process(overrides)
+    settings = load_config(config, overrides)
+    check_run(settings, splits=(split,))
+    run_alone()
+    from megatron_srpo import launch
+
+    return launch.evaluate(settings, checkpoint=checkpoint, split=split)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> int:
+    """What is installed, which device path will be taken, what is missing and how to get it."""
+    from megatron_srpo.doctor import report as examine
+
+    return examine(as_json=as_json)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Output folder of a run.")]) -> int:
+    """Draw curves.png from a run's metrics.jsonl."""
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"{metrics} is not there: expected the output folder of a training run.")
+    from megatron_srpo.observe.report import plot_run
+
+    print(plot_run(metrics, run_dir / "curves.png"))
+    return 0
+
+
+# ---- what the commands share -----------------------------------------------------------------------------------------
+
+
+def is_driver() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_run(config: Config, *, train: bool = False, splits: tuple[str, ...] = ()) -> None:
+    """Every check that needs no model in memory; ConfigError lists all problems, the model folder's among them."""
+    if train:
+        splits = ("train", "test") if config.eval.every and config.data.test else ("train",)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    hf, folder_problem = None, []
     try:
-        code = run()
-    except UserError as error:
-        if driver:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except KeyboardInterrupt:
-        if driver:
-            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    raise typer.Exit(code)
+        hf = read_model_folder(config.model.path)
+    except ConfigError as problem:
+        folder_problem = [str(problem)]
+    problems = [*contradictions(config, hf, world_size, splits=splits), *folder_problem]
+    if problems:
+        raise ConfigError(listed("this configuration", problems))
 
 
-def _alone() -> None:
-    """Without torchrun: a world of one on loopback."""
+def run_alone() -> None:
+    """Started without torchrun: a world of one on loopback."""
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -53,73 +146,105 @@ def _alone() -> None:
     )
 
 
-def _checked(config_file: Path, overrides: list[str]) -> Config:
-    """The configuration, after every check that needs no model in memory."""
-    config = load_config(config_file, overrides)
-    check(config, read_model_folder(config.model.path), int(os.environ.get("WORLD_SIZE", "1")))
-    return config
+def one_process(given: Sequence[str]) -> list[str]:
+    """Overrides that fold the layout into one process, for the keys that the user has not set."""
+    layout = {
+        "parallel.tensor_model_parallel_size": "1",
+        "parallel.pipeline_model_parallel_size": "1",
+        "parallel.sequence_parallel": "false",
+        "rollout.tensor_parallel_size": "1",
+    }
+    named = {token.removeprefix("--").partition("=")[0] for token in given}
+    return [part for key, value in layout.items() if key not in named for part in (f"--{key}", value)]
 
 
-@app.command(context_settings=OVERRIDES)
-def train(context: typer.Context, config: Annotated[Path, typer.Argument(help="the run's TOML file")]) -> None:
-    """Train. Overrides: --section.key VALUE."""
-
-    def run() -> int:
-        settings = _checked(config, context.args)
-        _alone()
-        from megatron_srpo import launch
-
-        if os.environ["RANK"] == "0":
-            save_resolved(settings, Path(settings.run.output_dir) / "config.toml")
-        return launch.train(settings)
-
-    _guarded(run)
-
-
-@app.command(name="eval", context_settings=OVERRIDES)
-def evaluate(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="the run's TOML file")],
-    checkpoint: Annotated[Path | None, typer.Option(help="a run, its checkpoints folder, or one step_NNNNNNNN")] = None,
-    hf: Annotated[Path | None, typer.Option(help="a Hugging Face folder")] = None,
-    split: Annotated[str, typer.Option(help="train or test")] = "test",
-) -> None:
-    """Evaluate: avg@k, pass@k and maj@k on a split (k = eval.n_samples)."""
-
-    def run() -> int:
-        if (checkpoint is None) == (hf is None):
-            raise UserError("eval needs either --checkpoint DIR or --hf DIR")
-        if split not in ("train", "test"):
-            raise UserError(f"--split {split}: expected train or test")
-        extra = [f"--model.path={hf}"] if hf is not None else []
-        settings = _checked(config, [*context.args, *extra])
-        _alone()
-        from megatron_srpo import launch
-
-        return launch.evaluate(settings, checkpoint=checkpoint, split=split)
-
-    _guarded(run)
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the command's own arguments, the overrides): an option with a dot in its name is an override, wherever it
+    stands, and takes the next argument as its value unless it has a "="."""
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if not re.match(r"--[^=]*\.", token):
+            own.append(token)
+            continue
+        overrides.append(token)
+        if "=" not in token and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return own, overrides
 
 
-@app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
-    """What is installed, which device path will be taken, and what is missing."""
-    from megatron_srpo.doctor import report as examine
-
-    _guarded(lambda: examine(as_json=as_json))
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="output folder of a run")]) -> None:
-    """Draw curves.png from a run's metrics.jsonl."""
+def message_for_user(error: BaseException) -> str | None:
+    """The text of a mistake that the user can mend; None for a defect, which keeps its traceback.
 
-    def run() -> int:
-        from megatron_srpo.observe.report import plot_run
+    A mistake is a UserError; a ValueError of ours (its class, or a `raise` statement in this package; not one that
+    int() or zip() raises inside it); a taken port; a disk that is full or may not be written.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ValueError) and (type(error).__module__.startswith(PACKAGE) or _raised_by_us(error)):
+        return str(error)
+    if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
+        port = os.environ.get("MASTER_PORT", "?")
+        return f"port {port} is in use on this machine: choose another, torchrun --master-port N"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.filename or 'the disk'}: {error.strerror}. Make room, or choose another run.output_dir."
+    return None
 
-        metrics = run_dir / "metrics.jsonl"
-        if not metrics.exists():
-            raise UserError(f"{metrics} is not there: expected the output folder of a training run.")
-        print(plot_run(metrics, run_dir / "curves.png"))
-        return 0
 
-    _guarded(run)
+def _raised_by_us(error: ValueError) -> bool:
+    trace = error.__traceback__
+    if type(error) is not ValueError or trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    ours = frame.f_globals.get("__name__", "").startswith(f"{PACKAGE}.")
+    return ours and dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _usage(error: Exception) -> str:
+    """What is wrong with the command line itself; an option that looks like a configuration key is pointed to it."""
+    option = getattr(error, "option_name", None)
+    key = nearest_key(option.lstrip("-")) if option else None
+    if key:
+        return f"No such option: {option}. The configuration's key is set by --{key} VALUE"
+    return error.format_message()
+
+
+def _fail(text: str) -> int:
+    """Say it, on the driver alone; the others wait a moment, because torchrun ends the driver when one rank exits."""
+    if is_driver():
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1.0)
+    return 2
+
+
+def _run(command: Callable[[], int]) -> int:
+    try:
+        return command() or 0
+    except (KeyboardInterrupt, typer.Abort):  # the latter is what typer makes of the former
+        if is_driver():
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        text = _usage(error) if hasattr(error, "format_message") else message_for_user(error)
+        if text is None:
+            raise
+        if os.environ.get(TRACEBACK) and is_driver():
+            traceback.print_exc()
+        return _fail(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    return _run(
+        lambda: command.main(own or ["--help"], prog_name=f"python -m {PACKAGE}", standalone_mode=False, obj=overrides)
+    )

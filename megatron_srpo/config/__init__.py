@@ -9,7 +9,7 @@
 Every refusal is one `ConfigError` that lists all problems: key, value, what was expected, and the cure.
 """
 
-from megatron_srpo.config.check import check
+from megatron_srpo.config.check import check, contradictions, listed
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.model_folder import read_model_folder
 from megatron_srpo.config.schema import (
@@ -51,6 +51,8 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "check",
+    "contradictions",
+    "listed",
     "load_config",
     "nearest_key",
     "read_model_folder",

@@ -24,20 +24,31 @@ def check(
     *,
     splits: Iterable[str] = (),
 ) -> None:
-    """Raise one ConfigError that lists every contradiction.
+    """Raise one ConfigError that lists every contradiction."""
+    problems = contradictions(config, hf_config, world_size, splits=splits)
+    if problems:
+        raise ConfigError(listed("this configuration", problems))
+
+
+def contradictions(
+    config: Config,
+    hf_config: dict[str, Any] | None = None,
+    world_size: int | None = None,
+    *,
+    splits: Iterable[str] = (),
+) -> list[str]:
+    """A line for everything that cannot be.
 
     `hf_config`: the model's config.json, if it could be read. `world_size`: ranks of all nodes. `splits`: whose files
     must exist ("train", "test").
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *_objective(config), *_schedule(config)]
-    problems += _layout(config)
-    problems += _files(config, splits)
+    problems += [*_layout(config), *_files(config, splits)]
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:
         problems += _ranks(config, world_size)
-    if problems:
-        raise ConfigError(listed("this configuration", problems))
+    return problems
 
 
 def listed(subject: str, problems: list[str]) -> str:
