@@ -7,7 +7,7 @@ engine that was started on the new weights, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,12 +31,17 @@ class PublishExtension:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         model = self.model_runner.get_model()
-        # A tied head is the embedding under a second name until the reload gives each name a tensor of its own.
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        tied -= {name for name, _ in model.named_parameters()}
+        # A tied head is the embedding under a second name until the reload gives each name a tensor of its own; it
+        # must then be loaded too, or the engine goes on with the old head.
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._aliases = {
+            first[id(parameter)]: name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if first[id(parameter)] != name
+        }
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
-        self._awaited = {name for name, _ in model.named_parameters()} - tied
+        self._awaited = {name for name, _ in model.named_parameters()}
 
     @torch.no_grad()
     def load_bucket(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -44,7 +49,13 @@ class PublishExtension:
         from vllm.config import set_current_vllm_config
 
         with set_current_vllm_config(self.vllm_config):
-            self._awaited -= self.model_runner.get_model().load_weights(items)
+            self._awaited -= self.model_runner.get_model().load_weights(self._with_aliases(items))
+
+    def _with_aliases(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in items:
+            yield name, tensor
+            if name in self._aliases:
+                yield self._aliases[name], tensor
 
     def finish_publish(self) -> None:
         """Repack what is not yet repacked. Raises RuntimeError when a parameter got no weights."""

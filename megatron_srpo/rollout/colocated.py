@@ -157,4 +157,4 @@ class ColocatedEngine:
         """Collective, like the constructor. The trainer's own process groups stay."""
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            stop_engine(llm, owns_world=self._owns_world)
+            stop_engine(llm)

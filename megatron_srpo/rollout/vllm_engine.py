@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_srpo.config import RolloutConfig
@@ -71,6 +72,8 @@ def start_engine(settings: EngineSettings) -> Any:
     with preserved_settings(), preserved_generators(settings.device), _without_kv_variable():
         from vllm import LLM
 
+        if dist.is_initialized():
+            _spare_the_world()
         try:
             return LLM(**_arguments(settings))
         except (ValueError, RuntimeError, OSError) as error:
@@ -127,19 +130,26 @@ def _why(error: Exception, settings: EngineSettings) -> str:
     return f"vLLM did not start on {settings.hf_dir} ({settings.device}): {reason} {cure}"
 
 
-def stop_engine(llm: Any, *, owns_world: bool) -> None:
-    """Shut an engine down and leave its process groups, but not the trainer's. `owns_world`: it made the world."""
-    from vllm.distributed import parallel_state
-
-    core = llm.llm_engine.engine_core.engine_core  # its own shutdown() would end torch.distributed, the trainer's too
-    core.structured_output_manager.clear_backend()
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()
-    gc.unfreeze()  # the engine's start froze what was there
-    parallel_state.destroy_model_parallel()
-    if owns_world:
-        parallel_state.destroy_distributed_environment()
-    elif parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-        parallel_state._WORLD = None
+def stop_engine(llm: Any) -> None:
+    """Shut an engine down: memory, process groups, shared memory. The trainer's world stays."""
+    llm.llm_engine.engine_core.shutdown()
     gc.collect()
+
+
+def _spare_the_world() -> None:
+    """Let vLLM's clean-up, which also runs when an engine is garbage, leave torch.distributed to the trainer."""
+    from vllm.distributed import parallel_state
+    from vllm.v1.engine import core
+
+    def leave_groups() -> None:
+        gc.unfreeze()  # the engine's start froze what was there
+        parallel_state.destroy_model_parallel()
+        if parallel_state._WORLD is not None:
+            if dist.is_initialized():
+                parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    core.cleanup_dist_env_and_memory = leave_groups
