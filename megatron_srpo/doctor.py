@@ -1,97 +1,303 @@
-"""`python -m megatron_srpo doctor`: what is installed, which device path will be taken, what is missing."""
+"""`python -m megatron_srpo doctor`: what is installed, which device path will be taken, what is missing.
+
+`probe` looks at the machine, `examine` judges what it found, `report` prints it. The path itself is chosen by the
+function that the trainer uses, so that the two cannot disagree.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
-from dataclasses import asdict, dataclass
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-SETUP = "make setup"
+CPU_SETUP, GPU_SETUP = "make setup", "make setup DEVICE=gpu PYTHON=python3.12"
+DISTRIBUTIONS = (
+    "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "tokenizers", "safetensors", "psutil", "pebble",
+    "pyarrow", "transformer-engine", "apex", "flash-attn", "wandb", "tensorboard", "math-verify", "reasoning-gym",
+    "torchvision", "torchaudio", "torchcodec",
+)  # fmt: skip
+TESTED = {
+    "cpu": {"megatron-core": "0.16.1", "vllm-cpu": "0.32.0"},
+    "cuda": {"megatron-core": "0.19.2", "vllm": "0.32.0"},
+}
+BREAK_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")  # their published builds break its import on a CPU
+IMPORTS = "import torch, transformers, megatron.core, vllm"
+IMPORT_SECONDS = 180
+
+# ok; warning: runs, but badly; missing: the path cannot run; optional: not there, and can be done without
+State = Literal["ok", "warning", "missing", "optional"]
+COLOURS = {"ok": "green", "warning": "yellow", "missing": "red", "optional": "dim"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `probe` saw."""
+
+    python: tuple[int, int, int]
+    versions: dict[str, str]  # installed distributions among DISTRIBUTIONS
+    device: Literal["cpu", "cuda", "none"]  # the path that the trainer will take
+    reason: str  # in its words, or why there is none
+    torch_build: str  # "CPU build", "CUDA 12.9 build", or ""
+    nvidia_driver: bool
+    compiler: str  # path, or ""
+    cores: int  # that this process may use
+    memory_gib: float
+    shared_memory_gib: float  # free on /dev/shm
+    omp_threads: str  # OMP_NUM_THREADS, or ""
+    sbatch: str  # path, or ""
+    import_error: str  # the last line of a failed import of the main packages, or ""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `needed`: the chosen path cannot run without it."""
-
     name: str
-    found: str  # version or description; "" when missing
-    needed: bool
-    cure: str = ""  # the command that gets it, when missing
+    found: str
+    state: State
+    cure: str = ""  # a command, or what to know
 
 
-def _version(*distributions: str) -> str:
-    for name in distributions:
+@dataclass(frozen=True)
+class Report:
+    path: str
+    reason: str
+    ready: bool
+    findings: list[Finding] = field(default_factory=list)
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+
+def probe() -> Machine:
+    """Look at this machine; a few seconds, because the main packages are imported once, in another process."""
+    device, reason, build = _device()
+    compilers = (os.environ.get("CXX", "").split() or [""])[0], "g++", "clang++", "c++"
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    return Machine(
+        python=sys.version_info[:3],
+        versions=_versions(),
+        device=device,
+        reason=reason,
+        torch_build=build,
+        nvidia_driver=shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists(),
+        compiler=next((path for path in map(shutil.which, filter(None, compilers)) if path), ""),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        shared_memory_gib=shared / 2**30,
+        omp_threads=os.environ.get("OMP_NUM_THREADS", ""),
+        sbatch=shutil.which("sbatch") or "",
+        import_error=_import_error(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in DISTRIBUTIONS:
         try:
-            return f"{name} {importlib.metadata.version(name)}"
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ""
+    return found
 
 
-def _packages(cuda: bool) -> list[Finding]:
-    gpu = "make setup DEVICE=gpu"
-    return [
-        Finding("torch", _version("torch"), True, SETUP),
-        Finding("megatron-core", _version("megatron-core"), True, SETUP),
-        Finding("vllm", _version("vllm", "vllm-cpu"), True, SETUP),
-        Finding("transformers", _version("transformers"), True, SETUP),
-        Finding("transformer-engine", _version("transformer-engine"), False, gpu if cuda else "only of use with a GPU"),
-        Finding("apex", _version("apex"), False, "optional: build from source for its fused optimizer (GPU)"),
-        Finding("flash-attn", _version("flash-attn"), False, "optional: pip install flash-attn (GPU)"),
-        Finding("wandb", _version("wandb"), False, "pip install wandb"),
-        Finding("tensorboard", _version("tensorboard"), False, "pip install tensorboard"),
-    ]
-
-
-def _machine() -> list[Finding]:
-    cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or shutil.which("clang++") or ""
-    shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
-    return [
-        Finding("python", platform.python_version(), True),
-        Finding("compiler", compiler, True, "install g++ (Debian: apt-get install g++)"),
-        Finding("cores", str(cores), True),
-        Finding("memory", f"{memory / 2**30:.0f} GiB", True),
-        Finding("/dev/shm free", f"{shared / 2**30:.1f} GiB" if shared else "", True, "mount a tmpfs on /dev/shm"),
-        Finding("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", ""), False, "set by the trainer to cores ÷ ranks"),
-        Finding("slurm", shutil.which("sbatch") or "", False, "only for clusters"),
-    ]
-
-
-def _path() -> tuple[str, bool]:
-    """The device path in words, and whether it is CUDA."""
+def _device() -> tuple[Literal["cpu", "cuda", "none"], str, str]:
+    """The trainer's own choice for run.device = "auto", its reason, and torch's build."""
     try:
         import torch
-    except ImportError:
-        return "none: torch is missing", False
-    if not torch.cuda.is_available():
-        return "CPU: Megatron Core's local layers through the shim, torch SDPA, gloo, vLLM's CPU engine", False
-    kind = "Transformer Engine" if _version("transformer-engine") else "local layers, torch SDPA"
-    return f"CUDA ({torch.cuda.get_device_name(0)}): {kind}, NCCL, vLLM", True
+
+        from megatron_srpo.mcore.device import choose_device
+
+        build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
+        chosen = choose_device("auto", 0)
+    except Exception as error:  # a broken package may raise anything
+        return "none", f"torch or Megatron Core does not work: {_last_line(str(error))}", ""
+    return chosen.device.type, chosen.reason, build
+
+
+def _import_error() -> str:
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True, timeout=IMPORT_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"took longer than {IMPORT_SECONDS} s"
+    return "" if done.returncode == 0 else _last_line(done.stderr) or f"exit status {done.returncode}"
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1][:300]
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+
+
+def examine(machine: Machine) -> Report:
+    """What the machine's path needs, has and lacks. Without a path, the one that the machine could have."""
+    cuda = machine.device == "cuda" or (machine.device == "none" and machine.nvidia_driver)
+    findings = [
+        _python(machine, cuda), *_required(machine, cuda), *_harmful(machine, cuda), _imports(machine, cuda),
+        *_gpu_extras(machine, cuda), *_extras(machine), *_hardware(machine),
+    ]  # fmt: skip
+    ready = machine.device != "none" and all(finding.state != "missing" for finding in findings)
+    return Report(machine.device, machine.reason, ready, findings)
+
+
+def _python(machine: Machine, cuda: bool) -> Finding:
+    version = ".".join(map(str, machine.python))
+    oldest = (3, 12) if cuda else (3, 11)
+    if machine.python[:2] >= oldest:
+        return Finding("python", version, "ok")
+    wanted = f"python3.{oldest[1]}"
+    return Finding("python", version, "missing", f"this path needs Python 3.{oldest[1]}: make setup PYTHON={wanted}")
+
+
+def _required(machine: Machine, cuda: bool) -> list[Finding]:
+    """The packages without which nothing runs."""
+    setup = GPU_SETUP if cuda else CPU_SETUP
+    engine, other = ("vllm", "vllm-cpu") if cuda else ("vllm-cpu", "vllm")
+    findings = []
+    for name in ("torch", "megatron-core", engine, "transformers", "tokenizers", "safetensors", "psutil", "pebble"):
+        version = machine.versions.get(name, "")
+        if not version:
+            wrong = name == engine and other in machine.versions
+            why = f"{other} is there instead, which is for {'CPUs' if cuda else 'GPUs'}: " if wrong else ""
+            findings.append(Finding(name, "", "missing", why + setup))
+        elif version.partition("+")[0] not in TESTED.get(name, (version.partition("+")[0],)):
+            findings.append(Finding(name, version, "warning", f"tested with {' and '.join(TESTED[name])}: {setup}"))
+        else:
+            note = machine.torch_build if name == "torch" else ""
+            findings.append(Finding(name, f"{version} {note}".strip(), "ok"))
+    if machine.device == "cpu" and machine.nvidia_driver:
+        cure = f"a GPU is here, but torch does not see it: {GPU_SETUP}; or CUDA_VISIBLE_DEVICES is empty"
+        findings.append(Finding("NVIDIA driver", "found", "warning", cure))
+    return findings
+
+
+def _harmful(machine: Machine, cuda: bool) -> list[Finding]:
+    there = [name for name in BREAK_VLLM_CPU if name in machine.versions]
+    if cuda or not there:
+        return []
+    cure = f"break vLLM on a CPU: {sys.executable} -m pip uninstall -y {' '.join(there)}"
+    return [Finding("in the way", ", ".join(there), "warning", cure)]
+
+
+def _imports(machine: Machine, cuda: bool) -> Finding:
+    if not machine.import_error:
+        return Finding("importing them", "works", "ok")
+    setup = GPU_SETUP if cuda else CPU_SETUP
+    return Finding("importing them", machine.import_error, "missing", f"remove .venv, then: {setup}")
+
+
+def _gpu_extras(machine: Machine, cuda: bool) -> list[Finding]:
+    apex = (
+        "git clone https://github.com/NVIDIA/apex && cd apex && "
+        "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
+    )
+    wanted = (
+        ("transformer-engine", "fused layers and attention, else torch SDPA: " + GPU_SETUP),
+        ("apex", "fused optimizer: " + apex),
+        ("flash-attn", "attention of Transformer Engine: pip install --no-build-isolation flash-attn"),
+    )
+    findings = []
+    for name, cure in wanted:
+        version = machine.versions.get(name, "")
+        if version or not cuda:
+            unused = "" if cuda else "not used on this path (GPU only)"
+            findings.append(Finding(name, version, "ok" if version and cuda else "optional", unused))
+        else:
+            findings.append(Finding(name, "", "warning" if name == "transformer-engine" else "optional", cure))
+    return findings
+
+
+def _extras(machine: Machine) -> list[Finding]:
+    uses = {
+        "pyarrow": "parquet data",
+        "math-verify": "the math reward",
+        "reasoning-gym": "the reasoning_gym reward",
+        "tensorboard": "observe.tensorboard",
+        "wandb": "observe.wandb",
+    }
+    pip = f"{sys.executable} -m pip install"
+    return [
+        Finding(name, machine.versions[name], "ok")
+        if name in machine.versions
+        else Finding(name, "", "optional", f"for {use}: {pip} {name}")
+        for name, use in uses.items()
+    ]
+
+
+def _hardware(machine: Machine) -> list[Finding]:
+    threads = machine.omp_threads
+    too_many = threads.isdigit() and int(threads) > machine.cores
+    little = machine.memory_gib < 6
+    shared = machine.shared_memory_gib < 0.25
+    return [
+        Finding("C++ compiler", machine.compiler, "ok")
+        if machine.compiler
+        else Finding("C++ compiler", "", "missing", "apt-get install g++ (Debian, Ubuntu); dnf install gcc-c++ (Fedora)"
+        ),
+        Finding("cores", str(machine.cores), "ok"),
+        Finding(
+            "memory", f"{machine.memory_gib:.0f} GiB", "warning" if little else "ok",
+            "two ranks with their engines take about 5 GiB" if little else "",
+        ),
+        Finding(
+            "/dev/shm", f"{machine.shared_memory_gib:.1f} GiB free", "warning" if shared else "ok",
+            "ranks on one machine talk through it: docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm"
+            if shared else "",
+        ),
+        Finding(
+            "OMP_NUM_THREADS", threads or "not set", "warning" if too_many else "ok",
+            f"more threads than cores slow everything down: export OMP_NUM_THREADS={max(1, machine.cores // 2)}"
+            if too_many else "" if threads else "torchrun sets 1",
+        ),
+        Finding("Slurm", machine.sbatch, "ok")
+        if machine.sbatch
+        else Finding("Slurm", "", "optional", "no sbatch here: only for clusters"),
+    ]  # fmt: skip
+
+
+# ---- telling ---------------------------------------------------------------------------------------------------------
 
 
 def report(*, as_json: bool) -> int:
     """Print the report; 0 when the chosen path can run, 1 otherwise."""
-    path, cuda = _path()
-    findings = [*_packages(cuda), *_machine()]
-    missing = [finding for finding in findings if finding.needed and not finding.found]
+    result = examine(probe())
     if as_json:
-        print(json.dumps({"path": path, "ready": not missing, "findings": [asdict(f) for f in findings]}, indent=1))
-        return int(bool(missing))
-    table = Table(title="megatron_srpo doctor")
-    for name in ("what", "found", "if missing"):
-        table.add_column(name)
-    for finding in findings:
-        state = finding.found or ("[red]missing[/red]" if finding.needed else "not there")
-        table.add_row(finding.name, state, "" if finding.found else finding.cure)
-    console = Console()
+        print(json.dumps(asdict(result), indent=1))
+    else:
+        show(result, Console())
+    return 0 if result.ready else 1
+
+
+def show(result: Report, console: Console) -> None:
+    """The table, then the verdict; commands stand whole on lines of their own."""
+    table = Table(title="megatron_srpo doctor", title_justify="left")
+    for heading in ("", "found", ""):
+        table.add_column(heading, overflow="fold")
+    for finding in result.findings:
+        colour = COLOURS[finding.state]
+        state = "" if finding.state == "ok" else finding.state if finding.found else _absence(finding.state)
+        table.add_row(finding.name, finding.found or "–", f"[{colour}]{state}[/{colour}]")
     console.print(table)
-    console.print(f"device path: {path}")
-    console.print("ready" if not missing else f"missing: {', '.join(f.name for f in missing)}; get it with: {SETUP}")
-    return int(bool(missing))
+    for finding in result.findings:
+        if finding.cure and finding.state != "ok":
+            console.print(f"  {finding.name}: {finding.cure}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"device path: {result.path} ({result.reason})", highlight=False, markup=False, soft_wrap=True)
+    lacking = [finding.name for finding in result.findings if finding.state == "missing"]
+    verdict = "ready to run" if result.ready else "cannot run yet; missing: " + ", ".join(lacking or ["a device path"])
+    console.print(verdict, style="green" if result.ready else "red", highlight=False, soft_wrap=True)
+
+
+def _absence(state: State) -> str:
+    return {"missing": "missing", "warning": "missing, wanted"}.get(state, "not there, optional")

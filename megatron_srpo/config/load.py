@@ -226,7 +226,7 @@ def _type_in_words(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_type_in_words(part) for part in arguments)
     if origin is Literal:
-        return "one of " + ", ".join(json.dumps(value) for value in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(json.dumps(value) for value in arguments)
     if origin is list:
         return "a list of texts"
     if origin is dict:

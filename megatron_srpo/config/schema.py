@@ -25,81 +25,81 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = "srpo"
-    output_dir: str = "runs/srpo"
-    seed: int = Field(0, ge=0)
-    iterations: int = Field(100, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: str = "srpo"  # shown in the log and in the trackers
+    output_dir: str = "runs/srpo"  # metrics, checkpoints, the trained model in hf/
+    seed: int = Field(0, ge=0)  # of data order, sampling and routing
+    iterations: int = Field(100, ge=1)  # generate, score, train, publish: once each
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     control_timeout_minutes: float = Field(120, gt=0)  # how long ranks wait for the driver
 
 
 class ModelConfig(Section):
     path: str  # a Hugging Face folder: config.json, safetensors, tokenizer
     tokenizer: str = ""  # another folder for the tokenizer; "" = path
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    recompute: Literal["none", "full"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; the optimizer is fp32
+    recompute: Literal["none", "full"] = "none"  # full: activations again in the backward pass, less memory
 
 
 class ParallelConfig(Section):
-    tensor_model_parallel_size: int = Field(1, ge=1)
-    pipeline_model_parallel_size: int = Field(1, ge=1)
-    context_parallel_size: int = Field(1, ge=1)
-    sequence_parallel: bool = False
+    tensor_model_parallel_size: int = Field(1, ge=1)  # ranks that share every layer
+    pipeline_model_parallel_size: int = Field(1, ge=1)  # ranks that share the stack of layers
+    context_parallel_size: int = Field(1, ge=1)  # only 1 is there yet
+    sequence_parallel: bool = False  # norms and residuals split over tensor-parallel ranks
 
 
 class DataConfig(Section):
     train: str | list[str]  # jsonl or parquet files
-    test: str | list[str] = []
-    prompt_key: str = "prompt"
-    answer_key: str = "answer"
-    kind_key: str = "kind"
-    system_key: str = "system"
+    test: str | list[str] = []  # the held-out files, for evaluation
+    prompt_key: str = "prompt"  # field with a text or a list of chat messages
+    answer_key: str = "answer"  # field that the reward compares with
+    kind_key: str = "kind"  # field that names the reward
+    system_key: str = "system"  # optional field with the system message
     kind: str = ""  # the reward of rows that have no kind of their own
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: counted in the log
     max_prompt_length: int = Field(2048, ge=1)  # tokens, chat template included
-    overlong_prompts: Literal["drop", "error"] = "drop"
-    shuffle: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
+    overlong_prompts: Literal["drop", "error"] = "drop"  # drop: counted in the log
+    shuffle: bool = True  # by seed and epoch
+    chat_template_kwargs: dict[str, Any] = {}  # e.g. { enable_thinking = false }
 
 
 class RolloutConfig(Section):
     rollout_batch_size: int = Field(32, ge=1)  # prompts an iteration
-    n_samples_per_prompt: int = Field(8, ge=1)
-    max_response_length: int = Field(8192, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    n_samples_per_prompt: int = Field(8, ge=1)  # responses a prompt: the group
+    max_response_length: int = Field(8192, ge=1)  # tokens
+    temperature: float = Field(1.0, gt=0)  # of training samples; the trainer scores at the same one
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # 0 = off
-    placement: Literal["colocated"] = "colocated"
-    tensor_parallel_size: int = Field(1, ge=1)
-    gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
-    cpu_kv_cache_gib: float = Field(1.0, gt=0)
-    max_num_seqs: int = Field(256, ge=1)
-    enforce_eager: bool = False
+    placement: Literal["colocated"] = "colocated"  # engines live in the training ranks
+    tensor_parallel_size: int = Field(1, ge=1)  # ranks an engine; need not be the trainer's
+    gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)  # the engine's share of a GPU
+    cpu_kv_cache_gib: float = Field(1.0, gt=0)  # of an engine on a CPU
+    max_num_seqs: int = Field(256, ge=1)  # responses that an engine works on at once
+    enforce_eager: bool = False  # no CUDA graphs, no compilation
     mismatch_warning: float = Field(0.05, ge=0)  # mean |Δ log-prob| trainer vs engine that warns
 
 
 class AlgorithmConfig(Section):
-    name: Literal["srpo", "grpo", "sdpo", "mix"] = "srpo"
-    success_reward_threshold: float = 0.5
+    name: Literal["srpo", "grpo", "sdpo", "mix"] = "srpo"  # which routing
+    success_reward_threshold: float = 0.5  # a reward of at least this is correct
     use_feedback: bool = False  # the environment's feedback may teach (when no sibling is correct)
-    sibling: Literal["random", "shortest", "least_used"] = "random"
+    sibling: Literal["random", "shortest", "least_used"] = "random"  # which correct sibling teaches
     # GRPO branch
-    advantage_std: bool = False
-    clip_ratio_low: float = Field(0.2, ge=0, lt=1)
-    clip_ratio_high: float = Field(0.28, ge=0)
+    advantage_std: bool = False  # divide the advantage by the group's standard deviation
+    clip_ratio_low: float = Field(0.2, ge=0, lt=1)  # ε_low: the ratio is clipped at 1 − ε_low
+    clip_ratio_high: float = Field(0.28, ge=0)  # ε_high: … and at 1 + ε_high
     dual_clip: float = Field(0.0, ge=0)  # c > 1; 0 = off
     # SDPO branch
     distillation_topk: int = Field(100, ge=0)  # 0 = full vocabulary
-    distillation_tail: bool = True
+    distillation_tail: bool = True  # one more bucket for the mass outside the top-k; false: renormalise
     divergence_alpha: float = Field(0.5, ge=0, le=1)  # 0 forward KL(q‖p), 1 reverse KL(p‖q)
     distill_ratio_clip: float = Field(2.0, ge=0)  # 0 = no ratio
     entropy_beta: float = Field(-1.0)  # β of the dynamic weighting; -1 = the method's own: 1 srpo, else 0
-    mix_lambda: float = Field(0.9, ge=0, le=1)
+    mix_lambda: float = Field(0.9, ge=0, le=1)  # λ: the reward's share of the advantage, for mix
     # both
     rollout_correction: Literal["off", "truncate", "mask", "sequence_mask"] = "truncate"
-    rollout_correction_cap: float = Field(2.0, gt=0)
+    rollout_correction_cap: float = Field(2.0, gt=0)  # largest importance weight, trainer ÷ engine
     kl_loss_coef: float = Field(0.0, ge=0)  # k3 to the reference policy (the initial model)
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)  # weight of the entropy bonus
 
     @property
     def beta(self) -> float:
@@ -124,11 +124,11 @@ class AlgorithmConfig(Section):
 
 
 class TeacherConfig(Section):
-    mode: Literal["ema", "frozen", "live"] = "ema"
+    mode: Literal["ema", "frozen", "live"] = "ema"  # the teacher's weights: average, initial or current
     update_rate: float = Field(0.05, gt=0, le=1)  # μ: teacher ← (1 − μ) teacher + μ student
     max_prompt_length: int = Field(0, ge=0)  # tokens, enriched; 0 = data.max_prompt_length + rollout's response
     feedback_with_solution: bool = False  # show feedback also when a correct sibling exists
-    template: str = "{question}{solution}{feedback}\n\n{instruction}"
+    template: str = "{question}{solution}{feedback}\n\n{instruction}"  # of the last user message
     solution_section: str = "\n\nHere is a correct solution from an earlier attempt:\n\n{solution}"
     feedback_section: str = "\n\nFeedback on a failed attempt:\n\n{feedback}"
     instruction: str = "Now solve the original question correctly."
@@ -136,7 +136,7 @@ class TeacherConfig(Section):
 
 class RewardConfig(Section):
     functions: dict[str, str] = {}  # kind -> "module:function" or "path/file.py:function"; adds to the built-in ones
-    workers: int = Field(2, ge=1)
+    workers: int = Field(2, ge=1)  # processes that score responses
     timeout_seconds: float = Field(10.0, gt=0)  # for one response
     memory_mib: int = Field(2048, ge=0)  # address space of a worker above its start; 0 = no limit
     failure_score: float = 0.0  # score of a time-out or crash
@@ -144,8 +144,8 @@ class RewardConfig(Section):
 
 class OptimizerConfig(Section):
     lr: float = Field(5e-6, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)  # optimiser steps from 0 to lr
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; the others go down to min_lr
     min_lr: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -156,12 +156,14 @@ class OptimizerConfig(Section):
 
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)  # prompts an optimiser step; 0 = the whole batch
-    max_tokens_per_gpu: int = Field(16384, ge=1)  # budget of one packed row
+    max_tokens_per_gpu: int = Field(
+        18432, ge=1
+    )  # budget of one packed row: the longest sample, teacher prompt included
 
 
 class CheckpointConfig(Section):
     every: int = Field(50, ge=0)  # iterations; 0 = only at the end
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1)  # the newest ones
     resume: bool = True  # from output_dir/checkpoints, if there is one
 
 
@@ -174,11 +176,11 @@ class EvalConfig(Section):
 
 
 class ObserveConfig(Section):
-    tensorboard: bool = True
-    wandb: bool = False
+    tensorboard: bool = True  # in output_dir/tensorboard
+    wandb: bool = False  # Weights & Biases
     wandb_project: str = "megatron-srpo"
     wandb_mode: Literal["online", "offline"] = "offline"
-    progress: Literal["auto", "live", "plain", "off"] = "auto"
+    progress: Literal["auto", "live", "plain", "off"] = "auto"  # auto: live in a terminal, else lines
 
 
 class Config(Section):

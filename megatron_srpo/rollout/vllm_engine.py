@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ def start_engine(settings: EngineSettings) -> Any:
     Inside a torch.distributed world every rank must call it, and engines are groups of consecutive ranks. Raises
     RolloutError with vLLM's reason.
     """
-    with preserved_settings(), preserved_generators(settings.device), _without_kv_variable():
+    with preserved_settings(), preserved_generators(settings.device), _without_kv_variable(), _quietly():
         from vllm import LLM
 
         if dist.is_initialized():
@@ -119,6 +121,20 @@ def _without_kv_variable() -> Iterator[None]:
     finally:
         if value is not None:
             os.environ[KV_SPACE] = value
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings of vLLM's imports, of which no user can do anything."""
+    log = logging.getLogger("torch._library.triton")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _why(error: Exception, settings: EngineSettings) -> str:

@@ -21,6 +21,7 @@ ALLOWED = {
     "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
     "launch": EVERYTHING,  # builds the parts
     "cli": EVERYTHING,
+    "doctor": EVERYTHING,  # a command of the cli
     "__main__": EVERYTHING,
 }
 # Foreign packages that only these places may import; everything else is tested without them.
