@@ -256,9 +256,8 @@ def save_resolved(config: Config, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(
-        "# Resolved configuration of this run: the file, the overrides and the defaults.\n\n" + to_toml(config)
-    )
+    header = "# Resolved configuration of this run: the file, the overrides and the defaults.\n\n"
+    aside.write_text(header + to_toml(config), encoding="utf-8")
     aside.replace(path)
 
 

@@ -67,8 +67,8 @@ class RolloutConfig(Section):
     n_samples_per_prompt: int = Field(8, ge=1)  # responses a prompt: the group
     max_response_length: int = Field(8192, ge=1)  # tokens
     temperature: float = Field(1.0, gt=0)  # of training samples; the trainer scores at the same one
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0 = off
+    top_p: float = Field(1.0, gt=0, le=1)  # training needs 1: see eval.top_p
+    top_k: int = Field(0, ge=0)  # 0 = off; training needs 0
     placement: Literal["colocated"] = "colocated"  # engines live in the training ranks
     tensor_parallel_size: int = Field(1, ge=1)  # ranks an engine; need not be the trainer's
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)  # the engine's share of a GPU
@@ -156,9 +156,7 @@ class OptimizerConfig(Section):
 
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)  # prompts an optimiser step; 0 = the whole batch
-    max_tokens_per_gpu: int = Field(
-        18432, ge=1
-    )  # budget of one packed row: the longest sample, teacher prompt included
+    max_tokens_per_gpu: int = Field(18432, ge=1)  # budget of a packed row; the longest teacher row must fit
 
 
 class CheckpointConfig(Section):

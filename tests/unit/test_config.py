@@ -1,0 +1,278 @@
+"""Loading: strict types, overrides, one message for all problems, and the way back to TOML."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_srpo.config import Config, ConfigError, UserError, load_config, nearest_key, save_resolved, to_toml
+from megatron_srpo.config.load import config_fields, to_toml_value
+from megatron_srpo.config.reference import comments, defaults, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL = '[model]\npath = "m"\n[data]\ntrain = "t.jsonl"\n'
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def message(file, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, overrides)
+    return str(caught.value)
+
+
+def load_text(tmp_path, text, overrides=()):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    return load_config(file, overrides)
+
+
+def test_a_minimal_file_gets_the_defaults(minimal):
+    config = load_config(minimal)
+    assert config.model.path == "m"
+    assert (config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt) == (32, 8)
+    assert config.algorithm.beta == 1.0
+
+
+def test_the_defaults_do_not_contradict_each_other(minimal):
+    from megatron_srpo.config import check
+
+    check(load_config(minimal), None, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["--optimizer.lr", "5e-6"], "optimizer.lr", 5e-6),
+        (["--optimizer.lr=1"], "optimizer.lr", 1.0),
+        (["--run.iterations", "3"], "run.iterations", 3),
+        (["--run.iterations", "3", "--run.iterations", "4"], "run.iterations", 4),
+        (["--algorithm.entropy_beta", "-1"], "algorithm.entropy_beta", -1.0),
+        (["--parallel.sequence_parallel", "true"], "parallel.sequence_parallel", True),
+        (["--algorithm.name", "grpo"], "algorithm.name", "grpo"),
+        (["--algorithm.name", '"grpo"'], "algorithm.name", "grpo"),
+        (["--run.name", "17"], "run.name", "17"),
+        (["--run.name", "true"], "run.name", "true"),
+        (["--run.name", '["a"]'], "run.name", '["a"]'),
+        (["--run.name=--x = 3"], "run.name", "--x = 3"),
+        (["--run.name", "1\n[model]"], "run.name", "1\n[model]"),
+        (["--run.output_dir", "a folder/with = signs"], "run.output_dir", "a folder/with = signs"),
+        (["--data.train", "x.jsonl"], "data.train", "x.jsonl"),
+        (["--data.train", '["x.jsonl", "y.jsonl"]'], "data.train", ["x.jsonl", "y.jsonl"]),
+        (["--data.chat_template_kwargs.think", "false"], "data.chat_template_kwargs", {"think": False}),
+        (["--data.chat_template_kwargs", "{ a = { b = 1 } }"], "data.chat_template_kwargs", {"a": {"b": 1}}),
+        (["--reward.functions.mine", "my/file.py:score"], "reward.functions", {"mine": "my/file.py:score"}),
+    ],
+)  # fmt: skip
+def test_an_override_is_read_as_its_key_wants_it(minimal, overrides, key, value):
+    section, leaf = key.split(".")
+    got = getattr(getattr(load_config(minimal, overrides), section), leaf)
+    assert got == value and type(got) is type(value)
+
+
+def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
+    config = load_text(tmp_path, MINIMAL + "[optimizer]\nlr = 1.0\neps = 0.5\n", ["--optimizer.lr", "2.0"])
+    assert (config.optimizer.lr, config.optimizer.eps) == (2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--optimizer.lr=fast", 'optimizer.lr = "fast": expected a number > 0'),
+        ("--optimizer.lr=nan", "optimizer.lr = nan: expected a number > 0"),
+        ("--optimizer.lr=true", "optimizer.lr = true: expected a number > 0"),
+        ("--run.iterations=1.5", "run.iterations = 1.5: expected a whole number ≥ 1"),
+        ("--run.iterations=3.0", "run.iterations = 3.0: expected a whole number ≥ 1"),
+        ("--run.iterations=0", "run.iterations = 0: expected a whole number ≥ 1"),
+        ("--parallel.sequence_parallel=yes", 'parallel.sequence_parallel = "yes": expected true or false'),
+        ("--parallel.sequence_parallel=1", "parallel.sequence_parallel = 1: expected true or false"),
+        ("--model.dtype=float16", 'model.dtype = "float16": expected one of "float32", "bfloat16"'),
+        ("--rollout.top_p=1.5", "rollout.top_p = 1.5: expected a number > 0 and ≤ 1"),
+        ("--data.train=[1]", "data.train = [1]: expected a text or a list of texts"),
+        ("--reward.functions.mine=3", "reward.functions = { mine = 3 }: expected a table of texts"),
+        ("--reward.functions=x", 'reward.functions = "x": expected a table of texts'),
+        ("--algorithm.dual_clip=0.5", "algorithm.dual_clip = 0.5: expected a number > 1"),
+        ("--algorithm.entropy_beta=-0.5", "algorithm.entropy_beta = -0.5: expected a number ≥ 0, or -1"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_was_expected(minimal, override, expected):
+    assert expected in message(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optimizer.warmup_step", "optimizer.warmup_steps"),
+        ("rollout.temprature", "rollout.temperature"),
+        ("train.lr", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("teacher_update_rate", "teacher.update_rate"),
+        ("run.output-dir", "run.output_dir"),
+        ("actor.clip_ratio_high", "algorithm.clip_ratio_high"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_one(key, nearest):
+    assert nearest_key(key) == nearest
+
+
+def test_every_problem_is_in_one_message_without_jargon(tmp_path):
+    text = "seed = 3\n[optimiser]\nlr = 1\n[rollout]\ntemprature = 1\ntop_p = 7\n[data]\ntest = [1]\n"
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    told = message(file, ["--train.lr", "3", "--run.seed"])
+    for line in (
+        '--train.lr "3": no such key; the nearest is optimizer.lr',
+        "--run.seed: has no value",
+        "[model]: required section is missing; it needs model.path",
+        "data.train: required key is missing; expected a text or a list of texts",
+        "data.test = [1]: expected a text or a list of texts",
+        "rollout.temprature = 1: no such key; the nearest is rollout.temperature",
+        "rollout.top_p = 7: expected a number > 0 and ≤ 1",
+        "seed = 3: no such key; the nearest is run.seed",
+        "[optimiser]: no such section; the nearest is [optimizer]",
+    ):
+        assert f"\n  {line}" in told
+    assert told.startswith(f"{file}: 9 problems\n") and told.count("\n") == 9
+    assert not any(word in told for word in ("pydantic", "http", "Input should", "extra_forbidden"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["--run.seed"], "--run.seed: has no value"),
+        (["--run.seed", "--run.name", "x"], "--run.seed: has no value"),
+        (["stray"], "'stray': not expected here"),
+        (["--rollout", "3"], "--rollout: is a section"),
+        (["--run.seed.deep", "3"], "no such key"),
+        (["--nothing_like_it_at_all", "3"], "the sections are run, model"),
+    ],
+)
+def test_a_malformed_override_is_told(minimal, tokens, expected):
+    assert expected in message(minimal, tokens)
+
+
+def test_a_plain_value_where_a_section_belongs_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"optimizer = 3: expected a section, \[optimizer\] with keys like lr"):
+        load_text(tmp_path, "optimizer = 3\n" + MINIMAL, ["--optimizer.lr", "1"])
+
+
+def test_a_long_value_is_shown_shortened(minimal):
+    told = message(minimal, ["--model.dtype", "x" * 500])
+    assert len(told) < 300 and "…" in told
+
+
+def test_a_value_from_the_command_line_is_told_apart_from_the_files(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(MINIMAL + "[optimizer]\nlr = -1\n")
+    told = message(file, ["--run.seed", "-1"]).splitlines()
+    assert [line.endswith("(from the command line)") for line in told[1:]] == [True, False]
+
+
+def test_a_missing_file_names_its_neighbours(minimal):
+    told = message(minimal.with_name("rum.toml"))
+    assert "rum.toml: no such file" in told and "run.toml" in told
+
+
+def test_a_folder_in_place_of_a_file_is_told(minimal):
+    assert "is a folder" in message(minimal.parent)
+
+
+def test_a_file_that_is_not_text_is_told(minimal):
+    minimal.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in message(minimal)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "shown"),
+    [("[run]\nname = srpo\n", 2, "name = srpo"), ("[run]\nseed = 1\nseed = 2\n", 3, ""), ('[run]\nname = "x', 2, "")],
+)
+def test_a_syntax_error_names_the_line(tmp_path, text, line, shown):
+    with pytest.raises(ConfigError, match=f"line {line}: not valid TOML") as caught:
+        load_text(tmp_path, text)
+    assert shown in str(caught.value)
+
+
+def test_configuration_errors_are_users_errors_and_value_errors():
+    assert issubclass(ConfigError, UserError) and issubclass(UserError, ValueError)
+
+
+def test_a_config_cannot_be_changed(minimal):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(minimal).run.seed = 3
+
+
+# ---- back to TOML ----------------------------------------------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False),
+    st.text(st.characters(exclude_categories=["Cs"])),
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(VALUES)
+def test_any_value_survives_the_way_to_toml_and_back(value):
+    assert tomllib.loads(f"x = {to_toml_value(value)}")["x"] == value
+
+
+def test_a_saved_configuration_loads_as_the_same_one(minimal, tmp_path):
+    awkward = 'quote " backslash \\ newline \n tab \t bell \x07 delete \x7f ü 数'
+    overrides = ["--optimizer.lr=1e-7", f"--teacher.instruction={awkward}", '--data.test=["a b", "c"]']
+    overrides += ["--data.chat_template_kwargs", '{ "odd key" = [1, 2.5], deep = { on = true } }']
+    config = load_config(minimal, overrides)
+    assert config.teacher.instruction == awkward
+    saved = tmp_path / "a" / "b" / "config.toml"
+    save_resolved(config, saved)
+    assert load_config(saved) == config
+    assert [file.name for file in saved.parent.iterdir()] == ["config.toml"]
+
+
+def test_the_saved_configuration_names_every_key(minimal):
+    tree = tomllib.loads(to_toml(load_config(minimal)))
+    assert {f"{section}.{key}" for section, values in tree.items() for key in values} == set(config_fields())
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_page_is_current():
+    again = "python -m megatron_srpo.config.reference > docs/configuration.md"
+    assert (ROOT / "docs/configuration.md").read_text() == markdown(), f"out of date: {again}"
+
+
+def test_the_page_takes_meanings_from_the_comments_and_defaults_from_the_models():
+    assert comments()["RolloutConfig.rollout_batch_size"] == "prompts an iteration"
+    assert (defaults()["model.path"], defaults()["optimizer.clip_grad"]) == ("required", "1.0")
+
+
+def test_the_configuration_needs_neither_torch_nor_any_other_heavy_package():
+    heavy = "{'torch', 'transformers', 'vllm', 'megatron'}"
+    code = f"import sys, megatron_srpo.config; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_example_loads():
+    examples = sorted((ROOT / "examples").rglob("*.toml"))
+    assert len(examples) >= 2
+    for file in examples:
+        assert isinstance(load_config(file), Config)

@@ -1,0 +1,265 @@
+"""Contradictions: each refused with its cure, and the sound configuration beside it accepted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_srpo.config import Config, ConfigError, check, read_model_folder
+from megatron_srpo.config.check import contradictions
+
+# The numbers of Qwen3-8B's config.json.
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "hidden_act": "silu",
+}
+SMOLLM2 = {
+    **QWEN3_8B,
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+}
+
+
+def configured(**changes):
+    """A sound configuration with dotted changes, written section__key."""
+    tree = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        tree.setdefault(section, {})[key] = value
+    return Config.model_validate(tree)
+
+
+def told(hf=None, world=None, splits=(), **changes):
+    return "\n".join(contradictions(configured(**changes), hf, world, splits=splits))
+
+
+def test_a_sound_configuration_passes_all_checks():
+    check(configured(parallel__tensor_model_parallel_size=4, parallel__sequence_parallel=True), QWEN3_8B, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "cure"),
+    [
+        ({"train__prompts_per_mini_batch": 5}, "train.prompts_per_mini_batch = 5", "1, 2, 4, 8, 16, 32"),
+        ({"train__prompts_per_mini_batch": 64}, "train.prompts_per_mini_batch = 64", "0 for the whole batch"),
+        ({"rollout__n_samples_per_prompt": 1}, "rollout.n_samples_per_prompt = 1", "sample at least 2"),
+        (
+            {"rollout__n_samples_per_prompt": 1, "algorithm__name": "sdpo"},
+            "rollout.n_samples_per_prompt = 1",
+            "algorithm.use_feedback = true",
+        ),
+        (
+            {"train__max_tokens_per_gpu": 1000, "algorithm__name": "grpo"},
+            "train.max_tokens_per_gpu = 1000",
+            "10240 tokens",
+        ),
+        ({"train__max_tokens_per_gpu": 18431}, "train.max_tokens_per_gpu = 18431", "raise the budget to 18432"),
+        ({"teacher__max_prompt_length": 2048}, "teacher.max_prompt_length = 2048", "0 for 10240"),
+        ({"rollout__top_p": 0.9}, "rollout.top_p = 0.9", "set 1.0"),
+        ({"rollout__top_k": 20}, "rollout.top_k = 20", "set 0"),
+        ({"eval__n_samples": 16, "eval__temperature": 0}, "eval.n_samples = 16", "set n_samples = 1"),
+        ({"algorithm__rollout_correction_cap": 0.5}, "algorithm.rollout_correction_cap = 0.5", "set 1 or more"),
+        ({"algorithm__distill_ratio_clip": 0.5}, "algorithm.distill_ratio_clip = 0.5", "0 for no ratio"),
+        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr = 1.0", "lower it"),
+        ({"optimizer__warmup_steps": 101}, "optimizer.warmup_steps = 101", "only 100 optimizer steps"),
+        ({"eval__every": 5}, "eval.every = 5", "data.test is empty"),
+        ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size = 2", "not there yet"),
+        ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel = true", "set it to false"),
+    ],
+)
+def test_a_contradiction_is_told_with_key_value_and_cure(changes, key, cure):
+    text = told(**changes)
+    assert text.startswith(key) and cure in text and text.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__prompts_per_mini_batch": 8},
+        {"train__max_tokens_per_gpu": 18432},
+        {"train__max_tokens_per_gpu": 10240, "algorithm__name": "grpo"},
+        {"rollout__n_samples_per_prompt": 1, "algorithm__name": "sdpo", "algorithm__use_feedback": True},
+        {"eval__n_samples": 16, "eval__temperature": 0.6, "eval__top_p": 0.9},
+        {"eval__every": 5, "data__test": "x.jsonl"},
+        {"optimizer__warmup_steps": 400, "train__prompts_per_mini_batch": 8},
+        {"algorithm__rollout_correction_cap": 0.5, "algorithm__rollout_correction": "off"},
+        {"algorithm__distill_ratio_clip": 0.0},
+        {"algorithm__name": "grpo", "teacher__max_prompt_length": 100},
+        {"model__dtype": "float32", "run__device": "cuda"},
+    ],
+)
+def test_what_only_resembles_a_contradiction_passes(changes):
+    assert told(**changes) == ""
+
+
+@pytest.mark.parametrize(
+    ("hf", "changes", "expected"),
+    [
+        (
+            SMOLLM2,
+            {"parallel__tensor_model_parallel_size": 2},
+            "num_attention_heads = 9, num_key_value_heads = 3; every rank needs whole heads and key-value heads: "
+            "choose one of 1, 3",
+        ),
+        (QWEN3_8B, {"parallel__tensor_model_parallel_size": 16}, "num_key_value_heads = 8; every rank"),
+        (
+            QWEN3_8B,
+            {"parallel__pipeline_model_parallel_size": 8},
+            "num_hidden_layers = 36; choose one of 1, 2, 3",
+        ),
+        (QWEN3_8B, {"rollout__tensor_parallel_size": 3}, "rollout.tensor_parallel_size = 3: does not fit"),
+        (QWEN3_8B, {"algorithm__distillation_topk": 151937}, "the model's vocabulary has 151936 tokens"),
+        (
+            {**QWEN3_8B, "max_position_embeddings": 18000},
+            {},
+            "with the teacher's enriched prompt (10240 tokens) that is beyond the model's max_position_embeddings",
+        ),
+        (
+            {**QWEN3_8B, "max_position_embeddings": 8192},
+            {"algorithm__name": "grpo"},
+            "with the data.max_prompt_length (2048 tokens)",
+        ),
+        ({**QWEN3_8B, "head_dim": 48}, {"run__device": "cpu"}, "the model has head_dim 48"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            {},
+            "is for MambaForCausalLM; supported are Qwen3",
+        ),
+        ({}, {}, "is for no architecture"),
+        ({"architectures": ["LlamaForCausalLM"]}, {}, "has no num_hidden_layers, hidden_size"),
+        ({**QWEN3_8B, "rope_scaling": {"type": "yarn", "factor": 4}}, {}, 'rotary embedding "yarn"'),
+        ({**QWEN3_8B, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, {}, 'rotary embedding "llama3"'),
+        ({**QWEN3_8B, "rope_parameters": {"partial_rotary_factor": 0.5}}, {}, "partial_rotary_factor"),
+        ({**QWEN3_8B, "attention_bias": True}, {}, "attention_bias is true"),
+        ({**QWEN3_8B, "use_sliding_window": True}, {}, "use_sliding_window is true"),
+        ({**QWEN3_8B, "hidden_act": "gelu"}, {}, 'hidden_act is "gelu"'),
+        ({**QWEN3_8B, "quantization_config": {"bits": 4}}, {}, "quantized"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told(hf, changes, expected):
+    text = told(hf=hf, **changes)
+    assert expected in text and text.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("hf", "changes"),
+    [
+        (SMOLLM2, {"parallel__tensor_model_parallel_size": 3, "parallel__pipeline_model_parallel_size": 2}),
+        (QWEN3_8B, {"rollout__tensor_parallel_size": 16}),  # the engine may repeat key-value heads
+        ({**QWEN3_8B, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {}),
+        ({**QWEN3_8B, "num_key_value_heads": None, "head_dim": None}, {"run__device": "cpu"}),
+        (QWEN3_8B, {"algorithm__name": "grpo", "algorithm__distillation_topk": 10**6}),
+        ({**QWEN3_8B, "max_position_embeddings": 18432}, {}),
+    ],
+)
+def test_a_model_that_fits_passes(hf, changes):
+    assert told(hf=hf, **changes) == ""
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "expected"),
+    [
+        (3, {"parallel__tensor_model_parallel_size": 2}, "3 ranks were started; start a multiple of 2 (torchrun --np"),
+        (1, {"parallel__pipeline_model_parallel_size": 4}, "but 1 rank was started; start a multiple of 4"),
+        (6, {"parallel__tensor_model_parallel_size": 4}, "torchrun --nproc-per-node 8"),
+        (
+            6,
+            {"rollout__tensor_parallel_size": 4},
+            "one engine takes 4 ranks, but 6 ranks were started",
+        ),
+    ],
+)
+def test_a_number_of_ranks_that_does_not_fit_is_told(world, changes, expected):
+    assert expected in told(world=world, **changes)
+
+
+def test_all_contradictions_come_in_one_error():
+    config = configured(rollout__top_p=0.5, eval__every=1, parallel__tensor_model_parallel_size=3)
+    with pytest.raises(ConfigError, match="this configuration: 4 problems") as caught:
+        check(config, QWEN3_8B, 8)
+    assert str(caught.value).count("\n  ") == 4
+
+
+def test_data_files_are_looked_for_where_the_command_needs_them(tmp_path):
+    there, absent = tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")
+    there.write_text("{}")
+    files = {"data__train": [str(there), absent], "data__test": absent}
+    assert told(**files) == ""
+    assert told(splits=("train",), **files).count("no such file") == 1
+    assert told(splits=("train", "test"), **files).count("no such file") == 2
+    assert "data.test: is empty" in told(splits=("test",), data__train=str(there))
+    assert "run.output_dir" in told(splits=("train",), data__train=str(there), run__output_dir=str(there))
+
+
+# ---- the model folder ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    return tmp_path
+
+
+def test_a_whole_folder_gives_its_configuration(folder):
+    assert read_model_folder(str(folder)) == QWEN3_8B
+
+
+def refused(folder):
+    with pytest.raises(ConfigError) as caught:
+        read_model_folder(str(folder))
+    return str(caught.value)
+
+
+def test_a_folder_that_is_not_there_is_told_with_the_way_to_fetch_it(tmp_path):
+    assert "no such folder" in refused(tmp_path / "x") and "hf download" in refused("Qwen/Qwen3-8B")
+
+
+def test_a_folder_without_configuration_is_told(folder):
+    (folder / "config.json").rename(folder / "other.json")
+    assert "has no config.json" in refused(folder)
+    assert "in its folder hf" not in refused(folder)
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    assert "there is one in its folder hf" in refused(folder)
+
+
+def test_a_broken_configuration_is_told(folder):
+    (folder / "config.json").write_text("{")
+    assert "cannot be read as JSON" in refused(folder)
+    (folder / "config.json").write_text("[]")
+    assert "expected a JSON object" in refused(folder)
+
+
+def test_missing_weights_are_told_and_pickled_ones_are_to_be_converted(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "has no weights" in refused(folder) and "Fetch the model again" in refused(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    assert "pytorch_model.bin" in refused(folder) and "save_pretrained" in refused(folder)
+
+
+def test_an_unfinished_download_is_told(folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "1 of the 2 weight files" in refused(folder) and "model-00002-of-00002.safetensors" in refused(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "is not an index" in refused(folder)
