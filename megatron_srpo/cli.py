@@ -228,7 +228,9 @@ def _fail(text: str) -> int:
 def _run(command: Callable[[], int]) -> int:
     try:
         return command() or 0
-    except (KeyboardInterrupt, typer.Abort):  # the latter is what typer makes of the former
+    except typer.Exit as end:  # after --help
+        return end.exit_code
+    except KeyboardInterrupt:
         if is_driver():
             print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130
@@ -245,6 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
-    return _run(
-        lambda: command.main(own or ["--help"], prog_name=f"python -m {PACKAGE}", standalone_mode=False, obj=overrides)
-    )
+
+    def invoke() -> int:  # without typer's own main(), which has its ways with Ctrl-C and with errors
+        with command.make_context(f"python -m {PACKAGE}", own or ["--help"], obj=overrides) as context:
+            return command.invoke(context)
+
+    return _run(invoke)

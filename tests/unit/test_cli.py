@@ -1,0 +1,353 @@
+"""The command line: what it passes on, how it refuses, and that its surface does not change unnoticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import typer
+
+from megatron_srpo import cli
+from megatron_srpo.config import ConfigError, UserError, load_config
+from megatron_srpo.config.reference import defaults
+
+ROOT = Path(__file__).resolve().parents[2]
+FROZEN = Path(__file__).with_name("cli_frozen.txt")
+HF = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "vocab_size": 53,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+}
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def run_file(tmp_path, monkeypatch):
+    """A sound run of two tensor-parallel ranks: configuration, model folder and data."""
+    for name in RANK_VARIABLES:
+        monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
+        monkeypatch.delenv(name)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(HF))
+    (model / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+        [run]
+        output_dir = "{tmp_path}/out"
+        [model]
+        path = "{model}"
+        [parallel]
+        tensor_model_parallel_size = 2
+        sequence_parallel = true
+        [data]
+        train = "{tmp_path}/rows.jsonl"
+        test = "{tmp_path}/rows.jsonl"
+        max_prompt_length = 16
+        [rollout]
+        max_response_length = 8
+        [algorithm]
+        distillation_topk = 20
+        """
+    )
+    return file
+
+
+class FakeLaunch:
+    """Stands for megatron_srpo.launch and keeps what it was called with."""
+
+    def __init__(self, result=0):
+        self.result, self.calls = result, []
+
+    def _called(self, name, config, **options):
+        self.calls.append((name, config, options, dict(os.environ)))
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
+
+    def train(self, config):
+        return self._called("train", config)
+
+    def evaluate(self, config, **options):
+        return self._called("evaluate", config, **options)
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    fake = FakeLaunch()
+    monkeypatch.setitem(sys.modules, "megatron_srpo.launch", fake)
+    monkeypatch.setattr("megatron_srpo.launch", fake, raising=False)
+    return fake
+
+
+def as_ranks(monkeypatch, world, rank=0):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_starts_the_run_with_the_overrides_and_saves_what_it_used(run_file, launch, monkeypatch):
+    as_ranks(monkeypatch, 2)
+    assert cli.main(["train", str(run_file), "--optimizer.lr", "1e-3", "--run.seed=7"]) == 0
+    [(name, config, _, _)] = launch.calls
+    assert (name, config.optimizer.lr, config.run.seed) == ("train", 1e-3, 7)
+    assert load_config(Path(config.run.output_dir) / "config.toml") == config
+
+
+def test_overrides_may_stand_before_the_file(run_file, launch, monkeypatch):
+    as_ranks(monkeypatch, 2)
+    assert cli.main(["train", "--run.seed", "7", str(run_file)]) == 0
+    assert launch.calls[0][1].run.seed == 7
+
+
+def test_only_the_driver_saves_the_configuration(run_file, launch, monkeypatch):
+    as_ranks(monkeypatch, 2, rank=1)
+    assert cli.main(["train", str(run_file)]) == 0
+    assert not (run_file.parent / "out").exists()
+
+
+def test_without_torchrun_train_is_a_world_of_one(run_file, launch):
+    alone = ["--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "false"]
+    assert cli.main(["train", str(run_file), *alone]) == 0
+    environment = launch.calls[0][3]
+    assert [environment[name] for name in RANK_VARIABLES[:5]] == ["0", "0", "1", "1", "127.0.0.1"]
+    assert int(environment["MASTER_PORT"]) > 0
+
+
+def test_train_returns_the_runs_exit_code(run_file, launch, monkeypatch):
+    as_ranks(monkeypatch, 2)
+    launch.result = 130
+    assert cli.main(["train", str(run_file)]) == 130
+
+
+def test_a_refused_run_says_everything_at_once_and_starts_nothing(run_file, launch, capfd):
+    (run_file.parent / "model" / "model.safetensors").unlink()
+    overrides = ["--rollout.top_p", "0.5", "--data.train", "absent.jsonl"]
+    assert cli.main(["train", str(run_file), *overrides]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: this configuration: 4 problems\n") and told.count("\n  ") == 4
+    for text in ("rollout.top_p = 0.5", "absent.jsonl", "1 rank was started", "has no weights"):
+        assert text in told
+    assert launch.calls == [] and "Traceback" not in told
+
+
+def test_the_held_out_file_is_needed_only_by_a_run_that_evaluates(run_file, launch, monkeypatch):
+    as_ranks(monkeypatch, 2)
+    missing = ["--data.test", "absent.jsonl"]
+    assert cli.main(["train", str(run_file), *missing]) == 0
+    assert cli.main(["train", str(run_file), *missing, "--eval.every", "1"]) == 2
+
+
+# ---- eval ------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_without_torchrun_folds_the_layout_into_one_process(run_file, launch):
+    assert cli.main(["eval", str(run_file), "--checkpoint", "some/run", "--eval.n_samples", "4"]) == 0
+    [(name, config, options, _)] = launch.calls
+    assert (name, config.eval.n_samples) == ("evaluate", 4)
+    assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (1, False)
+    assert options == {"checkpoint": Path("some/run"), "split": "test"}
+
+
+def test_eval_under_torchrun_keeps_the_layout(run_file, launch, monkeypatch):
+    as_ranks(monkeypatch, 2)
+    assert cli.main(["eval", str(run_file), "--checkpoint", "some/run", "--split", "train"]) == 0
+    assert launch.calls[0][1].parallel.tensor_model_parallel_size == 2
+    assert launch.calls[0][2]["split"] == "train"
+
+
+def test_a_layout_that_the_user_gives_is_not_folded(run_file, launch, capfd):
+    given = ["--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true"]
+    assert cli.main(["eval", str(run_file), "--checkpoint", "x", *given]) == 2
+    assert "1 rank was started" in capfd.readouterr().err
+
+
+def test_eval_of_a_hugging_face_folder_reads_that_folder(run_file, launch):
+    model = run_file.parent / "model"
+    trained = model.rename(model.with_name("trained"))
+    assert cli.main(["eval", str(run_file), "--hf", str(trained)]) == 0
+    assert launch.calls[0][1].model.path == str(trained)
+    assert launch.calls[0][2]["checkpoint"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "expected one of --checkpoint DIR and --hf DIR, got neither"),
+        (["--checkpoint", "a", "--hf", "b"], "got both"),
+        (["--hf", "b", "--split", "dev"], "expected --split train or --split test, got dev"),
+        (["--hf", "absent"], "no such folder"),
+    ],
+)
+def test_eval_refuses_what_it_cannot_do(run_file, launch, capfd, arguments, expected):
+    assert cli.main(["eval", str(run_file), *arguments]) == 2
+    assert expected in capfd.readouterr().err and launch.calls == []
+
+
+# ---- report, help, usage ---------------------------------------------------------------------------------------------
+
+
+def test_report_draws_the_curves_of_a_run(tmp_path, capfd):
+    rows = [json.dumps({"step": step, "critic/score/mean": step / 3}) for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 1000 and "curves.png" in capfd.readouterr().out
+
+
+def test_report_of_a_folder_without_metrics_is_refused(tmp_path, capfd):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "metrics.jsonl is not there" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train"], "Missing argument"),
+        (["trian", "x.toml"], "No such command"),
+        (["train", "x.toml", "--lr", "3"], "set by --optimizer.lr VALUE"),
+        (["train", "x.toml", "y.toml"], "unexpected extra argument"),
+        (["train", "absent.toml"], "absent.toml: no such file"),
+        (["doctor", "--jsn"], "--jsn"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, expected, capfd, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert cli.main(arguments) == 2
+    told = capfd.readouterr().err
+    assert expected in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_is_no_error(arguments, capfd):
+    assert cli.main(arguments) == 0
+    assert "Usage: python -m megatron_srpo" in capfd.readouterr().out
+
+
+def test_overrides_are_found_wherever_they_stand():
+    own, overrides = cli.split_overrides(
+        ["eval", "--a.b", "-1", "run.toml", "--hf=x.y/z", "--c.d=1 2", "--checkpoint", "e.f", "--g.h", "--i.j", "k"]
+    )
+    assert own == ["eval", "run.toml", "--hf=x.y/z", "--checkpoint", "e.f"]
+    assert overrides == ["--a.b", "-1", "--c.d=1 2", "--g.h", "--i.j", "k"]
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+class _OfOurs(ValueError):
+    __module__ = "megatron_srpo.rewards"
+
+
+def raised(function):
+    try:
+        function()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def in_our_package(source):
+    """The exception of `source`, run as a module of this package."""
+    module = types.ModuleType("megatron_srpo.pretended")
+    return raised(lambda: exec(compile(source, "pretended.py", "exec"), module.__dict__))
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ConfigError("a"), "a"),
+        (UserError("b"), "b"),
+        (_OfOurs("c"), "c"),
+        (in_our_package("raise ValueError('d')"), "d"),
+        (RuntimeError("… EADDRINUSE …"), "port 29500 is in use"),
+        (OSError(28, "No space left on device", "runs/x"), "runs/x: No space left on device. Make room"),
+    ],
+)
+def test_what_the_user_can_mend_is_a_message(error, text, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert cli.message_for_user(error).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        in_our_package("int('x')"),
+        in_our_package("list(zip([1], [], strict=True))"),
+        in_our_package("raise KeyError('x')"),
+        raised(lambda: int("x")),
+        raised(lambda: json.loads("{")),
+        RuntimeError("shapes differ"),
+        FileNotFoundError(2, "No such file", "x"),
+        AssertionError(),
+    ],
+)
+def test_a_defect_keeps_its_traceback(error):
+    assert cli.message_for_user(error) is None
+
+
+def test_a_defect_goes_through(run_file, launch, monkeypatch):
+    as_ranks(monkeypatch, 2)
+    launch.result = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.main(["train", str(run_file)])
+
+
+def test_only_the_driver_speaks(run_file, launch, monkeypatch, capfd):
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    launch.result = UserError("expected this, got that")
+    for rank, told in ((0, "error: expected this, got that\n"), (1, "")):
+        as_ranks(monkeypatch, 2, rank)
+        assert cli.main(["train", str(run_file)]) == 2
+        assert capfd.readouterr().err == told
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(run_file, launch, monkeypatch, capfd):
+    as_ranks(monkeypatch, 2)
+    launch.result = KeyboardInterrupt()
+    assert cli.main(["train", str(run_file)]) == 130
+    assert capfd.readouterr().err.strip() == "stopped by Ctrl-C"
+
+
+def test_the_module_runs_as_a_program_and_loads_nothing_heavy_for_a_refusal():
+    code = (
+        "import runpy, sys\nsys.argv = ['x', 'train', 'absent.toml']\n"
+        "try:\n    runpy.run_module('megatron_srpo', run_name='__main__')\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"] and "absent.toml: no such file" in done.stderr
+
+
+# ---- the surface -----------------------------------------------------------------------------------------------------
+
+
+def surface() -> str:
+    """Commands, their parameters and all configuration keys, with defaults."""
+    lines = []
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        for parameter in command.params:
+            lines.append(f"{name} {' '.join(parameter.opts)} default={parameter.default!r}")
+    return "\n".join([*lines, *(f"--{key} {value}" for key, value in defaults().items())]) + "\n"
+
+
+def test_the_command_line_has_not_changed_unnoticed():
+    update = 'python -c "from tests.unit.test_cli import *; FROZEN.write_text(surface())"'
+    assert surface() == FROZEN.read_text(), (
+        f"commands, options, keys or defaults changed. If meant: {update}, and a line in CHANGELOG.md"
+    )
