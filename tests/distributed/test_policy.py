@@ -1,0 +1,126 @@
+"""The policy on real gloo ranks: Hugging Face logits matched, parallel equals serial, swaps and checkpoints exact."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed_harness import run_distributed
+from tests.tiny_models import make_tiny_model
+
+LAYOUTS = {"tp2": (2, 1, False, 2), "tp2_sp": (2, 1, True, 2), "pp2": (1, 2, False, 2), "dp2": (1, 1, False, 2)}
+VOCAB = 101  # odd: padded for TP 2
+
+
+def _rows(dp_rank: int, dp_size: int) -> list:
+    """Four packed rows of 24 tokens in three sequences; each data-parallel rank takes its part."""
+    from megatron_srpo.types import PackedBatch
+
+    rows = []
+    for number in range(4):
+        ids = torch.randint(0, VOCAB, (24,), generator=torch.Generator().manual_seed(number))
+        zeros = torch.zeros(24)
+        bounds = torch.tensor([0, 7, 20, 24], dtype=torch.int32)
+        rows.append(PackedBatch(ids, ids.roll(-1), torch.arange(24), bounds, torch.ones(24), zeros, zeros, zeros, zeros))
+    return rows[dp_rank::dp_size]
+
+
+def _policy(model: Path, tp: int, pp: int, sp: bool):
+    from megatron_srpo.bridge import load_hf_weights, read_config
+    from megatron_srpo.config import Config
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.mcore.policy import Policy
+
+    config = Config(
+        model={"path": str(model), "dtype": "float32"}, data={"train": "unused"}, optimizer={"lr": 1e-3},
+        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp},
+        algorithm={"kl_loss_coef": 0.1},
+    )  # fmt: skip
+    path = choose_device("auto", 0)
+    topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
+    load = partial(load_hf_weights, hf_dir=model)
+    return Policy(config, read_config(model), topology, path, load, total_steps=10)
+
+
+def _targets(policy):
+    from megatron_srpo.losses import gather_logprobs
+
+    group = policy.topology.tp_group if policy.topology.tp_size > 1 else None
+
+    def logprobs(logits, row):
+        return gather_logprobs(logits, row.targets[:, None], vocab_start=policy.vocab_start, group=group)[0][:, 0]
+
+    return logprobs
+
+
+def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) -> dict:
+    from megatron_srpo.bridge import Exporter, read_config
+    from megatron_srpo.mcore import checkpoint
+
+    policy = _policy(model, tp, pp, sp)
+    rows = _rows(policy.topology.dp_rank, policy.topology.dp_size)
+    logprobs = _targets(policy)
+
+    def loss(logits, row):
+        value = -logprobs(logits, row).sum() / 96
+        return value, {"loss": torch.stack([value.detach() * 96, torch.tensor(24.0)])}
+
+    before = policy.score(rows, logprobs)
+    norms, losses = [], []
+    for _ in range(3):
+        stats = policy.train_step(rows, loss)
+        norms.append(stats.grad_norm)
+        losses.append(stats.metrics["loss"])
+    held = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
+    with pytest.raises(RuntimeError, match="in the teacher pass"), policy.teacher():
+        assert any(not torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
+        raise RuntimeError("in the teacher pass")
+    assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
+    with policy.reference():
+        reference = policy.score(rows, logprobs)
+    checkpoint.save(policy, scratch, {"note": 7})
+    policy.train_step(rows, loss)
+    with policy.teacher():
+        straight = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
+    final = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
+    assert checkpoint.load(policy, scratch) == {"note": 7}
+    policy.train_step(rows, loss)
+    assert all(torch.equal(final[name], value) for name, value in policy.shards.parameters.items())
+    with policy.teacher():
+        assert all(torch.equal(straight[name], value) for name, value in policy.shards.parameters.items())
+    assert all(torch.equal(a, b) for a, b in zip(reference, before, strict=True))
+    exported = {name: value.clone() for name, value in Exporter(policy.shards, read_config(model)).items()}
+    return {"before": before, "norms": norms, "losses": losses, "exported": exported}
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def serial(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make_tiny_model(folder / "model", request.param, tied=request.param == "qwen3", vocab=VOCAB)
+    return model, run_distributed(_train_and_report, 1, model, 1, 1, False, folder / "checkpoint")[0]
+
+
+def test_logprobs_equal_transformers_on_each_sequence_of_a_packed_row(serial):
+    from transformers import AutoModelForCausalLM
+
+    model, report = serial
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for row, found in zip(_rows(0, 1), report["before"], strict=True):
+        bounds = row.cu_seqlens.tolist()
+        parts = [reference(row.input_ids[None, a:b]).logits[0] for a, b in zip(bounds, bounds[1:], strict=False)]
+        expected = torch.cat(parts).log_softmax(-1).gather(1, row.targets[:, None])[:, 0]
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_on_two_ranks_equals_one_process(serial, layout, tmp_path):
+    model, expected = serial
+    tp, pp, sp, ranks = LAYOUTS[layout]
+    for found in run_distributed(_train_and_report, ranks, model, tp, pp, sp, tmp_path / "checkpoint"):
+        assert found["norms"] == pytest.approx(expected["norms"], rel=2e-5)
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert found["exported"].keys() == expected["exported"].keys()
+        for name, value in expected["exported"].items():
+            torch.testing.assert_close(found["exported"][name], value, rtol=0, atol=2e-4, msg=name)
