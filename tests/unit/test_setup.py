@@ -36,6 +36,13 @@ def checkout(tmp_path):
     return root
 
 
+@pytest.fixture(autouse=True)
+def no_make_above(monkeypatch):
+    """`make test` runs these tests: its own flags must not reach the makes that they start."""
+    for name in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def give_environment(root, device="cpu", fingerprint=None):
     """An environment that is this interpreter, with the stamp of a complete set-up."""
     (root / ".venv/bin").mkdir(parents=True)
