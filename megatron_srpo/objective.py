@@ -46,7 +46,8 @@ class Objective:
         """Teacher log-probs at the student's ids and the entropy over the full vocabulary; for the full-vocabulary
         divergence this rank's shard of the logits instead of the former."""
         scaled = self._scaled(logits)
-        ids = row.topk_ids if self._topk else row.targets[:, None]
+        # An empty row, which only keeps this rank in step with the others, has no top-k: any id will do.
+        ids = row.targets[:, None] if row.topk_ids is None else row.topk_ids
         logprobs, entropy = gather_logprobs(scaled, ids, **self._shard)
         kept = {"teacher_logprobs": logprobs} if self._topk else {"teacher_logits": logits}
         return {**kept, "teacher_entropy": entropy}

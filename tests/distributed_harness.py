@@ -55,8 +55,12 @@ def run_distributed(func: Callable, world_size: int, *args: Any) -> list[Any]:
             worker.start()
         for worker in workers:
             worker.join()
+        failed = {}
         for rank in range(world_size):
             status, value = results.get(rank, ("error", "the rank died without a traceback"))
             if status == "error":
-                raise AssertionError(f"rank {rank} of {world_size}:\n{value}")
+                failed[rank] = value
+        if failed:  # first the one that did not fail only because another rank had gone
+            rank = min(failed, key=lambda rank: ("Connection closed by peer" in failed[rank], rank))
+            raise AssertionError(f"rank {rank} of {world_size}:\n{failed[rank]}")
         return [results[rank][1] for rank in range(world_size)]

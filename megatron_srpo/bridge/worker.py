@@ -3,14 +3,31 @@
 vLLM repacks weights after loading (on CPUs, and for quantisation), so that they cannot be loaded a second time as they
 are. Its layer-wise reload gives every layer its loading form back, loads, and repacks: an updated engine then equals an
 engine that was started on the new weights, bit for bit.
+
+vLLM itself takes too much on trust: it cuts larger tensors to size, ignores what comes twice, and leaves memory
+uninitialised where a part of a fused layer does not come. So names and shapes are checked here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from megatron_srpo.bridge.errors import BridgeError, nearest
+from megatron_srpo.bridge.load import IGNORED_SUFFIXES, WeightFolder
+from megatron_srpo.bridge.rules import shape_of
+
+CURE = "Trainer and engine hold different models: start both from the same folder."
+
+
+def folder_shapes(folder: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the weights in a Hugging Face folder, from the files' headers."""
+    with WeightFolder(folder) as weights:
+        names = [name for name in sorted(weights.names) if not name.endswith(IGNORED_SUFFIXES)]
+        return {name: shape_of(weights.source(name)) for name in names}
 
 
 class PublishExtension:
@@ -19,11 +36,16 @@ class PublishExtension:
     begin_publish, load_bucket as often as needed, finish_publish; or publish_weights, which streams an iterator in the
     same process. Nothing may be generated in between. The worker may hold a tensor until its layer is complete (query,
     key and value for example): tensors of a layer should be neighbours and must not be overwritten in the meantime.
+
+    A publish must bring every tensor of the folder that the engine was started from, once (a tied head under the
+    embedding's name alone). Raises BridgeError for a name or shape that does not fit, and for what is missing. After a
+    failure, whatever its reason, some layers are new and some old: publish again before generating.
     """
 
     vllm_config: Any  # of the worker
     model_config: Any
     model_runner: Any
+    _shapes: dict[str, tuple[int, ...]] | None = None  # of the folder; read once
 
     def begin_publish(self) -> None:
         """Give every layer its loading form back."""
@@ -31,6 +53,8 @@ class PublishExtension:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         model = self.model_runner.get_model()
+        if self._shapes is None:
+            self._shapes = folder_shapes(self.model_config.model)
         # A tied head is the embedding under a second name until the reload gives each name a tensor of its own; it
         # must then be loaded too, or the engine goes on with the old head.
         first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -39,37 +63,69 @@ class PublishExtension:
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if first[id(parameter)] != name
         }
+        self._expected = {name: s for name, s in self._shapes.items() if name not in self._aliases.values()}
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
-        self._awaited = {name for name, _ in model.named_parameters()}
+        self._awaited = {name for name, _ in model.named_parameters()}  # the engine's own, fused names
 
     @torch.no_grad()
     def load_bucket(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load (Hugging Face name, full tensor) pairs; each rank of a tensor-parallel engine takes its part."""
         from vllm.config import set_current_vllm_config
 
-        with set_current_vllm_config(self.vllm_config):
+        with self._abandoned_on_failure(), set_current_vllm_config(self.vllm_config):
             self._awaited -= self.model_runner.get_model().load_weights(self._with_aliases(items))
 
     def _with_aliases(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in items:
+            self._check(name, tuple(tensor.shape))
             yield name, tensor
             if name in self._aliases:
                 yield self._aliases[name], tensor
 
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = self._expected.pop(name, None)
+        if expected is None:
+            known = self._shapes or {}
+            why = "came before, or is tied to another" if name in known else "is not in its folder"
+            raise BridgeError(f"the engine was published {name!r}, which {why}.{nearest(name, self._expected)} {CURE}")
+        if shape != expected:
+            raise BridgeError(f"{name!r} was published with shape {list(shape)}: expected {list(expected)}. {CURE}")
+
     def finish_publish(self) -> None:
-        """Repack what is not yet repacked. Raises RuntimeError when a parameter got no weights."""
+        """Repack what is not yet repacked. Raises BridgeError when something got no weights."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        missing = sorted(self._awaited)
-        with set_current_vllm_config(self.vllm_config):
+        with self._abandoned_on_failure(), set_current_vllm_config(self.vllm_config):
+            missing = sorted(self._expected) or sorted(self._awaited)
+            if missing:
+                raise BridgeError(
+                    f"the publish left {len(missing)} tensor(s) of the engine on old weights, the first is "
+                    f"{missing[0]!r}. {CURE}"
+                )
             finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
-        if missing:
-            raise RuntimeError(
-                f"the publish left {len(missing)} of the engine's parameters on old weights, the first is "
-                f"{missing[0]!r}: trainer and engine hold different models"
-            )
+
+    @contextmanager
+    def _abandoned_on_failure(self) -> Iterator[None]:
+        """On a failure, layers that are not complete get their old tensors back: the next publish finds an engine in
+        order, and no layer is left in uninitialised memory."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader import reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        try:
+            yield
+        except BaseException:
+            model = self.model_runner.get_model()
+            for layer in model.modules():
+                info = get_layerwise_info(layer)
+                if info.can_load():
+                    info.load_numel = 0
+                    info.loaded_weights.clear()
+            with set_current_vllm_config(self.vllm_config):
+                reload.finalize_layerwise_reload(model, self.model_config)
+            raise
 
     def publish_weights(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
         """A whole publish from an iterator, tensor by tensor, without copies; in-process engines only."""

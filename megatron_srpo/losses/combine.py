@@ -124,7 +124,8 @@ def routed_loss(
     logits: Tensor, batch: PackedBatch, settings: LossSettings, *,
     loss_tokens: float, distill_weight_mean: float, vocab_start: int, group: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """This row's part of the objective (scalar), and metrics: [sum, count] pairs, or scalars for names in "_max".
+    """This row's part of the objective (scalar), and metrics: [sum, count] pairs, scalars for names in "_max" (maxima)
+    and "_total" (sums).
 
     logits [T, v] of this rank's vocabulary shard; `batch` is the same on all tensor-parallel ranks. A row without any
     counted token gives an exact 0 that is connected to the logits, so that every rank runs its backward.
@@ -160,4 +161,5 @@ def routed_loss(
         metrics.update(more)
         total = total + batch.distill_weight * weights * distilled
     loss = (row.mask * total).sum() / max(1.0, loss_tokens)
+    metrics["actor/loss_total"] = loss.detach()
     return loss, metrics

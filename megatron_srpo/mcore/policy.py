@@ -98,27 +98,33 @@ class Policy:
         return mine
 
     def _reduce(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Metrics of all rows of all ranks: [sum, count] pairs become means, "_max" ones maxima."""
+        """Metrics of all rows of all ranks: [sum, count] pairs become means, names in "_max" maxima, and those in
+        "_total" sums, whose ending is dropped."""
         names = sorted({name for row in rows for name in row})
         everywhere: list[list[str]] = [None] * self.topology.world_size
         dist.all_gather_object(everywhere, names, group=self.topology.control_group)
         names = sorted({name for part in everywhere for name in part})
-        sums = [n for n in names if not n.endswith("_max")]
-        maxima = [n for n in names if n.endswith("_max")]
-        pairs = torch.zeros(len(sums), 2, dtype=torch.float64)
+        summed = [name for name in names if not name.endswith("_max")]
+        maxima = [name for name in names if name.endswith("_max")]
+        sums = torch.zeros(len(summed), 2, dtype=torch.float64)
         tops = torch.full((len(maxima),), -math.inf, dtype=torch.float64)
         for row in rows:
-            for i, name in enumerate(sums):
+            for i, name in enumerate(summed):
                 if name in row:
-                    pairs[i] += row[name].double().cpu()
+                    sums[i] += row[name].double().cpu()  # a total goes to both columns
             for i, name in enumerate(maxima):
                 if name in row:
                     tops[i] = max(tops[i], row[name].double().cpu())
-        pairs = self.sum_over_data(pairs).cpu()
+        sums = self.sum_over_data(sums).cpu()
         tops = tops.to(self.topology.device)
         dist.all_reduce(tops, dist.ReduceOp.MAX)
-        result = {n: float(s / c) for n, (s, c) in zip(sums, pairs, strict=True) if c > 0}
-        result.update({n: float(t) for n, t in zip(maxima, tops.cpu(), strict=True) if math.isfinite(t)})
+        result = {}
+        for name, (total, count) in zip(summed, sums.tolist(), strict=True):
+            if name.endswith("_total"):
+                result[name.removesuffix("_total")] = total
+            elif count > 0:
+                result[name] = total / count
+        result.update({name: top for name, top in zip(maxima, tops.tolist(), strict=True) if math.isfinite(top)})
         return result
 
     def _to_device(self, row: PackedBatch) -> PackedBatch:

@@ -33,6 +33,11 @@ class ColocatedEngine:
         self._control, self._device, self._max_model_len = control_group, device, max_model_len
         self._owns_world = not dist.is_initialized()
         self._rank, world = (0, 1) if self._owns_world else (dist.get_rank(), dist.get_world_size())
+        if not self._owns_world and "RANK" not in os.environ:
+            raise RolloutError(
+                "torch.distributed runs, but RANK is not set: the ranks must be torchrun's (or set its variables). Is "
+                "another engine open in this process? Close it first."
+            )
         size = rollout.tensor_parallel_size
         if world % size:
             raise RolloutError(
@@ -50,7 +55,7 @@ class ColocatedEngine:
         if size > 1:
             unlink_blocks(name)
         self._tokenizer = self._llm.get_tokenizer()
-        self._asleep = False
+        self._asleep, self._half_published = False, False
         self.weight_version = 0
 
     def _pids(self, world: int) -> list[int]:
@@ -62,6 +67,8 @@ class ColocatedEngine:
     def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> list[Rollout] | None:
         """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
         self._must_be_awake("generate")
+        if self._half_published:
+            raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
         for request in requests:
             if not 0 < len(request.token_ids) <= self._max_model_len - sampling.max_tokens:
                 raise RolloutError(
@@ -128,11 +135,15 @@ class ColocatedEngine:
         return [answer for answers, _ in parts for answer in answers]
 
     def publish(self, items: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """See RolloutEngine. Tensors go to the worker one by one, without copies beside the engine's own."""
+        """See RolloutEngine. Tensors go to the worker one by one, without copies beside the engine's own.
+
+        Raises BridgeError when they are not the engine's model; nothing can then be generated before a whole publish.
+        """
         self._must_be_awake("publish")
+        self._half_published = True
         self._llm.collective_rpc("publish_weights", args=(items,))
         self._reset_cache()
-        self.weight_version = version
+        self.weight_version, self._half_published = version, False
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -52,10 +52,12 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
             f"the model in {hf_dir} has head_dim {head_dim}: on a CPU, vLLM takes "
             f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model, or a GPU."
         )
-    if heads % size:
+    groups, ffn = config.get("num_key_value_heads") or heads, config.get("intermediate_size", 0)
+    if heads % size or ffn % size or (groups % size and size % groups):
         raise RolloutError(
-            f"rollout.tensor_parallel_size = {size} does not divide the model's {heads} attention heads: "
-            "choose one that does."
+            f"rollout.tensor_parallel_size = {size} does not fit the model in {hf_dir}: it must divide the {heads} "
+            f"attention heads and intermediate_size ({ffn}), and divide the {groups} key-value heads or be a multiple "
+            "of them. Choose another."
         )
     limit = config.get("max_position_embeddings")
     if limit and max_model_len > limit:

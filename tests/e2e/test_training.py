@@ -78,9 +78,7 @@ def run(tmp_path_factory) -> Path:
     (folder / "reward.py").write_text(REWARD)
     rows = [{"prompt": f"say {i}", "answer": "x", "kind": "digit"} for i in range(24)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = CONFIG.format(
-        out=folder / "out", model=model, data=folder / "data.jsonl", reward=folder / "reward.py"
-    )
+    config = CONFIG.format(out=folder / "out", model=model, data=folder / "data.jsonl", reward=folder / "reward.py")
     (folder / "config.toml").write_text(config)
     result = torchrun("train", str(folder / "config.toml"))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
@@ -135,7 +133,14 @@ def test_training_goes_on_from_the_checkpoint(run):
 
 
 def test_a_users_mistake_is_one_message_without_a_traceback(run):
-    command = [sys.executable, "-m", "megatron_srpo", "train", str(run / "config.toml"), "--rollout.n_sample_per_prompt=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_srpo",
+        "train",
+        str(run / "config.toml"),
+        "--rollout.n_sample_per_prompt=4",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 2
     assert "n_samples_per_prompt" in result.stderr

@@ -1,0 +1,214 @@
+"""The whole routed step through trainer, packing, policy and losses, against one float64 process: loss, every metric,
+every gradient, under each layout and however the batch is cut."""
+
+import dataclasses
+import functools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_srpo.config import Config
+from megatron_srpo.packing import plan_batch
+from megatron_srpo.routing import route
+from megatron_srpo.types import Prompt, Reward, Rollout
+from tests.distributed_harness import run_distributed
+from tests.routed_reference import Reference, load, response_logprobs
+from tests.tiny_models import make_tiny_model
+
+VOCAB = 101  # odd: padded for every tensor parallel size
+BASE = {"distillation_topk": 8, "entropy_beta": 1.0}
+REGULARISED = BASE | {"kl_loss_coef": 0.05, "entropy_coef": 0.02, "dual_clip": 1.5}
+# name -> (algorithm, token budget of a row, prompts a mini-batch, temperature)
+VARIANTS = {
+    "srpo": (BASE, 400, 0, 1.0),
+    "srpo one sample a row": (BASE, 96, 0, 1.0),
+    "srpo in two steps": (REGULARISED, 160, 3, 0.8),
+    "srpo one distilled sample": (BASE, 100, 0, 1.0),
+    "srpo all wrong": (BASE, 200, 0, 1.0),
+    "sdpo full vocabulary": (BASE | {"name": "sdpo", "distillation_topk": 0, "divergence_alpha": 0.3}, 200, 0, 0.7),
+    "sdpo two steps, forward": (BASE | {"name": "sdpo", "divergence_alpha": 0.0}, 200, 2, 1.0),
+    "mix, reverse, no tail": (
+        BASE | {"name": "mix", "divergence_alpha": 1.0, "distillation_tail": False, "mix_lambda": 0.7}, 300, 0, 1.0,
+    ),
+    "grpo": (BASE | {"name": "grpo", "rollout_correction": "sequence_mask"}, 200, 2, 1.0),
+}  # fmt: skip
+# name -> tensor, pipeline, context parallel sizes, sequence parallel, ranks
+LAYOUTS = {
+    "serial": (1, 1, 1, False, 1),
+    "tp2": (2, 1, 1, False, 2),
+    "tp2 sp": (2, 1, 1, True, 2),
+    "pp2": (1, 2, 1, False, 2),
+    "dp2": (1, 1, 1, False, 2),
+    "tp2 sp pp2": (2, 2, 1, True, 4),
+    "tp2 dp2": (2, 1, 1, False, 4),
+    "tp4 sp": (4, 1, 1, True, 4),
+}
+# Float32 passes against float64 ones; a gradient error is measured against the largest entry of its tensor's kind.
+METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
+
+
+def make_config(model, variant, layout="serial"):
+    algorithm, _, _, temperature = VARIANTS[variant]
+    tp, pp, cp, sp, _ = LAYOUTS[layout]
+    return Config(
+        model={"path": str(model), "dtype": "float32"}, data={"train": "unused"}, algorithm=algorithm,
+        optimizer={"lr": 1e-2, "clip_grad": 0.5}, rollout={"temperature": temperature},
+        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp,
+                  "context_parallel_size": cp, "sequence_parallel": sp},
+    )  # fmt: skip
+
+
+def make_samples(model, variant):
+    """Five groups of four: mixed, all wrong, all right, one correct, mixed with a long row. Routed by the package.
+
+    Token 0 is the padding token, whose embedding transformers never trains: it is not used.
+    """
+    config = make_config(model, variant)
+    rng = random.Random(7)
+    correct = [[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0], [1, 0, 1, 0]]
+    if variant == "srpo one distilled sample":
+        correct = [[1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0]]
+    if variant == "srpo all wrong":
+        correct = [[0, 0, 0, 0], [0, 0, 0, 0]]
+    engine = load(model)
+    prompts, rollouts, rewards = [], [], []
+    for group, outcomes in enumerate(correct):
+        ids = [rng.randrange(1, VOCAB) for _ in range(rng.randint(2, 11))]
+        prompts.append(Prompt(f"train:{group}", (), ids, "", "exact"))
+        for sample, right in enumerate(outcomes):
+            length = 50 if (group, sample) == (4, 1) else rng.randint(1, 17)
+            response = [rng.randrange(1, VOCAB) for _ in range(length)]
+            with torch.no_grad():
+                logp = response_logprobs(engine, ids, response, config.rollout.temperature)
+            logp = logp.gather(1, torch.tensor(response)[:, None])[:, 0]
+            logp = [float(x) + rng.gauss(0, 0.5) for x in logp]
+            rollouts.append(Rollout(group, sample, response, logp, f"{group}.{sample}", "stop", 0))
+            rewards.append(Reward(float(right)))
+
+    def teacher_prompt(prompt, solution, feedback):
+        number = int(solution.replace(".", ""))
+        return SimpleNamespace(
+            ids=[*prompt.token_ids, *[1 + (number + 3 * i) % (VOCAB - 1) for i in range(9)]], truncated=False
+        )
+
+    samples, _ = route(prompts, rollouts, rewards, config.algorithm, seed=3, iteration=1, teacher_prompt=teacher_prompt)
+    return samples
+
+
+def gradients(policy, hf_config):
+    """The summed gradient of every parameter under its Hugging Face name, on every rank."""
+    from megatron_srpo.bridge import Exporter
+
+    import torch.distributed as dist
+
+    mine = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in policy.shards.parameters.items()}
+    by_parameter = {id(p): mine[name] for name, p in policy.shards.parameters.items()}
+    for shard in policy.optimizer.shards():  # the gradient is whole only where the optimizer will use it
+        part = slice(shard.start, shard.stop)
+        by_parameter[id(shard.parameter)].view(-1)[part] = shard.parameter.main_grad.view(-1)[part]
+    for value in mine.values():
+        dist.all_reduce(value, group=policy.topology.dp_cp_group)
+    exporter = Exporter(dataclasses.replace(policy.shards, parameters=mine), hf_config)
+    return {name: value.clone() for name, value in exporter.items()}
+
+
+def run_variants(variants, layout, student, teacher, samples_of):
+    """What each optimiser step of each variant saw and did: samples, weights before it, gradients, metrics."""
+    from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.mcore.policy import Policy
+    from megatron_srpo.objective import Objective
+    from megatron_srpo.trainer import Trainer
+
+    path = choose_device("cpu", 0)
+    config = make_config(student, variants[0], layout)
+    topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
+    hf_config = read_config(student)
+    results = {}
+    for variant in variants:
+        config = make_config(student, variant, layout)
+        _, budget, prompts, _ = VARIANTS[variant]
+        policy = Policy(
+            config, hf_config, topology, path, lambda shards: load_hf_weights(shards, teacher), total_steps=10
+        )
+        load_hf_weights(policy.shards, student)  # the shadows keep the teacher's weights
+        policy.optimizer.reload_main_from_model()
+        objective = Objective(
+            config, vocab_start=policy.vocab_start, group=topology.tp_group if topology.tp_size > 1 else None
+        )
+        trainer = Trainer(SimpleNamespace(config=config, policy=policy, objective=objective))
+        samples = samples_of[variant]
+        plan = plan_batch(
+            samples, dp_size=topology.dp_size, max_tokens=budget, prompts_per_mini_batch=prompts,
+            pad_to_multiple=policy.row_multiple, seed=5,
+        )  # fmt: skip
+        exporter = Exporter(policy.shards, hf_config)
+        seen = {}
+
+        def capture(lr, step=policy.optimizer.step, policy=policy, seen=seen):
+            seen["gradients"] = gradients(policy, hf_config)
+            return step(lr)
+
+        policy.optimizer.step = capture
+        scores = trainer._score_students(samples, plan)
+        trainer._score_teacher(samples, plan, scores)
+        trainer._score_reference(samples, plan, scores)
+        results[variant] = []
+        for mini in plan.mini_batches:
+            before = {name: value.clone() for name, value in exporter.items()}
+            stats = trainer._train(samples, mini, scores)
+            indices = sorted(i for rows in mini.student for row in rows for i in row.samples)
+            results[variant].append(
+                {"samples": indices, "weights": before, "metrics": stats.metrics, "norm": stats.grad_norm, **seen}
+            )
+    return results if topology.rank == 0 else None
+
+
+@pytest.fixture(scope="module")
+def models_of(tmp_path_factory):
+    """family -> student and teacher; Qwen3 with tied heads, Llama without."""
+    return functools.cache(functools.partial(make_models, tmp_path_factory))
+
+
+def make_models(tmp_path_factory, family):
+    folder = tmp_path_factory.mktemp(family)
+    tied = family == "qwen3"
+    return [
+        make_tiny_model(folder / name, family, tied=tied, vocab=VOCAB, seed=seed, kv_heads=4 if tied else 2)
+        for seed, name in enumerate(("student", "teacher"))
+    ]
+
+
+@pytest.mark.parametrize(("family", "layout"), [*(("qwen3", name) for name in LAYOUTS), ("llama", "tp2 sp pp2")])
+def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of, family, layout):
+    student, teacher = models_of(family)
+    variants = list(VARIANTS)
+    samples_of = {variant: make_samples(student, variant) for variant in variants}
+    found = run_distributed(run_variants, LAYOUTS[layout][-1], variants, layout, student, teacher, samples_of)[0]
+    behaviour, judge = load(student), load(teacher)
+    for variant in variants:
+        reference = Reference(make_config(student, variant), behaviour, judge, judge)
+        assert len(found[variant]) == (2 if VARIANTS[variant][2] == 3 else 3 if VARIANTS[variant][2] == 2 else 1)
+        for number, step in enumerate(found[variant]):
+            assert_step(step, reference, samples_of[variant], student, number, f"{layout}, {variant}, step {number}")
+
+
+def assert_step(step, reference, samples, student, number, where):
+    model = load(student)
+    model.load_state_dict({name: value.double() for name, value in step["weights"].items()}, strict=False)
+    model.tie_weights()
+    loss, metrics = reference.step(model, [samples[i] for i in step["samples"]], moved=number > 0)
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    logged = {name: value for name, value in step["metrics"].items() if name != "actor/lr"}
+    assert logged == pytest.approx(metrics, rel=METRIC_BOUND, abs=METRIC_BOUND), where
+    assert step["gradients"].keys() == expected.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        error = float((step["gradients"][name].double() - value).abs().max())
+        assert error <= GRADIENT_BOUND * largest + 1e-12, f"{where}, {name}: off by {error} of {largest}"
+    norm = sum(float((value**2).sum()) for value in expected.values()) ** 0.5
+    assert step["norm"] == pytest.approx(norm, rel=1e-4, abs=1e-9), where

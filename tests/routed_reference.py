@@ -1,0 +1,155 @@
+"""One optimiser step's routed objective in plain float64: Hugging Face models on whole sequences, one process.
+
+Written from the formulas (SRPO, arXiv 2604.02288 §2–3) and nothing of the package but its records and settings: no
+packing, no masks, no sharding, no second-hand log-probs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def load(folder):
+    """A model in float64; its loss surface is the truth that every layout is compared with."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+
+
+def response_logprobs(model, prompt, response, temperature):
+    """[R, V] log-probs of the distributions that the response tokens were drawn from."""
+    ids = torch.tensor([prompt + response])
+    logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def divergence(logp, logq, alpha):
+    """Per position: KL(q‖p), KL(p‖q), or α·KL(q‖m) + (1−α)·KL(p‖m) with m = (1−α)p + αq."""
+    p, q = logp.exp(), logq.exp()
+    if alpha == 0:
+        return (q * (logq - logp)).sum(-1)
+    if alpha == 1:
+        return (p * (logp - logq)).sum(-1)
+    logm = ((1 - alpha) * p + alpha * q).log()
+    return alpha * (q * (logq - logm)).sum(-1) + (1 - alpha) * (p * (logp - logm)).sum(-1)
+
+
+def reduced(logp, ids, tail):
+    """The distribution on the K ids and the rest, or renormalised over the ids."""
+    kept = logp.gather(1, ids)
+    if not tail:
+        return kept.log_softmax(-1)
+    return torch.cat([kept, (1 - kept.exp().sum(-1, keepdim=True)).log()], -1)
+
+
+class Reference:
+    """The objective of one iteration: `behaviour` made the samples' old log-probs, `teacher` judges them."""
+
+    def __init__(self, config, behaviour, teacher, reference):
+        self.a, self.temperature = config.algorithm, config.rollout.temperature
+        self.behaviour, self.teacher, self.reference = behaviour, teacher, reference
+
+    def _logp(self, model, prompt, sample):
+        return response_logprobs(model, prompt, sample.response_ids, self.temperature)
+
+    @torch.no_grad()
+    def _correction(self, old, sample):
+        ratio = (old - torch.tensor(sample.rollout_logprobs, dtype=torch.float32).double()).exp()
+        mode, cap = self.a.rollout_correction, self.a.rollout_correction_cap
+        if mode == "off":
+            return torch.ones_like(ratio)
+        if mode == "mask":
+            return ratio * (ratio <= cap)
+        if mode == "sequence_mask" and abs(ratio.log().mean()) > math.log(cap):
+            return torch.zeros_like(ratio)
+        return ratio.clamp(max=cap)
+
+    def _policy_term(self, logp, at, old, sample, moved):
+        a, advantage = self.a, sample.advantage
+        rho = (at - (old if moved else at.detach())).exp()
+        clipped = rho.clamp(1 - a.clip_ratio_low, 1 + a.clip_ratio_high)
+        gain = torch.minimum(rho * advantage, clipped * advantage)
+        if a.dual_clip and advantage < 0:
+            gain = gain.clamp(min=a.dual_clip * advantage)
+        return -gain, (clipped * advantage < rho * advantage).double()
+
+    def step(self, student, samples, *, moved):
+        """(loss, metrics); call `.backward()` on the loss. `moved`: `student` is not `behaviour` any more."""
+        a = self.a
+        counted = [s for s in samples if s.policy_weight or s.distill_weight]
+        n = sum(len(s.response_ids) for s in counted)
+        means = {name: [0.0, 0.0] for name in ("pg_loss", "pg_clipfrac", "entropy", "ppo_kl", "gap", "weight", "kl",
+                                               "distill_loss", "distill_ratio", "teacher_entropy", "kl_loss")}  # fmt: skip
+        taught = {}  # by position in `counted`: teacher log-probs
+        with torch.no_grad():
+            for i, s in enumerate(counted):
+                if s.distill_weight > 0:
+                    taught[i] = self._logp(self.teacher, s.teacher_ids, s)
+        entropies = {i: -(logq.exp() * logq).sum(-1) for i, logq in taught.items()}
+        weights = {i: (-a.beta * h).exp() for i, h in entropies.items()}
+        omega = sum(len(w) for w in weights.values())
+        mean = sum(float(w.sum()) for w in weights.values()) / omega if omega else 1.0
+        total, tops = 0.0, {"gap": 0.0, "distill_weight": 0.0}
+
+        def log(name, values, over=1.0):
+            means[name][0] += float((values.detach() * over).sum())
+            means[name][1] += len(values) * over
+
+        for i, s in enumerate(counted):
+            logp = self._logp(student, s.prompt_ids, s)
+            at = logp.gather(1, torch.tensor(s.response_ids)[:, None])[:, 0]
+            with torch.no_grad():
+                behaviour = self._logp(self.behaviour, s.prompt_ids, s)
+            old = behaviour.gather(1, torch.tensor(s.response_ids)[:, None])[:, 0]
+            r = self._correction(old, s)
+            gain, clipped = self._policy_term(logp, at, old, s, moved)
+            entropy = -(logp.exp() * logp).sum(-1)
+            term = r * gain - a.entropy_coef * entropy
+            if a.kl_loss_coef:
+                with torch.no_grad():
+                    ref = self._logp(self.reference, s.prompt_ids, s)
+                gap = ref.gather(1, torch.tensor(s.response_ids)[:, None])[:, 0] - at
+                term = term + a.kl_loss_coef * (gap.exp() - 1 - gap)
+                log("kl_loss", gap.exp() - 1 - gap)
+            total = total + s.policy_weight * term.sum()
+            rollout = torch.tensor(s.rollout_logprobs, dtype=torch.float32).double()
+            on_policy = float(s.policy_weight > 0)
+            log("pg_loss", gain, on_policy)
+            log("pg_clipfrac", clipped, on_policy)
+            log("entropy", entropy)
+            log("ppo_kl", old - at)
+            log("gap", (old - rollout).abs())
+            log("kl", rollout - old)
+            log("weight", r)
+            tops["gap"] = max(tops["gap"], float((old - rollout).abs().max()))
+            if i in taught:
+                p, q = logp, taught[i]
+                if a.distillation_topk:
+                    ids = behaviour.topk(a.distillation_topk, -1).indices
+                    p, q = reduced(p, ids, a.distillation_tail), reduced(q, ids, a.distillation_tail)
+                d = divergence(p, q, a.divergence_alpha)
+                ratio = torch.ones_like(at)
+                if moved and a.distill_ratio_clip:
+                    ratio = (at.detach() - old).exp().clamp(max=a.distill_ratio_clip)
+                w = weights[i] / mean
+                total = total + s.distill_weight * (w * ratio * r * d).sum()
+                log("distill_loss", d)
+                log("distill_ratio", ratio)
+                log("teacher_entropy", entropies[i])
+                tops["distill_weight"] = max(tops["distill_weight"], float(w.max()))
+        return total / n, self._named(means, tops, float(total.detach()) / n)
+
+    @staticmethod
+    def _named(means, tops, loss):
+        names = {
+            "pg_loss": "actor/pg_loss", "pg_clipfrac": "actor/pg_clipfrac", "entropy": "actor/entropy",
+            "ppo_kl": "actor/ppo_kl", "kl_loss": "actor/kl_loss", "gap": "rollout_corr/logprob_diff_mean",
+            "kl": "rollout_corr/kl", "weight": "rollout_corr/weight", "distill_loss": "srpo/distill_loss",
+            "distill_ratio": "srpo/distill_ratio", "teacher_entropy": "srpo/teacher_entropy",
+        }  # fmt: skip
+        metrics = {names[name]: total / count for name, (total, count) in means.items() if count}
+        metrics["rollout_corr/logprob_diff_max"] = tops["gap"]
+        if "srpo/distill_loss" in metrics:
+            metrics["srpo/distill_weight_max"] = tops["distill_weight"]
+        return metrics | {"actor/loss": loss}

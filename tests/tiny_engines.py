@@ -1,0 +1,81 @@
+"""Real vLLM engines on tiny models, what they are asked, and what transformers makes of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.rollout import ColocatedEngine, GenerateRequest, SamplingSettings, prepare_environment, request_seed
+from megatron_srpo.types import Rollout
+
+VOCAB = 21  # so small that some responses end by themselves; odd, and not a multiple of what vLLM pads to
+EOS = 1
+MAX_TOKENS = 12
+GREEDY = SamplingSettings(temperature=0.0, max_tokens=MAX_TOKENS)
+SAMPLED = SamplingSettings(temperature=1.0, max_tokens=MAX_TOKENS)
+PROMPTS = ([5, 9, 3, 3, 12], [17], [4, 8, 15, 16, 2, 3, 4, 20, 6, 7], [11, 5, 5])
+
+
+@contextmanager
+def tiny_engine(
+    folder: str | Path, dtype: str = "float32", *, tensor_parallel_size: int = 1, max_model_len: int = 64,
+    cpu_kv_cache_gib: float = 0.02, max_num_seqs: int = 64,
+) -> Iterator[ColocatedEngine]:  # fmt: skip
+    """A started engine, closed at the end."""
+    prepare_environment("cpu")
+    rollout = RolloutConfig(
+        tensor_parallel_size=tensor_parallel_size,
+        cpu_kv_cache_gib=cpu_kv_cache_gib,
+        max_num_seqs=max_num_seqs,
+        enforce_eager=True,
+    )
+    engine = ColocatedEngine(hf_dir=str(folder), dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def tiny_requests(samples: int = 4, *, run_seed: int = 0, iteration: int = 1) -> list[GenerateRequest]:
+    """`samples` requests for every prompt in PROMPTS, in order."""
+    return [
+        GenerateRequest(prompt, sample, ids, request_seed(run_seed, iteration, f"prompt-{prompt}", sample))
+        for prompt, ids in enumerate(PROMPTS)
+        for sample in range(samples)
+    ]
+
+
+def answers(engine: ColocatedEngine) -> dict[str, Any]:
+    """Greedy and sampled tokens and log-probs, to be compared bit for bit with another engine's."""
+    greedy = engine.generate(tiny_requests(1), GREEDY)
+    sampled = engine.generate(tiny_requests(), SAMPLED)
+    return {
+        name: [(rollout.token_ids, rollout.logprobs, rollout.finish_reason) for rollout in rollouts]
+        for name, rollouts in (("greedy", greedy), ("sampled", sampled))
+    }
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """What a trainer whose weights are the folder's would publish."""
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@torch.no_grad()
+def largest_error(folder: str | Path, rollouts: Sequence[Rollout], temperature: float = 1.0) -> float:
+    """Largest |engine's − transformers'| log-prob over all tokens; the model runs in fp32, one response at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    largest = 0.0
+    for rollout in rollouts:
+        prompt = PROMPTS[rollout.prompt]
+        ids = torch.tensor([prompt + rollout.token_ids])
+        logprobs = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1] / temperature, dim=-1)
+        expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        largest = max(largest, (torch.tensor(rollout.logprobs) - expected).abs().max().item())
+    return largest
