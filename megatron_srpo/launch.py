@@ -194,7 +194,7 @@ def _requests(prompts: list, iteration: int, *, seed: int, samples: int) -> list
             sample=sample,
             token_ids=prompt.token_ids,
             seed=request_seed(seed, iteration, prompt.uid, sample),
-        )  # fmt: skip
+        )
         for index, prompt in enumerate(prompts)
         for sample in range(samples)
     ]

@@ -11,6 +11,20 @@ import math
 import torch
 from transformers import AutoModelForCausalLM
 
+NAMES = {
+    "pg_loss": "actor/pg_loss",
+    "pg_clipfrac": "actor/pg_clipfrac",
+    "entropy": "actor/entropy",
+    "ppo_kl": "actor/ppo_kl",
+    "kl_loss": "actor/kl_loss",
+    "gap": "rollout_corr/logprob_diff_mean",
+    "kl": "rollout_corr/kl",
+    "weight": "rollout_corr/weight",
+    "distill_loss": "srpo/distill_loss",
+    "distill_ratio": "srpo/distill_ratio",
+    "teacher_entropy": "srpo/teacher_entropy",
+}
+
 
 def load(folder):
     """A model in float64; its loss surface is the truth that every layout is compared with."""
@@ -79,8 +93,7 @@ class Reference:
         a = self.a
         counted = [s for s in samples if s.policy_weight or s.distill_weight]
         n = sum(len(s.response_ids) for s in counted)
-        means = {name: [0.0, 0.0] for name in ("pg_loss", "pg_clipfrac", "entropy", "ppo_kl", "gap", "weight", "kl",
-                                               "distill_loss", "distill_ratio", "teacher_entropy", "kl_loss")}  # fmt: skip
+        means = {name: [0.0, 0.0] for name in NAMES}
         taught = {}  # by position in `counted`: teacher log-probs
         with torch.no_grad():
             for i, s in enumerate(counted):
@@ -142,13 +155,7 @@ class Reference:
 
     @staticmethod
     def _named(means, tops, loss):
-        names = {
-            "pg_loss": "actor/pg_loss", "pg_clipfrac": "actor/pg_clipfrac", "entropy": "actor/entropy",
-            "ppo_kl": "actor/ppo_kl", "kl_loss": "actor/kl_loss", "gap": "rollout_corr/logprob_diff_mean",
-            "kl": "rollout_corr/kl", "weight": "rollout_corr/weight", "distill_loss": "srpo/distill_loss",
-            "distill_ratio": "srpo/distill_ratio", "teacher_entropy": "srpo/teacher_entropy",
-        }  # fmt: skip
-        metrics = {names[name]: total / count for name, (total, count) in means.items() if count}
+        metrics = {NAMES[name]: total / count for name, (total, count) in means.items() if count}
         metrics["rollout_corr/logprob_diff_max"] = tops["gap"]
         if "srpo/distill_loss" in metrics:
             metrics["srpo/distill_weight_max"] = tops["distill_weight"]

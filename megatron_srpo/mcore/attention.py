@@ -7,6 +7,7 @@ by a real query, so no mask is built and no [T, T] matrix exists.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def packed_causal_attention(
     query [T, heads, d], key and value [T, groups, d], cu_seqlens [S+1]; returns [T, heads, d].
     """
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     grouped_query = query.size(1) != key.size(1)
     output = query.new_zeros(query.size(0), query.size(1), value.size(2))
     for group in length_groups(lengths):

@@ -86,8 +86,8 @@ def _patch_rng() -> None:
 
 
 def _patch_tensors() -> None:
-    # `with torch.device(...)` knows the factories by identity, from a list that is made on first use: have it made of the
-    # originals, which the replacements call, or models built on the meta device come out with garbage buffers.
+    # `with torch.device(...)` knows the factories by identity, from a list that is made on first use: have it made of
+    # the originals, which the replacements call, or models built on the meta device come out with garbage buffers.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -99,9 +99,9 @@ def make_samples(model, variant):
 
 def gradients(policy, hf_config):
     """The summed gradient of every parameter under its Hugging Face name, on every rank."""
-    from megatron_srpo.bridge import Exporter
-
     import torch.distributed as dist
+
+    from megatron_srpo.bridge import Exporter
 
     mine = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in policy.shards.parameters.items()}
     by_parameter = {id(p): mine[name] for name, p in policy.shards.parameters.items()}

@@ -1,11 +1,14 @@
 """Packed attention against a plain per-sequence reference in float64, value and gradient."""
 
+import itertools
+
 import pytest
 import torch
 
 from megatron_srpo.mcore import cpu_shim
 
 cpu_shim.install()
+
 from megatron_srpo.mcore.attention import length_groups, packed_causal_attention  # noqa: E402
 
 
@@ -14,7 +17,7 @@ def reference(query, key, value, bounds, scale):
     groups = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     rows = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         for t in range(start, stop):
             scores = torch.einsum("hd,shd->hs", query[t], key[start : t + 1]) * scale
             rows.append(torch.einsum("hs,shd->hd", scores.softmax(-1), value[start : t + 1]))

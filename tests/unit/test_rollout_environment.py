@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def clean(monkeypatch, tmp_path):
     for name in (*COMMON, *CPU, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what a test sets
         monkeypatch.delenv(name)
-    monkeypatch.setattr(environment.remove_leftovers, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(environment, "remove_leftovers", partial(remove_leftovers, tmp_path))
     threads = torch.get_num_threads()
     yield monkeypatch
     torch.set_num_threads(threads)
@@ -56,7 +57,9 @@ def test_the_ranks_of_a_machine_share_its_cores(clean, cores, ranks, threads):
 
 
 def test_preparing_imports_no_vllm():
-    code = "import sys; from megatron_srpo.rollout import prepare_environment as p; p('cpu'); print('vllm' in sys.modules)"
+    code = (
+        "import sys; from megatron_srpo.rollout import prepare_environment as p; p('cpu'); print('vllm' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

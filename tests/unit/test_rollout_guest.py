@@ -57,7 +57,7 @@ def test_torch_settings_and_signal_handlers_are_put_back(fails):
             torch.set_grad_enabled(False)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            assert not set(settings()) & set(before)
+            assert all(now != then for now, then in zip(settings(), before, strict=True))
             if fails:
                 raise ValueError
     except ValueError:
