@@ -75,13 +75,17 @@ def start_engine(settings: EngineSettings) -> Any:
     """
     with preserved_settings(), preserved_generators(settings.device), _without_kv_variable(), _quietly():
         from vllm import LLM
+        from vllm.v1.engine import core
 
         if dist.is_initialized():
             _spare_the_world()
         try:
             return LLM(**_arguments(settings))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise RolloutError(_why(error, settings)) from error
+        except Exception as error:
+            core.cleanup_dist_env_and_memory()  # process groups of the half-started engine
+            if isinstance(error, ValueError | RuntimeError | OSError):
+                raise RolloutError(_why(error, settings)) from error
+            raise
 
 
 def _arguments(settings: EngineSettings) -> dict[str, Any]:

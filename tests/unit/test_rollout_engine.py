@@ -177,6 +177,9 @@ def test_sleeping_is_nothing_on_a_cpu(engine):
 
 
 def test_a_second_engine_in_the_same_process_is_refused(engine, folder):
-    with pytest.raises(RolloutError, match="RANK is not set.*another engine open in this process"), tiny_engine(folder):
+    with (
+        pytest.raises(RolloutError, match=r"RANK is not set.*another engine open in this process"),
+        tiny_engine(folder),
+    ):
         pass
     assert engine.generate(tiny_requests(1), SAMPLED)

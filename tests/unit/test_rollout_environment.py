@@ -16,6 +16,8 @@ from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import ColocatedEngine, RolloutError, environment, prepare_environment
 from megatron_srpo.rollout.environment import COMMON, CPU, remove_leftovers, shared_memory_name, unlink_blocks
 from megatron_srpo.rollout.vllm_engine import check_model
+from tests.tiny_engines import GREEDY, VOCAB, tiny_engine, tiny_requests
+from tests.tiny_models import make_tiny_model
 
 
 @pytest.fixture
@@ -159,8 +161,20 @@ def test_a_model_that_vllm_would_refuse_is_refused_at_once(model, changes, messa
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(RolloutError, match="has no config.json: expected a Hugging Face model folder"):
+    with pytest.raises(RolloutError, match=r"has no config.json: expected a Hugging Face model folder"):
         check_model(str(tmp_path), RolloutConfig(), 64, "cpu")
+
+
+def test_a_start_that_vllm_refuses_is_one_message_and_leaves_the_process_fit_for_another(tmp_path):
+    folder = make_tiny_model(tmp_path, vocab=VOCAB)
+    with (
+        pytest.raises(RolloutError, match=r"vLLM did not start on .*\(cpu\): .*Change rollout.cpu_kv_cache_gib"),
+        tiny_engine(folder, cpu_kv_cache_gib=1e-5),
+    ):
+        pass
+    assert not torch.distributed.is_initialized()
+    with tiny_engine(folder) as engine:
+        assert engine.generate(tiny_requests(1), GREEDY)
 
 
 def test_an_engine_of_more_ranks_than_there_are_is_refused(tmp_path):

@@ -1,0 +1,205 @@
+"""A publish into a real vLLM engine: as good as a fresh engine, and refused when it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_srpo.bridge import BridgeError
+from megatron_srpo.rollout import ColocatedEngine
+from tests.tiny_engines import SAMPLED, VOCAB, answers, largest_error, tiny_engine, tiny_requests, weights
+from tests.tiny_models import make_tiny_model
+
+MODELS = {"tied": ("qwen3", True), "untied": ("llama", False)}
+
+
+@dataclass
+class Running:
+    """An engine that was started from `old`, and what a fresh engine answers on `new`."""
+
+    engine: ColocatedEngine
+    old: Path
+    new: Path
+    fresh: dict[str, Any]
+
+
+def start(tmp_path_factory, family, tied, dtype):
+    """A Running, as a generator; two engines are started, one after the other."""
+    old, new = (
+        make_tiny_model(
+            tmp_path_factory.mktemp("model"), family, tied=tied, vocab=VOCAB, seed=seed, dtype=getattr(torch, dtype)
+        )
+        for seed in (1, 2)
+    )
+    with tiny_engine(new, dtype) as engine:
+        fresh = answers(engine)
+    assert not torch.distributed.is_initialized()  # a closed engine leaves nothing behind
+    engine.close()  # and may be closed twice
+    with tiny_engine(old, dtype) as engine:
+        yield Running(engine, old, new, fresh)
+
+
+def publish(running, items, version=5):
+    running.engine.publish(iter(items), version)
+
+
+def check_against_fresh(running):
+    before = answers(running.engine)
+    for name in ("greedy", "sampled"):
+        assert all(ours != theirs for ours, theirs in zip(before[name], running.fresh[name], strict=True))
+    publish(running, weights(running.new).items())
+    assert answers(running.engine) == running.fresh
+    publish(running, weights(running.old).items())  # again and again, and back
+    assert answers(running.engine) == before
+    publish(running, reversed(weights(running.new).items()))  # in any order
+    assert answers(running.engine) == running.fresh
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_updated_engine_in_bf16_equals_a_fresh_one_bit_for_bit(tmp_path_factory, model):
+    for running in start(tmp_path_factory, *MODELS[model], "bfloat16"):
+        check_against_fresh(running)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def running(tmp_path_factory, request):
+    yield from start(tmp_path_factory, *MODELS[request.param], "float32")
+
+
+@pytest.fixture
+def whole(running):
+    """After the test the engine takes a publish, and is then as good as a fresh one, whatever the test did to it."""
+    yield list(weights(running.new).items())
+    publish(running, weights(running.new).items())
+    assert answers(running.engine) == running.fresh
+
+
+def test_an_updated_engine_equals_a_fresh_one_bit_for_bit(running):
+    check_against_fresh(running)
+
+
+def test_a_published_engines_log_probs_are_those_of_transformers(running, whole):
+    publish(running, whole)
+    assert largest_error(running.new, running.engine.generate(tiny_requests(), SAMPLED)) < 1e-4
+
+
+def test_the_published_tensors_are_copied_and_belong_to_the_trainer_again(running, whole):
+    publish(running, whole)
+    for _, tensor in whole:
+        tensor.fill_(float("nan"))
+    assert answers(running.engine) == running.fresh
+
+
+def test_a_publish_in_another_dtype_is_converted(running, whole):
+    publish(running, [(name, tensor.double()) for name, tensor in whole])
+    assert answers(running.engine) == running.fresh
+
+
+def test_the_prefix_cache_forgets_the_old_weights(running, whole):
+    publish(running, weights(running.old).items())
+    before = running.engine.generate(tiny_requests(1), SAMPLED)
+    publish(running, whole)
+    after = running.engine.generate(tiny_requests(1), SAMPLED)
+    assert all(ours.logprobs[0] != theirs.logprobs[0] for ours, theirs in zip(before, after, strict=True))
+    assert running.engine._llm.reset_prefix_cache()
+
+
+def resized(items, wanted, change):
+    """The items, with the tensor of `wanted` put through `change`."""
+    return [(name, change(tensor) if name == wanted else tensor) for name, tensor in items]
+
+
+QUERY, KEY, DOWN = (f"model.layers.1.{part}_proj.weight" for part in ("self_attn.q", "self_attn.k", "mlp.down"))
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+
+
+def taller(tensor):
+    return torch.cat([tensor, tensor[:2]])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (QUERY, taller),  # vLLM would take its first rows
+        (KEY, lambda tensor: tensor[:-1]),
+        (DOWN, lambda tensor: tensor.T),
+        (EMBEDDING, taller),
+        (EMBEDDING, lambda tensor: tensor[:-1]),
+        (NORM, lambda tensor: tensor[None]),
+    ],
+    ids=["query-taller", "key-shorter", "down-transposed", "embedding-taller", "embedding-shorter", "norm-deeper"],
+)
+def test_a_shape_that_does_not_fit_is_refused(running, whole, name, change):
+    got = list(change(dict(whole)[name]).shape)
+    expected = list(dict(whole)[name].shape)
+    with pytest.raises(BridgeError) as refused:
+        publish(running, resized(whole, name, change))
+    assert f"{name!r} was published with shape {got}: expected {expected}." in str(refused.value)
+    assert "start both from the same folder" in str(refused.value)
+
+
+@pytest.mark.parametrize("wrong", ["model.layers.1.self_attn.kv_proj.weight", "model.layers.2.mlp.down_proj.weight"])
+def test_an_unknown_name_is_refused_and_the_nearest_known_is_named(running, whole, wrong):
+    with pytest.raises(BridgeError, match=f"{wrong}', which is not in its folder. The nearest known name is 'model"):
+        publish(running, [*whole[:4], (wrong, torch.zeros(2, 2)), *whole[4:]])
+
+
+def test_a_name_that_comes_twice_is_refused(running, whole):
+    with pytest.raises(BridgeError, match=f"{whole[3][0]}', which came before"):
+        publish(running, [*whole[:4], whole[3]])
+
+
+def test_a_tied_head_is_published_once_and_an_untied_one_must_come(running, whole):
+    head = dict(whole)[EMBEDDING]
+    if "lm_head.weight" in dict(whole):
+        with pytest.raises(BridgeError, match=r"left 1 tensor.s. of the engine on old weights, .*'lm_head.weight'"):
+            publish(running, [item for item in whole if item[0] != "lm_head.weight"])
+    else:
+        with pytest.raises(BridgeError, match=r"'lm_head.weight', which is not in its folder"):
+            publish(running, [*whole, ("lm_head.weight", head)])
+
+
+@pytest.mark.parametrize("name", [QUERY, KEY, DOWN, EMBEDDING, NORM])
+def test_a_tensor_that_does_not_come_is_named(running, whole, name):
+    with pytest.raises(BridgeError, match=f"left 1 tensor.s. of the engine on old weights, the first is '{name}'"):
+        publish(running, [item for item in whole if item[0] != name])
+
+
+def test_an_empty_publish_is_refused(running, whole):
+    with pytest.raises(BridgeError, match=f"left {len(whole)} tensor.s. of the engine on old weights"):
+        publish(running, [])
+
+
+def test_after_a_failed_publish_nothing_is_generated_until_a_whole_one(running, whole):
+    def failing():
+        yield from whole[:7]
+        raise OSError("the trainer lost a rank")
+
+    publish(running, weights(running.old).items(), version=8)
+    before = answers(running.engine)
+    with pytest.raises(OSError, match=r"the trainer lost a rank"):
+        publish(running, failing(), version=9)
+    assert running.engine.weight_version == 8
+    with pytest.raises(RuntimeError, match=r"the last publish failed: .* Publish again first"):
+        running.engine.generate(tiny_requests(1), SAMPLED)
+    publish(running, weights(running.old).items(), version=10)
+    assert answers(running.engine) == before
+    assert running.engine.weight_version == 10
+
+
+def test_a_failed_publish_leaves_every_tensor_either_old_or_new(running, whole):
+    """No layer is left in the memory that a layer with only some of its tensors was given to load them."""
+    publish(running, weights(running.old).items())
+    with pytest.raises(BridgeError):
+        publish(running, [item for item in whole if item[0] != KEY])
+    model = running.engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    old, new = weights(running.old), weights(running.new)
+    qkv, _ = model.model.layers[1].self_attn.qkv_proj(torch.eye(old[KEY].shape[1]))
+    expected = torch.cat([old[KEY.replace("k_proj", f"{part}_proj")] for part in "qkv"])
+    assert torch.equal(qkv.T, expected)
+    assert torch.equal(model.model.norm.weight, new[NORM])
