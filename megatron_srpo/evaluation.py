@@ -12,11 +12,11 @@ def accuracy_metrics(
     rollouts: Sequence[Rollout], rewards: Sequence[Reward], *, threshold: float, k: int
 ) -> dict[str, float]:
     """Means over prompts. avg@k: share of correct answers; pass@k: any answer correct; maj@k: the answer that occurs
-    most often is correct (compared by the reward's prediction, else by the stripped text; ties go to the first)."""
+    most often is correct (answers are compared by the reward's prediction, which the whole response stands in for where
+    there is none; ties go to the first)."""
     groups: dict[int, list[tuple[str, bool]]] = {}
     for rollout, reward in zip(rollouts, rewards, strict=True):
-        prediction = getattr(reward, "prediction", None)
-        answer = rollout.text.strip() if prediction is None else str(prediction)
+        answer = rollout.text.strip() if reward.prediction is None else reward.prediction
         groups.setdefault(rollout.prompt, []).append((answer, reward.score >= threshold))
     average = sum(sum(ok for _, ok in group) / len(group) for group in groups.values())
     passed = sum(any(ok for _, ok in group) for group in groups.values())

@@ -52,6 +52,7 @@ class Reward:
     feedback: str | None = None  # what was wrong, in words that may be shown to the teacher
     well_formed: bool | None = None  # the response ends in the required format; None: not applicable
     error: str | None = None  # "time-out …" or "crash …": the score is then the failure score
+    prediction: str | None = None  # the answer that was read from the response: what a majority vote counts
 
 
 @dataclass

@@ -33,8 +33,8 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
     expected = str(answer)
     expected = last_boxed(expected) or expected
     if _equal(expected, given):
-        return Verdict(1.0, None, True)
-    return Verdict(0.0, f"The answer {given.strip()[:200]} is not correct.", True)
+        return Verdict(1.0, None, True, given.strip())
+    return Verdict(0.0, f"The answer {given.strip()[:200]} is not correct.", True, given.strip())
 
 
 def last_boxed(text: str) -> str | None:

@@ -23,7 +23,7 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
     is_letter = len(given) == 1 and "A" <= given <= "Z"
     well_formed = is_letter and response.rstrip().endswith("</answer>")
     if given == answer.strip():
-        return Verdict(1.0, None, well_formed)
+        return Verdict(1.0, None, well_formed, given)
     if is_letter:
-        return Verdict(0.0, f"Option {given} is not the right one.", well_formed)
-    return Verdict(0.0, "The text between <answer> and </answer> is not the letter of an option.", False)
+        return Verdict(0.0, f"Option {given} is not the right one.", well_formed, given)
+    return Verdict(0.0, "The text between <answer> and </answer> is not the letter of an option.", False, given)

@@ -154,10 +154,13 @@ class RewardPool:
             else:
                 worker.ready, worker.deadline = True, None
 
-    def _reward(self, score: float | None, feedback: str | None, well_formed: bool | None, error: str | None) -> Reward:
+    def _reward(
+        self, score: float | None, feedback: str | None, well_formed: bool | None, prediction: str | None,
+        error: str | None,
+    ) -> Reward:  # fmt: skip
         if score is None:
             return Reward(self._config.failure_score, error=error)
-        return Reward(score, feedback, well_formed)
+        return Reward(score, feedback, well_formed, prediction=prediction)
 
     def _hangs(self, worker: WorkerProcess, batch: _Batch | None) -> None:
         self._forget(worker).kill()

@@ -31,7 +31,8 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
     if len(given) > ANSWER_LIMIT:
         return Verdict(0.0, "The answer is far too long.", well_formed)
     value = float(scorer(given, entry))
-    return Verdict(value, None if value >= 1 else f"The answer {given[:200]!r} is not fully correct.", well_formed)
+    feedback = None if value >= 1 else f"The answer {given[:200]!r} is not fully correct."
+    return Verdict(value, feedback, well_formed, given)
 
 
 def _entry(answer: Any, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
 
 FEEDBACK_LIMIT = 8192  # characters; feedback is read by the teacher, whose prompt is bounded anyway
+PREDICTION_LIMIT = 1000  # characters
 _PLUMBING = {"pool", "process", "registry", "tags", "worker"}  # files of this folder that are no kinds
 _FUNCTIONS: dict[str, RewardFunction] = {}
 
@@ -36,6 +37,7 @@ class Verdict(NamedTuple):
     score: float
     feedback: str | None = None  # what was wrong, in words that may be shown to the teacher
     well_formed: bool | None = None  # the response ends in the required format; None: not applicable
+    prediction: str | None = None  # the answer that was read from the response; None: the whole response
 
 
 def register(kind: str) -> Callable[[RewardFunction], RewardFunction]:
@@ -78,18 +80,19 @@ def as_verdict(result: Any) -> Verdict:
     if isinstance(result, tuple):
         parts = list(result)
     elif hasattr(result, "score"):
-        parts = [result.score, getattr(result, "feedback", None), getattr(result, "well_formed", None)]
+        parts = [getattr(result, name, None) for name in Verdict._fields]
     else:
         parts = [result]
-    if not 1 <= len(parts) <= 3:
-        raise RewardError(f"expected (score, feedback, well_formed) from the reward function, got {len(parts)} values")
-    score, feedback, well_formed = parts + [None] * (3 - len(parts))
+    if not 1 <= len(parts) <= len(Verdict._fields):
+        raise RewardError(f"expected ({', '.join(Verdict._fields)}) from the reward function, got {len(parts)} values")
+    score, feedback, well_formed, prediction = parts + [None] * (len(Verdict._fields) - len(parts))
     if feedback is not None and not isinstance(feedback, str):
         raise RewardError(f"expected text as feedback from the reward function, got {type(feedback).__name__}")
     return Verdict(
         _finite(score),
         feedback[:FEEDBACK_LIMIT] if feedback else None,
         None if well_formed is None else bool(well_formed),
+        None if prediction is None else str(prediction)[:PREDICTION_LIMIT],
     )
 
 

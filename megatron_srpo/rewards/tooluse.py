@@ -50,7 +50,8 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
     ]  # fmt: skip
     if not calls.actions and expected.actions:
         complaints.insert(0, "The response calls no action.")
-    return Verdict(0.0 if complaints else 1.0, " ".join(complaints) or None, well_formed)
+    prediction = json.dumps([sorted(calls.actions), calls.merged], sort_keys=True)
+    return Verdict(0.0 if complaints else 1.0, " ".join(complaints) or None, well_formed, prediction)
 
 
 def read_calls(text: str) -> Calls:

@@ -54,16 +54,16 @@ def main(descriptor: int) -> None:
 
 
 def score_one(function: RewardFunction, response: str, answer: Any, metadata: dict[str, Any]) -> list[Any]:
-    """[score or None, feedback, well_formed, error]; whatever the function raises is the error."""
+    """[score or None, feedback, well_formed, prediction, error]; whatever the function raises is the error."""
     try:
         return [*as_verdict(function(response, answer, metadata)), None]
     except MemoryError:
-        return [None, None, None, "crash: out of memory (reward.memory_mib limits it)"]
+        return [None, None, None, None, "crash: out of memory (reward.memory_mib limits it)"]
     except RewardError as error:
         text = str(error)
     except BaseException as error:  # SystemExit too: a reward function must not end the worker
         text = f"{type(error).__name__}: {error}"
-    return [None, None, None, f"exception: {text[:ERROR_LIMIT]}"]
+    return [None, None, None, None, f"exception: {text[:ERROR_LIMIT]}"]
 
 
 def _resolve_all(channel: socket.socket, setup: Setup) -> dict[str, RewardFunction] | None:

@@ -83,6 +83,7 @@ def test_a_kind_is_registered_once():
         ((0.5,), Verdict(0.5)),
         ((0.5, "why"), Verdict(0.5, "why")),
         ((0.5, None, 1), Verdict(0.5, None, True)),
+        ((0.5, None, None, 7), Verdict(0.5, None, None, "7")),
         (Verdict(0.0, "", False), Verdict(0.0, None, False)),
         (SimpleNamespace(score=0.25, feedback="f", well_formed=None, error=None), Verdict(0.25, "f")),
         ((0.0, "x" * 100_000), Verdict(0.0, "x" * FEEDBACK_LIMIT)),
@@ -94,7 +95,7 @@ def test_every_form_of_result_is_one_verdict(result, verdict):
 
 
 @pytest.mark.parametrize(
-    "result", [None, "1", float("nan"), float("inf"), -np.inf, (), (1, 2), (1, "a", True, 3), [1, 2], {}, 10**400]
+    "result", [None, "1", float("nan"), float("inf"), -np.inf, (), (1, 2), (1, "a", True, "3", 4), [1, 2], {}, 10**400]
 )
 def test_what_is_no_reward_is_refused(result):
     with pytest.raises(RewardError, match="reward function"):
