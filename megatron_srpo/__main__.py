@@ -1,8 +1,12 @@
 """`python -m megatron_srpo`. The guard matters: saving a checkpoint starts helper processes that import this module."""
 
+import signal
 import sys
 
-from megatron_srpo.cli import main
-
 if __name__ == "__main__":
+    # Ctrl-C ends the process at once and without a traceback, until a run's loop takes it over (stopping.py).
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from megatron_srpo.cli import main
+
     sys.exit(main())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config import Config, UserError
+from megatron_srpo.disk import disk_problem
 
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -42,7 +43,16 @@ class Checkpoints:
         target = self.root / f"step_{iteration:08d}"
         aside = self.root / f"writing_{iteration:08d}"
         self._control.share(lambda: shutil.rmtree(aside, ignore_errors=True))
-        self._write(policy, aside, {"iteration": iteration, **extra})
+        try:
+            self._write(policy, aside, {"iteration": iteration, **extra})
+        except Exception as error:
+            problem = disk_problem(error)
+            if problem is None:
+                raise
+            raise UserError(
+                f"checkpoint {target} could not be written: {problem}. Make room and start the same command again: it "
+                f"goes on from {self.last or 'the beginning'}."
+            ) from error
         self._control.share(lambda: self._publish(aside, target))
         self.last = target
 
@@ -58,6 +68,7 @@ class Checkpoints:
     def restore(self, policy: Any) -> dict[str, Any] | None:
         """Load the newest checkpoint of this run into `policy`; returns what was saved beside it, or None."""
         if not self._config.checkpoint.resume:
+            self._control.share(self._set_aside)
             return None
         found = self._control.share(lambda: find_latest(self.root))
         if found is None:
@@ -66,13 +77,25 @@ class Checkpoints:
         self.last = found
         return self._read(policy, found)
 
+    def _set_aside(self) -> None:
+        """A run that starts anew keeps an earlier one's checkpoints under another name: among its own, the later ones
+        of them would count as the newest."""
+        if find_latest(self.root) is None:
+            return
+        number = 1
+        while (aside := self.root.with_name(f"checkpoints.previous.{number}")).exists():
+            number += 1
+        self.root.rename(aside)
+
     def _refuse_other_model(self, found: Path) -> None:
-        before = json.loads((found / "config.json").read_text())
-        if before["model"]["path"] != self._config.model.path or (
-            before["algorithm"]["name"] != self._config.algorithm.name
-        ):
+        before, now = json.loads((found / "config.json").read_text()), self._config.model_dump()
+        differ = [
+            f"its {section}.{key} is {before[section][key]}, this run's is {now[section][key]}"
+            for section, key in (("model", "path"), ("algorithm", "name"))
+            if before[section][key] != now[section][key]
+        ]
+        if differ:
             raise UserError(
-                f"{found} was written by another run (model.path {before['model']['path']}, algorithm "
-                f"{before['algorithm']['name']}), this one has {self._config.model.path}, "
-                f"{self._config.algorithm.name}. Choose another run.output_dir, or checkpoint.resume = false."
+                f"{found} is of another run: {'; '.join(differ)}. Choose another run.output_dir, or start anew: "
+                "checkpoint.resume = false"
             )

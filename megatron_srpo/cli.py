@@ -1,20 +1,22 @@
 """The command line: train, eval, doctor, report.
 
-Exit codes: 0 done; 1 the doctor found something missing; 2 a user's mistake, told in one message by the driver alone;
-130 stopped by Ctrl-C. Anything else is a defect and keeps its traceback.
+Exit codes: 0 done; 1 the doctor found something missing, or a defect, which keeps its traceback; 2 a user's mistake,
+told in one message by one rank; 130 stopped by Ctrl-C or SIGTERM. torchrun itself ends with 0 or 1.
 """
 
 from __future__ import annotations
 
 import dis
-import errno
+import json
 import os
 import re
+import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -31,10 +33,14 @@ from megatron_srpo.config import (
     read_model_folder,
     save_resolved,
 )
+from megatron_srpo.disk import disk_problem
 
 PACKAGE = "megatron_srpo"
 TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set: tracebacks for users' mistakes too
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for what its report shows
+SPEAK_AFTER_SECONDS = 5.0  # a rank that failed waits so long for torchrun to end it, because the driver failed too
+# What gloo and NCCL say when another rank has ended.
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Connection refused|ncclRemoteError|remote process exited")
 
 app = typer.Typer(
     add_completion=False,
@@ -55,7 +61,7 @@ def train(context: typer.Context, config: ConfigFile) -> int:
     check_run(settings, train=True)
     run_alone()
     if is_driver():
-        save_resolved(settings, Path(settings.run.output_dir) / "config.toml")
+        _open_output(settings)
     from megatron_srpo import launch
 
     return launch.train(settings)
@@ -117,6 +123,17 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Outp
 
 def is_driver() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _open_output(config: Config) -> None:
+    """Make the run's folder and leave the resolved configuration in it."""
+    try:
+        save_resolved(config, Path(config.run.output_dir) / "config.toml")
+    except OSError as error:
+        raise ConfigError(
+            f'run.output_dir = "{config.run.output_dir}": cannot be written: {error.strerror}. Make room or choose '
+            "another folder: --run.output_dir FOLDER"
+        ) from error
 
 
 def check_run(config: Config, *, train: bool = False, splits: tuple[str, ...] = ()) -> None:
@@ -191,9 +208,17 @@ def message_for_user(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT", "?")
         return f"port {port} is in use on this machine: choose another, torchrun --master-port N"
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error.filename or 'the disk'}: {error.strerror}. Make room, or choose another run.output_dir."
+    problem = disk_problem(error)
+    if problem:
+        return f"{problem}. Make room, or choose another run.output_dir."
+    if lost_rank(error):
+        return "another rank of this run has ended; what it said is above, and how it ended in torchrun's report below"
     return None
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether it only says that another rank is gone."""
+    return isinstance(error, RuntimeError) and bool(LOST_RANK.search(str(error)))
 
 
 def _raised_by_us(error: ValueError) -> bool:
@@ -216,13 +241,29 @@ def _usage(error: Exception) -> str:
     return error.format_message()
 
 
-def _fail(text: str) -> int:
-    """Say it, on the driver alone; the others wait a moment, because torchrun ends the driver when one rank exits."""
-    if is_driver():
-        print(f"error: {text}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)
+def _fail(text: str, *, secondary: bool = False) -> int:
+    """Say it once in the whole run. The driver speaks; when it ends, torchrun ends the other ranks. So a rank that is
+    still there after a while is the only one with this problem, and speaks too, unless it is `secondary`: the
+    consequence of another rank's end."""
+    speaker = "error"
+    if not is_driver():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SPEAK_AFTER_SECONDS)
+        speaker = f"error (rank {os.environ['RANK']})"
+        if secondary:
+            return 2
+    print(f"{speaker}: {text}", file=sys.stderr, flush=True)
+    _tell_torchrun(text)
     return 2
+
+
+def _tell_torchrun(text: str) -> None:
+    """torchrun's report then shows the message where it would show a traceback."""
+    file = os.environ.get(ERROR_FILE)
+    if file:
+        details = {"py_callstack": f"none: {text}", "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
 
 
 def _run(command: Callable[[], int]) -> int:
@@ -240,7 +281,7 @@ def _run(command: Callable[[], int]) -> int:
             raise
         if os.environ.get(TRACEBACK) and is_driver():
             traceback.print_exc()
-        return _fail(text)
+        return _fail(text, secondary=lost_rank(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.stopping import StopRequest
 
 
 @dataclass
@@ -25,33 +25,14 @@ class Session:
     control: Any  # mcore.control.Control
 
 
-class StopRequest:
-    """SIGINT and SIGTERM ask for a clean stop at the end of the iteration; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def install(self) -> None:
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __call__(self) -> bool:
-        return self.asked
-
-
 @contextmanager
 def _session(config: Config) -> Iterator[Session]:
+    _quiet()  # before the libraries are imported
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.control import Control
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rollout.environment import prepare_environment
 
-    _quiet()
     path = choose_device(config.run.device, groups.local_rank())
     prepare_environment(path.device.type)  # before vLLM is imported
     topology = groups.initialize(
@@ -98,8 +79,19 @@ class Prompting:
             raise ConfigError(f"data.{split} is empty: name the file of the {split} split.")
         examples, report = load_rows(files, self._config.data)
         prompts, dropped = render_prompts(examples, self.tokenizer, self._config.data, split)
+        self._check_vocabulary(max(max(prompt.token_ids) for prompt in prompts))
         say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")
         return prompts
+
+    def _check_vocabulary(self, largest: int) -> None:
+        """A tokenizer of another model gives ids that the model has no embedding for."""
+        model = self._config.model
+        size = hf_config_of(model.path)["vocab_size"]
+        if largest >= size:
+            raise ConfigError(
+                f"the tokenizer in {model.tokenizer or model.path} gives token id {largest}, and the model in "
+                f"{model.path} has vocab_size = {size}: use the model's own tokenizer (model.tokenizer)"
+            )
 
 
 class DriverParts:
@@ -240,10 +232,8 @@ def _write_hf(config: Config, export: Callable[[], Iterator], target: Path, *, i
 
 def train(config: Config) -> int:
     """Run the training job on this rank; returns the process's exit code (0 done, 130 stopped by the user)."""
-    stop = StopRequest()
-    stop.install()
-    with _session(config) as session:
-        return _train(config, session, stop)
+    with _session(config) as session, ExitStack() as closing:
+        return _train(config, session, closing)
 
 
 def _sampling(config: Config) -> Any:
@@ -260,32 +250,44 @@ def _optimizer_steps(config: Config) -> int:
     return config.run.iterations * -(-config.rollout.rollout_batch_size // per_step)
 
 
-def _train(config: Config, session: Session, stop: StopRequest) -> int:
+def _train(config: Config, session: Session, closing: ExitStack) -> int:
     from megatron_srpo.trainer import Trainer
 
     control = session.control
     splits = ("train", "test") if config.eval.every else ("train",)
     driver = _on_driver(control, lambda: DriverParts(config, splits=splits))
-    engine = None
-    try:
-        parts, engine, start = _assemble(config, session, driver, stop)
-        done = Trainer(parts, start_iteration=start).run()
-        folder = Path(config.run.output_dir) / "hf"
-        if done:
-            _write_hf(config, parts.export, folder, is_driver=control.is_driver)
-        if driver:
-            saved = parts.checkpoints.last
-            driver.say(f"done: the trained model is in {folder}" if done else f"stopped; last checkpoint: {saved}")
-        return 0 if done else 130
-    finally:
-        if driver:
-            driver.close()
-        if engine is not None:
-            engine.close()
+    if driver:
+        closing.callback(driver.close)
+    stop = StopRequest(speaks=control.is_driver)
+    parts, start = _assemble(config, session, driver, stop, closing)
+    stop.install()
+    done = Trainer(parts, start_iteration=start).run()
+    folder = Path(config.run.output_dir) / "hf"
+    if done:
+        _write_hf(config, parts.export, folder, is_driver=control.is_driver)
+    if driver:
+        driver.say(_ending(config, done, start, folder, parts.checkpoints.last))
+    return 0 if done else 130
 
 
-def _assemble(config: Config, session: Session, driver: DriverParts | None, stop: StopRequest) -> tuple[Any, Any, int]:
-    """Policy, engine and everything else of the loop; returns (parts, engine, first iteration)."""
+def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | None) -> str:
+    """The run's last line."""
+    if done and start >= config.run.iterations:
+        return (
+            f"nothing to train: {saved} has {start} iterations, and run.iterations = {config.run.iterations}. Raise it "
+            f"to go on, or start anew: checkpoint.resume = false. The trained model is in {folder}"
+        )
+    if done:
+        return f"done: the trained model is in {folder}"
+    if saved is None:
+        return "stopped before the first iteration: there is nothing to save"
+    return f"stopped; last checkpoint: {saved} (the same command goes on from it)"
+
+
+def _assemble(
+    config: Config, session: Session, driver: DriverParts | None, stop: StopRequest, closing: ExitStack
+) -> tuple[Any, int]:
+    """Policy, engine and everything else of the loop; returns (parts, first iteration)."""
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.checkpoints import Checkpoints
     from megatron_srpo.mcore import checkpoint
@@ -299,10 +301,12 @@ def _assemble(config: Config, session: Session, driver: DriverParts | None, stop
     checkpoints = Checkpoints(config, control, checkpoint.save, checkpoint.load)
     restored = checkpoints.restore(policy) or {"iteration": 0}
     start = restored["iteration"]
-    engine = _build_engine(config, session, config.model.path)
     loader = _on_driver(control, driver.loader if driver else lambda: None)
     if start:
         control.share(lambda: loader.load_state_dict(restored["loader"]))
+    engine = _build_engine(config, session, config.model.path)
+    closing.callback(engine.close)
+    if start:
         engine.publish(exporter.items(), start)
     test = control.share(lambda: driver.prompts.get("test", []))
     group = topology.tp_group if topology.tp_size > 1 else None
@@ -323,7 +327,7 @@ def _assemble(config: Config, session: Session, driver: DriverParts | None, stop
         teacher_prompt=driver and driver.teacher_prompt,
         observer=_on_driver(control, lambda: driver.observe(start)),
     )
-    return parts, engine, start
+    return parts, start
 
 
 def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:

@@ -13,6 +13,7 @@ slowest data-parallel rank; `publish` for the engines.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,12 +56,16 @@ class Trainer:
         self.config = parts.config
         self.iteration = start_iteration
         self._timing: dict[str, float] = {}
+        self._forwarded: Counter[str] = Counter()
 
     def run(self) -> bool:
-        """Train; True when all iterations are done, False when stopped early (a checkpoint is written either way)."""
+        """Train; True when all iterations are done, False when stopped early. A checkpoint is written either way,
+        unless there is nothing to save: stopped before the first iteration."""
         parts, total = self.parts, self.config.run.iterations
         if self.iteration == 0 and self.config.eval.every:
             self._log(parts.evaluate())
+            if parts.control.any(parts.should_stop()):
+                return False
         while self.iteration < total:
             metrics = self._iterate()
             self.iteration += 1
@@ -79,6 +84,7 @@ class Trainer:
 
     def _iterate(self) -> dict[str, float]:
         self._timing = {}
+        self._forwarded = Counter()
         started = time.perf_counter()
         policy = self.parts.policy
         samples, plan, metrics = self._collect()
@@ -98,6 +104,7 @@ class Trainer:
         metrics["actor/grad_norm"] = sum(step.grad_norm for step in steps) / max(1, len(steps))
         metrics["actor/optimizer_steps"] = policy.steps
         metrics["actor/skipped_steps"] = sum(step.skipped for step in steps)
+        metrics.update(self._forwarded)
         elapsed = time.perf_counter() - started
         metrics.update({f"timing_s/{name}": seconds for name, seconds in self._timing.items()})
         metrics["timing_s/step"] = elapsed
@@ -123,6 +130,7 @@ class Trainer:
                     samples, dp_size=parts.policy.topology.dp_size, max_tokens=config.train.max_tokens_per_gpu,
                     prompts_per_mini_batch=config.train.prompts_per_mini_batch,
                     pad_to_multiple=parts.policy.row_multiple, seed=config.run.seed + self.iteration,
+                    drop_zero_advantage=config.drops_zero_advantage,
                 )  # fmt: skip
             metrics = report.metrics()
             metrics["perf/packing_efficiency"] = plan.efficiency
@@ -134,7 +142,13 @@ class Trainer:
 
         return parts.control.share(route_and_plan)
 
-    def _mine(self, rows_by_rank: list[list[Row]]) -> list[Row]:
+    def _rows(self, name: str, rows_by_rank: list[list[Row]], samples: list[RoutedSample]) -> list[Row]:
+        """This rank's rows of a pass; what all ranks forward in it is counted for the log."""
+        rows = [row for mine in rows_by_rank for row in mine if row.samples]
+        forwarded = [samples[i] for row in rows for i in row.samples]
+        lengths = [s.teacher_length if name == "teacher" else s.student_length for s in forwarded]
+        self._forwarded[f"forward/{name}_rows"] += len(rows)
+        self._forwarded[f"forward/{name}_tokens"] += sum(lengths)
         return rows_by_rank[self.parts.policy.topology.dp_rank] if rows_by_rank else []
 
     def _pack(self, rows: list[Row], samples: list[RoutedSample], scores: list[TokenScores], *, teacher: bool) -> list:
@@ -159,10 +173,11 @@ class Trainer:
         scores = [TokenScores() for _ in samples]
         for number, mini in enumerate(plan.mini_batches):
             if number > 0:
-                self._score(self._mine(mini.student), samples, scores, objective.score_old)
-            if objective.needs_topk:
+                self._score(self._rows("old", mini.student, samples), samples, scores, objective.score_old)
+            if objective.needs_topk and any(mini.teacher):
                 # A teacher row's samples fit as student rows: their own prompts are never longer.
-                self._score(self._mine(mini.teacher), samples, scores, objective.score_topk)
+                rows = self._rows("topk", mini.teacher, samples)
+                self._score(rows, samples, scores, objective.score_topk)
         return scores
 
     def _score_teacher(self, samples: list[RoutedSample], plan: BatchPlan, scores: list[TokenScores]) -> None:
@@ -170,7 +185,7 @@ class Trainer:
             return
         with self.parts.policy.teacher():
             for mini in plan.mini_batches:
-                rows = self._mine(mini.teacher)
+                rows = self._rows("teacher", mini.teacher, samples)
                 self._score(rows, samples, scores, self.parts.objective.score_teacher, teacher=True)
 
     def _score_reference(self, samples: list[RoutedSample], plan: BatchPlan, scores: list[TokenScores]) -> None:
@@ -178,13 +193,14 @@ class Trainer:
             return
         with self.parts.policy.reference():
             for mini in plan.mini_batches:
-                self._score(self._mine(mini.student), samples, scores, self.parts.objective.score_reference)
+                rows = self._rows("reference", mini.student, samples)
+                self._score(rows, samples, scores, self.parts.objective.score_reference)
 
     def _train(self, samples: list[RoutedSample], mini: MiniBatchPlan, scores: list[TokenScores]) -> Any:
         """One optimiser step, or None when nothing in the mini-batch counts."""
         if mini.loss_tokens == 0:
             return None
-        rows = self._mine(mini.student)
+        rows = self._rows("train", mini.student, samples)
         mine = [scores[i] for row in rows for i in row.samples]
         weights = self.parts.policy.sum_over_data(self.parts.objective.dynamic_weight_sum(mine))
         mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0

@@ -88,11 +88,11 @@ class Reference:
             gain = gain.clamp(min=a.dual_clip * advantage)
         return -gain, (clipped * advantage < rho * advantage).double()
 
-    def step(self, student, samples, *, moved):
-        """(loss, metrics); call `.backward()` on the loss. `moved`: `student` is not `behaviour` any more."""
+    def step(self, student, samples, *, loss_tokens, moved):
+        """(loss, metrics); call `.backward()` on the loss. `moved`: `student` is not `behaviour` any more. Samples whose
+        loss is zero for all weights may be missing; `loss_tokens` counts theirs too."""
         a = self.a
         counted = [s for s in samples if s.policy_weight or s.distill_weight]
-        n = sum(len(s.response_ids) for s in counted)
         means = {name: [0.0, 0.0] for name in NAMES}
         taught = {}  # by position in `counted`: teacher log-probs
         with torch.no_grad():
@@ -103,7 +103,7 @@ class Reference:
         weights = {i: (-a.beta * h).exp() for i, h in entropies.items()}
         omega = sum(len(w) for w in weights.values())
         mean = sum(float(w.sum()) for w in weights.values()) / omega if omega else 1.0
-        total, tops = 0.0, {"gap": 0.0, "distill_weight": 0.0}
+        total, tops = sum(p.sum() for p in student.parameters()) * 0, {"gap": 0.0, "distill_weight": 0.0}
 
         def log(name, values, over=1.0):
             means[name][0] += float((values.detach() * over).sum())
@@ -151,7 +151,8 @@ class Reference:
                 log("distill_ratio", ratio)
                 log("teacher_entropy", entropies[i])
                 tops["distill_weight"] = max(tops["distill_weight"], float(w.max()))
-        return total / n, self._named(means, tops, float(total.detach()) / n)
+        loss = total / loss_tokens
+        return loss, self._named(means, tops, float(loss.detach()))
 
     @staticmethod
     def _named(means, tops, loss):

@@ -20,12 +20,13 @@ EOS = 1
 MAX_TOKENS = 12
 GREEDY = SamplingSettings(temperature=0.0, max_tokens=MAX_TOKENS)
 SAMPLED = SamplingSettings(temperature=1.0, max_tokens=MAX_TOKENS)
+LONG = [3 + (7 * i * i + i) % 17 for i in range(140)]  # longer than a block of vLLM's prefix cache, 128 tokens on a CPU
 PROMPTS = ([5, 9, 3, 3, 12], [17], [4, 8, 15, 16, 2, 3, 4, 20, 6, 7], [11, 5, 5])
 
 
 @contextmanager
 def tiny_engine(
-    folder: str | Path, dtype: str = "float32", *, tensor_parallel_size: int = 1, max_model_len: int = 64,
+    folder: str | Path, dtype: str = "float32", *, tensor_parallel_size: int = 1, max_model_len: int = 160,
     cpu_kv_cache_gib: float = 0.02, max_num_seqs: int = 64,
 ) -> Iterator[ColocatedEngine]:  # fmt: skip
     """A started engine, closed at the end."""
@@ -68,12 +69,14 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def largest_error(folder: str | Path, rollouts: Sequence[Rollout], temperature: float = 1.0) -> float:
+def largest_error(
+    folder: str | Path, rollouts: Sequence[Rollout], temperature: float = 1.0, prompts: Sequence[list[int]] = PROMPTS
+) -> float:
     """Largest |engine's − transformers'| log-prob over all tokens; the model runs in fp32, one response at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     largest = 0.0
     for rollout in rollouts:
-        prompt = PROMPTS[rollout.prompt]
+        prompt = prompts[rollout.prompt]
         ids = torch.tensor([prompt + rollout.token_ids])
         logprobs = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1] / temperature, dim=-1)
         expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]

@@ -7,6 +7,7 @@ it cannot be, and the cure.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from megatron_srpo.config.model_folder import unsupported
 from megatron_srpo.config.schema import Config, ConfigError
 
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
 
@@ -182,11 +184,36 @@ def _files(config: Config, splits: Iterable[str]) -> Iterator[str]:
         if not [name for name in files if name]:
             yield f"data.{split}: is empty; name the {split} split's .jsonl or .parquet file"
         for name in files:
-            if name and not Path(name).expanduser().exists():
-                yield f'data.{split} = "{name}": no such file (looked from {Path.cwd()}); see tools/prepare_data.py'
-    output = Path(config.run.output_dir).expanduser()
-    if "train" in splits and output.exists() and not output.is_dir():
-        yield f'run.output_dir = "{output}": is a file; name a folder, which may not exist yet'
+            problem = _data_file(Path(name).expanduser()) if name else None
+            if problem:
+                yield f'data.{split} = "{name}": {problem}'
+    if "train" in splits:
+        yield from _output_folder(config.run.output_dir)
+
+
+def _data_file(file: Path) -> str | None:
+    if os.path.isdir(file):  # Path.is_dir raises where a name is too long
+        return "is a folder; name its .jsonl or .parquet files"
+    if file.suffix.lower() not in DATA_SUFFIXES:
+        return "expected a .jsonl or .parquet file; tools/prepare_data.py makes them from other data"
+    if not os.path.exists(file):
+        return f"no such file (looked from {Path.cwd()}); see tools/prepare_data.py"
+    if file.stat().st_size == 0:
+        return "is empty; expected a row a line"
+    return None
+
+
+def _output_folder(given: str) -> Iterator[str]:
+    if not given.strip():
+        yield f'run.output_dir = "{given}": is empty; name a folder, which may not exist yet'
+        return
+    folder = Path(given).absolute()
+    found = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not found.is_dir():
+        what = "is a file" if found == folder else f"{found} is a file"
+        yield f'run.output_dir = "{given}": {what}; name a folder, which may not exist yet'
+    elif not os.access(found, os.W_OK | os.X_OK):
+        yield f'run.output_dir = "{given}": no permission to write in {found}; name another folder'
 
 
 def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:

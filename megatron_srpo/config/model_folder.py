@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ NUMBERS = (
     "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LFS_POINTER = b"version https://git-lfs"
 
 
 def read_model_folder(path: str) -> dict[str, Any]:
     """config.json of a Hugging Face folder whose safetensors are all there; ConfigError says what is missing."""
     folder, given = Path(path).expanduser(), f'model.path = "{path}"'
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
         raise ConfigError(
             f"{given}: no such folder (looked from {Path.cwd()}). Expected a Hugging Face model on this machine; "
             "nothing is downloaded by itself. Fetch it first: hf download OWNER/MODEL --local-dir FOLDER"
@@ -62,6 +65,36 @@ def _require_weights(folder: Path, given: str) -> None:
                 f"{given}: {len(missing)} of the {len(named)} weight files that {INDEX} names are missing or empty, "
                 f"first {missing[0]}. The download was not finished: run it again."
             )
+        present &= named
+    for name in sorted(present):
+        damage = _damage(folder / name)
+        if damage:
+            raise ConfigError(f"{given}: {name} {damage}.")
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a safetensors file as a whole. Reads the header alone: 8 bytes of its length, then JSON with
+    the tensors' places."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            return "is a pointer of Git LFS, not the weights. Fetch them: git lfs pull"
+        length = int.from_bytes(start[:8], "little")
+        if size >= 8 and length > LARGEST_HEADER:
+            return "is not a safetensors file. Fetch the model again"
+        opened.seek(8)
+        header = opened.read(length)
+    if size < 8 or len(header) < length:
+        return f"ends after {size:,} bytes, inside its header. The download was not finished: run it again"
+    try:
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError):
+        return "is not a safetensors file. Fetch the model again"
+    if size != expected:
+        return f"has {size:,} bytes, and its header tells of {expected:,}. The download was not finished: run it again"
+    return None
 
 
 def unsupported(hf: dict[str, Any]) -> list[str]:

@@ -6,9 +6,10 @@ optional number off (TOML has no null). `reference.py` reads the comments.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 
 class UserError(ValueError):
@@ -20,13 +21,16 @@ class ConfigError(UserError):
     """A configuration that must not be run."""
 
 
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home, in a file as in a shell
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     name: str = "srpo"  # shown in the log and in the trackers
-    output_dir: str = "runs/srpo"  # metrics, checkpoints, the trained model in hf/
+    output_dir: Folder = "runs/srpo"  # metrics, checkpoints, the trained model in hf/
     seed: int = Field(0, ge=0)  # of data order, sampling and routing
     iterations: int = Field(100, ge=1)  # generate, score, train, publish: once each
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
@@ -34,8 +38,8 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str  # a Hugging Face folder: config.json, safetensors, tokenizer
-    tokenizer: str = ""  # another folder for the tokenizer; "" = path
+    path: Folder  # a Hugging Face folder: config.json, safetensors, tokenizer
+    tokenizer: Folder = ""  # another folder for the tokenizer; "" = path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; the optimizer is fp32
     recompute: Literal["none", "full"] = "none"  # full: activations again in the backward pass, less memory
 
@@ -157,6 +161,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)  # prompts an optimiser step; 0 = the whole batch
     max_tokens_per_gpu: int = Field(18432, ge=1)  # budget of a packed row; the longest teacher row must fit
+    skip_zero_advantage: bool = True  # do not forward samples whose gradient is exactly zero; the loss is the same
 
 
 class CheckpointConfig(Section):
@@ -195,3 +200,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def drops_zero_advantage(self) -> bool:
+        """Whether policy samples of advantage 0 need no pass: no other term gives them a gradient."""
+        regularised = self.algorithm.kl_loss_coef > 0 or self.algorithm.entropy_coef > 0
+        return self.train.skip_zero_advantage and not regularised

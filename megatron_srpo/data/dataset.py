@@ -52,7 +52,8 @@ class LoadReport:
         if not self.skipped:
             return text
         more = "; …" if self.skipped > len(self.problems) else ""
-        return f"{text}, {self.skipped} bad rows skipped: {'; '.join(self.problems)}{more}"
+        bad = "1 bad row" if self.skipped == 1 else f"{self.skipped} bad rows"
+        return f"{text}, {bad} skipped: {'; '.join(self.problems)}{more}"
 
 
 def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example], LoadReport]:
@@ -109,7 +110,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(line.decode("utf-8").rstrip("\r\n"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         return _BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:

@@ -59,9 +59,10 @@ def _prompt(example: Example, ids: list[int], split: str) -> Prompt:
 
 def _overlong(too_long: list[tuple[Example, int]], count: int, config: DataConfig) -> str:
     example, _ = too_long[0]
-    lengths = [length for _, length in too_long]
+    shortest, longest = (limit(length for _, length in too_long) for limit in (min, max))
+    lengths = str(longest) if shortest == longest else f"{shortest} to {longest}"
     return (
         f"{len(too_long)} of {count} prompts are longer than data.max_prompt_length = {config.max_prompt_length} "
-        f"tokens ({min(lengths)} to {max(lengths)}; first: {example.source}). Raise data.max_prompt_length"
+        f"tokens ({lengths}; first: {example.source}). Raise data.max_prompt_length"
         + ("" if len(too_long) == count else ', or drop them: data.overlong_prompts = "drop"')
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,8 +34,10 @@ class TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, config: Config, start_step: int, say: Callable[[str], None]) -> None:
+        from tensorboard.summary.writer import event_file_writer
         from torch.utils.tensorboard import SummaryWriter
 
+        _hide_failures_of(event_file_writer._AsyncWriterThread)  # it keeps them and raises them at the next call
         folder = Path(config.run.output_dir) / "tensorboard"
         purge = start_step + 1 if start_step else 0
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
@@ -49,6 +53,17 @@ class TensorBoard:
         self._writer.close()
 
 
+def _hide_failures_of(kind: type[threading.Thread]) -> None:
+    """Threads of `kind` end without the traceback that Python prints for a thread."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.thread, kind):
+            before(failure)
+
+    threading.excepthook = hook
+
+
 class WeightsAndBiases:
     """A W&B run, online or offline. Its id is kept in output_dir, so that a continued run stays one run."""
 
@@ -57,6 +72,7 @@ class WeightsAndBiases:
     def __init__(self, config: Config, start_step: int, say: Callable[[str], None]) -> None:
         import wandb
 
+        logging.raiseExceptions = False  # on a full disk W&B's own debug.log would be a traceback for every line of it
         folder = Path(config.run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)  # wandb would go to a temporary folder
         settings = wandb.Settings(

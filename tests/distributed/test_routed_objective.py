@@ -143,7 +143,7 @@ def run_variants(variants, layout, student, teacher, samples_of):
         samples = samples_of[variant]
         plan = plan_batch(
             samples, dp_size=topology.dp_size, max_tokens=budget, prompts_per_mini_batch=prompts,
-            pad_to_multiple=policy.row_multiple, seed=5,
+            pad_to_multiple=policy.row_multiple, seed=5, drop_zero_advantage=config.drops_zero_advantage,
         )  # fmt: skip
         exporter = Exporter(policy.shards, hf_config)
         seen = {}
@@ -162,7 +162,14 @@ def run_variants(variants, layout, student, teacher, samples_of):
             stats = trainer._train(samples, mini, scores)
             indices = sorted(i for rows in mini.student for row in rows for i in row.samples)
             results[variant].append(
-                {"samples": indices, "weights": before, "metrics": stats.metrics, "norm": stats.grad_norm, **seen}
+                {
+                    "samples": indices,
+                    "loss_tokens": mini.loss_tokens,
+                    "weights": before,
+                    "metrics": stats.metrics,
+                    "norm": stats.grad_norm,
+                    **seen,
+                }
             )
     return results if topology.rank == 0 else None
 
@@ -192,6 +199,8 @@ def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of
     for variant in variants:
         reference = Reference(make_config(student, variant), behaviour, judge, judge)
         assert len(found[variant]) == (2 if VARIANTS[variant][2] == 3 else 3 if VARIANTS[variant][2] == 2 else 1)
+        counted = [s for s in samples_of[variant] if s.counted]
+        assert sum(step["loss_tokens"] for step in found[variant]) == sum(len(s.response_ids) for s in counted)
         for number, step in enumerate(found[variant]):
             assert_step(step, reference, samples_of[variant], student, number, f"{layout}, {variant}, step {number}")
 
@@ -200,9 +209,10 @@ def assert_step(step, reference, samples, student, number, where):
     model = load(student)
     model.load_state_dict({name: value.double() for name, value in step["weights"].items()}, strict=False)
     model.tie_weights()
-    loss, metrics = reference.step(model, [samples[i] for i in step["samples"]], moved=number > 0)
+    forwarded = [samples[i] for i in step["samples"]]
+    loss, metrics = reference.step(model, forwarded, loss_tokens=step["loss_tokens"], moved=number > 0)
     loss.backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
+    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     logged = {name: value for name, value in step["metrics"].items() if name != "actor/lr"}
     assert logged == pytest.approx(metrics, rel=METRIC_BOUND, abs=METRIC_BOUND), where
     assert step["gradients"].keys() == expected.keys()

@@ -42,7 +42,7 @@ def run_file(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(HF))
-    (model / "model.safetensors").write_bytes(b"x")
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # a whole file without tensors
     (tmp_path / "rows.jsonl").write_text("{}\n")
     file = tmp_path / "run.toml"
     file.write_text(

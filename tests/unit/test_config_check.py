@@ -216,8 +216,14 @@ def test_data_files_are_looked_for_where_the_command_needs_them(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
-    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "model.safetensors").write_bytes(weights(b"x" * 12))
     return tmp_path
+
+
+def weights(data, length=12):
+    """A safetensors file of one tensor that should have `length` bytes."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [length // 4], "data_offsets": [0, length]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def test_a_whole_folder_gives_its_configuration(folder):

@@ -18,6 +18,7 @@ ALLOWED = {
     "types": set(),
     "config": set(),
     "trainer": BASE | {"routing", "packing"},
+    "checkpoints": BASE | {"disk"},
     "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
     "launch": EVERYTHING,  # builds the parts
     "cli": EVERYTHING,

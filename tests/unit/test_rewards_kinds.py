@@ -11,7 +11,7 @@ import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.rewards import RewardError, Verdict, known_kinds, resolve
+from megatron_srpo.rewards import RewardError, known_kinds, resolve
 from megatron_srpo.rewards.math import last_boxed
 from megatron_srpo.rewards.tags import after_thinking, last_tagged
 from megatron_srpo.rewards.tooluse import read_calls

@@ -11,6 +11,7 @@ from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSetting
 from tests.tiny_engines import (
     EOS,
     GREEDY,
+    LONG,
     MAX_TOKENS,
     PROMPTS,
     SAMPLED,
@@ -22,6 +23,8 @@ from tests.tiny_engines import (
 )
 from tests.tiny_models import make_tiny_model, tiny_tokenizer
 
+MAX_MODEL_LEN = 160
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -30,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    with tiny_engine(folder) as engine:
+    with tiny_engine(folder, max_model_len=MAX_MODEL_LEN) as engine:
         yield engine
 
 
@@ -100,6 +103,15 @@ def test_the_same_seeds_give_the_same_responses_and_log_probs(engine, rollouts):
     assert engine.generate(tiny_requests(16), SAMPLED) == rollouts
 
 
+def test_an_earlier_call_changes_no_rounding(engine):
+    """A resumed run has no earlier calls, and must go on as if it had."""
+    asked = [GenerateRequest(0, sample, LONG, seed=sample) for sample in range(3)]
+    first = engine.generate(asked, SAMPLED)  # leaves the prompt in the prefix cache
+    assert engine.generate(asked, SAMPLED) == first
+    engine.generate(tiny_requests(5), SAMPLED)
+    assert engine.generate(asked, SAMPLED) == first
+
+
 @pytest.mark.parametrize("changed", [{"iteration": 2}, {"run_seed": 1}])
 def test_another_iteration_or_run_seed_gives_other_responses(engine, rollouts, changed):
     before, after = tokens(rollouts), tokens(engine.generate(tiny_requests(16, **changed), SAMPLED))
@@ -139,16 +151,17 @@ def test_nothing_asked_is_nothing_answered(engine):
     assert engine.generate([], SAMPLED) == []
 
 
-@pytest.mark.parametrize("length", [0, 64 - MAX_TOKENS + 1, 200])
+@pytest.mark.parametrize("length", [0, MAX_MODEL_LEN - MAX_TOKENS + 1, 200])
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(engine, length):
     asked = [*tiny_requests(1), GenerateRequest(9, 0, [3] * length, 0)]
-    with pytest.raises(RolloutError, match=rf"prompt 9 has {length} tokens: expected 1 to 52, .*max_prompt_length"):
+    with pytest.raises(RolloutError, match=rf"prompt 9 has {length} tokens: expected 1 to 148, .*max_prompt_length"):
         engine.generate(asked, SAMPLED)
 
 
 def test_the_longest_prompt_is_answered_in_full(engine):
     (rollout,) = engine.generate(
-        [GenerateRequest(0, 0, [3] * (64 - MAX_TOKENS), 0)], SamplingSettings(max_tokens=MAX_TOKENS, ignore_eos=True)
+        [GenerateRequest(0, 0, [3] * (MAX_MODEL_LEN - MAX_TOKENS), 0)],
+        SamplingSettings(max_tokens=MAX_TOKENS, ignore_eos=True),
     )
     assert len(rollout.token_ids) == MAX_TOKENS
 
