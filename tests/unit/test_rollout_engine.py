@@ -103,13 +103,20 @@ def test_the_same_seeds_give_the_same_responses_and_log_probs(engine, rollouts):
     assert engine.generate(tiny_requests(16), SAMPLED) == rollouts
 
 
-def test_an_earlier_call_changes_no_rounding(engine):
-    """A resumed run has no earlier calls, and must go on as if it had."""
+def test_no_call_meets_what_an_earlier_one_left_in_the_prefix_cache(engine, monkeypatch):
+    """It would change roundings, and a resumed run, which has no earlier call, could not repeat the responses."""
+    cached, generate = [], engine._llm.generate
+
+    def record(*arguments, **options):
+        outputs = generate(*arguments, **options)
+        cached.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "generate", record)
     asked = [GenerateRequest(0, sample, LONG, seed=sample) for sample in range(3)]
-    first = engine.generate(asked, SAMPLED)  # leaves the prompt in the prefix cache
+    first = engine.generate(asked, SAMPLED)
     assert engine.generate(asked, SAMPLED) == first
-    engine.generate(tiny_requests(5), SAMPLED)
-    assert engine.generate(asked, SAMPLED) == first
+    assert cached[0] == cached[1] == [0, 128, 128]  # within a call, samples of a prompt share it
 
 
 @pytest.mark.parametrize("changed", [{"iteration": 2}, {"run_seed": 1}])
