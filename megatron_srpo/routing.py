@@ -188,6 +188,9 @@ class _GroupRouter:
         while True:
             group = [Standing(member.correct, member.teachable) for member in members]
             weights = self._routing(group, self._algorithm)
+            if self._algorithm.mask_truncated:
+                ended = [member.rollout.finish_reason != "length" for member in members]
+                weights = [w if whole else LEFT_OUT for w, whole in zip(weights, ended, strict=True)]
             untaught = [m for m, w in zip(members, weights, strict=True) if w.distill > 0 and m.teacher is None]
             if not untaught:
                 return weights
@@ -260,6 +263,7 @@ class RoutingReport:
         return {
             "srpo/sdpo_fraction": len(distilled) / n,
             "srpo/grpo_fraction": sum(s.policy_weight > 0 for s in self.samples) / n,
+            "srpo/left_out_fraction": sum(not s.counted for s in self.samples) / n,
             "srpo/teacher_available_fraction": self._available / n,
             "srpo/sdpo_token_fraction": sum(len(s.response_ids) for s in distilled) / max(1, loss_tokens),
             "srpo/all_wrong_groups": self._all_wrong,

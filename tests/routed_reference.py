@@ -81,7 +81,8 @@ class Reference:
 
     def _policy_term(self, logp, at, old, sample, moved):
         a, advantage = self.a, sample.advantage
-        rho = (at - (old if moved else at.detach())).exp()
+        log_ratio = at - (old if moved else at.detach())
+        rho = (log_ratio.mean() if a.importance_ratio == "sequence" else log_ratio).exp().expand(len(at))
         clipped = rho.clamp(1 - a.clip_ratio_low, 1 + a.clip_ratio_high)
         gain = torch.minimum(rho * advantage, clipped * advantage)
         if a.dual_clip and advantage < 0:
@@ -89,7 +90,7 @@ class Reference:
         return -gain, (clipped * advantage < rho * advantage).double()
 
     def step(self, student, samples, *, loss_tokens, moved):
-        """(loss, metrics); call `.backward()` on the loss. `moved`: `student` is not `behaviour` any more. Samples whose
+        """(loss, metrics); call `.backward()` on the loss. `moved`: `student` is no longer `behaviour`. Samples whose
         loss is zero for all weights may be missing; `loss_tokens` counts theirs too."""
         a = self.a
         counted = [s for s in samples if s.policy_weight or s.distill_weight]

@@ -92,6 +92,7 @@ class AlgorithmConfig(Section):
     clip_ratio_low: float = Field(0.2, ge=0, lt=1)  # ε_low: the ratio is clipped at 1 − ε_low
     clip_ratio_high: float = Field(0.28, ge=0)  # ε_high: … and at 1 + ε_high
     dual_clip: float = Field(0.0, ge=0)  # c > 1; 0 = off
+    importance_ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO's mean over the response; clips ~ 4e-4
     # SDPO branch
     distillation_topk: int = Field(100, ge=0)  # 0 = full vocabulary
     distillation_tail: bool = True  # one more bucket for the mass outside the top-k; false: renormalise
@@ -100,6 +101,7 @@ class AlgorithmConfig(Section):
     entropy_beta: float = Field(-1.0)  # β of the dynamic weighting; -1 = the method's own: 1 srpo, else 0
     mix_lambda: float = Field(0.9, ge=0, le=1)  # λ: the reward's share of the advantage, for mix
     # both
+    mask_truncated: bool = False  # leave responses that were cut at max_response_length out of the loss
     rollout_correction: Literal["off", "truncate", "mask", "sequence_mask"] = "truncate"
     rollout_correction_cap: float = Field(2.0, gt=0)  # largest importance weight, trainer ÷ engine
     kl_loss_coef: float = Field(0.0, ge=0)  # k3 to the reference policy (the initial model)

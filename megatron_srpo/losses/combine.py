@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config import AlgorithmConfig
-from megatron_srpo.losses.grpo import k3, policy_loss, rollout_weights
+from megatron_srpo.losses.grpo import k3, policy_loss, rollout_weights, sequence_mean
 from megatron_srpo.losses.sdpo import distill_ratio, dynamic_weights, topk_divergence
 from megatron_srpo.losses.vocab_parallel import full_divergence, gather_logprobs
 from megatron_srpo.types import PackedBatch
@@ -31,6 +31,7 @@ class LossSettings:
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 0.0
+    sequence_ratio: bool = False
     alpha: float = 0.5
     tail: bool = True
     distill_ratio_clip: float = 2.0
@@ -47,6 +48,7 @@ class LossSettings:
             clip_low=algorithm.clip_ratio_low,
             clip_high=algorithm.clip_ratio_high,
             dual_clip=algorithm.dual_clip,
+            sequence_ratio=algorithm.importance_ratio == "sequence",
             alpha=algorithm.divergence_alpha,
             tail=algorithm.distillation_tail,
             distill_ratio_clip=algorithm.distill_ratio_clip,
@@ -143,8 +145,11 @@ def routed_loss(
             mode=settings.rollout_correction, cap=settings.rollout_correction_cap,
         )
     )  # fmt: skip
+    log_ratio = row.logp - row.behaviour  # 0 with a gradient where the policy has not moved
+    if settings.sequence_ratio:
+        log_ratio = sequence_mean(log_ratio, row.mask, batch.cu_seqlens)
     policy, clipped = policy_loss(
-        row.logp, row.old, batch.advantages,
+        log_ratio, batch.advantages,
         clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
     )  # fmt: skip
     metrics = _policy_metrics(row, row.clean(entropy), policy, clipped, weights)

@@ -15,15 +15,24 @@ def _ratio(logp: Tensor, other: Tensor) -> Tensor:
     return (logp - other).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
+def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean of `values` over the masked tokens of each sequence, at every token of the sequence; 0 where it has none."""
+    positions = torch.arange(mask.numel(), device=mask.device)
+    sequence = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
+    empty = torch.zeros(cu_seqlens.numel(), dtype=values.dtype, device=values.device)
+    sums = empty.index_add(0, sequence, values * mask)
+    return (sums / empty.index_add(0, sequence, mask.to(values.dtype)).clamp(min=1))[sequence]
+
+
 def policy_loss(
-    logp: Tensor, old_logp: Tensor | None, advantages: Tensor, *,
-    clip_low: float, clip_high: float, dual_clip: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """ℓ = −min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)·A), and whether the clip was active (GRPO; DAPO's clip-higher).
 
-    `old_logp` None: the policy has not moved, ρ = 1 in value. dual_clip c > 1 bounds the loss by −c·A where A < 0.
+    log_ratio: log ρ = log π_θ − log π_old, per token, or its mean over the sequence (GSPO, arXiv 2507.18071). dual_clip
+    c > 1 bounds the loss by −c·A where A < 0.
     """
-    ratio = _ratio(logp, logp.detach() if old_logp is None else old_logp)
+    ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     plain = ratio * advantages
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(plain, bounded)
@@ -58,10 +67,6 @@ def rollout_weights(
     if mode == "mask":
         return torch.where(ratio > cap, torch.zeros_like(ratio), ratio)
     assert mode == "sequence_mask", mode
-    positions = torch.arange(mask.numel(), device=mask.device)
-    sequence = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
-    count = torch.zeros(cu_seqlens.numel(), dtype=ratio.dtype, device=mask.device)
-    logs = count.index_add(0, sequence, ratio.log() * mask)
-    mean = logs / count.index_add(0, sequence, mask.to(ratio.dtype)).clamp(min=1)
+    mean = sequence_mean(ratio.log(), mask, cu_seqlens)
     limit = torch.tensor(cap, dtype=ratio.dtype, device=mask.device).log().abs()
-    return torch.where(mean.abs()[sequence] > limit, torch.zeros_like(ratio), ratio.clamp(max=cap))
+    return torch.where(mean.abs() > limit, torch.zeros_like(ratio), ratio.clamp(max=cap))

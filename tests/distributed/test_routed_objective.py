@@ -33,6 +33,9 @@ VARIANTS = {
         BASE | {"name": "mix", "divergence_alpha": 1.0, "distillation_tail": False, "mix_lambda": 0.7}, 300, 0, 1.0,
     ),
     "grpo": (BASE | {"name": "grpo", "rollout_correction": "sequence_mask"}, 200, 2, 1.0),
+    "gspo in two steps": (
+        REGULARISED | {"importance_ratio": "sequence", "clip_ratio_low": 0.01, "clip_ratio_high": 0.02}, 160, 3, 1.0,
+    ),
 }  # fmt: skip
 # name -> tensor, pipeline, context parallel sizes, sequence parallel, ranks
 LAYOUTS = {

@@ -239,6 +239,7 @@ def test_the_report_measures_what_was_routed():
         {
             "srpo/sdpo_fraction": 0.5,
             "srpo/grpo_fraction": 0.5,
+            "srpo/left_out_fraction": 0,
             "srpo/teacher_available_fraction": 0.5,
             "srpo/sdpo_token_fraction": 0.5,
             "srpo/all_wrong_groups": 0,
@@ -262,6 +263,20 @@ def test_the_report_measures_what_was_routed():
             "srpo/response_length_wrong": 5,
         }
     )
+
+
+def test_truncated_responses_are_left_out_by_choice_and_still_count_in_the_baseline():
+    teacher = Teacher()
+    ends = ["stop", "length", "stop", "length"]
+    samples, report = route(
+        [prompt_of(0)], [rollout_of(i, finish=end) for i, end in enumerate(ends)],
+        [Reward(score) for score in (1.0, 0.0, 0.0, 1.0)], AlgorithmConfig(mask_truncated=True), seed=0, iteration=0,
+        teacher_prompt=teacher,
+    )  # fmt: skip
+    assert [(s.policy_weight, s.distill_weight) for s in samples] == [POLICY, OUT, DISTILL, OUT]
+    assert [s.advantage for s in samples] == [0.5, -0.5, -0.5, 0.5]
+    assert len(teacher.calls) == 1  # none for what is left out
+    assert report.metrics()["srpo/left_out_fraction"] == 0.5
 
 
 def test_left_out_samples_are_in_no_denominator():
