@@ -188,9 +188,7 @@ class _GroupRouter:
         while True:
             group = [Standing(member.correct, member.teachable) for member in members]
             weights = self._routing(group, self._algorithm)
-            if self._algorithm.mask_truncated:
-                ended = [member.rollout.finish_reason != "length" for member in members]
-                weights = [w if whole else LEFT_OUT for w, whole in zip(weights, ended, strict=True)]
+            weights = [w if self._counts(m) else LEFT_OUT for m, w in zip(members, weights, strict=True)]
             untaught = [m for m, w in zip(members, weights, strict=True) if w.distill > 0 and m.teacher is None]
             if not untaught:
                 return weights
@@ -198,6 +196,11 @@ class _GroupRouter:
                 assert member.teachable, f"routing {self._algorithm.name} distils a rollout that has no teacher"
                 self._find_teacher(prompt, member, used)
                 member.teachable = member.teacher is not None
+
+    def _counts(self, member: _Member) -> bool:
+        """Whether the rollout may be in the loss at all; its reward is part of the group's mean in any case."""
+        truncated = self._algorithm.mask_truncated and member.rollout.finish_reason == "length"
+        return not truncated and all(map(math.isfinite, member.rollout.logprobs))
 
     def _find_teacher(self, prompt: Prompt, member: _Member, used: Counter[int]) -> None:
         sibling = self._choose(prompt, member, used) if member.siblings else None
@@ -238,6 +241,7 @@ class RoutingReport:
     samples: list[RoutedSample] = field(default_factory=list)
     truncated: int = 0  # teacher prompts whose demonstration was shortened
     unfit: int = 0  # rollouts whose teacher prompt did not fit at any length
+    nonfinite: list[str] = field(default_factory=list)  # rollouts left out as the engine's log-probs are not finite
     _members: list[_Member] = field(default_factory=list)
     _available: int = 0
     _all_wrong: int = 0
@@ -250,6 +254,8 @@ class RoutingReport:
         self._available += available
         self._all_wrong += not any(member.correct for member in members)
         self._all_right += all(member.correct for member in members)
+        bad = [s for s in samples if not all(map(math.isfinite, s.rollout_logprobs))]
+        self.nonfinite += [f"{s.uid} sample {s.sample}" for s in bad]
 
     def metrics(self) -> dict[str, float]:
         """Values for the log. Names ending in _fraction are shares of rollouts (of loss tokens for
@@ -264,6 +270,7 @@ class RoutingReport:
             "srpo/sdpo_fraction": len(distilled) / n,
             "srpo/grpo_fraction": sum(s.policy_weight > 0 for s in self.samples) / n,
             "srpo/left_out_fraction": sum(not s.counted for s in self.samples) / n,
+            "rollout/nonfinite_samples": len(self.nonfinite),
             "srpo/teacher_available_fraction": self._available / n,
             "srpo/sdpo_token_fraction": sum(len(s.response_ids) for s in distilled) / max(1, loss_tokens),
             "srpo/all_wrong_groups": self._all_wrong,

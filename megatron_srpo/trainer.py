@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, UserError
 from megatron_srpo.packing import pack_student, pack_teacher, plan_batch, response_spans
 from megatron_srpo.routing import route
 from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, Reward, Rollout, RoutedSample, Row, TokenScores
@@ -57,6 +57,7 @@ class Trainer:
         self.iteration = start_iteration
         self._timing: dict[str, float] = {}
         self._forwarded: Counter[str] = Counter()
+        self._skipped_in_a_row = 0
 
     def run(self) -> bool:
         """Train; True when all iterations are done, False when stopped early. A checkpoint is written either way,
@@ -74,10 +75,17 @@ class Trainer:
                 with self._timed("eval"):
                     metrics.update(parts.evaluate() or {})
             self._log(metrics)
-            stop = parts.control.any(parts.should_stop())
+            broken = 0 < self.config.train.max_skipped_steps <= self._skipped_in_a_row
+            stop = parts.control.any(parts.should_stop()) or broken
             last = stop or self.iteration == total
             if last or (self.config.checkpoint.every and self.iteration % self.config.checkpoint.every == 0):
                 self._save()
+            if broken:
+                raise UserError(
+                    f"stopped after iteration {self.iteration}: {self._skipped_in_a_row} optimiser steps in a row had "
+                    "no finite gradient (train.max_skipped_steps). The weights of the last good step are saved; the "
+                    "warnings above name what was not finite"
+                )
             if stop and self.iteration < total:
                 return False
         return True
@@ -95,6 +103,7 @@ class Trainer:
             self._score_reference(samples, plan, scores)
         with self._timed("train"):
             steps = [self._train(samples, mini, scores) for mini in plan.mini_batches]
+        self._skipped_in_a_row = consecutive_skips(self._skipped_in_a_row, steps)
         with self._timed("publish"):
             self.parts.engine.publish(self.parts.export(), self.iteration + 1)
         steps = [step for step in steps if step is not None]
@@ -132,6 +141,11 @@ class Trainer:
                     pad_to_multiple=parts.policy.row_multiple, seed=config.run.seed + self.iteration,
                     drop_zero_advantage=config.drops_zero_advantage,
                 )  # fmt: skip
+            if report.nonfinite:
+                parts.observer.warn(
+                    f"iteration {self.iteration + 1}: the rollout engine's log-probs are not finite: "
+                    f"{shortened(report.nonfinite)}. Left out of the loss"
+                )
             metrics = report.metrics()
             metrics["perf/packing_efficiency"] = plan.efficiency
             metrics["perf/imbalance"] = plan.imbalance
@@ -205,7 +219,33 @@ class Trainer:
         weights = self.parts.policy.sum_over_data(self.parts.objective.dynamic_weight_sum(mine))
         mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
         loss = self.parts.objective.loss(loss_tokens=mini.loss_tokens, distill_weight_mean=mean)
-        return self.parts.policy.train_step(self._pack(rows, samples, scores, teacher=False), loss)
+        step = self.parts.policy.train_step(self._pack(rows, samples, scores, teacher=False), loss)
+        if step.skipped:
+            self._explain_skip(samples, mini, scores)
+        return step
+
+    def _explain_skip(self, samples: list[RoutedSample], mini: MiniBatchPlan, scores: list[TokenScores]) -> None:
+        """Say which samples' scores are not finite. The parameters did not move: scoring again shows what was seen."""
+        found = [TokenScores() for _ in samples]
+        rows = self._rows("check", mini.student, samples)
+        self._score(rows, samples, found, self.parts.objective.score_old)
+        mine = []
+        for i in (i for row in rows for i in row.samples):
+            seen = {"log-probs": found[i].logprob} | {
+                f"{name} (scored)": value for name, value in vars(scores[i]).items()
+            }
+            bad = [name for name, value in seen.items() if value is not None and not bool(value.isfinite().all())]
+            mine += [f"{name} of {samples[i].uid} sample {samples[i].sample}" for name in bad]
+        everyone = sorted({text for part in self.parts.control.collect(mine) for text in part})
+        if self.parts.observer is not None:
+            self.parts.observer.warn(
+                f"iteration {self.iteration + 1}: the gradient is not finite, the optimiser step was skipped. "
+                + (
+                    f"Not finite: {shortened(everyone)}"
+                    if everyone
+                    else "All scores are finite: it arose in the backward pass"
+                )
+            )
 
     def _save(self) -> None:
         with self._timed("checkpoint"):
@@ -223,3 +263,16 @@ class Trainer:
             yield
         finally:
             self._timing[name] = self._timing.get(name, 0.0) + time.perf_counter() - started
+
+
+def consecutive_skips(before: int, steps: list[Any]) -> int:
+    """How many of the newest optimiser steps were skipped one after the other; None stands for no step."""
+    for step in steps:
+        if step is not None:
+            before = before + 1 if step.skipped else 0
+    return before
+
+
+def shortened(names: list[str], shown: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -45,5 +45,11 @@ class Control:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self._topology.control_group)
         return bool(value)
 
+    def collect(self, mine: T) -> list[T]:
+        """What every rank brings, by rank, on every rank."""
+        parts: list[Any] = [None] * self._topology.world_size
+        dist.all_gather_object(parts, mine, group=self._topology.control_group)
+        return parts
+
     def barrier(self) -> None:
         dist.barrier(group=self._topology.control_group)

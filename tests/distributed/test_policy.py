@@ -81,6 +81,13 @@ def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) ->
         assert any(not torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
         raise RuntimeError("in the teacher pass")
     assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
+
+    def bad_on_one_rank(logits, row):
+        value, metrics = loss(logits, row)
+        return (value * float("nan") if policy.topology.dp_rank == 0 else value), metrics
+
+    assert policy.train_step(rows, bad_on_one_rank).skipped
+    assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
     with policy.reference():
         reference = policy.score(rows, logprobs)
     checkpoint.save(policy, scratch, {"note": 7})

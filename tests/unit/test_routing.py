@@ -240,6 +240,7 @@ def test_the_report_measures_what_was_routed():
             "srpo/sdpo_fraction": 0.5,
             "srpo/grpo_fraction": 0.5,
             "srpo/left_out_fraction": 0,
+            "rollout/nonfinite_samples": 0,
             "srpo/teacher_available_fraction": 0.5,
             "srpo/sdpo_token_fraction": 0.5,
             "srpo/all_wrong_groups": 0,
