@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_srpo.config import Config, UserError
 from megatron_srpo.disk import disk_problem
 
@@ -45,16 +47,28 @@ class Checkpoints:
         self._control.share(lambda: shutil.rmtree(aside, ignore_errors=True))
         try:
             self._write(policy, aside, {"iteration": iteration, **extra})
-        except Exception as error:
-            problem = disk_problem(error)
-            if problem is None:
+        except (Exception, CheckpointException) as error:
+            told = self._not_written(target, error)
+            if told is None:
                 raise
-            raise UserError(
-                f"checkpoint {target} could not be written: {problem}. Make room and start the same command again: it "
-                f"goes on from {self.last or 'the beginning'}."
-            ) from error
+            raise told from error
         self._control.share(lambda: self._publish(aside, target))
         self.last = target
+
+    def _not_written(self, target: Path, error: BaseException) -> Exception | None:
+        """What to raise in place of `error`, if anything. A CheckpointException is no Exception; all ranks raise it,
+        and the driver's alone says why."""
+        problem = disk_problem(error)
+        if problem is None and isinstance(error, CheckpointException):
+            if error.failures:
+                return RuntimeError(f"checkpoint {target} could not be written: {error}")
+            problem = "the driver knows why"
+        if problem is None:
+            return None
+        return UserError(
+            f"checkpoint {target} could not be written: {problem}. Make room and start the same command again: it goes "
+            f"on from {self.last or 'the beginning'}."
+        )
 
     def _publish(self, aside: Path, target: Path) -> None:
         (aside / "config.json").write_text(self._config.model_dump_json(indent=1))
