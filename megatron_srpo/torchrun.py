@@ -1,0 +1,70 @@
+"""torchrun that adds nothing to what the ranks have said: the same arguments, a short ending, the ranks' exit code.
+
+    python -m megatron_srpo.torchrun --nproc-per-node 2 -m megatron_srpo train CONFIG.toml
+
+torchrun itself ends a refused or stopped run with two dozen lines of its own, always with exit code 1, and kills ranks
+that need more than 30 s for a clean stop; this one waits for SHUTDOWN_SECONDS.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+SHUTDOWN_SECONDS = 3600
+LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
+TOLD = (2, 130)  # exit codes of a rank that has said why: see cli.py
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run torchrun in this process; returns the exit code."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _silence_launcher()
+    try:
+        run.run(run.parse_args(sys.argv[1:] if arguments is None else arguments))
+    except ChildFailedError as failed:
+        return _ended(failed)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        _say("the port of the rendezvous is in use: choose another, --master-port N, or have one found, --standalone")
+        return 2
+    return 0
+
+
+def _silence_launcher() -> None:
+    """Every module of torch's launcher has a logger with a handler of its own."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(LOGGERS):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _ended(failed: BaseException) -> int:
+    """The exit code of the rank that failed first; one line if that rank could not say anything."""
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode in TOLD:
+        return failure.exitcode
+    if failure.exitcode < 0:
+        name = failure.signal_name()
+        _say(f"rank {rank} was ended by {name}" + (", maybe because memory ran out" if name == "SIGKILL" else ""))
+        return 128 - failure.exitcode
+    _say(f"rank {rank} ended with exit code {failure.exitcode}; its traceback is above")
+    return failure.exitcode
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
