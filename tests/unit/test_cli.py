@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_srpo import cli
 from megatron_srpo.config import ConfigError, UserError, load_config
@@ -308,13 +310,71 @@ def test_a_defect_goes_through(run_file, launch, monkeypatch):
         cli.main(["train", str(run_file)])
 
 
-def test_only_the_driver_speaks(run_file, launch, monkeypatch, capfd):
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+class Ended(BaseException):
+    """Torchrun's SIGTERM, which ends a rank that waits."""
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """What happens to a rank while it waits for torchrun to end it: nothing, or what the list holds."""
+    ends = []
+
+    def wait(seconds):
+        assert seconds == cli.SPEAK_AFTER_SECONDS and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if ends:
+            raise ends[0]
+
+    monkeypatch.setattr(cli.time, "sleep", wait)
+    before = signal.getsignal(signal.SIGTERM)
+    yield ends
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_of_ranks_that_fail_together_only_the_driver_speaks(run_file, launch, monkeypatch, capfd, waiting):
     launch.result = UserError("expected this, got that")
-    for rank, told in ((0, "error: expected this, got that\n"), (1, "")):
-        as_ranks(monkeypatch, 2, rank)
-        assert cli.main(["train", str(run_file)]) == 2
-        assert capfd.readouterr().err == told
+    as_ranks(monkeypatch, 2)
+    assert cli.main(["train", str(run_file)]) == 2
+    assert capfd.readouterr().err == "error: expected this, got that\n"
+    as_ranks(monkeypatch, 2, rank=1)
+    waiting.append(Ended())
+    with pytest.raises(Ended):
+        cli.main(["train", str(run_file)])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_rank_that_fails_alone_speaks(run_file, launch, monkeypatch, capfd, waiting):
+    launch.result = UserError("expected this, got that")
+    as_ranks(monkeypatch, 2, rank=1)
+    assert cli.main(["train", str(run_file)]) == 2
+    assert capfd.readouterr().err == "error (rank 1): expected this, got that\n"
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, "error: another rank of this run has ended"), (1, "")])
+def test_the_loss_of_another_rank_is_one_line_of_the_driver(run_file, launch, monkeypatch, capfd, waiting, rank, told):
+    launch.result = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41")
+    as_ranks(monkeypatch, 2, rank)
+    assert cli.main(["train", str(run_file)]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(told) if told else err == ""
+
+
+def test_torchruns_report_gets_the_message_in_place_of_a_traceback(run_file, launch, monkeypatch, tmp_path):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    as_ranks(monkeypatch, 2)
+    launch.result = UserError("expected this, got that")
+    assert cli.main(["train", str(run_file)]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    report = ChildFailedError("megatron_srpo", {0: failure}).format_msg()
+    assert "expected this, got that" in report and "To enable traceback" not in report
+
+
+def test_an_output_folder_that_cannot_be_made_is_told(run_file, launch, monkeypatch, capfd):
+    as_ranks(monkeypatch, 2)
+    folder = run_file.parent / ("x" * 300)  # longer than a name may be
+    assert cli.main(["train", str(run_file), "--run.output_dir", str(folder)]) == 2
+    told = capfd.readouterr().err
+    assert "run.output_dir = " in told and "cannot be written: File name too long" in told and launch.calls == []
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(run_file, launch, monkeypatch, capfd):

@@ -207,10 +207,56 @@ def test_data_files_are_looked_for_where_the_command_needs_them(tmp_path):
     assert told(splits=("train",), **files).count("no such file") == 1
     assert told(splits=("train", "test"), **files).count("no such file") == 2
     assert "data.test: is empty" in told(splits=("test",), data__train=str(there))
-    assert "run.output_dir" in told(splits=("train",), data__train=str(there), run__output_dir=str(there))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rows.csv", "expected a .jsonl or .parquet file"),
+        ("empty.jsonl", "is empty; expected a row a line"),
+        ("folder", "is a folder; name its .jsonl or .parquet files"),
+        ("x" * 300 + ".jsonl", "no such file"),  # longer than a name may be
+    ],
+)
+def test_a_file_that_cannot_be_data_is_told(tmp_path, name, expected):
+    (tmp_path / "rows.csv").write_text("prompt,answer\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert expected in told(splits=("train",), data__train=str(tmp_path / name))
+
+
+def test_an_output_folder_that_cannot_be_is_told(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}")
+
+    def of(folder):
+        return told(splits=("train",), data__train=str(file), run__output_dir=str(folder))
+
+    assert of(tmp_path) == of(tmp_path / "not/yet/there") == ""
+    assert "is a file; name a folder" in of(file)
+    assert f"{file} is a file; name a folder" in of(file / "below")
+    assert 'run.output_dir = "": is empty' in of("")
+
+
+def test_an_output_folder_without_permission_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    assert f"no permission to write in {tmp_path}" in told(splits=("train",), run__output_dir=str(tmp_path / "new"))
+
+
+def test_a_tilde_is_the_users_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = configured(run__output_dir="~/run", model__path="~/model", model__tokenizer="~/tokenizer")
+    assert config.run.output_dir == "/home/ada/run"
+    assert (config.model.path, config.model.tokenizer) == ("/home/ada/model", "/home/ada/tokenizer")
 
 
 # ---- the model folder ------------------------------------------------------------------------------------------------
+
+
+def weights(data, length=12):
+    """A safetensors file of one tensor that should have `length` bytes."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [length // 4], "data_offsets": [0, length]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
 
 
 @pytest.fixture
@@ -218,12 +264,6 @@ def folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     (tmp_path / "model.safetensors").write_bytes(weights(b"x" * 12))
     return tmp_path
-
-
-def weights(data, length=12):
-    """A safetensors file of one tensor that should have `length` bytes."""
-    header = json.dumps({"a": {"dtype": "F32", "shape": [length // 4], "data_offsets": [0, length]}}).encode()
-    return len(header).to_bytes(8, "little") + header + data
 
 
 def test_a_whole_folder_gives_its_configuration(folder):
@@ -261,6 +301,24 @@ def test_missing_weights_are_told_and_pickled_ones_are_to_be_converted(folder):
     assert "has no weights" in refused(folder) and "Fetch the model again" in refused(folder)
     (folder / "pytorch_model.bin").write_bytes(b"x")
     assert "pytorch_model.bin" in refused(folder) and "save_pretrained" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (weights(b"x" * 5), "bytes, and its header tells of"),
+        (weights(b"x" * 20), "bytes, and its header tells of"),
+        (weights(b"")[:30], "ends after 30 bytes, inside its header"),
+        (b"x", "ends after 1 bytes, inside its header"),
+        (b"\xff" * 100, "is not a safetensors file"),
+        ((8).to_bytes(8, "little") + b"not json", "is not a safetensors file"),
+        ((7).to_bytes(8, "little") + b'{"a":1}', "is not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_a_weight_file_that_is_not_whole_is_told_by_its_header(folder, content, expected):
+    (folder / "model.safetensors").write_bytes(content)
+    assert expected in refused(folder) and "model.safetensors" in refused(folder)
 
 
 def test_an_unfinished_download_is_told(folder):

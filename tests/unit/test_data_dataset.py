@@ -120,6 +120,7 @@ BAD_ROWS = {
     "NUL": (row(prompt="a\x00b"), "NUL character at character 2"),
     "lone surrogate": (row(prompt="ab\ud800"), "surrogate pair at character 3"),
     "lone surrogate in the answer": (row(answer="\udc00"), "surrogate"),
+    "cut off before a value": (b'{"prompt": "x", "answer": ', "not JSON: Expecting value at column 27"),
     "too deep": (b"[" * 100_000, "nested too deeply"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 import pytest
@@ -92,6 +93,21 @@ def test_a_tracker_that_breaks_is_switched_off_with_one_message(tmp_path, monkey
     trackers.close()
     assert calls == [1]
     assert said == ["Broken is off (RuntimeError: no route); training goes on: metrics.jsonl has everything"]
+
+
+def test_tensorboard_on_a_full_disk_is_one_message_without_a_traceback(tmp_path, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # its files may have no more bytes
+    try:
+        trackers = Trackers(config_of(tmp_path, tensorboard=True), start_step=0, say=said.append)
+        for step in range(1, 4):
+            trackers.log(step, {"a": 1.0})
+        trackers.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) == 1 and said[0].startswith("TensorBoard is off (OSError")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_output_folder_that_is_a_file_does_not_stop_the_observer(tmp_path, capsys):

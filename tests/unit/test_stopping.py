@@ -1,0 +1,83 @@
+"""Ctrl-C and SIGTERM: the first asks for a clean stop, another one ends the process, a doubled one counts once."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_srpo import stopping
+from megatron_srpo.stopping import SAME_REQUEST_SECONDS, SIGNALS, StopRequest
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set; the process's own signal handlers come back afterwards."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    yield now
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def installed(monkeypatch, *, torchrun, speaks=True):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    if not torchrun:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    stop = StopRequest(speaks=speaks)
+    stop.install()
+    return stop
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_for_a_stop_and_goes_on(clock, monkeypatch, capfd, number):
+    stop = installed(monkeypatch, torchrun=True)
+    assert not stop()
+    os.kill(os.getpid(), number)
+    assert stop()
+    told = capfd.readouterr().err
+    assert told.count("stopping: this iteration is finished and saved first") == 1
+    assert "torchrun waits 30 s" in told and "--shutdown-timeout" in told
+
+
+def test_one_rank_alone_speaks(clock, monkeypatch, capfd):
+    stop = installed(monkeypatch, torchrun=True, speaks=False)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop() and capfd.readouterr().err == ""
+
+
+def test_the_patience_that_torchrun_was_given_is_named(clock, monkeypatch, capfd):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
+    installed(monkeypatch, torchrun=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert "torchrun waits 900 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("first", "second"), [SIGNALS, SIGNALS[::-1]])
+def test_the_other_signal_is_left_to_the_system_which_ends_the_process_at_once(clock, monkeypatch, first, second):
+    """torchrun passes a second Ctrl-C on as SIGTERM."""
+    installed(monkeypatch, torchrun=True)
+    os.kill(os.getpid(), first)
+    assert signal.getsignal(second) is signal.SIG_DFL and signal.getsignal(first) is not signal.SIG_DFL
+
+
+def test_the_same_signal_twice_is_one_request_when_it_comes_doubled(clock, monkeypatch):
+    """A cluster's manager signals the rank and torchrun, which passes it on."""
+    stop, killed = installed(monkeypatch, torchrun=True), []
+    os.kill(os.getpid(), signal.SIGTERM)
+    clock[0] += SAME_REQUEST_SECONDS / 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop() and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    clock[0] += SAME_REQUEST_SECONDS
+    monkeypatch.setattr(stopping.os, "kill", lambda pid, number: killed.append((pid, number)))
+    signal.raise_signal(signal.SIGTERM)
+    assert killed == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_without_torchrun_any_second_signal_ends_the_process(clock, monkeypatch, capfd):
+    installed(monkeypatch, torchrun=False)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert all(signal.getsignal(number) is signal.SIG_DFL for number in SIGNALS)
+    assert "torchrun" not in capfd.readouterr().err
