@@ -7,11 +7,14 @@ import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+GRACE_SECONDS = 10
 
 
 def free_port() -> int:
@@ -37,6 +40,18 @@ def _rank_main(rank: int, func: Callable, world_size: int, port: int, args: tupl
         raise SystemExit(1) from None
 
 
+def _join(workers: list[Any]) -> None:
+    """Wait for all; when one has failed, the others, which may wait for it for ever, get a moment to fail too."""
+    pending = workers
+    while pending:
+        wait([worker.sentinel for worker in pending])
+        if any(worker.exitcode for worker in workers):
+            for worker in pending:
+                worker.join(GRACE_SECONDS)
+                worker.kill()
+        pending = [worker for worker in pending if worker.is_alive()]
+
+
 def run_distributed(func: Callable, world_size: int, *args: Any) -> list[Any]:
     """Call `func(*args)` on `world_size` gloo ranks; return what each rank returned.
 
@@ -53,14 +68,15 @@ def run_distributed(func: Callable, world_size: int, *args: Any) -> list[Any]:
         ]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join()
+        _join(workers)
         failed = {}
         for rank in range(world_size):
             status, value = results.get(rank, ("error", "the rank died without a traceback"))
             if status == "error":
                 failed[rank] = value
         if failed:  # first the one that did not fail only because another rank had gone
-            rank = min(failed, key=lambda rank: ("Connection closed by peer" in failed[rank], rank))
+            rank = min(
+                failed, key=lambda rank: (rank not in results, "Connection closed by peer" in failed[rank], rank)
+            )
             raise AssertionError(f"rank {rank} of {world_size}:\n{failed[rank]}")
         return [results[rank][1] for rank in range(world_size)]

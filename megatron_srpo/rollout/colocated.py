@@ -38,7 +38,7 @@ class ColocatedEngine:
                 "torch.distributed runs, but RANK is not set: the ranks must be torchrun's (or set its variables). Is "
                 "another engine open in this process? Close it first."
             )
-        size = rollout.tensor_parallel_size
+        self._size = size = rollout.tensor_parallel_size
         if world % size:
             raise RolloutError(
                 f"rollout.tensor_parallel_size = {size} does not divide the {world} rank(s): every engine is a group "
@@ -79,8 +79,10 @@ class ColocatedEngine:
         mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
         try:
             answers, error = self._run(mine, sampling), None
-        except Exception as failure:  # the others wait in the gather: they must hear of it before it goes on here
-            answers, error = [], failure
+        except Exception as failure:
+            if self._size > 1:  # this engine's other ranks wait inside vLLM and never reach the gather: end the job
+                raise
+            answers, error = [], failure  # the others wait in the gather: they must hear of it before it goes on here
         found = self._gather(answers if self._speaks else [], error)
         return None if found is None else sorted(found, key=lambda rollout: (rollout.prompt, rollout.sample))
 

@@ -47,12 +47,14 @@ def _refused(engine: Any, exporter: Exporter) -> dict[str, str]:
     return heard
 
 
-def _failed(engine: Any) -> str:
-    """What this rank hears when the last rank's engine fails."""
+def _failed(engine: Any, size: int) -> str:
+    """What this rank hears when the last rank's engine fails. The other ranks of an engine over several would wait for
+    it inside vLLM: they are not asked."""
+    last = dist.get_rank() == RANKS - 1
     run = engine._run
-    if dist.get_rank() == RANKS - 1:
+    if last:
         engine._run = lambda requests, sampling: 1 / 0
-    heard = _error(engine.generate, tiny_requests(), SAMPLED)
+    heard = _error(engine.generate, tiny_requests(), SAMPLED) if last or size == 1 else "nothing"
     engine._run = run
     return heard
 
@@ -77,7 +79,7 @@ def _rounds(folders: dict[str, tuple[str, str]], cases: list[tuple[str, int]]) -
             seen["after"] = engine.generate(tiny_requests(), SAMPLED)
             seen["few"] = engine.generate(tiny_requests()[:1], SAMPLED)  # the other rank's engine has nothing to do
             seen["refused"] = _refused(engine, exporter)
-            seen["failed"] = _failed(engine) if size == 1 else ""  # a larger engine's ranks fail together, or hang
+            seen["failed"] = _failed(engine, size)
             seen["again"] = engine.generate(tiny_requests(), SAMPLED)
         total = torch.ones(())
         dist.all_reduce(total)  # the trainer's world outlives the engine
@@ -160,3 +162,8 @@ def test_a_failure_on_one_rank_is_heard_on_rank_0_and_keeps_no_one_waiting(ranks
     first, second = (rank["tied", 1]["failed"] for rank in ranks)
     assert first == "RuntimeError: generation failed on rank 1: ZeroDivisionError('division by zero')"
     assert second == "ZeroDivisionError: division by zero"
+
+
+def test_a_failure_inside_an_engine_over_several_ranks_ends_its_rank_at_once(ranks):
+    """It asks no other rank: they wait for it inside vLLM, and torchrun ends them when it is gone."""
+    assert ranks[1]["tied", 2]["failed"] == "ZeroDivisionError: division by zero"
