@@ -18,5 +18,6 @@ class NamedCPUWorker(CPUWorker):
     def __init__(
         self, vllm_config: Any, local_rank: int, rank: int, distributed_init_method: str, **options: Any
     ) -> None:
-        name = vllm_config.additional_config[SHARED_MEMORY_NAME]
-        super().__init__(vllm_config, local_rank, rank, f"{distributed_init_method}:{name}", **options)
+        if distributed_init_method.startswith("env:"):
+            distributed_init_method += f":{vllm_config.additional_config[SHARED_MEMORY_NAME]}"
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, **options)

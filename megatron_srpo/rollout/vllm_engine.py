@@ -27,7 +27,7 @@ KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is started with. `shared_memory` names its blocks (engines in a world of ranks, on CPUs)."""
+    """What an engine is started with. `shared_memory` names its blocks (tensor parallel engines on CPUs)."""
 
     hf_dir: str
     tokenizer: str
@@ -109,9 +109,8 @@ def _arguments(settings: EngineSettings) -> dict[str, Any]:
         arguments["distributed_executor_backend"] = "external_launcher"
     if cpu:
         arguments["kv_cache_memory_bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
-        if dist.is_initialized():
-            arguments["worker_cls"] = "megatron_srpo.rollout.cpu_worker.NamedCPUWorker"
-            arguments["additional_config"] = {"shared_memory_name": settings.shared_memory}
+        arguments["worker_cls"] = "megatron_srpo.rollout.cpu_worker.NamedCPUWorker"
+        arguments["additional_config"] = {"shared_memory_name": settings.shared_memory}
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
         arguments["enable_sleep_mode"] = True

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_srpo.rollout.guest import preserved_generators, preserved_settings
+from tests.tiny_engines import SAMPLED, VOCAB, tiny_engine, tiny_requests
+from tests.tiny_models import make_tiny_model
 
 
 def draw():
@@ -63,3 +67,34 @@ def test_torch_settings_and_signal_handlers_are_put_back(fails):
     except ValueError:
         pass
     assert settings() == before
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A trainer's world of one rank, as under torchrun; afterwards vLLM's clean-up is its own again."""
+    from vllm.v1.engine import core
+
+    monkeypatch.setattr(core, "cleanup_dist_env_and_memory", core.cleanup_dist_env_and_memory)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_engines_come_and_go_and_the_trainers_world_and_groups_stay(world, tmp_path):
+    folder, group = make_tiny_model(tmp_path, vocab=VOCAB), dist.new_group([0])
+    before = torch.get_num_threads(), torch.random.initial_seed()
+    found = []
+    for _ in range(2):
+        with tiny_engine(folder) as engine:
+            found.append(engine.generate(tiny_requests(2), SAMPLED))
+        del engine
+        gc.collect()  # vLLM cleans up once more when an engine is garbage
+        assert dist.is_initialized() and dist.group.WORLD is world
+        for members in (world, group):
+            ones = torch.ones(3)
+            dist.all_reduce(ones, group=members)
+            assert ones.tolist() == [1, 1, 1]
+    assert found[0] == found[1]
+    assert (torch.get_num_threads(), torch.random.initial_seed()) == before
