@@ -294,7 +294,7 @@ def _assemble(
     from megatron_srpo.objective import Objective
     from megatron_srpo.trainer import Parts
 
-    control, topology = session.control, session.topology
+    control = session.control
     hf = hf_config_of(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=_optimizer_steps(config), trainable=True)
     exporter = Exporter(policy.shards, hf)
@@ -309,12 +309,11 @@ def _assemble(
     if start:
         engine.publish(exporter.items(), start)
     test = control.share(lambda: driver.prompts.get("test", []))
-    group = topology.tp_group if topology.tp_size > 1 else None
     parts = Parts(
         config=config,
         control=control,
         policy=policy,
-        objective=Objective(config, vocab_start=policy.vocab_start, group=group),
+        objective=Objective(config),
         engine=engine,
         export=exporter.items,
         requests=partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt),

@@ -162,6 +162,21 @@ class PackedBatch:
     teacher_entropy: torch.Tensor | None = None  # fp32
 
 
+@dataclass(frozen=True)
+class HeadInput:
+    """What the last pipeline stage leaves to the objective: hidden states and the head's weight, the logits not made.
+
+    `hidden` is whole on every tensor-parallel rank, also under sequence parallelism; its gradient may be the rank's own
+    part, which the graph behind it sums.
+    """
+
+    hidden: torch.Tensor  # [T, H], the model's dtype
+    weight: torch.Tensor  # [≥ width, H], this rank's rows of the head; the rows from `width` on are padding
+    width: int  # v
+    vocab_start: int  # global id of the first row
+    group: Any  # tensor-parallel group; None for one rank
+
+
 @dataclass
 class StepStats:
     """One optimiser step: what the log needs."""

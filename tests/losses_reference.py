@@ -32,8 +32,8 @@ def coarse(logp, ids, tail):
 
 def objective(logits, teacher, batch: PackedBatch, s: LossSettings, loss_tokens, weight_mean, sequences):
     """The sum over tokens of SRPO §3.3. logits, teacher [T, V] float64; sequences [T] sequence numbers."""
-    logp = (logits / s.temperature).log_softmax(-1)
-    logq = (teacher / s.temperature).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    logq = teacher.log_softmax(-1)
     total = logits.sum() * 0
     for t in range(logits.size(0)):
         if batch.loss_mask[t] == 0:

@@ -163,6 +163,9 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)  # prompts an optimiser step; 0 = the whole batch
     max_tokens_per_gpu: int = Field(18432, ge=1)  # budget of a packed row; the longest teacher row must fit
+    logits_memory_mib: int = Field(
+        2048, ge=1
+    )  # logits that exist at a time; rows that need more make them piecewise, twice
     max_skipped_steps: int = Field(10, ge=0)  # so many steps in a row without a finite gradient end the run; 0 = never
     skip_zero_advantage: bool = True  # do not forward samples whose gradient is exactly zero; the loss is the same
 

@@ -2,10 +2,14 @@
 
 from megatron_srpo.losses.combine import LossSettings, routed_loss
 from megatron_srpo.losses.grpo import k3, policy_loss, rollout_weights
+from megatron_srpo.losses.head import Head, LinearHead, LogitsHead
 from megatron_srpo.losses.sdpo import distill_ratio, dynamic_weights, topk_divergence
 from megatron_srpo.losses.vocab_parallel import full_divergence, gather_logprobs, topk
 
 __all__ = [
+    "Head",
+    "LinearHead",
+    "LogitsHead",
     "LossSettings",
     "distill_ratio",
     "dynamic_weights",

@@ -11,15 +11,15 @@ already held by its teacher.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_srpo.config import AlgorithmConfig
 from megatron_srpo.losses.grpo import k3, policy_loss, rollout_weights, sequence_mean
+from megatron_srpo.losses.head import Head
 from megatron_srpo.losses.sdpo import distill_ratio, dynamic_weights, topk_divergence
-from megatron_srpo.losses.vocab_parallel import full_divergence, gather_logprobs
+from megatron_srpo.losses.vocab_parallel import full_divergence
 from megatron_srpo.types import PackedBatch
 
 
@@ -40,10 +40,9 @@ class LossSettings:
     rollout_correction_cap: float = 2.0
     kl_loss_coef: float = 0.0
     entropy_coef: float = 0.0
-    temperature: float = 1.0
 
     @classmethod
-    def from_config(cls, algorithm: AlgorithmConfig, temperature: float) -> LossSettings:
+    def from_config(cls, algorithm: AlgorithmConfig) -> LossSettings:
         return cls(
             clip_low=algorithm.clip_ratio_low,
             clip_high=algorithm.clip_ratio_high,
@@ -57,7 +56,6 @@ class LossSettings:
             rollout_correction_cap=algorithm.rollout_correction_cap,
             kl_loss_coef=algorithm.kl_loss_coef,
             entropy_coef=algorithm.entropy_coef,
-            temperature=temperature,
         )
 
 
@@ -83,14 +81,14 @@ class _Row:
 
 
 def _distillation(
-    row: _Row, logits: Tensor, topk_logprobs: Tensor, settings: LossSettings, mean: float, group: Any
+    row: _Row, head: Head, topk_logprobs: Tensor, settings: LossSettings, mean: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """w_t · ρ̄_t · ℓ_SDPO per token [T] before the rollout correction, and its metrics."""
     batch = row.batch
     distilled = row.on & (batch.distill_weight > 0)
     weight = distilled.to(row.logp.dtype)
     if batch.teacher_logits is not None:
-        divergence = full_divergence(logits, batch.teacher_logits / settings.temperature, settings.alpha, group=group)
+        divergence = full_divergence(head.logits(), batch.teacher_logits, settings.alpha, group=head.group)
     else:
         divergence = topk_divergence(topk_logprobs, batch.teacher_logprobs, settings.alpha, tail=settings.tail)
     divergence = torch.where(distilled, divergence, torch.zeros_like(divergence))
@@ -123,21 +121,21 @@ def _policy_metrics(row: _Row, entropy: Tensor, loss: Tensor, clipped: Tensor, w
 
 
 def routed_loss(
-    logits: Tensor, batch: PackedBatch, settings: LossSettings, *,
-    loss_tokens: float, distill_weight_mean: float, vocab_start: int, group: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    head: Head, batch: PackedBatch, settings: LossSettings, *, loss_tokens: float, distill_weight_mean: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """This row's part of the objective (scalar), and metrics: [sum, count] pairs, scalars for names in "_max" (maxima)
     and "_total" (sums).
 
-    logits [T, v] of this rank's vocabulary shard; `batch` is the same on all tensor-parallel ranks. A row without any
-    counted token gives an exact 0 that is connected to the logits, so that every rank runs its backward.
+    `head` has the student's distributions, `batch` is the same on all tensor-parallel ranks; teacher logits have the
+    temperature applied. A row without any counted token gives an exact 0 that is connected to the model, so that every
+    rank runs its backward.
     """
-    if settings.temperature != 1.0:
-        logits = logits / settings.temperature
     ids = batch.targets[:, None]
     if batch.topk_ids is not None:
         ids = torch.cat([ids, batch.topk_ids], 1)
-    logprobs, entropy = gather_logprobs(logits, ids, vocab_start=vocab_start, group=group)
+    logprobs, entropy = head.gather_logprobs(ids)
+    if settings.entropy_coef == 0:
+        entropy = entropy.detach()  # a metric costs no gradient
     row = _Row(batch, logprobs[:, 0])
     weights = row.clean(
         rollout_weights(
@@ -162,7 +160,7 @@ def routed_loss(
         on_policy = on_policy - settings.entropy_coef * row.clean(entropy)
     total = batch.policy_weight * on_policy
     if batch.teacher_entropy is not None:
-        distilled, more = _distillation(row, logits, logprobs[:, 1:], settings, distill_weight_mean, group)
+        distilled, more = _distillation(row, head, logprobs[:, 1:], settings, distill_weight_mean)
         metrics.update(more)
         total = total + batch.distill_weight * weights * distilled
     loss = (row.mask * total).sum() / max(1.0, loss_tokens)

@@ -58,6 +58,36 @@ def _times(weight: Tensor, values: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.zeros_like(weight), weight * values)
 
 
+def add_statistics(logits: Tensor, top: Tensor, columns: Tensor, here: Tensor, sums: Tensor) -> None:
+    """Write Σ e^(x−top), Σ e^(x−top)·(x−top) and x − top at the columns that are here into `sums` [T, 2 + M]."""
+    for part in _chunks(logits):
+        shifted = logits[part].to(sums.dtype) - top[part, None]
+        weights = shifted.exp()
+        sums[part, 0] = weights.sum(1)
+        sums[part, 1] = _times(weights, shifted).sum(1)
+        if logits.size(1):
+            found = shifted.gather(1, columns[part])
+            sums[part, 2:] = torch.where(here[part], found, torch.zeros_like(found))
+
+
+def logits_gradient(
+    logits: Tensor, normaliser: Tensor, entropy: Tensor, columns: Tensor, here: Tensor,
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Gradient of the logits [t, v] in the working dtype, from those of log-probs [t, M] and entropy [t]."""
+    logp = logits.to(normaliser.dtype) - normaliser[:, None]
+    p = logp.exp()
+    if grad_entropy is None:
+        gradient = p * -grad_logprobs.sum(1, keepdim=True)
+    else:
+        gradient = -_times(p, logp + entropy[:, None]) * grad_entropy[:, None]
+        if grad_logprobs is not None:
+            gradient -= p * grad_logprobs.sum(1, keepdim=True)
+    if grad_logprobs is not None and logits.size(1):
+        gradient.scatter_add_(1, columns, grad_logprobs.to(gradient.dtype) * here)
+    return gradient
+
+
 class _GatherLogprobs(torch.autograd.Function):
     """Log-probs at ids, and the entropy: MAX, then one SUM of [T, 2 + M]; no collective in backward.
 
@@ -72,14 +102,7 @@ class _GatherLogprobs(torch.autograd.Function):
         top = _row_max(logits, group)
         columns, here = _local(ids, vocab_start, logits.size(1))
         sums = torch.zeros(logits.size(0), 2 + ids.size(1), dtype=work, device=logits.device)
-        for part in _chunks(logits):
-            shifted = logits[part].to(work) - top[part, None]
-            weights = shifted.exp()
-            sums[part, 0] = weights.sum(1)
-            sums[part, 1] = _times(weights, shifted).sum(1)
-            if logits.size(1):
-                found = shifted.gather(1, columns[part])
-                sums[part, 2:] = torch.where(here[part], found, torch.zeros_like(found))
+        add_statistics(logits, top, columns, here, sums)
         _all_reduce(sums, dist.ReduceOp.SUM, group)
         log_sum = sums[:, 0].log()
         entropy = log_sum - sums[:, 1] / sums[:, 0]
@@ -91,19 +114,13 @@ class _GatherLogprobs(torch.autograd.Function):
         logits, columns, here, normaliser, entropy = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
-        work = normaliser.dtype
         gradient = torch.empty_like(logits)
         for part in _chunks(logits):
-            logp = logits[part].to(work) - normaliser[part, None]
-            p = logp.exp()
-            piece = torch.zeros_like(p)
-            if grad_entropy is not None:
-                piece -= _times(p, logp + entropy[part, None]) * grad_entropy[part, None]
-            if grad_logprobs is not None:
-                piece -= p * grad_logprobs[part].sum(1, keepdim=True)
-                if logits.size(1):
-                    piece.scatter_add_(1, columns[part], grad_logprobs[part].to(work) * here[part])
-            gradient[part] = piece.to(logits.dtype)
+            gradient[part] = logits_gradient(
+                logits[part], normaliser[part], entropy[part], columns[part], here[part],
+                None if grad_logprobs is None else grad_logprobs[part],
+                None if grad_entropy is None else grad_entropy[part],
+            )  # fmt: skip
         return gradient, None, None, None
 
 
@@ -115,18 +132,18 @@ def gather_logprobs(logits: Tensor, ids: Tensor, *, vocab_start: int, group: Any
     return _GatherLogprobs.apply(logits, ids, vocab_start, group)
 
 
-@torch.no_grad()
-def topk(logits: Tensor, k: int, *, vocab_start: int, group: Any) -> Tensor:
-    """Global ids of the k largest logits, largest first and lower ids first among equals, the same on every rank.
-
-    logits [T, v] → [T, k] int64. One gather of the ranks' own candidates. Which of several equal logits make the cut is
-    torch.topk's choice.
-    """
+def local_candidates(logits: Tensor, k: int, vocab_start: int) -> Tensor:
+    """This rank's k best of its own columns as [T, k, 2]: logit and global id; −inf where it has fewer."""
     best = min(k, logits.size(1))
     values, columns = logits.topk(best, dim=1)
     candidates = torch.full((logits.size(0), k, 2), -math.inf, dtype=torch.float64, device=logits.device)
     candidates[:, :best, 0] = values.double()  # exact for every logit dtype, and for ids below 2^53
     candidates[:, :best, 1] = (columns + vocab_start).double()
+    return candidates
+
+
+def merge_candidates(candidates: Tensor, k: int, group: Any) -> Tensor:
+    """Global ids [T, k] of the k best candidates of all ranks: one gather."""
     if group is not None:
         parts = [torch.empty_like(candidates) for _ in range(group.size())]
         dist.all_gather(parts, candidates, group=group)
@@ -139,6 +156,16 @@ def topk(logits: Tensor, k: int, *, vocab_start: int, group: Any) -> Tensor:
     if not torch.isfinite(chosen).all():
         raise ValueError(f"top-k of {k} asked for, but the vocabulary has fewer entries: lower distillation_topk")
     return chosen.long()
+
+
+@torch.no_grad()
+def topk(logits: Tensor, k: int, *, vocab_start: int, group: Any) -> Tensor:
+    """Global ids of the k largest logits, largest first and lower ids first among equals, the same on every rank.
+
+    logits [T, v] → [T, k] int64. One gather of the ranks' own candidates. Which of several equal logits make the cut is
+    torch.topk's choice.
+    """
+    return merge_candidates(local_candidates(logits, k, vocab_start), k, group)
 
 
 def _divergence_terms(logp: Tensor, logq: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

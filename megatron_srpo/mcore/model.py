@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +30,22 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class DeferredHead(ColumnParallelLinear):
+    """Megatron's LM head without its product, which the objective makes: the logits need not exist as a whole."""
+
+    def forward(self, input_: torch.Tensor, *unused: Any, **also_unused: Any) -> tuple[torch.Tensor, None]:
+        """Hidden states [T, 1, H] (this rank's tokens under sequence parallelism), as they came."""
+        return input_, None
+
+
+def head_weight(module: torch.nn.Module) -> torch.nn.Parameter:
+    """The LM head's weight on the last pipeline stage: the embedding's own where they are tied on one stage."""
+    gpt = unwrap(module)
+    return (
+        gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+    )
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -133,6 +150,8 @@ def build_model(
         rotary_base=rope_theta(hf),
         parallel_output=True,
     )
+    if gpt.post_process:
+        gpt.output_layer.__class__ = DeferredHead
     gpt.to(topology.device)
     return Float16Module(config, gpt) if config.bf16 else gpt
 

@@ -16,18 +16,27 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.utils import get_model_config
 
 from megatron_srpo.mcore.groups import Topology
-from megatron_srpo.types import PackedBatch
+from megatron_srpo.mcore.model import head_weight
+from megatron_srpo.types import HeadInput, PackedBatch
 
-# logits [T, v] of this rank's vocabulary shard, row -> (scalar loss, metrics); or row scores by name
-LossFunction = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-ScoreFunction = Callable[[torch.Tensor, PackedBatch], Any]
+# the last stage's hidden states and head, row -> (scalar loss, metrics); or row scores by name
+LossFunction = Callable[[HeadInput, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+ScoreFunction = Callable[[HeadInput, PackedBatch], Any]
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
     finalize_model_grads(model, None, **kwargs)
+
+
+def _copy(hidden: torch.Tensor) -> torch.Tensor:
+    return copy_to_tensor_model_parallel_region(hidden)  # its backward sums over tensor-parallel ranks
 
 
 def packed_params(row: PackedBatch) -> PackedSeqParams:
@@ -49,7 +58,7 @@ class PipelineRunner:
         self.config.finalize_model_grads_func = _sum_gradients
         shard = -(-vocab_size // topology.tp_size)
         self.vocab_start = topology.tp_rank * shard
-        # Padding of the vocabulary is cut off here, so that no loss ever sees it.
+        # Padding of the vocabulary ends here: no loss ever sees it.
         self._real_width = max(0, min(shard, vocab_size - self.vocab_start))
 
     def _forward(self, rows: Any, model: torch.nn.Module, *, after: Callable[[torch.Tensor, PackedBatch], Any]) -> Any:
@@ -62,7 +71,13 @@ class PipelineRunner:
         return output, partial(self._on_last_stage, row=row, after=after)
 
     def _on_last_stage(self, output: torch.Tensor, *, row: PackedBatch, after: Any, non_loss_data: bool = False) -> Any:
-        return after(output[0][:, : self._real_width], row)
+        hidden, group = output[0], None
+        if self.topology.tp_size > 1:  # as Megatron's column-parallel head does before its product
+            group = self.topology.tp_group
+            gather = gather_from_sequence_parallel_region if self.config.sequence_parallel else _copy
+            hidden = gather(hidden)
+        weight = head_weight(self.model)
+        return after(HeadInput(hidden, weight, self._real_width, self.vocab_start, group), row)
 
     def _run(self, rows: list[PackedBatch], after: Any, **flags: Any) -> list[Any]:
         return get_forward_backward_func()(
@@ -78,9 +93,9 @@ class PipelineRunner:
     def train(self, rows: list[PackedBatch], loss: LossFunction) -> list[dict[str, torch.Tensor]]:
         """Accumulate the gradient of Σ loss(row); returns each row's metrics (last stage; else [])."""
 
-        def after(logits: torch.Tensor, row: PackedBatch) -> Any:
-            value, metrics = loss(logits, row)
-            return value, torch.zeros((), dtype=torch.int, device=logits.device), metrics
+        def after(given: HeadInput, row: PackedBatch) -> Any:
+            value, metrics = loss(given, row)
+            return value, torch.zeros((), dtype=torch.int, device=given.hidden.device), metrics
 
         return self._run(rows, after, forward_only=False)
 

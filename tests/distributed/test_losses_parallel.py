@@ -3,7 +3,15 @@
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.losses import LossSettings, full_divergence, gather_logprobs, routed_loss, topk
+from megatron_srpo.losses import (
+    LinearHead,
+    LogitsHead,
+    LossSettings,
+    full_divergence,
+    gather_logprobs,
+    routed_loss,
+    topk,
+)
 from tests.distributed_harness import run_distributed
 from tests.losses_reference import objective, random_row
 
@@ -31,7 +39,7 @@ def _objective_on_ranks():
             batch.teacher_logits = teacher[:, cut]
         mine = logits.detach()[:, cut].clone().requires_grad_()
         loss, _ = routed_loss(
-            mine, batch, settings, loss_tokens=9, distill_weight_mean=0.4, vocab_start=cut.start, group=group
+            LogitsHead(mine, cut.start, group), batch, settings, loss_tokens=9, distill_weight_mean=0.4
         )
         (gradient,) = torch.autograd.grad(loss, mine)
         torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-10)
@@ -42,6 +50,36 @@ def test_two_ranks_equal_the_reference_in_value_and_gradient():
     run_distributed(_objective_on_ranks, 2)
 
 
+def _linear_head_on_ranks():
+    """The head's product included, whole and in pieces: hidden and weight gradients of the serial reference."""
+    group, cut = dist.group.WORLD, _shard()
+    width, padding = cut.stop - cut.start, 3  # rank 1's weight has rows that are no vocabulary
+    g = torch.Generator().manual_seed(2)
+    hidden = torch.randn(14, 6, generator=g, dtype=torch.float64)
+    weight = torch.randn(VOCAB, 6, generator=g, dtype=torch.float64)
+    _, teacher, batch, sequences = random_row(5, VOCAB, k=10, old=True)
+    settings = LossSettings(entropy_coef=0.1, kl_loss_coef=0.2)
+    plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = objective(plain[0] @ plain[1].T / 0.7, teacher, batch, settings, 9, 0.4, sequences)
+    gradients = torch.autograd.grad(expected, plain)
+    for budget in (2**20, 5 * 8 * SPLIT):  # everything at once; five tokens of rank 0 at once
+        mine = hidden.clone().requires_grad_()
+        shard = torch.cat([weight[cut], torch.full((padding, 6), 1e6, dtype=torch.float64)]).requires_grad_()
+        head = LinearHead(mine, shard, width, cut.start, group, 0.7, budget)
+        loss, _ = routed_loss(head, batch, settings, loss_tokens=9, distill_weight_mean=0.4)
+        grad_hidden, grad_weight = torch.autograd.grad(loss, [mine, shard])
+        dist.all_reduce(grad_hidden)  # the caller's graph does it
+        torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(grad_hidden, gradients[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(grad_weight[:width], gradients[1][cut], rtol=0, atol=1e-10)
+        assert torch.equal(grad_weight[width:], torch.zeros_like(grad_weight[width:]))
+        assert torch.equal(head.topk(10), LogitsHead(mine.detach() @ shard[:width].T, cut.start, group).topk(10))
+
+
+def test_the_head_joined_with_the_loss_equals_the_reference_on_two_ranks():
+    run_distributed(_linear_head_on_ranks, 2)
+
+
 def _count_collectives():
     calls = []
 
@@ -49,7 +87,8 @@ def _count_collectives():
         original = getattr(dist, name)
 
         def call(*args, **kwargs):
-            calls.append(name)
+            sent = args[1] if name == "all_gather" else args[0]
+            calls.append((name, sent.numel() * sent.element_size()))
             return original(*args, **kwargs)
 
         return call
@@ -73,6 +112,11 @@ def _count_collectives():
     )
     measure("backward", lambda: (logp.sum() + entropy.sum()).backward())
     measure("topk", lambda: topk(mine.detach(), 3, vocab_start=cut.start, group=dist.group.WORLD))
+    hidden, weight = torch.randn(mine.size(0), 6, requires_grad=True), torch.randn(mine.size(1), 6, requires_grad=True)
+    for label, budget in (("linear", 2**20), ("linear in pieces", 1)):
+        head = LinearHead(hidden, weight, mine.size(1), cut.start, dist.group.WORLD, 1.0, budget)
+        logp, entropy = measure(label, lambda head=head: head.gather_logprobs(ids))
+        measure(f"{label} backward", lambda pair=(logp, entropy): (pair[0].sum() + pair[1].sum()).backward())
     value = measure("full", lambda: full_divergence(mine, teacher[:, cut], 0.5, group=dist.group.WORLD))
     measure("full backward", lambda: value.sum().backward())
     return found
@@ -80,8 +124,11 @@ def _count_collectives():
 
 def test_logprob_and_entropy_take_two_collectives_and_backward_none():
     for found in run_distributed(_count_collectives, 2):
-        assert found["forward"] == ["all_reduce"] * 2
-        assert found["backward"] == []
-        assert found["topk"] == ["all_gather"]
-        assert found["full"] == ["all_reduce"] * 3
+        tokens, ids, k = 14, 4, 3
+        assert found["forward"] == [("all_reduce", tokens * 8), ("all_reduce", tokens * (2 + ids) * 8)]  # float64
+        assert found["linear"] == [("all_reduce", tokens * 4), ("all_reduce", tokens * (2 + ids) * 4)]  # float32
+        assert found["linear in pieces"] == found["linear"]
+        assert found["backward"] == found["linear backward"] == found["linear in pieces backward"] == []
+        assert found["topk"] == [("all_gather", tokens * k * 2 * 8)]
+        assert [name for name, _ in found["full"]] == ["all_reduce"] * 3
         assert found["full backward"] == []

@@ -47,15 +47,11 @@ def _policy(model: Path, tp: int, pp: int, sp: bool):
     return Policy(config, read_config(model), topology, path, load, total_steps=10)
 
 
-def _targets(policy):
-    from megatron_srpo.losses import gather_logprobs
+def logprobs(given, row):
+    """Log-probs of a row's targets [T]."""
+    from megatron_srpo.losses import LinearHead
 
-    group = policy.topology.tp_group if policy.topology.tp_size > 1 else None
-
-    def logprobs(logits, row):
-        return gather_logprobs(logits, row.targets[:, None], vocab_start=policy.vocab_start, group=group)[0][:, 0]
-
-    return logprobs
+    return LinearHead(**vars(given)).gather_logprobs(row.targets[:, None])[0][:, 0]
 
 
 def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) -> dict:
@@ -64,10 +60,9 @@ def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) ->
 
     policy = _policy(model, tp, pp, sp)
     rows = _rows(policy.topology.dp_rank, policy.topology.dp_size)
-    logprobs = _targets(policy)
 
-    def loss(logits, row):
-        value = -logprobs(logits, row).sum() / 96
+    def loss(given, row):
+        value = -logprobs(given, row).sum() / 96
         return value, {"loss": torch.stack([value.detach() * 96, torch.tensor(24.0)])}
 
     before = policy.score(rows, logprobs)
@@ -82,8 +77,8 @@ def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) ->
         raise RuntimeError("in the teacher pass")
     assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
 
-    def bad_on_one_rank(logits, row):
-        value, metrics = loss(logits, row)
+    def bad_on_one_rank(given, row):
+        value, metrics = loss(given, row)
         return (value * float("nan") if policy.topology.dp_rank == 0 else value), metrics
 
     assert policy.train_step(rows, bad_on_one_rank).skipped

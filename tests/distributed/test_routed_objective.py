@@ -139,9 +139,7 @@ def run_variants(variants, layout, student, teacher, samples_of):
         )
         load_hf_weights(policy.shards, student)  # the shadows keep the teacher's weights
         policy.optimizer.reload_main_from_model()
-        objective = Objective(
-            config, vocab_start=policy.vocab_start, group=topology.tp_group if topology.tp_size > 1 else None
-        )
+        objective = Objective(config)
         trainer = Trainer(SimpleNamespace(config=config, policy=policy, objective=objective))
         samples = samples_of[variant]
         plan = plan_batch(

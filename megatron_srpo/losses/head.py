@@ -1,0 +1,79 @@
+"""A row's next-token distributions as the objective sees them, whether its logits exist or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.losses.linear import iterate_logits, linear_gather_logprobs, product
+from megatron_srpo.losses.vocab_parallel import gather_logprobs, local_candidates, merge_candidates
+
+
+class Head(Protocol):
+    """Distributions of T positions over a vocabulary that is split over `group`; the temperature is applied."""
+
+    group: Any
+
+    def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs at global ids [T, M] and entropies [T], fp32, over the whole vocabulary; differentiable."""
+
+    def topk(self, k: int) -> Tensor:
+        """Global ids of the k most probable tokens [T, k], the same on every rank; no gradient."""
+
+    def logits(self) -> Tensor:
+        """This rank's logits [T, v]; differentiable."""
+
+
+@dataclass(frozen=True)
+class LogitsHead:
+    """Logits [T, v] that exist already, temperature applied."""
+
+    values: Tensor
+    vocab_start: int = 0
+    group: Any = None
+
+    def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_logprobs(self.values, ids, vocab_start=self.vocab_start, group=self.group)
+
+    def topk(self, k: int) -> Tensor:
+        return merge_candidates(local_candidates(self.values.detach(), k, self.vocab_start), k, self.group)
+
+    def logits(self) -> Tensor:
+        return self.values
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Hidden states [T, H] and the head's weight, of which `width` rows are this rank's real vocabulary."""
+
+    hidden: Tensor
+    weight: Tensor
+    width: int
+    vocab_start: int = 0
+    group: Any = None
+    temperature: float = 1.0
+    budget_bytes: int = 2**30  # of logits that exist at a time
+
+    def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_gather_logprobs(
+            self.hidden, self.weight, ids, width=self.width, vocab_start=self.vocab_start, group=self.group,
+            temperature=self.temperature, budget_bytes=self.budget_bytes,
+        )  # fmt: skip
+
+    def topk(self, k: int) -> Tensor:
+        found = [
+            local_candidates(logits, k, self.vocab_start)
+            for logits in iterate_logits(
+                self.hidden, self.weight, width=self.width, temperature=1.0, budget_bytes=self.budget_bytes
+            )
+        ]  # the temperature changes no order
+        return merge_candidates(torch.cat(found), k, self.group)
+
+    def logits(self) -> Tensor:
+        if not torch.is_grad_enabled():
+            return product(self.hidden, self.weight[: self.width], self.temperature)
+        logits = self.hidden @ self.weight[: self.width].T
+        return logits if self.temperature == 1.0 else logits / self.temperature

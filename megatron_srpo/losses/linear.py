@@ -1,0 +1,146 @@
+"""The LM head's product joined with the softmax quantities: log-probs and entropy straight from hidden states.
+
+The logits of a row exist once, in the model's dtype, where they fit the memory budget: the backward pass turns them
+into their own gradient in place (it can run once), and the head costs its three products. Where they do not fit, they
+are made piece by piece and made again in the backward pass: four products, and never more than the budget.
+
+Legend: T tokens, H hidden size, v this rank's vocabulary, M ids a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_srpo.losses.vocab_parallel import (
+    _all_reduce,
+    _chunks,
+    _local,
+    _row_max,
+    _work_dtype,
+    add_statistics,
+    logits_gradient,
+)
+
+
+def pieces(tokens: int, width: int, itemsize: int, budget_bytes: int) -> list[slice]:
+    """Slices of tokens whose logits fit the budget; one slice where all do."""
+    size = max(1, budget_bytes // max(1, width * itemsize))
+    return [slice(start, min(tokens, start + size)) for start in range(0, tokens, size)]
+
+
+def product(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Logits ÷ temperature [T, v] in the dtype of the hidden states."""
+    logits = hidden @ weight.T
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _LinearGatherLogprobs(torch.autograd.Function):
+    """`gather_logprobs(hidden @ weight.T / temperature)`: the same two collectives forward, none backward.
+
+    The local sums use the rank's own maximum m and are moved to the common one m* when all pieces are done:
+        Σ e^(x−m*) = e^d · S₀        Σ e^(x−m*)·(x−m*) = e^d · (S₁ + d·S₀)        d = m − m*
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, width: int, vocab_start: int, group: Any,
+        temperature: float, budget_bytes: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        work, head = _work_dtype(hidden), weight[:width]
+        parts = pieces(hidden.size(0), width, hidden.element_size(), budget_bytes)
+        columns, here = _local(ids, vocab_start, width)
+        mine = torch.empty(hidden.size(0), dtype=work, device=hidden.device)
+        sums = torch.zeros(hidden.size(0), 2 + ids.size(1), dtype=work, device=hidden.device)
+        logits = None
+        for part in parts:
+            logits = product(hidden[part], head, temperature)
+            mine[part] = _row_max(logits, None)
+            add_statistics(logits, mine[part], columns[part], here[part], sums[part])
+        top = mine.clone()
+        _all_reduce(top, dist.ReduceOp.MAX, group)
+        distance = torch.where(sums[:, 0] > 0, mine - top, torch.zeros_like(top))  # no mass here: nothing to move
+        sums[:, 1] = distance.exp() * (sums[:, 1] + distance * sums[:, 0])
+        sums[:, 0] *= distance.exp()
+        sums[:, 2:] += torch.where(here, (mine - top)[:, None], torch.zeros_like(sums[:, 2:]))
+        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        log_sum = sums[:, 0].log()
+        entropy = log_sum - sums[:, 1] / sums[:, 0]
+        kept = logits if len(parts) == 1 and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) else None
+        ctx.save_for_backward(hidden, weight, columns, here, top + log_sum, entropy, kept)
+        ctx.width, ctx.temperature, ctx.parts = width, temperature, parts
+        return sums[:, 2:] - log_sum[:, None], entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, columns, here, normaliser, entropy, kept = ctx.saved_tensors
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 8
+        head = weight[: ctx.width]
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = _WeightGradient(weight, ctx.width) if ctx.needs_input_grad[1] else None
+        for part in ctx.parts:
+            logits = product(hidden[part], head, ctx.temperature) if kept is None else kept
+            for rows in _chunks(logits):  # in place: the logits are not needed any more
+                at = slice(part.start + rows.start, part.start + min(rows.stop, logits.size(0)))
+                logits[rows] = logits_gradient(
+                    logits[rows], normaliser[at], entropy[at], columns[at], here[at],
+                    None if grad_logprobs is None else grad_logprobs[at],
+                    None if grad_entropy is None else grad_entropy[at],
+                )  # fmt: skip
+            if ctx.temperature != 1.0:
+                logits /= ctx.temperature
+            if grad_hidden is not None:
+                torch.mm(logits, head, out=grad_hidden[part])
+            if total is not None:
+                total.add(logits, hidden[part])
+        return grad_hidden, None if total is None else total.result(), None, None, None, None, None, None
+
+
+class _WeightGradient:
+    """Σ dᵀ·h over the pieces in fp32: into `main_grad`, where Megatron's DDP keeps one, else into a tensor of its own.
+
+    With `main_grad` autograd gets nothing, so DDP's hook adds only what other uses of a tied weight give.
+    """
+
+    def __init__(self, weight: Tensor, width: int) -> None:
+        self._weight = weight
+        self._main = getattr(weight, "main_grad", None)
+        held = torch.zeros_like(weight, dtype=_work_dtype(weight)) if self._main is None else self._main
+        self._sum, self._rows = held, held[:width]
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        if self._sum.dtype == gradient.dtype:
+            self._rows.addmm_(gradient.T, hidden)
+        else:
+            self._rows += gradient.T @ hidden
+
+    def result(self) -> Tensor | None:
+        return None if self._main is not None else self._sum.to(self._weight.dtype)
+
+
+def linear_gather_logprobs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, *, width: int, vocab_start: int, group: Any,
+    temperature: float = 1.0, budget_bytes: int = 2**30,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probs at global ids [T, M] and the entropy [T] of softmax(hidden · weightᵀ ÷ temperature), fp32, nats.
+
+    hidden [T, H]; weight [≥ width, H], of which the first `width` rows are this rank's real vocabulary. The gradient of
+    `hidden` is this rank's part: the caller's graph sums it over tensor-parallel ranks. `budget_bytes` bounds the
+    logits that exist at a time, in the dtype of `hidden`.
+    """
+    return _LinearGatherLogprobs.apply(hidden, weight, ids, width, vocab_start, group, temperature, budget_bytes)
+
+
+def iterate_logits(
+    hidden: Tensor, weight: Tensor, *, width: int, temperature: float, budget_bytes: int
+) -> Iterator[Tensor]:
+    """The logits of consecutive tokens, a piece at a time; without gradient."""
+    with torch.no_grad():
+        for part in pieces(hidden.size(0), width, hidden.element_size(), budget_bytes):
+            yield product(hidden[part], weight[:width], temperature)

@@ -1,0 +1,101 @@
+"""The LM head joined with its softmax quantities against the plain product: value, gradient, memory, accumulation."""
+
+import pytest
+import torch
+
+from megatron_srpo.losses import LinearHead, LogitsHead, vocab_parallel
+
+T, H, V, M = 17, 12, 29, 5
+
+
+def case(dtype=torch.float64, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(T, H, generator=g) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=g).to(dtype).requires_grad_()
+    ids = torch.randint(0, V, (T, M), generator=g)
+    mix = torch.randn(T, M + 1, generator=g, dtype=torch.float64)
+    return hidden, weight, ids, mix
+
+
+def scalar(head, ids, mix):
+    logprobs, entropy = head.gather_logprobs(ids)
+    return (torch.cat([logprobs, entropy[:, None]], 1) * mix.to(logprobs.dtype)).sum()
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 4, T, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_value_and_gradients_equal_the_plain_product(tokens_at_once, temperature, monkeypatch):
+    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", 3 * V * 4)  # temporaries of three tokens
+    hidden, weight, ids, mix = case()
+    plain = scalar(LogitsHead(hidden @ weight.T / temperature), ids, mix)
+    expected = torch.autograd.grad(plain, [hidden, weight])
+    head = LinearHead(hidden, weight, V, temperature=temperature, budget_bytes=tokens_at_once * V * 8)
+    value = scalar(head, ids, mix)
+    found = torch.autograd.grad(value, [hidden, weight])
+    torch.testing.assert_close(value, plain, rtol=0, atol=1e-11)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+    torch.testing.assert_close(head.logits(), hidden @ weight.T / temperature)
+    assert torch.equal(head.topk(7), LogitsHead(hidden @ weight.T).topk(7))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 300.0])  # uniform, ordinary, one-hot
+def test_gradcheck(scale):
+    hidden, weight, ids, _ = case(scale=scale)
+    hidden, weight, ids = hidden[:3].detach().requires_grad_(), weight.detach().requires_grad_(), ids[:3]
+
+    def in_pieces(hidden, weight):  # gradcheck runs the backward again and again, which the in-place form refuses
+        return LinearHead(hidden, weight, V, budget_bytes=1).gather_logprobs(ids)
+
+    assert torch.autograd.gradcheck(in_pieces, [hidden, weight], atol=1e-6)
+
+
+def test_a_second_backward_over_logits_that_became_their_gradient_is_refused():
+    hidden, weight, ids, mix = case()
+    value = scalar(LinearHead(hidden, weight, V), ids, mix)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("tokens_at_once", [3, T])
+def test_the_weights_gradient_accumulates_in_fp32_where_megatron_keeps_it(tokens_at_once):
+    hidden, weight, ids, mix = case(torch.bfloat16)
+    plain = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(scalar(LogitsHead(plain[0] @ plain[1].T), ids, mix), plain)
+    weight.main_grad = torch.ones(V, H)  # fp32, with something in it already
+    for _ in range(2):
+        scalar(LinearHead(hidden, weight, V, budget_bytes=tokens_at_once * V * 2), ids, mix).backward()
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad.double() - 1, 2 * expected[1], rtol=0.03, atol=0.15)
+    torch.testing.assert_close(hidden.grad.double(), 2 * expected[0], rtol=0.03, atol=0.3)
+
+
+def test_without_use_of_the_entropy_no_gradient_flows_into_it():
+    hidden, weight, ids, _ = case()
+    logprobs, entropy = LinearHead(hidden, weight, V).gather_logprobs(ids)
+    assert entropy.requires_grad and (logprobs.sum() + entropy.detach().sum()).requires_grad
+    found = torch.autograd.grad(logprobs.sum(), hidden)[0]
+    plain = torch.autograd.grad((hidden @ weight.T).log_softmax(-1).gather(1, ids).sum(), hidden)[0]
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize(("budget", "copies"), [(2**30, 1), (64 * 2000 * 2, 0)])
+def test_nothing_as_large_as_the_logits_is_saved_beyond_the_logits_themselves(budget, copies):
+    tokens, width, size = 256, 2000, 16
+    hidden = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(width, size, dtype=torch.bfloat16, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
+        LinearHead(hidden, weight, width, budget_bytes=budget).gather_logprobs(torch.zeros(tokens, 3, dtype=torch.long))
+    given = (tokens + width) * size * 2
+    assert sum(saved) - given - copies * tokens * width * 2 <= tokens * (3 * 9 + 8)
+
+
+def test_scoring_keeps_no_logits():
+    hidden, weight, ids, _ = case()
+    with torch.no_grad():
+        logprobs, entropy = LinearHead(hidden, weight, V).gather_logprobs(ids)
+    assert logprobs.grad_fn is None and entropy.grad_fn is None
