@@ -18,8 +18,6 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 # One thread a rank: the ranks are the parallelism, and more threads than cores slow all of them down.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-LAUNCHER = "torch/distributed/elastic"  # marks the lines that torchrun itself writes
-LAUNCHER_ENDS = (") of binary:", "SignalException")  # … and the first of its last words: a traceback of its own follows
 
 
 class TrainingFailed(RuntimeError):
@@ -38,7 +36,7 @@ def free_port() -> int:
 
 
 def train_command(config: Path, processes: int, overrides: Mapping[str, object] | Sequence[str] = ()) -> list[str]:
-    """`torchrun … -m megatron_srpo train CONFIG [--section.key VALUE …]`.
+    """torchrun, by the wrapper that adds no report of its own: `-m megatron_srpo train CONFIG [--section.key VALUE …]`.
 
     `overrides` maps dotted keys to values; a sequence is passed on as it is. Module names instead of console scripts,
     because a script's first line cannot name an interpreter in a folder with a space.
@@ -46,7 +44,7 @@ def train_command(config: Path, processes: int, overrides: Mapping[str, object] 
     given = overrides
     if isinstance(overrides, Mapping):
         given = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    launcher = [sys.executable, "-m", "megatron_srpo.torchrun", f"--nproc-per-node={processes}"]
     rendezvous = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     return [*launcher, *rendezvous, "-m", "megatron_srpo", "train", str(config), *given]
 
@@ -98,17 +96,13 @@ class Training:
 
 
 def _echo(stream: IO[bytes], log: Path) -> None:
-    """Copies the trainer's stderr to ours and to `log`; what torchrun says of itself goes to the log alone."""
-    echo = True
+    """Copies the trainer's stderr to ours and to `log`."""
     with log.open("ab") as file:
         for line in stream:
             file.write(line)
             file.flush()
-            text = line.decode(errors="replace")
-            echo = echo and not any(mark in text for mark in LAUNCHER_ENDS)
-            if echo and LAUNCHER not in text:
-                sys.stderr.write(text)
-                sys.stderr.flush()
+            sys.stderr.write(line.decode(errors="replace"))
+            sys.stderr.flush()
 
 
 @contextlib.contextmanager

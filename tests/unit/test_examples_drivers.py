@@ -98,17 +98,15 @@ def test_inputs_follow_the_warm_start_they_were_made_from(tmp_path):
 
 def test_the_command_is_torchrun_on_loopback_with_dotted_overrides():
     command = train_command(Path("c.toml"), 2, {"run.seed": 3, "algorithm.name": "grpo"})
-    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    assert command[:4] == [sys.executable, "-m", "megatron_srpo.torchrun", "--nproc-per-node=2"]
     assert "--master-addr=127.0.0.1" in command
     assert command[-8:] == ["-m", "megatron_srpo", "train", "c.toml", "--run.seed", "3", "--algorithm.name", "grpo"]
 
 
-def test_a_failed_trainer_is_reported_with_its_log_and_without_torchruns_own_words(tmp_path, capfd):
+def test_a_failed_trainer_is_reported_with_its_log(tmp_path, capfd):
     text = """if True:
         import sys
         print("model.path: no such folder", file=sys.stderr)
-        print("E1 torch/distributed/elastic/api.py:9] failed (exitcode: 1 pid: 7) of binary: python", file=sys.stderr)
-        print("Traceback (most recent call last):", file=sys.stderr)
         sys.exit(3)
     """
     log = tmp_path / "run/stderr.log"
@@ -116,7 +114,7 @@ def test_a_failed_trainer_is_reported_with_its_log_and_without_torchruns_own_wor
         run_training(script(text), log)
     shown = capfd.readouterr().err
     assert shown == "model.path: no such folder\n"
-    assert "Traceback" in log.read_text()
+    assert log.read_text() == shown
 
 
 def test_trainers_run_with_one_thread_a_rank_unless_told_otherwise(tmp_path, monkeypatch):
