@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -31,7 +32,9 @@ def preserved_generators(device: str) -> Iterator[None]:
 @contextmanager
 def preserved_settings() -> Iterator[None]:
     """Inside, an engine may start. vLLM's CPU worker turns torch.set_num_threads into a no-op and its workers set the
-    matmul precision; signal handlers, default dtype and gradient mode are kept for safety."""
+    matmul precision; LD_PRELOAD is set for workers that it does not start here, and would reach our child processes
+    (it cannot name a path with a space); signal handlers, default dtype and gradient mode are kept for safety."""
+    preload = os.environ.get("LD_PRELOAD")
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     gradients = torch.is_grad_enabled()
@@ -41,6 +44,10 @@ def preserved_settings() -> Iterator[None]:
     try:
         yield
     finally:
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)

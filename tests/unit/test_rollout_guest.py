@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import signal
 
@@ -44,11 +45,12 @@ def test_random_generators_continue_where_they_were(fails):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_torch_settings_and_signal_handlers_are_put_back(fails):
+def test_torch_settings_signal_handlers_and_preload_are_put_back(fails, monkeypatch):
     def settings():
         return (
             torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
             torch.get_float32_matmul_precision(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
+            os.environ.get("LD_PRELOAD"),
         )  # fmt: skip
 
     before = settings()
@@ -59,6 +61,7 @@ def test_torch_settings_and_signal_handlers_are_put_back(fails):
             torch.set_default_dtype(torch.bfloat16)
             torch.set_float32_matmul_precision("medium")
             torch.set_grad_enabled(False)
+            monkeypatch.setenv("LD_PRELOAD", "engine.so")
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
             assert all(now != then for now, then in zip(settings(), before, strict=True))
