@@ -10,6 +10,7 @@ already held by its teacher.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,7 @@ def _policy_metrics(row: _Row, entropy: Tensor, loss: Tensor, clipped: Tensor, w
         "actor/pg_clipfrac": _sum(clipped.to(row.mask.dtype), policy),
         "actor/ppo_kl": _sum(row.behaviour - row.logp, row.mask),
         "rollout_corr/logprob_diff_mean": _sum(gap.abs(), row.mask),
-        "rollout_corr/logprob_diff_max": (gap.abs() * row.mask).max(),
+        "rollout_corr/logprob_diff_max": gap.abs().masked_fill(~row.on, -math.inf).max(),  # an empty row has none
         "rollout_corr/kl": _sum(-gap, row.mask),
         "rollout_corr/weight": _sum(weights, row.mask),
     }
