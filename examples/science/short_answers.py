@@ -1,9 +1,9 @@
-"""Prepared multiple-choice rows with two answered examples before each question, for a model too small for instructions.
+"""Prepared multiple-choice rows with two answered examples before each question, for a model too small to be told.
 
     python -m examples.science.short_answers runs/data/chemistry runs/data/chemistry_short
 
 SmolLM2-135M does not follow "put the letter between <answer> and </answer>" when it is told to, but does after it has
-seen two such answers. Each `prompt` becomes a conversation; the request to reason, and the system message, are left out.
+seen two such answers. Each `prompt` becomes a conversation; the request to reason and the system message are left out.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The science example: the paper's numbers in its configurations, and the real questions where they are at hand."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 
+from examples.science.short_answers import REQUEST, main
 from megatron_srpo.config import DataConfig, check, load_config
 from megatron_srpo.data import load_rows
 from megatron_srpo.rewards import resolve
@@ -59,3 +61,18 @@ def test_real_questions_load_and_only_the_right_letter_is_rewarded(split, count)
         rewards = {letter: mcq(f"<reasoning>x</reasoning>\n<answer>\n{letter}\n</answer>", row.answer, {}).score
                    for letter in "ABCD"}  # fmt: skip
         assert rewards == {letter: float(letter == row.answer) for letter in "ABCD"}
+
+
+def test_a_question_becomes_a_conversation_with_two_shown_answers(tmp_path):
+    row = {"prompt": f"What?\n\nA: x\nB: y\n{REQUEST}", "system": "reason", "answer": "B", "kind": "mcq", "idx": 3}
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 0
+    (example,), _ = load_rows(str(tmp_path / "out/train.jsonl"), DataConfig(train="unused"))
+    assert [m["role"] for m in example.messages] == ["user", "assistant"] * 2 + ["user"]
+    assert example.messages[-1]["content"] == "What?\n\nA: x\nB: y" and example.answer == "B"
+
+
+def test_without_prepared_rows_the_cure_is_named(tmp_path, capsys):
+    assert main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 1
+    assert "run tools/prepare_data.py first" in capsys.readouterr().err
