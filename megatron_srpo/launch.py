@@ -177,7 +177,8 @@ def _build_engine(config: Config, session: Session, model_dir: str) -> Any:
     )
 
 
-def _requests(prompts: list, iteration: int, *, seed: int, samples: int) -> list:
+def _requests(prompts: list, iteration: int, refill: int, *, seed: int, samples: int) -> list:
+    """All samples of all prompts; a prompt that comes again in a refill gets new seeds."""
     from megatron_srpo.rollout import GenerateRequest, request_seed
 
     return [
@@ -185,7 +186,7 @@ def _requests(prompts: list, iteration: int, *, seed: int, samples: int) -> list
             prompt=index,
             sample=sample,
             token_ids=prompt.token_ids,
-            seed=request_seed(seed, iteration, prompt.uid, sample),
+            seed=request_seed(seed, iteration, prompt.uid, refill * samples + sample),
         )
         for index, prompt in enumerate(prompts)
         for sample in range(samples)
@@ -206,7 +207,7 @@ class Evaluator:
 
         config = self._config
         # Iteration −1: the same seeds at every evaluation, so that curves differ by the weights alone.
-        requests = _requests(self._prompts, -1, seed=config.run.seed, samples=config.eval.n_samples)
+        requests = _requests(self._prompts, -1, 0, seed=config.run.seed, samples=config.eval.n_samples)
         sampling = SamplingSettings(
             temperature=config.eval.temperature, top_p=config.eval.top_p, max_tokens=config.rollout.max_response_length
         )

@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from megatron_srpo.config import AlgorithmConfig, UserError
@@ -100,6 +100,67 @@ def route(
     for index, members in groups.items():
         router.route(prompts[index], members)
     return router.report.samples, router.report
+
+
+class RewardedGroups:
+    """Groups of one iteration: all of one batch, or with `choose` up to `wanted` groups of any number of batches that
+    have a contrast (dynamic sampling, DAPO arXiv 2503.14476 §3.2): right and wrong answers, or feedback that may teach.
+    Where too few have one, the iteration is smaller; where none has, it is the last batch as it came.
+    """
+
+    def __init__(self, wanted: int, algorithm: AlgorithmConfig, *, choose: bool) -> None:
+        self._wanted, self._algorithm, self._choose = wanted, algorithm, choose
+        self._kept: list[_Group] = []
+        self._rest: list[_Group] = []  # the last batch, while nothing has a contrast
+        self._counts: Counter[str] = Counter()
+
+    def add(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> None:
+        """One generated batch; `rewards[i]` belongs to `rollouts[i]`."""
+        groups = [_Group(prompt, []) for prompt in prompts]
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            groups[rollout.prompt].members.append((rollout, reward))
+        self._counts["generated"] += len(groups)
+        chosen = [group for group in groups if not self._choose or self._contrasts(group)]
+        self._kept += chosen[: self._wanted - len(self._kept)]
+        self._counts["dropped"] += len(groups) - len(chosen)
+        self._rest = groups
+
+    def _contrasts(self, group: _Group) -> bool:
+        correct = [reward.score >= self._algorithm.success_reward_threshold for _, reward in group.members]
+        if any(correct):
+            return not all(correct)
+        return self._algorithm.use_feedback and any(reward.feedback for _, reward in group.members)
+
+    @property
+    def full(self) -> bool:
+        return len(self._kept) >= self._wanted
+
+    @property
+    def _groups(self) -> list[_Group]:
+        return self._kept or self._rest
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [group.prompt for group in self._groups]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """All rollouts, `prompt` being the index in `prompts`."""
+        return [replace(rollout, prompt=i) for i, group in enumerate(self._groups) for rollout, _ in group.members]
+
+    @property
+    def rewards(self) -> list[Reward]:
+        return [reward for group in self._groups for _, reward in group.members]
+
+    def metrics(self) -> dict[str, float]:
+        """Groups generated and groups without a contrast that were dropped, where groups are chosen."""
+        return {f"rollout/{name}_groups": count for name, count in self._counts.items()} if self._choose else {}
+
+
+@dataclass
+class _Group:
+    prompt: Prompt
+    members: list[tuple[Rollout, Reward]]
 
 
 def group_advantages(scores: Sequence[float], *, divide_by_std: bool = False) -> list[float]:

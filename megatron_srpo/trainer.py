@@ -23,7 +23,7 @@ import torch
 
 from megatron_srpo.config import Config, UserError
 from megatron_srpo.packing import pack_student, pack_teacher, plan_batch, response_spans
-from megatron_srpo.routing import route
+from megatron_srpo.routing import RewardedGroups, route
 from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, Reward, Rollout, RoutedSample, Row, TokenScores
 
 
@@ -37,7 +37,7 @@ class Parts:
     objective: Any  # objective.Objective
     engine: Any  # rollout.engine.RolloutEngine
     export: Callable[[], Iterator[tuple[str, torch.Tensor]]]  # the policy in Hugging Face names, on every rank
-    requests: Callable[[list[Prompt], int], list]  # prompts, iteration -> generate requests
+    requests: Callable[[list[Prompt], int, int], list]  # prompts, iteration, refill number -> generate requests
     sampling: Any  # rollout.engine.SamplingSettings
     evaluate: Callable[[], dict[str, float] | None]  # held-out metrics; every rank calls it
     checkpoints: Any  # checkpoints.Checkpoints
@@ -121,18 +121,15 @@ class Trainer:
         return metrics
 
     def _collect(self) -> tuple[list[RoutedSample], BatchPlan, dict[str, float]]:
-        """Prompts → rollouts → rewards → routed samples → plan; the same on every rank."""
+        """Rewarded groups → routed samples → plan; the same on every rank."""
         parts, config = self.parts, self.config
-        prompts: list[Prompt] = parts.control.share(lambda: parts.loader.next_batch())
-        with self._timed("gen"):
-            rollouts = parts.engine.generate(parts.requests(prompts, self.iteration), parts.sampling)
+        groups = self._rewarded_groups()
 
         def route_and_plan() -> tuple[list[RoutedSample], BatchPlan, dict[str, float]]:
-            with self._timed("reward"):
-                rewards = parts.score_rewards(prompts, rollouts)
             with self._timed("route"):
                 samples, report = route(
-                    prompts, rollouts, rewards, config.algorithm, seed=config.run.seed, iteration=self.iteration,
+                    groups.prompts, groups.rollouts, groups.rewards, config.algorithm,
+                    seed=config.run.seed, iteration=self.iteration,
                     teacher_prompt=parts.teacher_prompt, feedback_with_solution=config.teacher.feedback_with_solution,
                 )  # fmt: skip
                 plan = plan_batch(
@@ -146,15 +143,34 @@ class Trainer:
                     f"iteration {self.iteration + 1}: the rollout engine's log-probs are not finite: "
                     f"{shortened(report.nonfinite)}. Left out of the loss"
                 )
-            metrics = report.metrics()
+            metrics = report.metrics() | groups.metrics()
             metrics["perf/packing_efficiency"] = plan.efficiency
             metrics["perf/imbalance"] = plan.imbalance
             metrics["perf/total_tokens"] = sum(sample.student_length for sample in samples)
-            metrics["rollout/weight_version"] = max(rollout.weight_version for rollout in rollouts)
+            metrics["rollout/weight_version"] = max(rollout.weight_version for rollout in groups.rollouts)
             metrics["data/epoch"] = parts.loader.epoch
             return samples, plan, metrics
 
         return parts.control.share(route_and_plan)
+
+    def _rewarded_groups(self) -> RewardedGroups:
+        """One batch of prompts with its rollouts and rewards (filled on the driver). With rollout.max_refills, groups
+        without a contrast make room for those of further batches."""
+        parts, limit = self.parts, self.config.rollout.max_refills
+        groups = RewardedGroups(self.config.rollout.rollout_batch_size, self.config.algorithm, choose=limit > 0)
+        for attempt in range(limit + 1):
+            prompts: list[Prompt] = parts.control.share(lambda: parts.loader.next_batch())
+            with self._timed("gen"):
+                rollouts = parts.engine.generate(parts.requests(prompts, self.iteration, attempt), parts.sampling)
+
+            def score_and_add(prompts: list[Prompt] = prompts, rollouts: list[Rollout] = rollouts) -> bool:
+                with self._timed("reward"):
+                    groups.add(prompts, rollouts, parts.score_rewards(prompts, rollouts))
+                return groups.full
+
+            if parts.control.share(score_and_add):
+                break
+        return groups
 
     def _rows(self, name: str, rows_by_rank: list[list[Row]], samples: list[RoutedSample]) -> list[Row]:
         """This rank's rows of a pass; what all ranks forward in it is counted for the log."""

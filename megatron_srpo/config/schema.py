@@ -79,6 +79,7 @@ class RolloutConfig(Section):
     cpu_kv_cache_gib: float = Field(1.0, gt=0)  # of an engine on a CPU
     max_num_seqs: int = Field(256, ge=1)  # responses that an engine works on at once
     enforce_eager: bool = False  # no CUDA graphs, no compilation
+    max_refills: int = Field(0, ge=0)  # batches drawn in place of groups all right or all wrong; 0 = train on those too
     mismatch_warning: float = Field(0.05, ge=0)  # mean |Δ log-prob| trainer vs engine that warns
 
 

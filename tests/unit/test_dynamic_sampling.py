@@ -1,0 +1,89 @@
+"""Groups that are all right or all wrong make room for others, up to a limit."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_srpo.config import AlgorithmConfig, Config
+from megatron_srpo.routing import RewardedGroups
+from megatron_srpo.trainer import Trainer
+from megatron_srpo.types import Prompt, Reward, Rollout
+
+MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
+
+
+def batch(*outcomes, first=0, feedback=None):
+    """A group for each pair of scores."""
+    prompts = [Prompt(f"train:{first + i}", (), [1], "", "exact") for i in range(len(outcomes))]
+    rollouts = [
+        Rollout(i, j, [first + i, j], [-1.0] * 2, "", "stop", 0) for i in range(len(outcomes)) for j in range(2)
+    ]
+    return prompts, rollouts, [Reward(score, feedback) for pair in outcomes for score in pair]
+
+
+def groups_of(wanted, *batches, choose=True, **algorithm):
+    groups = RewardedGroups(wanted, AlgorithmConfig(**algorithm), choose=choose)
+    for one in batches:
+        groups.add(*one)
+    return groups
+
+
+def uids(groups):
+    return [prompt.uid for prompt in groups.prompts]
+
+
+def test_without_a_choice_a_batch_stays_as_it_is():
+    groups = groups_of(3, batch(MIXED, RIGHT, WRONG), choose=False)
+    assert groups.full and uids(groups) == ["train:0", "train:1", "train:2"] and groups.metrics() == {}
+
+
+def test_groups_with_a_contrast_fill_the_batch_and_keep_their_rollouts():
+    groups = groups_of(2, batch(WRONG, MIXED), batch(RIGHT, MIXED, MIXED, first=10))
+    assert groups.full and uids(groups) == ["train:1", "train:11"]
+    assert [(r.prompt, r.sample, r.token_ids[0]) for r in groups.rollouts] == [
+        (0, 0, 1),
+        (0, 1, 1),
+        (1, 0, 11),
+        (1, 1, 11),
+    ]
+    assert [reward.score for reward in groups.rewards] == [1.0, 0.0, 1.0, 0.0]
+    assert groups.metrics() == {"rollout/generated_groups": 5, "rollout/dropped_groups": 2}
+
+
+def test_too_few_make_a_smaller_iteration_and_none_the_last_batch():
+    assert uids(groups_of(3, batch(WRONG, MIXED), batch(RIGHT, first=10))) == ["train:1"]
+    assert uids(groups_of(3, batch(WRONG, RIGHT), batch(RIGHT, first=10))) == ["train:10"]
+
+
+@pytest.mark.parametrize(("use_feedback", "kept"), [(True, ["train:0"]), (False, ["train:1"])])
+def test_a_group_that_feedback_can_teach_has_a_contrast(use_feedback, kept):
+    groups = groups_of(1, batch(WRONG, feedback="no"), batch(MIXED, first=1), use_feedback=use_feedback)
+    assert uids(groups) == kept
+
+
+@pytest.mark.parametrize(("refills", "asked"), [(0, [0]), (1, [0, 1]), (5, [0, 1, 2])])
+def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refills, asked):
+    batches = iter([batch(WRONG, MIXED), batch(RIGHT, RIGHT, first=10), batch(MIXED, MIXED, first=20)])
+    current, numbers = {}, []
+
+    def next_batch():
+        current["prompts"], current["rollouts"], current["rewards"] = next(batches)
+        return current["prompts"]
+
+    config = Config(
+        model={"path": "unused"}, data={"train": "unused"}, rollout={"rollout_batch_size": 2, "max_refills": refills}
+    )
+    trainer = Trainer(
+        SimpleNamespace(
+            config=config,
+            control=SimpleNamespace(share=lambda compute: compute()),
+            loader=SimpleNamespace(next_batch=next_batch),
+            requests=lambda prompts, iteration, refill: numbers.append(refill),
+            engine=SimpleNamespace(generate=lambda requests, sampling: current["rollouts"]),
+            sampling=None,
+            score_rewards=lambda prompts, rollouts: current["rewards"],
+        )
+    )
+    found = uids(trainer._rewarded_groups())
+    assert numbers == asked
+    assert found == {0: ["train:0", "train:1"], 1: ["train:1"], 5: ["train:1", "train:20"]}[refills]
