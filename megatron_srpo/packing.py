@@ -117,6 +117,8 @@ class _Packer:
         samples = self._samples
         counted = [i for i in indices if samples[i].counted]
         placed = [i for i in counted if not self._drop or samples[i].distill_weight > 0 or samples[i].advantage != 0]
+        if counted and not placed:  # one sample is forwarded all the same: the log compares trainer and engine on it
+            placed = [min(counted, key=lambda i: samples[i].student_length)]
         loads, ranks = _balance(placed, self._costs, self._dp_size)
         self.slowest += max(loads)
         self.mean += sum(loads) / self._dp_size

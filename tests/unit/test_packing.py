@@ -171,10 +171,10 @@ def test_samples_without_any_gradient_can_be_dropped_but_stay_in_the_denominator
     assert kept.mini_batches[0].loss_tokens == dropped.mini_batches[0].loss_tokens == 6
 
 
-def test_a_step_whose_samples_were_all_dropped_still_has_a_row_on_every_rank():
-    plan = plan_batch([make(advantage=0.0)], dp_size=2, max_tokens=100, drop_zero_advantage=True)
-    assert plan.mini_batches[0].student == [[Row((), 0)], [Row((), 0)]]
-    assert plan.mini_batches[0].teacher == [[], []]
+def test_a_step_whose_samples_could_all_be_dropped_keeps_the_shortest_and_a_row_on_every_rank():
+    samples = [make(advantage=0.0, response=4), make(advantage=0.0)]
+    plan = plan_batch(samples, dp_size=2, max_tokens=100, drop_zero_advantage=True)
+    assert plan.mini_batches[0].student == [[Row((1,), samples[1].student_length)], [Row((), 0)]]
 
 
 def test_a_mini_batch_in_which_nothing_counts_has_no_rows():

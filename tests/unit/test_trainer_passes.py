@@ -144,5 +144,5 @@ def test_samples_without_a_gradient_are_forwarded_only_where_asked_or_another_te
     assert passes(POLICY + WRONG, **keep)[0]["train"] == tokens(POLICY + WRONG)
 
 
-def test_a_step_on_which_nothing_has_a_gradient_forwards_nothing():
-    assert passes(WRONG, ranks=2)[0]["train"] == 0
+def test_a_step_on_which_nothing_has_a_gradient_forwards_one_sample_to_compare_trainer_and_engine():
+    assert passes(WRONG, ranks=2)[0]["train"] == tokens(WRONG[:1])
