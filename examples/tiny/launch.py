@@ -17,7 +17,10 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 # One thread a rank: the ranks are the parallelism, and more threads than cores slow all of them down.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+# vLLM says where it binds memory through torch's C++ log, as a warning.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"
+}  # fmt: skip
 
 
 class TrainingFailed(RuntimeError):

@@ -8,9 +8,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+
+SITE = Path(torch.__file__).parents[1]
+PRELOADED = ("torch*/**/libgomp*.so*", "vllm/libs/libtcmalloc*.so*")
 
 
 @contextmanager
@@ -56,3 +61,22 @@ def preserved_settings() -> Iterator[None]:
         torch.set_grad_enabled(gradients)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def nameable_preload(site: Path = SITE) -> Iterator[None]:
+    """Inside, LD_PRELOAD has what vLLM's CPU platform would put there, by names without spaces.
+
+    It adds torch's libgomp and its own libtcmalloc by their full paths. LD_PRELOAD cannot hold a path with a space, and
+    each child process of the start would complain. Where `site`, the folder of the packages, has none, vLLM does it.
+    """
+    if " " not in str(site):
+        yield
+        return
+    with TemporaryDirectory(prefix="megatron-srpo-") as folder:
+        found = [next(iter(sorted(site.glob(pattern))), None) for pattern in PRELOADED]
+        links = [Path(folder) / library.name for library in found if library is not None]
+        for link, library in zip(links, filter(None, found), strict=True):
+            link.symlink_to(library)
+        os.environ["LD_PRELOAD"] = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), *map(str, links)]))
+        yield

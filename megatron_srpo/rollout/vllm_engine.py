@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout.engine import RolloutError
-from megatron_srpo.rollout.guest import preserved_generators, preserved_settings
+from megatron_srpo.rollout.guest import nameable_preload, preserved_generators, preserved_settings
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 EXTENSION = "megatron_srpo.bridge.worker.PublishExtension"  # by name: vLLM imports it in its worker
@@ -73,7 +73,13 @@ def start_engine(settings: EngineSettings) -> Any:
     Inside a torch.distributed world every rank must call it, and engines are groups of consecutive ranks. Raises
     RolloutError with vLLM's reason.
     """
-    with preserved_settings(), preserved_generators(settings.device), _without_kv_variable(), _quietly():
+    with (
+        preserved_settings(),
+        nameable_preload(),
+        preserved_generators(settings.device),
+        _without_kv_variable(),
+        _quietly(),
+    ):
         from vllm import LLM
         from vllm.v1.engine import core
 

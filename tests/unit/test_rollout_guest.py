@@ -6,13 +6,14 @@ import gc
 import os
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.rollout.guest import preserved_generators, preserved_settings
+from megatron_srpo.rollout.guest import nameable_preload, preserved_generators, preserved_settings
 from tests.tiny_engines import SAMPLED, VOCAB, tiny_engine, tiny_requests
 from tests.tiny_models import make_tiny_model
 
@@ -70,6 +71,22 @@ def test_torch_settings_signal_handlers_and_preload_are_put_back(fails, monkeypa
     except ValueError:
         pass
     assert settings() == before
+
+
+def test_preloaded_libraries_of_a_path_with_a_space_get_names_without_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "own.so")
+    site = tmp_path / "a folder"
+    libraries = "torch/lib/libgomp.so.1", "vllm/libs/libtcmalloc_minimal.so.4"
+    for library in libraries:
+        (site / library).parent.mkdir(parents=True)
+        (site / library).write_text(library)
+    with preserved_settings(), nameable_preload(site):
+        own, *links = os.environ["LD_PRELOAD"].split(":")
+        assert own == "own.so" and not any(" " in link for link in links)
+        assert [Path(link).read_text() for link in links] == list(libraries)
+    assert os.environ["LD_PRELOAD"] == "own.so"
+    with nameable_preload(tmp_path):
+        assert os.environ["LD_PRELOAD"] == "own.so"
 
 
 @pytest.fixture
