@@ -42,6 +42,21 @@ def test_the_papers_hyperparameters_fit_one_node_of_eight_gpus(name, hf):
     check(config, hf, 8)
 
 
+@pytest.mark.parametrize("size", ["8b", "4b"])
+@pytest.mark.parametrize(
+    ("algorithm", "rate", "prompts", "beta"), [("grpo", 1e-6, 8, 0.0), ("sdpo", 1e-5, 32, 0.0), ("srpo", 5e-6, 32, 1.0)]
+)
+def test_the_baselines_named_at_the_head_of_a_file_are_the_papers_columns(size, algorithm, rate, prompts, beta):
+    path = FOLDER / f"srpo_qwen3_{size}.toml"
+    label = f"#   {algorithm.upper()}: "
+    overrides = [line.removeprefix(label) for line in path.read_text().splitlines() if line.startswith(label)]
+    assert len(overrides) == (algorithm != "srpo")  # SRPO is the file itself
+    config = load_config(path, " ".join(overrides).split())
+    check(config, QWEN3_8B if size == "8b" else QWEN3_4B, 8)
+    assert (config.algorithm.name, config.optimizer.lr) == (algorithm, rate)
+    assert (config.train.prompts_per_mini_batch, config.algorithm.beta) == (prompts, beta)
+
+
 def test_the_laptop_configuration_fits_smollm2_on_two_ranks_by_pipeline_or_three_by_tensor():
     path, tensor = FOLDER / "science_smollm2_cpu.toml", "--parallel.tensor_model_parallel_size=3"
     check(load_config(path), SMOLLM2, 2)
