@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.losses.linear import iterate_logits, linear_gather_logprobs, product
-from megatron_srpo.losses.vocab_parallel import gather_logprobs, local_candidates, merge_candidates
+from megatron_srpo.losses.vocab_parallel import gather_logprobs, local_candidates, merge_candidates, topk
 
 
 class Head(Protocol):
@@ -39,7 +39,7 @@ class LogitsHead:
         return gather_logprobs(self.values, ids, vocab_start=self.vocab_start, group=self.group)
 
     def topk(self, k: int) -> Tensor:
-        return merge_candidates(local_candidates(self.values.detach(), k, self.vocab_start), k, self.group)
+        return topk(self.values, k, vocab_start=self.vocab_start, group=self.group)
 
     def logits(self) -> Tensor:
         return self.values
