@@ -86,7 +86,11 @@ def _write_weights(
     placed: list[list[str]] = []
     total, first = 0, None
     for shard in _shards(items, dtype, limit):
-        save_file(shard, folder / f"part-{len(placed)}", metadata={"format": "pt"})
+        part = folder / f"part-{len(placed)}"
+        part.touch()
+        usual = part.stat().st_mode  # what the user's umask gives; safetensors writes files that only the owner reads
+        save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(usual)
         placed.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         first = first or next(iter(shard.values())).dtype

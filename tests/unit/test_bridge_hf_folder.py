@@ -40,6 +40,8 @@ def test_transformers_loads_what_was_written(source, tmp_path, limit):
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(source).chat_template
     assert (out / "generation_config.json").exists() and not (out / "notes.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left aside
+    modes = {path.stat().st_mode for path in [*out.glob("*.safetensors"), out / "config.json"]}
+    assert len(modes) == 1  # whoever may read the config may read the weights
 
 
 def test_several_files_stay_under_the_limit_and_the_index_names_each_tensor(source, tmp_path):
