@@ -27,6 +27,7 @@ help:  ## this list
 
 setup:  ## the environment: .venv with the pinned requirements (DEVICE=cpu|gpu, PYTHON=...)
 	@python='$(PYTHON)'; \
+	test -z "$$python" || "$$python" -c '' 2>/dev/null || { echo "set-up: PYTHON=$$python is not a Python that runs; say which Python 3.11 or newer: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	for candidate in .venv/bin/python python3.11 python3.12 python3.13 python3; do \
 	  test -z "$$python" || break; \
 	  "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python="$$candidate"; \

@@ -123,6 +123,8 @@ def convert(folder: Path, out: Path) -> None:
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=END_ID, pad_token_id=END_ID)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    usual = (out / "config.json").stat().st_mode  # safetensors writes files that only the owner reads
+    (out / "model.safetensors").chmod(usual)
 
 
 def hf_config(facts: dict[str, Any]) -> dict[str, Any]:

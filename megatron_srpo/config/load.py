@@ -21,6 +21,28 @@ from megatron_srpo.config.check import listed
 from megatron_srpo.config.schema import Config, ConfigError, Section
 
 SHOWN = 70  # characters of a value in a message
+OTHER_NAMES = {  # what neighbouring projects call a key
+    "learning_rate": "optimizer.lr",
+    "max_grad_norm": "optimizer.clip_grad",
+    "grad_clip": "optimizer.clip_grad",
+    "lr_warmup_steps": "optimizer.warmup_steps",
+    "lr_scheduler_type": "optimizer.schedule",
+    "num_generations": "rollout.n_samples_per_prompt",
+    "group_size": "rollout.n_samples_per_prompt",
+    "train_batch_size": "rollout.rollout_batch_size",
+    "batch_size": "rollout.rollout_batch_size",
+    "max_completion_length": "rollout.max_response_length",
+    "max_new_tokens": "rollout.max_response_length",
+    "max_steps": "run.iterations",
+    "total_training_steps": "run.iterations",
+    "num_train_epochs": "run.iterations",
+    "tp_size": "parallel.tensor_model_parallel_size",
+    "pp_size": "parallel.pipeline_model_parallel_size",
+    "cp_size": "parallel.context_parallel_size",
+    "ema_decay": "teacher.update_rate",
+    "save_interval": "checkpoint.every",
+    "eval_interval": "eval.every",
+}
 
 
 @functools.cache
@@ -34,9 +56,12 @@ def config_fields() -> dict[str, FieldInfo]:
 
 
 def nearest_key(key: str) -> str | None:
-    """The existing key that `key` most likely means: its last part in another section first, then by spelling."""
+    """The existing key that `key` most likely means: its last part in another section first, then another project's
+    name for it, then by spelling."""
     keys = list(config_fields())
     leaf = key.rpartition(".")[2].replace("-", "_")
+    if leaf in OTHER_NAMES:
+        return OTHER_NAMES[leaf]
     same = [known for known in keys if known.rpartition(".")[2] == leaf]
     for pool in (same, keys):
         found = difflib.get_close_matches(key, pool, n=1, cutoff=0.0 if pool is same else 0.6)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_srpo.config import Config, ConfigError, UserError, load_config, nearest_key, save_resolved, to_toml
-from megatron_srpo.config.load import config_fields, to_toml_value
+from megatron_srpo.config.load import OTHER_NAMES, config_fields, to_toml_value
 from megatron_srpo.config.reference import comments, defaults, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,10 +120,18 @@ def test_a_wrong_value_is_told_with_what_was_expected(minimal, override, expecte
         ("teacher_update_rate", "teacher.update_rate"),
         ("run.output-dir", "run.output_dir"),
         ("actor.clip_ratio_high", "algorithm.clip_ratio_high"),
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("num_generations", "rollout.n_samples_per_prompt"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_nearest_one(key, nearest):
     assert nearest_key(key) == nearest
+
+
+def test_other_projects_names_lead_to_keys_that_exist_and_hide_none():
+    keys = config_fields()
+    assert set(OTHER_NAMES.values()) <= set(keys)
+    assert not set(OTHER_NAMES) & {key.rpartition(".")[2] for key in keys}
 
 
 def test_every_problem_is_in_one_message_without_jargon(tmp_path):

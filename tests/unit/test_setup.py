@@ -97,6 +97,13 @@ def test_make_setup_is_quick_when_nothing_changed_even_with_a_space_in_the_path(
     assert (done.returncode, done.stdout) == (0, "set-up: environment ready (.venv)\n"), done.stderr
 
 
+def test_make_with_a_python_that_does_not_run_says_so(checkout):
+    done = subprocess.run(["make", "setup", "PYTHON=/no/python"], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "PYTHON=/no/python is not a Python that runs" in done.stderr
+    assert "not found" not in done.stderr
+
+
 def test_make_without_a_target_lists_the_targets(checkout):
     listed = subprocess.run(["make"], cwd=checkout, capture_output=True, text=True).stdout
     for target in ("setup", "test", "quickstart", "compare", "lint"):
