@@ -9,6 +9,7 @@ Prints the median over iterations (the first ones left out) of every phase, its 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -53,7 +54,7 @@ def machine() -> str:
             name = line.split(":", 1)[1].strip()
             break
     accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {torch.get_num_threads()} thread(s) a rank, {accelerator}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores of {name}, {accelerator}, torch {torch.__version__}"
 
 
 def table(lines: list[dict]) -> tuple[Table, dict]:

@@ -1,10 +1,12 @@
 """Samples → packed rows: who forwards what, in which row, and the rows as tensors.
 
-`plan_batch` decides (pure, no tensors); `pack_student` and `pack_teacher` build a row; `response_spans` says where the
-responses are in it. Shapes: T tokens of a row, R response tokens of a sample, K top-k, v vocabulary shard.
+`plan_batch` decides (pure, no tensors); `pack_rows` builds the rows of a pass; `response_spans` says where in a row the
+responses are. Shapes: T tokens of a row, R response tokens of a sample, K top-k, v vocabulary shard.
 
     row      │ prompt 0 │ response 0 │ prompt 1 │ response 1 │ padding │
     predicts            └─ from the last prompt token to the last but one of the response
+
+Under context parallelism every sequence is filled up to a multiple as well (`Padding`).
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from dataclasses import dataclass, fields
 import torch
 
 from megatron_srpo.config import UserError
-from megatron_srpo.types import BatchPlan, MiniBatchPlan, PackedBatch, RoutedSample, Row, TokenScores
+from megatron_srpo.types import BatchPlan, MiniBatchPlan, PackedBatch, Padding, RoutedSample, Row, TokenScores
 
 # Cost of a sequence of n tokens: n + n²/ATTENTION_LENGTH, in units of one token's matrix products. A layer needs about
 # 24·H² operations a token and 2·H·n for its causal attention: they are equal at n = 12·H, H = 4096 here.
 ATTENTION_LENGTH = 12 * 4096
 TRAIN_PASSES = 3  # forward and a backward of twice its work
+NO_PADDING = Padding()
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -33,7 +36,7 @@ TRAIN_PASSES = 3  # forward and a backward of twice its work
 
 def plan_batch(
     samples: Sequence[RoutedSample], *, dp_size: int, max_tokens: int, prompts_per_mini_batch: int = 0,
-    pad_to_multiple: int = 1, seed: int = 0, drop_zero_advantage: bool = False,
+    padding: Padding = NO_PADDING, seed: int = 0, drop_zero_advantage: bool = False,
 ) -> BatchPlan:  # fmt: skip
     """Which rank forwards which samples in which rows, for every optimiser step of the iteration.
 
@@ -43,13 +46,13 @@ def plan_batch(
     0: wrong to drop when a KL or entropy term is on), which stay in the denominator. Raises UserError for a sample
     that does not fit.
     """
-    budget = max_tokens - max_tokens % pad_to_multiple
-    _require_fit(samples, budget, max_tokens)
-    packer = _Packer(samples, dp_size, budget, drop_zero_advantage)
+    budget = max_tokens - max_tokens % padding.row
+    _require_fit(samples, budget, max_tokens, padding)
+    packer = _Packer(samples, dp_size, budget, padding, drop_zero_advantage)
     mini_batches = [packer.plan(indices) for indices in _mini_batches(samples, prompts_per_mini_batch, seed)]
     return BatchPlan(
         mini_batches=mini_batches,
-        efficiency=_efficiency(mini_batches, pad_to_multiple),
+        efficiency=_efficiency(mini_batches, samples, padding),
         imbalance=packer.slowest / packer.mean - 1.0 if packer.mean else 0.0,
     )
 
@@ -66,24 +69,26 @@ def _sequence_cost(length: int) -> float:
     return length + length * length / ATTENTION_LENGTH
 
 
-def _require_fit(samples: Sequence[RoutedSample], budget: int, max_tokens: int) -> None:
+def _require_fit(samples: Sequence[RoutedSample], budget: int, max_tokens: int, padding: Padding) -> None:
     counted = [sample for sample in samples if sample.counted]
     for sample in counted:
         assert sample.prompt_ids, f"{sample.uid}: an empty prompt cannot predict the first response token"
         assert (sample.teacher_ids is not None) == (sample.distill_weight > 0), "teacher_ids if and only if distilled"
         assert len(sample.rollout_logprobs) == len(sample.response_ids), "one engine log-prob a response token"
-    too_long = [sample for sample in counted if max(sample.student_length, sample.teacher_length) > budget]
+    needed = {id(s): padded_length(max(s.student_length, s.teacher_length), padding.sequence) for s in counted}
+    too_long = [sample for sample in counted if needed[id(sample)] > budget]
     if not too_long:
         return
-    worst = max(too_long, key=lambda sample: max(sample.student_length, sample.teacher_length))
-    longest = max(worst.student_length, worst.teacher_length)
+    worst = max(too_long, key=lambda sample: needed[id(sample)])
+    longest = needed[id(worst)]
     teacher = f", {worst.teacher_length} tokens with the teacher's prompt" if worst.teacher_ids is not None else ""
     usable = f" ({budget} usable, as rows are padded to a multiple)" if budget != max_tokens else ""
     raise UserError(
         f"{len(too_long)} of {len(samples)} samples do not fit into a packed row; the longest is prompt {worst.uid}, "
         f"sample {worst.sample}: {worst.student_length} tokens with its response{teacher}. "
-        f"train.max_tokens_per_gpu is {max_tokens}{usable}: raise it to at least {longest + max_tokens - budget}, or "
-        "lower data.max_prompt_length, rollout.max_response_length or teacher.max_prompt_length"
+        f"train.max_tokens_per_gpu × parallel.context_parallel_size is {max_tokens}{usable}: raise it to at least "
+        f"{longest + max_tokens - budget}, or lower data.max_prompt_length, rollout.max_response_length or "
+        "teacher.max_prompt_length"
     )
 
 
@@ -105,10 +110,13 @@ def _mini_batches(samples: Sequence[RoutedSample], prompts: int, seed: int) -> l
 class _Packer:
     """Plans mini-batches and adds up how long the ranks wait for each other."""
 
-    def __init__(self, samples: Sequence[RoutedSample], dp_size: int, budget: int, drop_zero_advantage: bool) -> None:
+    def __init__(
+        self, samples: Sequence[RoutedSample], dp_size: int, budget: int, padding: Padding, drop_zero_advantage: bool
+    ) -> None:
         self._samples = samples
         self._dp_size = dp_size
         self._budget = budget
+        self._padding = padding
         self._drop = drop_zero_advantage
         self._costs = [sample_cost(sample) for sample in samples]
         self.slowest = self.mean = 0.0  # sums over mini-batches: the ranks meet after each
@@ -130,8 +138,8 @@ class _Packer:
             for rank in ranks
         ]  # fmt: skip
         return MiniBatchPlan(
-            student=_even(student, at_least=1 if counted else 0),
-            teacher=_even(teacher, at_least=0),
+            student=_even(student, self._padding.rows, at_least=1 if counted else 0),
+            teacher=_even(teacher, self._padding.rows, at_least=0),
             loss_tokens=sum(len(samples[i].response_ids) for i in counted),
             distill_tokens=sum(len(samples[i].response_ids) for i in counted if samples[i].distill_weight > 0),
         )
@@ -140,7 +148,8 @@ class _Packer:
         self, indices: Sequence[int], length: Callable[[int], int], room: Callable[[int], int] | None = None
     ) -> list[Row]:
         """Best-fit rows under the budget, the costliest first, so that all ranks' rows of one number are alike."""
-        bins = _best_fit_decreasing(indices, room or length, self._budget)
+        room, multiple = room or length, self._padding.sequence
+        bins = _best_fit_decreasing(indices, lambda i: padded_length(room(i), multiple), self._budget)
         bins.sort(key=lambda row: -sum(_sequence_cost(length(i)) for i in row))
         return [Row(tuple(row), sum(length(i) for i in row)) for row in bins]
 
@@ -173,55 +182,71 @@ def _best_fit_decreasing(indices: Sequence[int], size: Callable[[int], int], bud
     return bins
 
 
-def _even(rows: list[list[Row]], *, at_least: int) -> list[list[Row]]:
+def _even(rows: list[list[Row]], multiple: int, *, at_least: int) -> list[list[Row]]:
     """The same number of rows on every rank: those with fewer get empty ones, or the ranks would deadlock."""
-    count = max(at_least, *(len(mine) for mine in rows))
+    count = math.ceil(max(at_least, *(len(mine) for mine in rows)) / multiple) * multiple
     return [mine + [Row((), 0)] * (count - len(mine)) for mine in rows]
 
 
-def padded_length(tokens: int, pad_to_multiple: int) -> int:
-    """Length of a row with so many tokens: the next multiple, and at least one."""
-    return max(1, math.ceil(tokens / pad_to_multiple)) * pad_to_multiple
+def padded_length(tokens: int, multiple: int) -> int:
+    """The next multiple, and at least one."""
+    return max(1, math.ceil(tokens / multiple)) * multiple
 
 
-def _efficiency(mini_batches: Sequence[MiniBatchPlan], pad_to_multiple: int) -> float:
+def _efficiency(mini_batches: Sequence[MiniBatchPlan], samples: Sequence[RoutedSample], padding: Padding) -> float:
     """Useful ÷ computed tokens of all passes; padding and empty rows are computed for nothing."""
-    rows = [row for mini in mini_batches for ranks in (mini.student, mini.teacher) for mine in ranks for row in mine]
-    computed = sum(padded_length(row.tokens, pad_to_multiple) for row in rows)
-    return sum(row.tokens for row in rows) / computed if computed else 1.0
+    useful = computed = 0
+    for mini in mini_batches:
+        for teacher, ranks in ((False, mini.student), (True, mini.teacher)):
+            for rows in filter(None, ranks):
+                useful += sum(row.tokens for row in rows)
+                computed += sum(row_lengths(rows, samples, padding=padding, teacher=teacher))
+    return useful / computed if computed else 1.0
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 
-def response_spans(row: Row, samples: Sequence[RoutedSample], *, teacher: bool = False) -> list[tuple[int, int, int]]:
+def row_lengths(
+    rows: Sequence[Row], samples: Sequence[RoutedSample], *, padding: Padding = NO_PADDING, teacher: bool = False
+) -> list[int]:
+    """Positions of each packed row of one pass on one data-parallel rank."""
+    used = [sum(_sequence_lengths(row, samples, padding, teacher)) for row in rows]
+    lengths = [padded_length(tokens, padding.row) for tokens in used]
+    return [max(lengths)] * len(lengths) if padding.rows > 1 and lengths else lengths
+
+
+def response_spans(
+    row: Row, samples: Sequence[RoutedSample], *, padding: Padding = NO_PADDING, teacher: bool = False
+) -> list[tuple[int, int, int]]:
     """(sample index, start, stop) for every sample of the row, in order: logits at positions start … stop − 1 predict
     its response tokens. For a sequence at offset o with prompt length P and R response tokens: o + P − 1, and R of
     them. `teacher`: the row holds the teacher's prompts."""
     spans, offset = [], 0
-    for index in row.samples:
-        prompt, response = len(_prompt(samples[index], teacher)), len(samples[index].response_ids)
-        start = offset + prompt - 1
-        spans.append((index, start, start + response))
-        offset += prompt + response
+    for index, length in zip(row.samples, _sequence_lengths(row, samples, padding, teacher), strict=True):
+        start = offset + len(_prompt(samples[index], teacher)) - 1
+        spans.append((index, start, start + len(samples[index].response_ids)))
+        offset += length
     return spans
 
 
-def pack_student(
-    row: Row, samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None = None, *,
-    pad_to_multiple: int = 1,
-) -> PackedBatch:  # fmt: skip
-    """The row with the students' own prompts and what `scores` (one a sample of the iteration) has for it."""
-    return _pack(row, samples, scores, pad_to_multiple, teacher=False)
+def pack_rows(
+    rows: Sequence[Row], samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None = None, *,
+    padding: Padding = NO_PADDING, teacher: bool = False,
+) -> list[PackedBatch]:  # fmt: skip
+    """The rows of one pass on one rank, with the students' own prompts or the teacher's, and what `scores` (one a
+    sample of the iteration) has for them. A teacher's row has the same response tokens, so position by position what
+    the student's row has at its response positions, the student's top-k ids included."""
+    lengths = row_lengths(rows, samples, padding=padding, teacher=teacher)
+    return [
+        _pack(row, samples, scores, padding, length, teacher=teacher) for row, length in zip(rows, lengths, strict=True)
+    ]
 
 
-def pack_teacher(
-    row: Row, samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None = None, *,
-    pad_to_multiple: int = 1,
-) -> PackedBatch:  # fmt: skip
-    """The row with the teacher's prompts: the same response tokens, so position by position what the student's row
-    has at its response positions, the student's top-k ids included."""
-    return _pack(row, samples, scores, pad_to_multiple, teacher=True)
+def _sequence_lengths(row: Row, samples: Sequence[RoutedSample], padding: Padding, teacher: bool) -> list[int]:
+    """Positions that each sample takes in the row."""
+    lengths = [len(_prompt(samples[i], teacher)) + len(samples[i].response_ids) for i in row.samples]
+    return [padded_length(length, padding.sequence) for length in lengths]
 
 
 def _prompt(sample: RoutedSample, teacher: bool) -> list[int]:
@@ -253,23 +278,21 @@ class _Layout:
 
 
 def _pack(
-    row: Row, samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None, multiple: int,
-    *, teacher: bool,
+    row: Row, samples: Sequence[RoutedSample], scores: Sequence[TokenScores | None] | None, padding: Padding,
+    total: int, *, teacher: bool,
 ) -> PackedBatch:  # fmt: skip
     mine = [samples[index] for index in row.samples]
-    prompts = [_prompt(sample, teacher) for sample in mine]
-    lengths = [len(prompt) + len(sample.response_ids) for prompt, sample in zip(prompts, mine, strict=True)]
-    tokens = sum(lengths)
-    total = padded_length(tokens, multiple)
-    if total > tokens:
-        lengths.append(total - tokens)  # padding is a sequence of its own: attention stays inside it
-    ids = itertools.chain(
-        itertools.chain.from_iterable((*prompt, *s.response_ids) for prompt, s in zip(prompts, mine, strict=True)),
-        itertools.repeat(0, total - tokens),
-    )
+    lengths = _sequence_lengths(row, samples, padding, teacher)
+    ids: list[int] = []
+    for sample, end in zip(mine, itertools.accumulate(lengths), strict=True):
+        ids += (*_prompt(sample, teacher), *sample.response_ids)
+        ids += [0] * (end - len(ids))  # causal attention: what stands behind a sequence changes nothing in it
+    if total > len(ids):
+        lengths.append(total - len(ids))  # a sequence of its own: attention stays inside it
+        ids += [0] * (total - len(ids))
     sizes = torch.tensor(lengths, dtype=torch.long)
     boundaries = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
-    spans = response_spans(row, samples, teacher=teacher)
+    spans = response_spans(row, samples, padding=padding, teacher=teacher)
     layout = _Layout(
         total, mine, [stop - start for _, start, stop in spans],
         torch.cat([torch.arange(start, stop) for _, start, stop in spans] or [torch.zeros(0, dtype=torch.long)]),
@@ -277,7 +300,7 @@ def _pack(
     responses = torch.tensor([token for sample in mine for token in sample.response_ids], dtype=torch.long)
     engine = torch.tensor([value for sample in mine for value in sample.rollout_logprobs], dtype=torch.float32)
     return PackedBatch(
-        input_ids=torch.tensor(list(ids), dtype=torch.long),
+        input_ids=torch.tensor(ids, dtype=torch.long),
         targets=layout.spread(responses),
         position_ids=torch.arange(total) - boundaries[:-1].repeat_interleave(sizes),
         cu_seqlens=boundaries.to(torch.int32),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_srpo.config import Config, UserError
-from megatron_srpo.packing import pack_student, pack_teacher, plan_batch, response_spans
+from megatron_srpo.packing import pack_rows, plan_batch, response_spans
 from megatron_srpo.routing import RewardedGroups, route
 from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, Reward, Rollout, RoutedSample, Row, TokenScores
 
@@ -133,9 +133,9 @@ class Trainer:
                     teacher_prompt=parts.teacher_prompt, feedback_with_solution=config.teacher.feedback_with_solution,
                 )  # fmt: skip
                 plan = plan_batch(
-                    samples, dp_size=parts.policy.topology.dp_size, max_tokens=config.train.max_tokens_per_gpu,
+                    samples, dp_size=parts.policy.topology.dp_size, max_tokens=config.row_budget,
                     prompts_per_mini_batch=config.train.prompts_per_mini_batch,
-                    pad_to_multiple=parts.policy.row_multiple, seed=config.run.seed + self.iteration,
+                    padding=parts.policy.padding, seed=config.run.seed + self.iteration,
                     drop_zero_advantage=config.drops_zero_advantage,
                 )  # fmt: skip
             if report.nonfinite:
@@ -182,8 +182,7 @@ class Trainer:
         return rows_by_rank[self.parts.policy.topology.dp_rank] if rows_by_rank else []
 
     def _pack(self, rows: list[Row], samples: list[RoutedSample], scores: list[TokenScores], *, teacher: bool) -> list:
-        pack = pack_teacher if teacher else pack_student
-        return [pack(row, samples, scores, pad_to_multiple=self.parts.policy.row_multiple) for row in rows]
+        return pack_rows(rows, samples, scores, padding=self.parts.policy.padding, teacher=teacher)
 
     def _score(
         self, rows: list[Row], samples: list[RoutedSample], scores: list[TokenScores], function: Callable,
@@ -192,7 +191,7 @@ class Trainer:
         """One scoring pass; what `function` returns per position is kept per sample in `scores`."""
         results = self.parts.policy.score(self._pack(rows, samples, scores, teacher=teacher), function)
         for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
-            for index, start, stop in response_spans(row, samples, teacher=teacher):
+            for index, start, stop in response_spans(row, samples, padding=self.parts.policy.padding, teacher=teacher):
                 for name, values in result.items():
                     setattr(scores[index], name, values[start:stop].cpu())
 

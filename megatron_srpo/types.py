@@ -90,6 +90,19 @@ class RoutedSample:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Multiples to which lengths, and the number of rows, are filled up; `row` is a multiple of `sequence`.
+
+    Context parallelism cuts every sequence into 2·CP equal chunks; sequence parallelism cuts what a rank holds of a row
+    into TP; an interleaved pipeline takes its rows PP at a time, all of one length.
+    """
+
+    sequence: int = 1
+    row: int = 1
+    rows: int = 1  # of a data-parallel rank in one pass; above 1 they are filled up to the longest
+
+
+@dataclass(frozen=True)
 class Row:
     """Samples that share one packed row, in order. `samples` index the iteration's list of
     RoutedSample; an empty row keeps the ranks in step and contributes nothing."""
@@ -148,7 +161,7 @@ class PackedBatch:
     input_ids: torch.Tensor  # int64
     targets: torch.Tensor  # int64
     position_ids: torch.Tensor  # int64, restart at 0 for every sequence
-    cu_seqlens: torch.Tensor  # [S+1] int32, boundaries of the S sequences (padding is the last one)
+    cu_seqlens: torch.Tensor  # [S+1] int32, boundaries of the S sequences (padding of the row is the last one)
     loss_mask: torch.Tensor  # fp32, 1 where the target is a response token of a counted sample
     advantages: torch.Tensor  # fp32
     policy_weight: torch.Tensor  # fp32
@@ -160,6 +173,7 @@ class PackedBatch:
     teacher_logprobs: torch.Tensor | None = None  # [T, K] fp32
     teacher_logits: torch.Tensor | None = None  # [T, v]
     teacher_entropy: torch.Tensor | None = None  # fp32
+    context_group: Any = None  # ranks with the other parts of every sequence; None: the row is whole
 
 
 @dataclass(frozen=True)

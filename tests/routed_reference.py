@@ -26,15 +26,15 @@ NAMES = {
 }
 
 
-def load(folder):
-    """A model in float64; its loss surface is the truth that every layout is compared with."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+def load(folder, dtype=torch.float64):
+    """A model; in float64 its loss surface is the truth that every layout is compared with."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def response_logprobs(model, prompt, response, temperature):
     """[R, V] log-probs of the distributions that the response tokens were drawn from."""
     ids = torch.tensor([prompt + response])
-    logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    logits = model(ids).logits[0, len(prompt) - 1 : -1].double()
     return (logits / temperature).log_softmax(-1)
 
 

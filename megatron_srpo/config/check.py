@@ -99,25 +99,33 @@ def _batches(config: Config) -> Iterator[str]:
 
 def _lengths(config: Config) -> Iterator[str]:
     prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
-    budget, teacher = config.train.max_tokens_per_gpu, teacher_prompt_length(config)
+    teacher, cp = teacher_prompt_length(config), config.parallel.context_parallel_size
+    budget = config.row_budget - config.row_budget % (2 * cp) if cp > 1 else config.row_budget
+    given = f"train.max_tokens_per_gpu = {config.train.max_tokens_per_gpu}"
+    row = f"one row, which is spread over context_parallel_size = {cp} ranks" if cp > 1 else "one row"
     if prompt + response > budget:
         yield (
-            f"train.max_tokens_per_gpu = {budget}: the longest sample has data.max_prompt_length + "
-            f"rollout.max_response_length = {prompt + response} tokens and must fit one row; raise the budget to that, "
+            f"{given}: the longest sample has data.max_prompt_length + rollout.max_response_length = "
+            f"{prompt + response} tokens and must fit {row}; raise the budget to {_share(prompt + response, cp)}, "
             "or shorten one of them"
         )
     if distils(config) and teacher + response > budget:
         source = "" if config.teacher.max_prompt_length else " (data.max_prompt_length + rollout.max_response_length)"
         yield (
-            f"train.max_tokens_per_gpu = {budget}: the teacher reads up to {teacher} tokens of prompt{source} and "
-            f"{response} of response, which must fit one row; raise the budget to {teacher + response}, or set a "
-            "smaller teacher.max_prompt_length"
+            f"{given}: the teacher reads up to {teacher} tokens of prompt{source} and {response} of response, which "
+            f"must fit {row}; raise the budget to {_share(teacher + response, cp)}, or set a smaller "
+            "teacher.max_prompt_length"
         )
     if distils(config) and 0 < config.teacher.max_prompt_length <= prompt:
         yield (
             f"teacher.max_prompt_length = {teacher}: leaves no room beside a question of data.max_prompt_length = "
             f"{prompt} tokens; raise it, or 0 for {prompt + response}"
         )
+
+
+def _share(tokens: int, cp: int) -> int:
+    """A rank's part of a row that has room for a sequence of so many tokens, cut into 2·CP chunks if at all."""
+    return tokens if cp == 1 else 2 * math.ceil(tokens / (2 * cp))
 
 
 def _sampling(config: Config) -> Iterator[str]:
@@ -164,11 +172,11 @@ def _schedule(config: Config) -> Iterator[str]:
 
 def _layout(config: Config) -> Iterator[str]:
     parallel = config.parallel
-    if parallel.context_parallel_size > 1:
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual > 1 and parallel.pipeline_model_parallel_size == 1:
         yield (
-            f"parallel.context_parallel_size = {parallel.context_parallel_size}: splitting one sequence over ranks is "
-            "not there yet; set 1, and for long responses use tensor parallelism with sequence_parallel = true and "
-            'model.recompute = "full"'
+            f"parallel.virtual_pipeline_model_parallel_size = {virtual}: it interleaves the pieces of pipeline stages, "
+            "and parallel.pipeline_model_parallel_size is 1; set it to 1, or raise that size"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield (
@@ -254,6 +262,12 @@ def _model_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         yield (
             f"parallel.tensor_model_parallel_size = {tp}: does not divide the model's {', '.join(uneven)}; every rank "
             f"needs whole heads and key-value heads: choose one of {_some(_divisors(math.gcd(heads, groups, ffn)))}"
+        )
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    if layers % pp == 0 and layers % (pp * virtual):
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size = {virtual}: does not divide a pipeline "
+            f"stage's {layers // pp} layers; choose one of {_some(_divisors(layers // pp))}"
         )
     if layers % pp:
         yield (

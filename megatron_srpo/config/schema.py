@@ -47,7 +47,8 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     tensor_model_parallel_size: int = Field(1, ge=1)  # ranks that share every layer
     pipeline_model_parallel_size: int = Field(1, ge=1)  # ranks that share the stack of layers
-    context_parallel_size: int = Field(1, ge=1)  # only 1 is there yet
+    virtual_pipeline_model_parallel_size: int = Field(1, ge=1)  # pieces of the stack a rank; > 1: interleaved schedule
+    context_parallel_size: int = Field(1, ge=1)  # ranks that share every sequence, for long ones
     sequence_parallel: bool = False  # norms and residuals split over tensor-parallel ranks
 
 
@@ -163,7 +164,7 @@ class OptimizerConfig(Section):
 
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)  # prompts an optimiser step; 0 = the whole batch
-    max_tokens_per_gpu: int = Field(18432, ge=1)  # budget of a packed row; the longest teacher row must fit
+    max_tokens_per_gpu: int = Field(18432, ge=1)  # × context_parallel_size: a packed row; the longest teacher row fits
     logits_memory_mib: int = Field(
         2048, ge=1
     )  # logits that exist at a time; rows that need more make them piecewise, twice
@@ -207,6 +208,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def row_budget(self) -> int:
+        """Tokens of the largest packed row, over all the ranks that share it."""
+        return self.train.max_tokens_per_gpu * self.parallel.context_parallel_size
 
     @property
     def drops_zero_advantage(self) -> bool:

@@ -1,4 +1,4 @@
-"""One objective for both branches (SRPO §3.3), on one packed row.
+"""One objective for both branches (SRPO §3.3), on one packed row or a context-parallel rank's part of it.
 
     L = 1/N Σ_t [ policy_weight · (r_t ℓ_GRPO + c_KL·k3 − c_H·H) + distill_weight · w_t · ρ̄_t · r_t · ℓ_SDPO ]
 
@@ -140,13 +140,13 @@ def routed_loss(
     row = _Row(batch, logprobs[:, 0])
     weights = row.clean(
         rollout_weights(
-            row.behaviour, row.rollout, row.mask, batch.cu_seqlens,
+            row.behaviour, row.rollout, row.mask, batch.cu_seqlens, batch.context_group,
             mode=settings.rollout_correction, cap=settings.rollout_correction_cap,
         )
     )  # fmt: skip
     log_ratio = row.logp - row.behaviour  # 0 with a gradient where the policy has not moved
     if settings.sequence_ratio:
-        log_ratio = sequence_mean(log_ratio, row.mask, batch.cu_seqlens)
+        log_ratio = sequence_mean(log_ratio, row.mask, batch.cu_seqlens, batch.context_group)
     policy, clipped = policy_loss(
         log_ratio, batch.advantages,
         clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=settings.dual_clip,

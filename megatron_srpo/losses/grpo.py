@@ -5,7 +5,10 @@ All tensors are [T]. Log-ratios are clamped before `exp`; the caller replaces va
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
@@ -15,13 +18,35 @@ def _ratio(logp: Tensor, other: Tensor) -> Tensor:
     return (logp - other).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
-def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean of `values` over the masked tokens of each sequence, at every token of the sequence; 0 where it has none."""
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over the ranks of a group of what each of them has, of which each of them uses the result."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        values = values.clone()
+        dist.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor, group: Any = None) -> Tensor:
+    """Mean of `values` over the masked tokens of each sequence, at every token of the sequence; 0 where it has none.
+
+    `group`: the ranks that hold the other parts of the same sequences (context parallel).
+    """
     positions = torch.arange(mask.numel(), device=mask.device)
     sequence = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
-    empty = torch.zeros(cu_seqlens.numel(), dtype=values.dtype, device=values.device)
-    sums = empty.index_add(0, sequence, values * mask)
-    return (sums / empty.index_add(0, sequence, mask.to(values.dtype)).clamp(min=1))[sequence]
+    empty = torch.zeros(2, cu_seqlens.numel(), dtype=values.dtype, device=values.device)
+    sums = empty.index_add(1, sequence, torch.stack([values * mask, mask.to(values.dtype)]))
+    if group is not None:
+        sums = _SumOverRanks.apply(sums, group)
+    return (sums[0] / sums[1].clamp(min=1))[sequence]
 
 
 def policy_loss(
@@ -51,13 +76,20 @@ def k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout_weights(
-    old_logp: Tensor, rollout_logp: Tensor, mask: Tensor, cu_seqlens: Tensor, *, mode: str, cap: float
+    old_logp: Tensor,
+    rollout_logp: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    group: Any = None,
+    *,
+    mode: str,
+    cap: float,
 ) -> Tensor:
     """Importance weights of the trainer's policy against the engine's, π_old/π_roll, without gradient.
 
     off: 1. truncate: min(r, cap). mask: r where r ≤ cap, else 0. sequence_mask: r truncated, and 0 for every token of
     a sequence whose geometric mean ratio over its response tokens leaves [1/cap, cap]. `mask` [T] marks response
-    tokens, `cu_seqlens` [S+1] the sequences.
+    tokens, `cu_seqlens` [S+1] the sequences, `group` the ranks that hold their other parts.
     """
     if mode == "off":
         return torch.ones_like(old_logp)
@@ -67,6 +99,6 @@ def rollout_weights(
     if mode == "mask":
         return torch.where(ratio > cap, torch.zeros_like(ratio), ratio)
     assert mode == "sequence_mask", mode
-    mean = sequence_mean(ratio.log(), mask, cu_seqlens)
+    mean = sequence_mean(ratio.log(), mask, cu_seqlens, group)
     limit = torch.tensor(cap, dtype=ratio.dtype, device=mask.device).log().abs()
     return torch.where(mean.abs() > limit, torch.zeros_like(ratio), ratio.clamp(max=cap))

@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megatron_srpo.mcore.context import positions_by_rank
 
 _MAX_PADDING = 1.25  # a length group may be padded to this multiple of its shortest sequence …
 _SHORT = 64  # … except below this length, where one call costs more than the padding
@@ -61,6 +65,41 @@ def packed_causal_attention(
     return output
 
 
+def context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, group: Any, *, scale: float | None, dropout: float
+) -> Tensor:
+    """`packed_causal_attention` of a row that is spread over the ranks of `group` (order: mcore/context.py).
+
+    query [T/CP, heads, d], key and value [T/CP, groups, d], cu_seqlens [S+1] of the whole row; returns
+    [T/CP, heads, d]. Keys and values are gathered (their gradients are summed and scattered); this rank's two chunks of
+    each sequence attend through a mask, [B, L/CP, L] booleans for B sequences of up to L tokens.
+    """
+    rank, size = group.rank(), group.size()
+    back = positions_by_rank(cu_seqlens, size).flatten().argsort()
+    key, value = (gather_from_sequence_parallel_region(x, group=group)[back] for x in (key, value))
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    output = query.new_zeros(query.size(0), query.size(1), value.size(2))
+    for members in length_groups(lengths):
+        longest = lengths[members[0]]
+        starts = torch.tensor([bounds[i] for i in members], device=query.device)[:, None]
+        sizes = torch.tensor([lengths[i] for i in members], device=query.device)[:, None]
+        steps = torch.arange(longest, device=query.device)[None, :]
+        mine = steps[:, : longest // size]
+        chunk = sizes // (2 * size)
+        seen = torch.where(mine < chunk, mine + rank * chunk, mine - chunk + (2 * size - 1 - rank) * chunk)
+        mask = steps[:, None, :] <= seen[:, :, None]  # [B, L/CP, L]
+        valid = mine < sizes // size
+        own = starts // size + torch.minimum(mine, sizes // size - 1)
+        all_keys = starts + torch.minimum(steps, sizes - 1)
+        q, k, v = (x[at].transpose(1, 2) for x, at in ((query, own), (key, all_keys), (value, all_keys)))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:, None], dropout_p=dropout, scale=scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        output = output.index_put((own[valid],), mixed.transpose(1, 2)[valid])
+    return output
+
+
 class PackedAttention(MegatronModule):
     """`core_attention` of Megatron's self attention; the signature is Megatron's DotProductAttention."""
 
@@ -76,10 +115,12 @@ class PackedAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None,
     ) -> Tensor:  # fmt: skip
-        """query [T, heads, d] (THD, one packed row); returns [T, heads·d]."""
+        """query [T, heads, d] (THD, this rank's part of one packed row); returns [T, heads·d]."""
         assert packed_seq_params is not None, "rows are always packed"
-        mixed = packed_causal_attention(
-            query, key, value, packed_seq_params.cu_seqlens_q,
-            scale=self.softmax_scale, dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        given = (query, key, value, packed_seq_params.cu_seqlens_q)
+        settings = {"scale": self.softmax_scale, "dropout": self.dropout if self.training else 0.0}
+        if self.config.context_parallel_size > 1:
+            mixed = context_parallel_attention(*given, parallel_state.get_context_parallel_group(), **settings)
+        else:
+            mixed = packed_causal_attention(*given, **settings)
         return mixed.reshape(mixed.size(0), -1)

@@ -8,6 +8,7 @@ Megatron's own optimizer checkpoint where neither Transformer Engine nor Apex is
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ from megatron_srpo.mcore.policy import Policy
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
+    for piece in policy.model:
+        yield from unwrap(piece).parameters()
+
+
 def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor]]]:
     """By kind of state: this rank's slices and the tensors that hold them."""
     shards = list(policy.optimizer.shards())
@@ -40,13 +46,13 @@ def _whole(policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, f
     """Whole fp32 tensors by model parameter, put together over the data-parallel ranks when `fill`."""
     mine = {shard.parameter: (shard, tensor) for shard, tensor in held}
     whole = {}
-    for parameter in unwrap(policy.model).parameters():
+    for parameter in _parameters(policy):
         tensor = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         if fill:
             if parameter in mine:
                 shard, values = mine[parameter]
                 tensor.view(-1)[shard.start : shard.stop] = values.detach()
-            if policy.topology.dp_size > 1:
+            if policy.topology.dp_cp_group.size() > 1:
                 dist.all_reduce(tensor, group=policy.topology.dp_cp_group)
         whole[parameter] = tensor
     return whole
@@ -54,9 +60,8 @@ def _whole(policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, f
 
 def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
     """Megatron's sharded state dict of the model and, by kind of state and index of the parameter, of the rest."""
-    model = unwrap(policy.model)
     metadata = {"dp_cp_group": policy.topology.dp_cp_group, "singleton_local_shards": False}
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {"model": [unwrap(piece).sharded_state_dict(metadata=metadata) for piece in policy.model]}
     if policy.optimizer is None:
         return state
     sharded, _ = extract_sharded_tensors_and_factories(state["model"])
@@ -64,7 +69,7 @@ def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
     for kind, held in _slices(policy).items():
         whole = _whole(policy, held, fill=not loading)
         state[kind] = {}
-        for index, parameter in enumerate(model.parameters()):
+        for index, parameter in enumerate(_parameters(policy)):
             entry = by_parameter[parameter]
             replaced = {"key": f"optimizer.{kind}.{entry.key}", "data": whole[parameter]}
             if not isinstance(entry, ShardedTensorFactory):
@@ -94,13 +99,14 @@ def load(policy: Policy, directory: Path) -> dict[str, Any]:
         policy.optimizer.restore_adam(0)
     state = _sharded_state(policy, loading=True)
     loaded = dist_checkpointing.load(state, str(directory))
-    unwrap(policy.model).load_state_dict(loaded["model"])
+    for piece, weights in zip(policy.model, loaded["model"], strict=True):
+        unwrap(piece).load_state_dict(weights)
     if policy.optimizer is None:
         return loaded.get("progress", {}).get("extra", {})
     progress = loaded["progress"]
     policy.steps = progress["steps"]
     policy.optimizer.restore_adam(progress["adam_steps"])
-    parameters = list(unwrap(policy.model).parameters())
+    parameters = list(_parameters(policy))
     for kind, held in _slices(policy).items():
         by_parameter = {parameters[int(i)]: tensor for i, tensor in loaded[kind].items()}
         for shard, target in held:

@@ -55,6 +55,7 @@ def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_size(parallel),
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=int(timeout_minutes) or 1,
     )
@@ -79,6 +80,12 @@ def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout
         control_group=dist.new_group(backend="gloo", timeout=timeout),
         device=path.device,
     )
+
+
+def virtual_size(parallel: ParallelConfig) -> int | None:
+    """Pieces of a pipeline stage as Megatron wants it: None, not 1, for a schedule that is not interleaved."""
+    size = parallel.virtual_pipeline_model_parallel_size
+    return size if size > 1 else None
 
 
 def local_rank() -> int:

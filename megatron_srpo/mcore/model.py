@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_srpo.config import ModelConfig, ParallelConfig
 from megatron_srpo.mcore.attention import PackedAttention
-from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.mcore.groups import Topology, virtual_size
 from megatron_srpo.types import ModelShards
 
 
@@ -91,6 +91,7 @@ def transformer_config(
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": virtual_size(parallel),
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
@@ -106,8 +107,9 @@ def transformer_config(
         "batch_p2p_comm": False,
         # Gradients are sums, because the objective divides by its own global denominators: see step.py.
         "calculate_per_token_loss": True,
-        # Rows differ in length; Megatron couples this flag to a dispatcher even in dense models.
-        "variable_seq_lengths": pp > 1,
+        # Rows differ in length; Megatron couples this flag to a dispatcher even in dense models. Its exchange of shapes
+        # mixes up the two directions between two stages that interleave: rows of one pass are of one length there.
+        "variable_seq_lengths": pp > 1 and parallel.virtual_pipeline_model_parallel_size == 1,
         "moe_token_dispatcher_type": "alltoall",
     }
     if model.recompute == "full":
@@ -116,8 +118,9 @@ def transformer_config(
     return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
 
 
-def layer_specs(config: TransformerConfig, *, transformer_engine: bool) -> Any:
-    """The layers of this pipeline stage: Transformer Engine's, or Megatron's local ones with our norm and attention."""
+def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transformer_engine: bool) -> Any:
+    """The layers of this stage, or of its piece `virtual_stage`: Transformer Engine's, or Megatron's local ones with
+    our norm and attention."""
     if transformer_engine:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -129,31 +132,38 @@ def layer_specs(config: TransformerConfig, *, transformer_engine: bool) -> Any:
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
-    layers = [layer] * get_num_layers_to_build(config)
+    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
 
 
 def build_model(
     hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
-) -> torch.nn.Module:
-    """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it."""
+) -> list[torch.nn.Module]:
+    """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it. Several
+    pieces, in order, under an interleaved pipeline."""
     config = transformer_config(hf, model, parallel, on_cuda=topology.device.type == "cuda")
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=layer_specs(config, transformer_engine=transformer_engine),
-        vocab_size=padded_vocab_size(hf["vocab_size"], topology.tp_size),
-        max_sequence_length=hf["max_position_embeddings"],
-        pre_process=topology.pp_rank == 0,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
-        position_embedding_type="rope",
-        rotary_base=rope_theta(hf),
-        parallel_output=True,
-    )
-    if gpt.post_process:
-        gpt.output_layer.__class__ = DeferredHead
-    gpt.to(topology.device)
-    return Float16Module(config, gpt) if config.bf16 else gpt
+    count = parallel.virtual_pipeline_model_parallel_size
+    pieces = []
+    for stage in range(count):
+        virtual_stage = stage if count > 1 else None
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_specs(config, virtual_stage, transformer_engine=transformer_engine),
+            vocab_size=padded_vocab_size(hf["vocab_size"], topology.tp_size),
+            max_sequence_length=hf["max_position_embeddings"],
+            pre_process=topology.pp_rank == 0 and stage == 0,
+            post_process=topology.is_last_stage and stage == count - 1,
+            share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
+            position_embedding_type="rope",
+            rotary_base=rope_theta(hf),
+            parallel_output=True,
+            vp_stage=virtual_stage,
+        )
+        if gpt.post_process:
+            gpt.output_layer.__class__ = DeferredHead
+        gpt.to(topology.device)
+        pieces.append(Float16Module(config, gpt) if config.bf16 else gpt)
+    return pieces
 
 
 def unwrap(module: torch.nn.Module) -> GPTModel:
@@ -163,16 +173,16 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
     return module
 
 
-def model_shards(module: torch.nn.Module, topology: Topology, vocab_size: int) -> ModelShards:
+def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> ModelShards:
     """The model as the bridge sees it: parameter names with global layer numbers."""
-    gpt = unwrap(module)
-    global_number = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
     parameters = {}
-    for name, parameter in gpt.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = global_number[parts[2]]
-        parameters[".".join(parts)] = parameter
+    for gpt in map(unwrap, model):
+        global_number = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
+        for name, parameter in gpt.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = global_number[parts[2]]
+            parameters[".".join(parts)] = parameter
     return ModelShards(
         parameters=parameters,
         tp_rank=topology.tp_rank,

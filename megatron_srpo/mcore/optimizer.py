@@ -43,16 +43,13 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 class ShardedOptimizer:
-    """Adam over the shards of a wrapped model."""
+    """Adam over the shards of a wrapped model, which may come in pieces (interleaved pipeline)."""
 
-    def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
-        megatron_config = get_model_config(model)
+    def __init__(self, model: list[torch.nn.Module], config: OptimizerConfig) -> None:
+        megatron_config = get_model_config(model[0])
         self.config = config
-        self.model = DistributedDataParallel(
-            megatron_config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            model,
-        )
+        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        self.model = [DistributedDataParallel(megatron_config, reduction, piece) for piece in model]
         self._megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -66,13 +63,14 @@ class ShardedOptimizer:
                 params_dtype=megatron_config.params_dtype,
                 use_distributed_optimizer=True,
             ),
-            [self.model],
+            self.model,
         )
         megatron_config.grad_scale_func = self._megatron.scale_loss
         self._parts = getattr(self._megatron, "chained_optimizers", [self._megatron])
 
     def zero_grad(self) -> None:
-        self.model.zero_grad_buffer()
+        for piece in self.model:
+            piece.zero_grad_buffer()
         self._megatron.zero_grad()
 
     @torch.no_grad()
@@ -99,7 +97,8 @@ class ShardedOptimizer:
         """The main slices were written: copy them into the model and gather the whole parameters."""
         for part in self._parts:
             part._copy_main_params_to_model_params()
-        self.model.start_param_sync(force_sync=True)
+        for piece in self.model:
+            piece.start_param_sync(force_sync=True)
 
     def shards(self) -> Iterator[ParameterShard]:
         """This rank's slices, in the same order on every call. A parameter of which this data-parallel rank holds

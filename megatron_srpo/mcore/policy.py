@@ -9,14 +9,22 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.mcore.device import DevicePath
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import build_model, model_shards
 from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
 from megatron_srpo.mcore.shadow import WeightShadow
 from megatron_srpo.mcore.step import LossFunction, PipelineRunner, ScoreFunction
-from megatron_srpo.types import ModelShards, PackedBatch, StepStats
+from megatron_srpo.types import ModelShards, PackedBatch, Padding, StepStats
+
+
+def row_padding(topology: Topology, parallel: ParallelConfig) -> Padding:
+    """What the layout asks of packed sequences and rows."""
+    cp, tp = topology.cp_size, topology.tp_size if parallel.sequence_parallel else 1
+    sequence = 2 * cp if cp > 1 else 1
+    rows = topology.pp_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
+    return Padding(sequence, math.lcm(sequence, cp * tp), rows)
 
 
 class Policy:
@@ -44,8 +52,7 @@ class Policy:
         self.runner = PipelineRunner(self.model, topology, vocab)
         self.shards = model_shards(self.model, topology, vocab)
         self.shadows = self._build_shadows(config) if trainable else {}
-        multiple = topology.tp_size if config.parallel.sequence_parallel else 1
-        self.row_multiple = multiple  # rows are padded to a multiple of this many tokens
+        self.padding = row_padding(topology, config.parallel)
 
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
         names = []
@@ -69,13 +76,15 @@ class Policy:
 
     def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list:
         """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage."""
-        self.model.eval()
+        for piece in self.model:
+            piece.eval()
         return self.runner.score([self._to_device(row) for row in rows], score) if rows else []
 
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
         assert self.optimizer is not None
-        self.model.train()
+        for piece in self.model:
+            piece.train()
         self.optimizer.zero_grad()
         metrics = self.runner.train([self._to_device(row) for row in rows], loss)
         lr = learning_rate(self.steps, self._optimizer_config, self.total_steps)
@@ -91,8 +100,11 @@ class Policy:
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the samples of all ranks: each data-parallel rank's last stage contributes once, all
         ranks get the result. Empty contributions are zeros of the same shape."""
+        return self._sum(values, counts=self.topology.cp_rank == 0)
+
+    def _sum(self, values: torch.Tensor, *, counts: bool = True) -> torch.Tensor:
         mine = values.detach().double().to(self.topology.device).clone()
-        if not (self.topology.is_last_stage and self.topology.tp_rank == 0 and self.topology.cp_rank == 0):
+        if not (self.topology.is_last_stage and self.topology.tp_rank == 0 and counts):
             mine.zero_()
         dist.all_reduce(mine)
         return mine
@@ -115,7 +127,7 @@ class Policy:
             for i, name in enumerate(maxima):
                 if name in row:
                     tops[i] = max(tops[i], row[name].double().cpu())
-        sums = self.sum_over_data(sums).cpu()
+        sums = self._sum(sums).cpu()  # context-parallel ranks each have their tokens' part
         tops = tops.to(self.topology.device)
         dist.all_reduce(tops, dist.ReduceOp.MAX)
         result = {}

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.utils import get_model_config
 
+from megatron_srpo.mcore.context import gather_parts, local_part
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import head_weight
 from megatron_srpo.types import HeadInput, PackedBatch
@@ -51,10 +52,10 @@ class PipelineRunner:
     Every rank of a model-parallel group must pass the same rows, and every data-parallel rank the same number.
     """
 
-    def __init__(self, model: torch.nn.Module, topology: Topology, vocab_size: int) -> None:
+    def __init__(self, model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> None:
         self.model = model
         self.topology = topology
-        self.config = get_model_config(model)
+        self.config = get_model_config(model[0])
         self.config.finalize_model_grads_func = _sum_gradients
         shard = -(-vocab_size // topology.tp_size)
         self.vocab_start = topology.tp_rank * shard
@@ -63,12 +64,15 @@ class PipelineRunner:
 
     def _forward(self, rows: Any, model: torch.nn.Module, *, after: Callable[[torch.Tensor, PackedBatch], Any]) -> Any:
         row: PackedBatch = next(rows)
+        part = row
+        if self.topology.cp_size > 1:
+            part = local_part(row, self.topology.cp_rank, self.topology.cp_size, self.topology.cp_group)
         # fp32_output: bf16 logits stay bf16; the losses compute in fp32 piece by piece.
         keywords = {"fp32_output": False} if self.config.bf16 else {}
         output = model(
-            row.input_ids[None], row.position_ids[None], None, packed_seq_params=packed_params(row), **keywords
+            part.input_ids[None], part.position_ids[None], None, packed_seq_params=packed_params(row), **keywords
         )
-        return output, partial(self._on_last_stage, row=row, after=after)
+        return output, partial(self._on_last_stage, row=part, after=after)
 
     def _on_last_stage(self, output: torch.Tensor, *, row: PackedBatch, after: Any, non_loss_data: bool = False) -> Any:
         hidden, group = output[0], None
@@ -76,13 +80,13 @@ class PipelineRunner:
             group = self.topology.tp_group
             gather = gather_from_sequence_parallel_region if self.config.sequence_parallel else _copy
             hidden = gather(hidden)
-        weight = head_weight(self.model)
+        weight = head_weight(self.model[-1])
         return after(HeadInput(hidden, weight, self._real_width, self.vocab_start, group), row)
 
     def _run(self, rows: list[PackedBatch], after: Any, **flags: Any) -> list[Any]:
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, after=after),
-            data_iterator=iter(rows),
+            data_iterator=[iter(rows) for _ in self.model],
             model=self.model,
             num_microbatches=len(rows),
             seq_length=rows[0].input_ids.numel(),
@@ -101,5 +105,13 @@ class PipelineRunner:
 
     @torch.no_grad()
     def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[Any]:
-        """`score` of every row without gradient (last stage; else [])."""
-        return self._run(rows, score, forward_only=True, collect_non_loss_data=True)
+        """`score` of every row without gradient, over the whole row on each context-parallel rank (last stage; else
+        [])."""
+        results = self._run(rows, score, forward_only=True, collect_non_loss_data=True)
+        if self.topology.cp_size == 1 or not results:
+            return results
+        group = self.topology.cp_group
+        return [
+            {name: gather_parts(values, row.cu_seqlens, group) for name, values in result.items()}
+            for row, result in zip(rows, results, strict=True)
+        ]

@@ -10,7 +10,13 @@ import torch
 from tests.distributed_harness import run_distributed
 from tests.tiny_models import make_tiny_model
 
-LAYOUTS = {"tp2_sp": (2, 1, True, 2), "pp2": (1, 2, False, 2), "dp2": (1, 1, False, 2)}
+LAYOUTS = {  # on two ranks
+    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2_interleaved": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+    "dp2": {},
+}
 VOCAB = 101  # odd: padded for TP 2
 
 
@@ -22,14 +28,14 @@ def _rows(dp_rank: int, dp_size: int) -> list:
     for number in range(4):
         ids = torch.randint(0, VOCAB, (24,), generator=torch.Generator().manual_seed(number))
         zeros = torch.zeros(24)
-        bounds = torch.tensor([0, 7, 20, 24], dtype=torch.int32)
+        bounds = torch.tensor([0, 8, 20, 24], dtype=torch.int32)  # lengths of which context parallelism makes 4 chunks
         rows.append(
             PackedBatch(ids, ids.roll(-1), torch.arange(24), bounds, torch.ones(24), zeros, zeros, zeros, zeros)
         )
     return rows[dp_rank::dp_size]
 
 
-def _policy(model: Path, tp: int, pp: int, sp: bool):
+def _policy(model: Path, parallel: dict):
     from megatron_srpo.bridge import load_hf_weights, read_config
     from megatron_srpo.config import Config
     from megatron_srpo.mcore import groups
@@ -38,8 +44,7 @@ def _policy(model: Path, tp: int, pp: int, sp: bool):
 
     config = Config(
         model={"path": str(model), "dtype": "float32"}, data={"train": "unused"}, optimizer={"lr": 1e-3},
-        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp},
-        algorithm={"kl_loss_coef": 0.1},
+        parallel=parallel, algorithm={"kl_loss_coef": 0.1},
     )  # fmt: skip
     path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
@@ -54,18 +59,23 @@ def logprobs(given, row):
     return LinearHead(**vars(given)).gather_logprobs(row.targets[:, None])[0][:, 0]
 
 
-def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) -> dict:
+def scored(policy, rows):
+    """The log-probs of whole rows; [] before the last pipeline stage."""
+    return [result["logprob"] for result in policy.score(rows, lambda *given: {"logprob": logprobs(*given)})]
+
+
+def _train_and_report(model: Path, parallel: dict, scratch: Path) -> dict:
     from megatron_srpo.bridge import Exporter, read_config
     from megatron_srpo.mcore import checkpoint
 
-    policy = _policy(model, tp, pp, sp)
+    policy = _policy(model, parallel)
     rows = _rows(policy.topology.dp_rank, policy.topology.dp_size)
 
     def loss(given, row):
         value = -logprobs(given, row).sum() / 96
-        return value, {"loss": torch.stack([value.detach() * 96, torch.tensor(24.0)])}
+        return value, {"loss": torch.stack([value.detach() * 96, torch.tensor(float(row.targets.numel()))])}
 
-    before = policy.score(rows, logprobs)
+    before = scored(policy, rows)
     norms, losses = [], []
     for _ in range(3):
         stats = policy.train_step(rows, loss)
@@ -84,7 +94,7 @@ def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) ->
     assert policy.train_step(rows, bad_on_one_rank).skipped
     assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
     with policy.reference():
-        reference = policy.score(rows, logprobs)
+        reference = scored(policy, rows)
     checkpoint.save(policy, scratch, {"note": 7})
     policy.train_step(rows, loss)
     with policy.teacher():
@@ -103,8 +113,8 @@ def _train_and_report(model: Path, tp: int, pp: int, sp: bool, scratch: Path) ->
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
 def serial(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    model = make_tiny_model(folder / "model", request.param, tied=request.param == "qwen3", vocab=VOCAB)
-    return model, run_distributed(_train_and_report, 1, model, 1, 1, False, folder / "checkpoint")[0]
+    model = make_tiny_model(folder / "model", request.param, tied=request.param == "qwen3", vocab=VOCAB, layers=4)
+    return model, run_distributed(_train_and_report, 1, model, {}, folder / "checkpoint")[0]
 
 
 def test_logprobs_equal_transformers_on_each_sequence_of_a_packed_row(serial):
@@ -122,8 +132,7 @@ def test_logprobs_equal_transformers_on_each_sequence_of_a_packed_row(serial):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_on_two_ranks_equals_one_process(serial, layout, tmp_path):
     model, expected = serial
-    tp, pp, sp, ranks = LAYOUTS[layout]
-    for found in run_distributed(_train_and_report, ranks, model, tp, pp, sp, tmp_path / "checkpoint"):
+    for found in run_distributed(_train_and_report, 2, model, LAYOUTS[layout], tmp_path / "checkpoint"):
         assert found["norms"] == pytest.approx(expected["norms"], rel=2e-5)
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["exported"].keys() == expected["exported"].keys()

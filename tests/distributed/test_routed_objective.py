@@ -24,6 +24,7 @@ REGULARISED = BASE | {"kl_loss_coef": 0.05, "entropy_coef": 0.02, "dual_clip": 1
 VARIANTS = {
     "srpo": (BASE, 400, 0, 1.0),
     "srpo one sample a row": (BASE, 96, 0, 1.0),
+    "srpo, another order of samples": (BASE, 300, 0, 1.0),
     "srpo in two steps": (REGULARISED, 160, 3, 0.8),
     "srpo one distilled sample": (BASE, 100, 0, 1.0),
     "srpo all wrong": (BASE, 200, 0, 1.0),
@@ -37,29 +38,61 @@ VARIANTS = {
         REGULARISED | {"importance_ratio": "sequence", "clip_ratio_low": 0.01, "clip_ratio_high": 0.02}, 160, 3, 1.0,
     ),
 }  # fmt: skip
-# name -> tensor, pipeline, context parallel sizes, sequence parallel, ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    pieces: int = 1  # of a pipeline stage; above 1 the schedule is interleaved
+    cp: int = 1
+    dp: int = 1
+    sp: bool = False
+    recompute: str = "none"
+    dtype: str = "float32"
+
+    @property
+    def ranks(self):
+        return self.tp * self.pp * self.cp * self.dp
+
+
 LAYOUTS = {
-    "serial": (1, 1, 1, False, 1),
-    "tp2": (2, 1, 1, False, 2),
-    "tp2 sp": (2, 1, 1, True, 2),
-    "pp2": (1, 2, 1, False, 2),
-    "dp2": (1, 1, 1, False, 2),
-    "tp2 sp pp2": (2, 2, 1, True, 4),
-    "tp2 dp2": (2, 1, 1, False, 4),
-    "tp4 sp": (4, 1, 1, True, 4),
+    "serial": Layout(),
+    "tp2": Layout(tp=2),
+    "tp2 sp, recompute": Layout(tp=2, sp=True, recompute="full"),
+    "pp2": Layout(pp=2),
+    "dp2": Layout(dp=2),
+    "tp2 sp pp2": Layout(tp=2, sp=True, pp=2),
+    "tp2 dp2": Layout(tp=2, dp=2),
+    "tp4 sp": Layout(tp=4, sp=True),
+    "cp2": Layout(cp=2),
+    "cp4, recompute": Layout(cp=4, recompute="full"),
+    "cp2 tp2 sp": Layout(cp=2, tp=2, sp=True),
+    "cp2 pp2": Layout(cp=2, pp=2),
+    "cp2 dp2": Layout(cp=2, dp=2),
+    "pp2 interleaved": Layout(pp=2, pieces=2),
+    "pp2 interleaved tp2 sp, recompute": Layout(pp=2, pieces=2, tp=2, sp=True, recompute="full"),
+    "bf16": Layout(dtype="bfloat16"),
+    "bf16 tp2 sp": Layout(tp=2, sp=True, dtype="bfloat16"),
+    "bf16 cp2 pp2": Layout(cp=2, pp=2, dtype="bfloat16"),
 }
 # Float32 passes against float64 ones; a gradient error is measured against the largest entry of its tensor's kind.
 METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
+# bf16 (8 bits of mantissa): metrics within 10 %, and the gradient's error (root of its sum of squares) at most this
+# multiple of the one that the same objective makes on transformers' bf16 models.
+BF16_METRIC_BOUND, BF16_ERROR_RATIO = 1e-1, 2.0
 
 
 def make_config(model, variant, layout="serial"):
     algorithm, _, _, temperature = VARIANTS[variant]
-    tp, pp, cp, sp, _ = LAYOUTS[layout]
+    cut = LAYOUTS[layout]
     return Config(
-        model={"path": str(model), "dtype": "float32"}, data={"train": "unused"}, algorithm=algorithm,
+        model={"path": str(model), "dtype": cut.dtype, "recompute": cut.recompute},
+        data={"train": "unused"}, algorithm=algorithm,
         optimizer={"lr": 1e-2, "clip_grad": 0.5}, rollout={"temperature": temperature},
-        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp,
-                  "context_parallel_size": cp, "sequence_parallel": sp},
+        parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
+                  "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
+                  "sequence_parallel": cut.sp},
     )  # fmt: skip
 
 
@@ -97,6 +130,8 @@ def make_samples(model, variant):
         )
 
     samples, _ = route(prompts, rollouts, rewards, config.algorithm, seed=3, iteration=1, teacher_prompt=teacher_prompt)
+    if variant == "srpo, another order of samples":
+        rng.shuffle(samples)
     return samples
 
 
@@ -144,7 +179,7 @@ def run_variants(variants, layout, student, teacher, samples_of):
         samples = samples_of[variant]
         plan = plan_batch(
             samples, dp_size=topology.dp_size, max_tokens=budget, prompts_per_mini_batch=prompts,
-            pad_to_multiple=policy.row_multiple, seed=5, drop_zero_advantage=config.drops_zero_advantage,
+            padding=policy.padding, seed=5, drop_zero_advantage=config.drops_zero_advantage,
         )  # fmt: skip
         exporter = Exporter(policy.shards, hf_config)
         seen = {}
@@ -177,49 +212,74 @@ def run_variants(variants, layout, student, teacher, samples_of):
 
 @pytest.fixture(scope="module")
 def models_of(tmp_path_factory):
-    """family -> student and teacher; Qwen3 with tied heads, Llama without."""
+    """family, dtype -> student and teacher; Qwen3 with tied heads, Llama without."""
     return functools.cache(functools.partial(make_models, tmp_path_factory))
 
 
-def make_models(tmp_path_factory, family):
+def make_models(tmp_path_factory, family, dtype):
     folder = tmp_path_factory.mktemp(family)
     tied = family == "qwen3"
     return [
-        make_tiny_model(folder / name, family, tied=tied, vocab=VOCAB, seed=seed, kv_heads=4 if tied else 2)
+        make_tiny_model(
+            folder / name,
+            family,
+            tied=tied,
+            vocab=VOCAB,
+            seed=seed,
+            kv_heads=4 if tied else 2,
+            layers=4,
+            dtype=getattr(torch, dtype),
+        )
         for seed, name in enumerate(("student", "teacher"))
     ]
 
 
 @pytest.mark.parametrize(("family", "layout"), [*(("qwen3", name) for name in LAYOUTS), ("llama", "tp2 sp pp2")])
 def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of, family, layout):
-    student, teacher = models_of(family)
+    dtype = LAYOUTS[layout].dtype
+    student, teacher = models_of(family, dtype)
     variants = list(VARIANTS)
     samples_of = {variant: make_samples(student, variant) for variant in variants}
-    found = run_distributed(run_variants, LAYOUTS[layout][-1], variants, layout, student, teacher, samples_of)[0]
-    behaviour, judge = load(student), load(teacher)
+    found = run_distributed(run_variants, LAYOUTS[layout].ranks, variants, layout, student, teacher, samples_of)[0]
     for variant in variants:
-        reference = Reference(make_config(student, variant), behaviour, judge, judge)
-        assert len(found[variant]) == (2 if VARIANTS[variant][2] == 3 else 3 if VARIANTS[variant][2] == 2 else 1)
-        counted = [s for s in samples_of[variant] if s.counted]
-        assert sum(step["loss_tokens"] for step in found[variant]) == sum(len(s.response_ids) for s in counted)
-        for number, step in enumerate(found[variant]):
-            assert_step(step, reference, samples_of[variant], student, number, f"{layout}, {variant}, step {number}")
+        check_steps(found[variant], samples_of[variant], student, teacher, variant, layout)
 
 
-def assert_step(step, reference, samples, student, number, where):
-    model = load(student)
-    model.load_state_dict({name: value.double() for name, value in step["weights"].items()}, strict=False)
+def check_steps(steps, samples, student, teacher, variant, layout):
+    assert len(steps) == (2 if VARIANTS[variant][2] == 3 else 3 if VARIANTS[variant][2] == 2 else 1)
+    assert sum(step["loss_tokens"] for step in steps) == sum(len(s.response_ids) for s in samples if s.counted)
+    for number, step in enumerate(steps):
+        where = f"{layout}, {variant}, step {number}"
+        given = (step, samples, student, teacher, variant, number)
+        metrics, expected = expected_step(*given, torch.float64)
+        logged = {name: value for name, value in step["metrics"].items() if name != "actor/lr"}
+        assert step["gradients"].keys() == expected.keys()
+        if LAYOUTS[layout].dtype == "bfloat16":
+            assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=BF16_METRIC_BOUND), where
+            _, rough = expected_step(*given, torch.bfloat16)
+            assert distance(step["gradients"], expected) <= BF16_ERROR_RATIO * distance(rough, expected) + 1e-12, where
+            continue
+        assert logged == pytest.approx(metrics, rel=METRIC_BOUND, abs=METRIC_BOUND), where
+        largest = max(float(value.abs().max()) for value in expected.values())
+        for name, value in expected.items():
+            error = float((step["gradients"][name].double() - value).abs().max())
+            assert error <= GRADIENT_BOUND * largest + 1e-12, f"{where}, {name}: off by {error} of {largest}"
+        norm = distance(expected, {name: torch.zeros_like(value) for name, value in expected.items()})
+        assert step["norm"] == pytest.approx(norm, rel=1e-4, abs=1e-9), where
+
+
+def expected_step(step, samples, student, teacher, variant, number, dtype):
+    """Metrics and gradients of the plain objective on transformers' models in `dtype`."""
+    model = load(student, dtype)
+    model.load_state_dict({name: value.to(dtype) for name, value in step["weights"].items()}, strict=False)
     model.tie_weights()
+    judge = load(teacher, dtype)
+    reference = Reference(make_config(student, variant), load(student, dtype), judge, judge)
     forwarded = [samples[i] for i in step["samples"]]
     loss, metrics = reference.step(model, forwarded, loss_tokens=step["loss_tokens"], moved=number > 0)
     loss.backward()
-    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    logged = {name: value for name, value in step["metrics"].items() if name != "actor/lr"}
-    assert logged == pytest.approx(metrics, rel=METRIC_BOUND, abs=METRIC_BOUND), where
-    assert step["gradients"].keys() == expected.keys()
-    largest = max(float(value.abs().max()) for value in expected.values())
-    for name, value in expected.items():
-        error = float((step["gradients"][name].double() - value).abs().max())
-        assert error <= GRADIENT_BOUND * largest + 1e-12, f"{where}, {name}: off by {error} of {largest}"
-    norm = sum(float((value**2).sum()) for value in expected.values()) ** 0.5
-    assert step["norm"] == pytest.approx(norm, rel=1e-4, abs=1e-9), where
+    return metrics, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def distance(some, others):
+    return sum(float((some[name].double() - others[name].double()).square().sum()) for name in others) ** 0.5

@@ -82,7 +82,11 @@ def test_a_sound_configuration_passes_all_checks():
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr = 1.0", "lower it"),
         ({"optimizer__warmup_steps": 101}, "optimizer.warmup_steps = 101", "only 100 optimizer steps"),
         ({"eval__every": 5}, "eval.every = 5", "data.test is empty"),
-        ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size = 2", "not there yet"),
+        (
+            {"parallel__virtual_pipeline_model_parallel_size": 2},
+            "parallel.virtual_pipeline_model_parallel_size = 2",
+            "set it to 1",
+        ),
         ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel = true", "set it to false"),
     ],
 )

@@ -11,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_srpo.config import UserError
-from megatron_srpo.packing import pack_student, pack_teacher, padded_length, plan_batch, response_spans, sample_cost
-from megatron_srpo.types import PackedBatch, RoutedSample, Row, TokenScores
+from megatron_srpo.packing import (
+    NO_PADDING,
+    pack_rows,
+    padded_length,
+    plan_batch,
+    response_spans,
+    row_lengths,
+    sample_cost,
+)
+from megatron_srpo.types import PackedBatch, Padding, RoutedSample, Row, TokenScores
 
 
 def make(group=0, sample=0, prompt=3, response=2, *, policy=1.0, distill=0.0, advantage=0.5, teacher=5) -> RoutedSample:
@@ -28,6 +36,14 @@ def make(group=0, sample=0, prompt=3, response=2, *, policy=1.0, distill=0.0, ad
     )  # fmt: skip
 
 
+def pack_student(row, samples, scores=None, *, padding=NO_PADDING):
+    return pack_rows([row], samples, scores, padding=padding)[0]
+
+
+def pack_teacher(row, samples, scores=None, *, padding=NO_PADDING):
+    return pack_rows([row], samples, scores, padding=padding, teacher=True)[0]
+
+
 @st.composite
 def iterations(draw):
     """(samples, arguments of plan_batch): mixed routing, a budget that every sample fits, any number of ranks."""
@@ -41,13 +57,35 @@ def iterations(draw):
                      advantage=draw(st.sampled_from([0.0, 0.5])), **lengths)
             )  # fmt: skip
     longest = max(max(s.student_length, s.teacher_length) for s in samples)
-    multiple = draw(st.sampled_from([1, 2, 8]))
-    budget = padded_length(longest, multiple) + draw(st.integers(0, 50))
+    padding = draw(st.sampled_from([Padding(), Padding(1, 2), Padding(1, 8), Padding(4, 4), Padding(4, 12)]))
+    budget = padded_length(longest, padding.row) + draw(st.integers(0, 50))
     plan = {
-        "dp_size": draw(st.integers(1, 4)), "max_tokens": budget, "pad_to_multiple": multiple,
+        "dp_size": draw(st.integers(1, 4)), "max_tokens": budget, "padding": padding,
         "prompts_per_mini_batch": draw(st.integers(0, 3)), "seed": draw(st.integers(0, 3)),
     }  # fmt: skip
     return samples, plan
+
+
+def row_length(row, samples, padding, *, teacher=False):
+    """Positions of the packed row."""
+    each = [samples[i].teacher_length if teacher else samples[i].student_length for i in row.samples]
+    return padded_length(sum(padded_length(n, padding.sequence) for n in each), padding.row)
+
+
+def test_an_interleaved_pipeline_gets_rows_of_one_length_in_multiples():
+    samples = [make(0, i, response=3 + 5 * i, distill=float(i < 2)) for i in range(5)]
+    padding = Padding(1, 4, rows=2)
+    plan = plan_batch(samples, dp_size=1, max_tokens=28, padding=padding)
+    mini = plan.mini_batches[0]
+    assert len(mini.student[0]) == 4 and len(mini.teacher[0]) == 2
+    packed = pack_rows(mini.student[0], samples, padding=padding)
+    assert (
+        [row.input_ids.numel() for row in packed] == row_lengths(mini.student[0], samples, padding=padding) == [28] * 4
+    )
+    assert sum(float(row.loss_mask.sum()) for row in packed) == mini.loss_tokens
+    useful = sum(s.student_length for s in samples) + sum(s.teacher_length for s in samples)
+    teacher = row_lengths(mini.teacher[0], samples, padding=padding, teacher=True)
+    assert plan.efficiency == pytest.approx(useful / (4 * 28 + sum(teacher)))
 
 
 def rows_of(plan, kind: str) -> list[Row]:
@@ -64,11 +102,11 @@ def test_no_row_exceeds_the_budget_in_any_pass(case):
     plan = plan_batch(samples, **arguments)
     for row in rows_of(plan, "student"):
         assert row.tokens == sum(samples[i].student_length for i in row.samples)
-        assert padded_length(row.tokens, arguments["pad_to_multiple"]) <= arguments["max_tokens"]
+        assert row_length(row, samples, arguments["padding"]) <= arguments["max_tokens"]
     for row in rows_of(plan, "teacher"):
         assert row.tokens == sum(samples[i].teacher_length for i in row.samples)
         for scored in (pack_teacher, pack_student):  # the top-k pass packs the teacher's rows as student rows
-            packed = scored(row, samples, pad_to_multiple=arguments["pad_to_multiple"])
+            packed = scored(row, samples, padding=arguments["padding"])
             assert packed.input_ids.numel() <= arguments["max_tokens"]
 
 
@@ -109,7 +147,7 @@ def test_groups_stay_whole_and_mini_batches_have_the_asked_number_of_them(case):
 def test_the_loss_masks_of_all_rows_add_up_to_the_denominators(case):
     samples, arguments = case
     for mini in plan_batch(samples, **arguments).mini_batches:
-        packed = [pack_student(row, samples, pad_to_multiple=8) for rank in mini.student for row in rank]
+        packed = [pack_student(row, samples, padding=Padding(1, 8)) for rank in mini.student for row in rank]
         assert sum(row.loss_mask.sum().item() for row in packed) == mini.loss_tokens
         distilled = sum((row.loss_mask * (row.distill_weight > 0)).sum().item() for row in packed)
         assert distilled == mini.distill_tokens
@@ -121,7 +159,8 @@ def test_efficiency_and_imbalance_are_what_they_say(case):
     samples, arguments = case
     plan = plan_batch(samples, **arguments)
     rows = rows_of(plan, "student") + rows_of(plan, "teacher")
-    computed = sum(padded_length(row.tokens, arguments["pad_to_multiple"]) for row in rows)
+    computed = sum(row_length(row, samples, arguments["padding"]) for row in rows_of(plan, "student"))
+    computed += sum(row_length(row, samples, arguments["padding"], teacher=True) for row in rows_of(plan, "teacher"))
     assert plan.efficiency == pytest.approx(sum(row.tokens for row in rows) / computed if computed else 1)
     costs = [
         [sum(sample_cost(samples[i]) for row in rank for i in row.samples) for rank in mini.student]
@@ -138,7 +177,7 @@ def test_realistic_lengths_are_balanced_and_packed_tightly():
         for g in range(32)
         for s in range(8)
     ]
-    plan = plan_batch(samples, dp_size=8, max_tokens=16384, pad_to_multiple=8)
+    plan = plan_batch(samples, dp_size=8, max_tokens=16384, padding=Padding(1, 8))
     assert plan.imbalance < 0.02
     assert plan.efficiency > 0.99
     rows = rows_of(plan, "student")
@@ -204,7 +243,7 @@ def test_mini_batches_are_drawn_from_the_seed():
 )
 def test_a_sample_over_the_budget_is_refused_with_the_key_to_raise(sample, budget, multiple, words):
     with pytest.raises(UserError, match=r"1 of 2 samples.*train\.max_tokens_per_gpu") as refusal:
-        plan_batch([make(1), sample], dp_size=1, max_tokens=budget, pad_to_multiple=multiple)
+        plan_batch([make(1), sample], dp_size=1, max_tokens=budget, padding=Padding(1, multiple))
     for word in words:
         assert word in str(refusal.value)
 
@@ -219,7 +258,7 @@ def test_a_sample_that_does_not_count_may_have_any_length():
 
 def test_a_row_is_aligned_to_the_next_token():
     samples = [make(0, 0, prompt=3, response=2, advantage=0.25), make(1, 0, prompt=2, response=3, advantage=-1.0)]
-    row = pack_student(Row((0, 1), 10), samples, pad_to_multiple=4)
+    row = pack_student(Row((0, 1), 10), samples, padding=Padding(1, 4))
     assert row.input_ids.tolist() == [1000, 1001, 1002, 1050, 1051, 2000, 2001, 2050, 2051, 2052, 0, 0]
     assert row.targets.tolist() == [0, 0, 1050, 1051, 0, 0, 2050, 2051, 2052, 0, 0, 0]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
@@ -234,16 +273,16 @@ def test_a_row_is_aligned_to_the_next_token():
 
 
 def test_a_full_row_has_no_padding_sequence():
-    row = pack_student(Row((0,), 5), [make()], pad_to_multiple=5)
+    row = pack_student(Row((0,), 5), [make()], padding=Padding(1, 5))
     assert row.cu_seqlens.tolist() == [0, 5]
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_an_empty_row_is_one_sequence_that_contributes_nothing(multiple):
-    for row in (pack_student(Row((), 0), [], [], pad_to_multiple=multiple), pack_teacher(Row((), 0), [])):
+    for row in (pack_student(Row((), 0), [], [], padding=Padding(1, multiple)), pack_teacher(Row((), 0), [])):
         assert row.cu_seqlens.tolist() == [0, row.input_ids.numel()]
         assert row.loss_mask.sum() == 0 and row.input_ids.sum() == 0
-    assert pack_student(Row((), 0), [], pad_to_multiple=multiple).input_ids.numel() == multiple
+    assert pack_student(Row((), 0), [], padding=Padding(1, multiple)).input_ids.numel() == multiple
 
 
 def test_the_teachers_row_has_the_same_responses_after_other_prompts():
@@ -283,9 +322,9 @@ def test_unpacking_gives_back_every_response_token_and_score_once(case):
     scores = [scores_of(sample, seed) for seed, sample in enumerate(samples)]
     seen = []
     for row in rows_of(plan_batch(samples, **arguments), "student"):
-        packed = pack_student(row, samples, scores, pad_to_multiple=arguments["pad_to_multiple"])
+        packed = pack_student(row, samples, scores, padding=arguments["padding"])
         outside = torch.ones_like(packed.loss_mask, dtype=torch.bool)
-        for index, start, stop in response_spans(row, samples):
+        for index, start, stop in response_spans(row, samples, padding=arguments["padding"]):
             seen.append(index)
             outside[start:stop] = False
             check_span(packed, samples[index], scores[index], slice(start, stop))

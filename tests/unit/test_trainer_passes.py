@@ -10,7 +10,7 @@ import torch
 from megatron_srpo.config import Config
 from megatron_srpo.packing import plan_batch
 from megatron_srpo.trainer import Trainer
-from megatron_srpo.types import RoutedSample
+from megatron_srpo.types import Padding, RoutedSample
 
 TEACHER_PROMPT = [1] * 9
 
@@ -20,7 +20,7 @@ class CountingPolicy:
 
     def __init__(self, dp_rank, dp_size):
         self.topology = SimpleNamespace(dp_rank=dp_rank, dp_size=dp_size)
-        self.row_multiple = 1
+        self.padding = Padding()
         self.forwarded, self.swaps = Counter(), 0
 
     def teacher(self):
