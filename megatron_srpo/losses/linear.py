@@ -13,17 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_srpo.losses.vocab_parallel import (
-    _all_reduce,
-    _chunks,
     _local,
-    _row_max,
     _work_dtype,
-    add_statistics,
-    logits_gradient,
+    combine_statistics,
+    local_statistics,
+    write_logits_gradient,
 )
 
 
@@ -40,11 +37,7 @@ def product(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
 
 
 class _LinearGatherLogprobs(torch.autograd.Function):
-    """`gather_logprobs(hidden @ weight.T / temperature)`: the same two collectives forward, none backward.
-
-    The local sums use the rank's own maximum m and are moved to the common one m* when all pieces are done:
-        Σ e^(x−m*) = e^d · S₀        Σ e^(x−m*)·(x−m*) = e^d · (S₁ + d·S₀)        d = m − m*
-    """
+    """`gather_logprobs(hidden @ weight.T / temperature)`: the same two collectives forward, none backward."""
 
     @staticmethod
     def forward(
@@ -60,25 +53,16 @@ class _LinearGatherLogprobs(torch.autograd.Function):
         logits = None
         for part in parts:
             logits = product(hidden[part], head, temperature)
-            mine[part] = _row_max(logits, None)
-            add_statistics(logits, mine[part], columns[part], here[part], sums[part])
-        top = mine.clone()
-        _all_reduce(top, dist.ReduceOp.MAX, group)
-        distance = torch.where(sums[:, 0] > 0, mine - top, torch.zeros_like(top))  # no mass here: nothing to move
-        sums[:, 1] = distance.exp() * (sums[:, 1] + distance * sums[:, 0])
-        sums[:, 0] *= distance.exp()
-        sums[:, 2:] += torch.where(here, (mine - top)[:, None], torch.zeros_like(sums[:, 2:]))
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
-        log_sum = sums[:, 0].log()
-        entropy = log_sum - sums[:, 1] / sums[:, 0]
+            mine[part] = local_statistics(logits, columns[part], here[part], sums[part])
+        normaliser, entropy, logprobs = combine_statistics(mine, sums, here, group)
         kept = logits if len(parts) == 1 and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) else None
-        ctx.save_for_backward(hidden, weight, columns, here, top + log_sum, entropy, kept)
+        ctx.save_for_backward(hidden, weight, normaliser, entropy, columns, here, logprobs, kept)
         ctx.width, ctx.temperature, ctx.parts = width, temperature, parts
-        return sums[:, 2:] - log_sum[:, None], entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, columns, here, normaliser, entropy, kept = ctx.saved_tensors
+        hidden, weight, *known, kept = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 8
         head = weight[: ctx.width]
@@ -86,15 +70,12 @@ class _LinearGatherLogprobs(torch.autograd.Function):
         total = _WeightGradient(weight, ctx.width) if ctx.needs_input_grad[1] else None
         for part in ctx.parts:
             logits = product(hidden[part], head, ctx.temperature) if kept is None else kept
-            for rows in _chunks(logits):  # in place: the logits are not needed any more
-                at = slice(part.start + rows.start, part.start + min(rows.stop, logits.size(0)))
-                logits[rows] = logits_gradient(
-                    logits[rows], normaliser[at], entropy[at], columns[at], here[at],
-                    None if grad_logprobs is None else grad_logprobs[at],
-                    None if grad_entropy is None else grad_entropy[at],
-                )  # fmt: skip
-            if ctx.temperature != 1.0:
-                logits /= ctx.temperature
+            write_logits_gradient(  # in place: the logits are not needed any more
+                logits, logits, *(value[part] for value in known),
+                None if grad_logprobs is None else grad_logprobs[part],
+                None if grad_entropy is None else grad_entropy[part],
+                1 / ctx.temperature,
+            )  # fmt: skip
             if grad_hidden is not None:
                 torch.mm(logits, head, out=grad_hidden[part])
             if total is not None:

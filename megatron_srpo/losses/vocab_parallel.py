@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_srpo.losses import kernels
+
 CHUNK_BYTES = 64 * 2**20  # bound of one temporary [chunk, v] in fp32
 
 
@@ -58,69 +60,90 @@ def _times(weight: Tensor, values: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.zeros_like(weight), weight * values)
 
 
-def add_statistics(logits: Tensor, top: Tensor, columns: Tensor, here: Tensor, sums: Tensor) -> None:
-    """Write Σ e^(x−top), Σ e^(x−top)·(x−top) and x − top at the columns that are here into `sums` [T, 2 + M]."""
-    for part in _chunks(logits):
-        shifted = logits[part].to(sums.dtype) - top[part, None]
-        weights = shifted.exp()
-        sums[part, 0] = weights.sum(1)
-        sums[part, 1] = _times(weights, shifted).sum(1)
-        if logits.size(1):
-            found = shifted.gather(1, columns[part])
-            sums[part, 2:] = torch.where(here[part], found, torch.zeros_like(found))
+def local_statistics(logits: Tensor, columns: Tensor, here: Tensor, sums: Tensor) -> Tensor:
+    """This rank's row maxima m [T], and Σ e^(x−m), Σ e^(x−m)·(x−m) and x − m at the columns that are here into `sums`
+    [T, 2 + M]."""
+    if kernels.serve(logits):
+        from megatron_srpo.losses.kernels.softmax import statistics
 
-
-def logits_gradient(
-    logits: Tensor, normaliser: Tensor, entropy: Tensor, columns: Tensor, here: Tensor,
-    grad_logprobs: Tensor | None, grad_entropy: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Gradient of the logits [t, v] in the working dtype, from those of log-probs [t, M] and entropy [t]."""
-    logp = logits.to(normaliser.dtype) - normaliser[:, None]
-    p = logp.exp()
-    if grad_entropy is None:
-        gradient = p * -grad_logprobs.sum(1, keepdim=True)
+        mine = statistics(logits, sums)
     else:
-        gradient = -_times(p, logp + entropy[:, None]) * grad_entropy[:, None]
-        if grad_logprobs is not None:
-            gradient -= p * grad_logprobs.sum(1, keepdim=True)
-    if grad_logprobs is not None and logits.size(1):
-        gradient.scatter_add_(1, columns, grad_logprobs.to(gradient.dtype) * here)
-    return gradient
+        mine = _row_max(logits, None)
+        for part in _chunks(logits):
+            shifted = logits[part].to(sums.dtype) - mine[part, None]
+            weights = shifted.exp()
+            sums[part, 0] = weights.sum(1)
+            sums[part, 1] = _times(weights, shifted).sum(1)
+    if logits.size(1) and columns.size(1):
+        found = logits.gather(1, columns).to(sums.dtype) - mine[:, None]
+        sums[:, 2:] = torch.where(here, found, torch.zeros_like(found))
+    return mine
+
+
+def combine_statistics(mine: Tensor, sums: Tensor, here: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Over all ranks: log Σ e^x [T], the entropy [T] and the log-probs at the ids [T, M]; `sums` is used up.
+
+    Each rank's sums are relative to its own maximum m and move to the common one m*: MAX, then one SUM of [T, 2 + M].
+        Σ e^(x−m*) = e^d · S₀        Σ e^(x−m*)·(x−m*) = e^d · (S₁ + d·S₀)        d = m − m*
+    """
+    top = mine.clone()
+    _all_reduce(top, dist.ReduceOp.MAX, group)
+    distance = torch.where(sums[:, 0] > 0, mine - top, torch.zeros_like(top))  # no mass here: nothing to move
+    sums[:, 1] = distance.exp() * (sums[:, 1] + distance * sums[:, 0])
+    sums[:, 0] *= distance.exp()
+    sums[:, 2:] += torch.where(here, (mine - top)[:, None], torch.zeros_like(sums[:, 2:]))
+    _all_reduce(sums, dist.ReduceOp.SUM, group)
+    log_sum = sums[:, 0].log()
+    return top + log_sum, log_sum - sums[:, 1] / sums[:, 0], sums[:, 2:] - log_sum[:, None]
+
+
+def write_logits_gradient(
+    logits: Tensor, out: Tensor, normaliser: Tensor, entropy: Tensor, columns: Tensor, here: Tensor, logprobs: Tensor,
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """`scale` · gradient of the logits [T, v] into `out`, which may be the logits, from those of log-probs [T, M] and
+    entropy [T]. The other arguments are what the forward pass knew. With z = Σ exp(x), p = exp(x)/z, H = log z − Σ p·x:
+        ∂ log p_i / ∂x_j = 1[i = j] − p_j          ∂H / ∂x_j = −p_j (log p_j + H)
+    """
+    if kernels.serve(logits):
+        from megatron_srpo.losses.kernels.softmax import write_gradient
+
+        write_gradient(logits, out, normaliser, entropy, columns, here, logprobs, grad_logprobs, grad_entropy, scale)
+        return
+    for part in _chunks(logits):
+        logp = logits[part].to(normaliser.dtype) - normaliser[part, None]
+        p = logp.exp()
+        if grad_entropy is None:
+            gradient = p * -grad_logprobs[part].sum(1, keepdim=True)
+        else:
+            gradient = -_times(p, logp + entropy[part, None]) * grad_entropy[part, None]
+            if grad_logprobs is not None:
+                gradient -= p * grad_logprobs[part].sum(1, keepdim=True)
+        if grad_logprobs is not None and logits.size(1):
+            gradient.scatter_add_(1, columns[part], grad_logprobs[part].to(gradient.dtype) * here[part])
+        out[part] = gradient if scale == 1.0 else gradient.mul_(scale)
 
 
 class _GatherLogprobs(torch.autograd.Function):
-    """Log-probs at ids, and the entropy: MAX, then one SUM of [T, 2 + M]; no collective in backward.
-
-    With x the logits, z = Σ exp(x), p = exp(x)/z, H = log z − Σ p·x:
-        ∂ log p_i / ∂x_j = 1[i = j] − p_j          ∂H / ∂x_j = −p_j (log p_j + H)
-    """
+    """Log-probs at ids, and the entropy: two collectives forward, none in backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, vocab_start: int, group: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        work = _work_dtype(logits)
-        top = _row_max(logits, group)
         columns, here = _local(ids, vocab_start, logits.size(1))
-        sums = torch.zeros(logits.size(0), 2 + ids.size(1), dtype=work, device=logits.device)
-        add_statistics(logits, top, columns, here, sums)
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
-        log_sum = sums[:, 0].log()
-        entropy = log_sum - sums[:, 1] / sums[:, 0]
-        ctx.save_for_backward(logits, columns, here, top + log_sum, entropy)
-        return sums[:, 2:] - log_sum[:, None], entropy
+        sums = torch.zeros(logits.size(0), 2 + ids.size(1), dtype=_work_dtype(logits), device=logits.device)
+        mine = local_statistics(logits, columns, here, sums)
+        normaliser, entropy, logprobs = combine_statistics(mine, sums, here, group)
+        ctx.save_for_backward(logits, normaliser, entropy, columns, here, logprobs)
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        logits, columns, here, normaliser, entropy = ctx.saved_tensors
+        logits, *known = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
         gradient = torch.empty_like(logits)
-        for part in _chunks(logits):
-            gradient[part] = logits_gradient(
-                logits[part], normaliser[part], entropy[part], columns[part], here[part],
-                None if grad_logprobs is None else grad_logprobs[part],
-                None if grad_entropy is None else grad_entropy[part],
-            )  # fmt: skip
+        write_logits_gradient(logits, gradient, *known, grad_logprobs, grad_entropy)
         return gradient, None, None, None
 
 
@@ -182,6 +205,33 @@ def _divergence_terms(logp: Tensor, logq: Tensor, alpha: float) -> tuple[Tensor,
     return alpha * _times(q, from_q) + (1 - alpha) * _times(p, from_p), (1 - alpha) * _times(p, from_p)
 
 
+def _log_normalisers(student: Tensor, teacher: Tensor, group: Any) -> Tensor:
+    """log Σ e^x of both over the whole vocabulary, [2, T]: MAX, then one SUM."""
+    nothing = torch.zeros(student.size(0), 0, dtype=torch.long, device=student.device)
+    sums = torch.zeros(2, student.size(0), 2, dtype=_work_dtype(student), device=student.device)
+    mine = torch.stack([local_statistics(x, nothing, nothing, sums[i]) for i, x in enumerate((student, teacher))])
+    tops = mine.clone()
+    _all_reduce(tops, dist.ReduceOp.MAX, group)
+    mass = torch.where(sums[..., 0] > 0, sums[..., 0] * (mine - tops).exp(), torch.zeros_like(tops))
+    _all_reduce(mass, dist.ReduceOp.SUM, group)
+    return tops + mass.log()
+
+
+def _divergence_sums(student: Tensor, teacher: Tensor, normalisers: Tensor, alpha: float) -> Tensor:
+    """[T, 2]: this rank's part of D and of Σ p · ∂D/∂p."""
+    if kernels.serve(student):
+        from megatron_srpo.losses.kernels.divergence import divergence_sums
+
+        return divergence_sums(student, teacher, normalisers, alpha)
+    totals = torch.zeros(student.size(0), 2, dtype=normalisers.dtype, device=student.device)
+    for part in _chunks(student):
+        logp = student[part].to(totals.dtype) - normalisers[0, part, None]
+        logq = teacher[part].to(totals.dtype) - normalisers[1, part, None]
+        value, slope = _divergence_terms(logp, logq, alpha)
+        totals[part] = torch.stack([value.sum(1), slope.sum(1)], 1)
+    return totals
+
+
 class _FullDivergence(torch.autograd.Function):
     """D(student, teacher) over the whole vocabulary; ∂D/∂x_j = g_j − p_j Σ g with g = p · ∂D/∂p.
 
@@ -190,21 +240,8 @@ class _FullDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, alpha: float, group: Any) -> Tensor:
-        work = _work_dtype(student)
-        tops = torch.stack([_row_max(student, None), _row_max(teacher, None).to(work)])
-        _all_reduce(tops, dist.ReduceOp.MAX, group)
-        sums = torch.zeros_like(tops)
-        for part in _chunks(student):
-            for i, logits in enumerate((student, teacher)):
-                sums[i, part] = (logits[part].to(work) - tops[i, part, None]).exp().sum(1)
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
-        normalisers = tops + sums.log()
-        totals = torch.zeros(student.size(0), 2, dtype=work, device=student.device)
-        for part in _chunks(student):
-            logp = student[part].to(work) - normalisers[0, part, None]
-            logq = teacher[part].to(work) - normalisers[1, part, None]
-            value, slope = _divergence_terms(logp, logq, alpha)
-            totals[part] = torch.stack([value.sum(1), slope.sum(1)], 1)
+        normalisers = _log_normalisers(student, teacher, group)
+        totals = _divergence_sums(student, teacher, normalisers, alpha)
         _all_reduce(totals, dist.ReduceOp.SUM, group)
         ctx.alpha = alpha
         ctx.save_for_backward(student, teacher, normalisers, totals[:, 1])
@@ -213,6 +250,10 @@ class _FullDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         student, teacher, normalisers, slope_sum = ctx.saved_tensors
+        if kernels.serve(student):
+            from megatron_srpo.losses.kernels.divergence import divergence_gradient
+
+            return divergence_gradient(student, teacher, normalisers, slope_sum, grad, ctx.alpha), None, None, None
         work = normalisers.dtype
         gradient = torch.empty_like(student)
         for part in _chunks(student):

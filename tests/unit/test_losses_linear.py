@@ -91,7 +91,7 @@ def test_nothing_as_large_as_the_logits_is_saved_beyond_the_logits_themselves(bu
     ):
         LinearHead(hidden, weight, width, budget_bytes=budget).gather_logprobs(torch.zeros(tokens, 3, dtype=torch.long))
     given = (tokens + width) * size * 2
-    assert sum(saved) - given - copies * tokens * width * 2 <= tokens * (3 * 9 + 8)
+    assert sum(saved) - given - copies * tokens * width * 2 <= tokens * (3 * (9 + 4) + 8)
 
 
 def test_scoring_keeps_no_logits():

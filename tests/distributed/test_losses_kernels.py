@@ -1,0 +1,150 @@
+"""The Triton kernels, interpreted on a CPU, against float64: on one process and with the vocabulary on two gloo ranks.
+
+Triton decides at import whether it interprets, so every check runs in processes of its own.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.distributed_harness import run_distributed
+from tests.losses_reference import objective, random_row
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def shapes_and_kinds():
+    """[T, V] logits of odd sizes: ordinary, with −inf, all −inf but one, one-hot, uniform, huge."""
+    g = torch.Generator().manual_seed(0)
+    for width in (1, 29, 4096, 5003):
+        logits = torch.randn(7, width, generator=g) * 3
+        logits[1, torch.rand(width, generator=g) < 0.5] = -torch.inf
+        logits[1, 0] = 0.3
+        logits[2, 1:] = -torch.inf
+        logits[3] = -200.0
+        logits[3, width // 2] = 200.0
+        logits[4] = 1.5
+        logits[5] *= 1e4
+        yield logits
+
+
+def check_statistics_and_gradient():
+    from megatron_srpo.losses import gather_logprobs, kernels
+
+    g = torch.Generator().manual_seed(1)
+    for logits in shapes_and_kinds():
+        ids = torch.randint(0, logits.size(1), (7, 5), generator=g)
+        ids[:, 4] = ids[:, 0]  # an id asked for twice
+        ids[2] = 0  # the only one with any probability
+        ids[1] = 0
+        mix = torch.randn(7, 6, generator=g, dtype=torch.float64)
+        for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+            mine = logits.to(dtype).requires_grad_()
+            assert kernels.serve(mine)
+            exact = mine.detach().double().requires_grad_()
+            results = []
+            for given in (mine, exact):
+                logprobs, entropy = gather_logprobs(given, ids, vocab_start=0, group=None)
+                both = torch.cat([logprobs, entropy[:, None]], 1).double()
+                results.append((both.detach(), torch.autograd.grad((both * mix).sum(), given)[0].double()))
+            (value, gradient), (expected, slope) = results
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+            assert torch.isfinite(gradient).all()
+            torch.testing.assert_close(gradient, slope, rtol=bound, atol=bound)
+
+
+def test_statistics_and_gradient_equal_float64_on_every_kind_of_row():
+    run_distributed(check_statistics_and_gradient, 1)
+
+
+def check_entropy_alone():
+    from megatron_srpo.losses import gather_logprobs
+
+    logits = torch.randn(5, 77, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    _, entropy = gather_logprobs(logits, torch.zeros(5, 1, dtype=torch.long), vocab_start=0, group=None)
+    (found,) = torch.autograd.grad(entropy.sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    logp = exact.log_softmax(-1)
+    (expected,) = torch.autograd.grad(-(logp.exp() * logp).sum(), exact)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_entropy_has_a_gradient_of_its_own():
+    run_distributed(check_entropy_alone, 1)
+
+
+def check_divergence(alpha):
+    from megatron_srpo.losses import full_divergence
+
+    g = torch.Generator().manual_seed(3)
+    for width in (1, 29, 2048, 3001):
+        student, teacher = (torch.randn(6, width, generator=g) * 3 for _ in range(2))
+        student[1] = teacher[1]
+        student[2], teacher[2] = 0.0, 0.0
+        teacher[3] = -200.0  # a one-hot teacher
+        teacher[3, width // 2] = 200.0
+        if width > 1:  # outside the support of both, and of the teacher alone where its logarithm is not needed
+            student[4, 0] = teacher[4, 0] = -torch.inf
+            if alpha != 1:
+                teacher[5, 1] = -torch.inf
+        given = torch.randn(6, generator=g)
+        mine = student.clone().requires_grad_()
+        exact = student.double().requires_grad_()
+        value = full_divergence(mine, teacher, alpha, group=None)
+        expected = full_divergence(exact, teacher.double(), alpha, group=None)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=2e-5)
+        (found,) = torch.autograd.grad((value * given).sum(), mine)
+        (slope,) = torch.autograd.grad((expected * given.double()).sum(), exact)
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found.double(), slope, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_the_divergence_and_its_gradient_equal_float64(alpha):
+    run_distributed(check_divergence, 1, alpha)
+
+
+def check_objective():
+    """The whole loss of a row, with the LM head joined, on two ranks of unequal width; the kernels do the work."""
+    import torch.distributed as dist
+
+    from megatron_srpo.losses import LinearHead, LossSettings, kernels, routed_loss
+
+    vocab, split = 13, 8
+    cut = slice(0, split) if dist.get_rank() == 0 else slice(split, vocab)
+    g = torch.Generator().manual_seed(2)
+    hidden = torch.randn(14, 6, generator=g)
+    weight = torch.randn(vocab, 6, generator=g)
+    for settings, row in (
+        (LossSettings(entropy_coef=0.1, kl_loss_coef=0.2), {"old": True, "k": 10}),
+        (LossSettings(alpha=0.25), {"full": True, "k": 0}),
+    ):
+        _, teacher, batch, sequences = random_row(5, vocab, **row)
+        plain = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+        expected = objective(plain[0] @ plain[1].T / 0.7, teacher, batch, settings, 9, 0.4, sequences)
+        gradients = torch.autograd.grad(expected, plain)
+        if batch.teacher_logits is not None:
+            batch.teacher_logits = teacher[:, cut].float()
+        for name, value in vars(batch).items():
+            if torch.is_tensor(value) and value.dtype == torch.float64:
+                setattr(batch, name, value.float())
+        for budget in (2**20, 5 * 4 * split):
+            mine, shard = hidden.clone().requires_grad_(), weight[cut].clone().requires_grad_()
+            assert kernels.serve(mine)
+            head = LinearHead(mine, shard, shard.size(0), cut.start, dist.group.WORLD, 0.7, budget)
+            loss, _ = routed_loss(head, batch, settings, loss_tokens=9, distill_weight_mean=0.4)
+            grad_hidden, grad_weight = torch.autograd.grad(loss, [mine, shard])
+            dist.all_reduce(grad_hidden)
+            torch.testing.assert_close(loss.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(grad_hidden.double(), gradients[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(grad_weight.double(), gradients[1][cut], rtol=1e-4, atol=1e-5)
+
+
+def test_the_objective_through_the_kernels_equals_the_reference_on_two_ranks():
+    run_distributed(check_objective, 2)
