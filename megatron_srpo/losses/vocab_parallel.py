@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_srpo.losses import kernels
 
-CHUNK_BYTES = 64 * 2**20  # bound of one temporary [chunk, v] in fp32
+CHUNK_BYTES = 4 * 2**20  # bound of one temporary [chunk, v] in fp32; it should stay in a CPU's cache
+FLOOR = -1e4  # a log-ratio below has e^x = 0 in fp32 and in fp64: bounding it there makes 0 · −∞ a 0
 
 
 def _work_dtype(logits: Tensor) -> torch.dtype:
@@ -70,10 +71,10 @@ def local_statistics(logits: Tensor, columns: Tensor, here: Tensor, sums: Tensor
     else:
         mine = _row_max(logits, None)
         for part in _chunks(logits):
-            shifted = logits[part].to(sums.dtype) - mine[part, None]
+            shifted = (logits[part].to(sums.dtype) - mine[part, None]).clamp_(min=FLOOR)
             weights = shifted.exp()
             sums[part, 0] = weights.sum(1)
-            sums[part, 1] = _times(weights, shifted).sum(1)
+            sums[part, 1] = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0]
     if logits.size(1) and columns.size(1):
         found = logits.gather(1, columns).to(sums.dtype) - mine[:, None]
         sums[:, 2:] = torch.where(here, found, torch.zeros_like(found))
@@ -110,18 +111,22 @@ def write_logits_gradient(
 
         write_gradient(logits, out, normaliser, entropy, columns, here, logprobs, grad_logprobs, grad_entropy, scale)
         return
+    given = torch.zeros_like(logprobs) if grad_logprobs is None else scale * grad_logprobs * here
+    slopes = torch.zeros_like(normaliser) if grad_logprobs is None else scale * grad_logprobs.sum(1)
     for part in _chunks(logits):
-        logp = logits[part].to(normaliser.dtype) - normaliser[part, None]
-        p = logp.exp()
+        same = out.dtype == normaliser.dtype
+        gradient = out[part] if same else torch.empty_like(out[part], dtype=normaliser.dtype)
+        torch.sub(logits[part], normaliser[part, None], out=gradient)
         if grad_entropy is None:
-            gradient = p * -grad_logprobs[part].sum(1, keepdim=True)
+            gradient.exp_().mul_(-slopes[part, None])
         else:
-            gradient = -_times(p, logp + entropy[part, None]) * grad_entropy[part, None]
-            if grad_logprobs is not None:
-                gradient -= p * grad_logprobs[part].sum(1, keepdim=True)
-        if grad_logprobs is not None and logits.size(1):
-            gradient.scatter_add_(1, columns[part], grad_logprobs[part].to(gradient.dtype) * here[part])
-        out[part] = gradient if scale == 1.0 else gradient.mul_(scale)
+            p = gradient.exp()
+            gradient.add_(entropy[part, None]).clamp_(min=FLOOR).mul_(-scale * grad_entropy[part, None])
+            gradient.sub_(slopes[part, None]).mul_(p)
+        if logits.size(1):
+            gradient.scatter_add_(1, columns[part], given[part])
+        if not same:
+            out[part] = gradient
 
 
 class _GatherLogprobs(torch.autograd.Function):
