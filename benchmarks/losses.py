@@ -1,6 +1,6 @@
 """What the LM head with the loss costs, forward and backward, beside its bare matrix products.
 
-    python benchmarks/losses.py [--tokens 512] [--hidden 512] [--vocabulary 151936] [--dtype float32] [--json FILE]
+    python -m benchmarks.losses [--tokens 512] [--hidden 512] [--vocabulary 151936] [--dtype float32] [--json FILE]
 
 Every way runs in a process of its own, in turns with the three products (logits, gradient of the hidden states, of the
 weight), so that each ratio is of things run side by side. Memory is the peak beyond inputs and gradients. Ways: eager

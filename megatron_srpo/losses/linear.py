@@ -23,9 +23,11 @@ from megatron_srpo.losses.vocab_parallel import (
     write_logits_gradient,
 )
 
+PRODUCT_BYTES = 32 * 2**20  # of a weight gradient in the model's dtype, on its way into an fp32 one
+
 
 def pieces(tokens: int, width: int, itemsize: int, budget_bytes: int) -> list[slice]:
-    """Slices of tokens whose logits fit the budget; one slice where all do."""
+    """Slices of rows of `width` values that fit the budget; one slice where all do."""
     size = max(1, budget_bytes // max(1, width * itemsize))
     return [slice(start, min(tokens, start + size)) for start in range(0, tokens, size)]
 
@@ -98,8 +100,9 @@ class _WeightGradient:
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self._sum.dtype == gradient.dtype:
             self._rows.addmm_(gradient.T, hidden)
-        else:
-            self._rows += gradient.T @ hidden
+            return
+        for part in pieces(self._rows.size(0), hidden.size(1), hidden.element_size(), PRODUCT_BYTES):
+            self._rows[part] += gradient[:, part].T @ hidden
 
     def result(self) -> Tensor | None:
         return None if self._main is not None else self._sum.to(self._weight.dtype)
