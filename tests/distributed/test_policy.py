@@ -77,10 +77,16 @@ def _train_and_report(model: Path, parallel: dict, scratch: Path) -> dict:
 
     before = scored(policy, rows)
     norms, losses = [], []
+    average = {name: value.detach().double() for name, value in policy.shards.parameters.items()}
     for _ in range(3):
         stats = policy.train_step(rows, loss)
         norms.append(stats.grad_norm)
         losses.append(stats.metrics["loss"])
+        for name, value in policy.shards.parameters.items():  # the recurrence of the EMA teacher, at the default rate
+            average[name] = 0.95 * average[name] + 0.05 * value.detach().double()
+    with policy.teacher():
+        for name, value in policy.shards.parameters.items():
+            torch.testing.assert_close(value.detach().double(), average[name], rtol=0, atol=1e-6, msg=name)
     held = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     with pytest.raises(RuntimeError, match="in the teacher pass"), policy.teacher():
         assert any(not torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
