@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class Objective:
         self._topk = algorithm.distillation_topk
         self.needs_topk = algorithm.name != "grpo" and self._topk > 0
         self.needs_reference = algorithm.kl_loss_coef > 0
+        self.needs_initial = config.teacher.mode == "trust_region"
+        self._rate = config.teacher.update_rate
+        self._initial_weight: torch.Tensor | None = None
 
     def _head(self, given: HeadInput) -> LinearHead:
         return LinearHead(**vars(given), temperature=self._temperature, budget_bytes=self._budget)
@@ -39,10 +43,24 @@ class Objective:
     def score_topk(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
         return {"topk_ids": self._head(given).topk(self._topk)}
 
+    def score_initial(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
+        """The trust-region teacher's first half, under the initial weights: hidden states, and the head for later."""
+        if self._initial_weight is None:  # it is the same in every iteration
+            self._initial_weight = given.weight.detach().clone()
+        return {"initial_hidden": given.hidden}
+
+    def _teacher_head(self, given: HeadInput, row: PackedBatch) -> LinearHead:
+        """In a trust region, (1 − μ)·initial + μ·current logits: one head over both models' hidden states, joined."""
+        if row.initial_hidden is None:
+            return self._head(given)
+        hidden = torch.cat([(1 - self._rate) * row.initial_hidden, self._rate * given.hidden], -1)
+        weight = torch.cat([self._initial_weight, given.weight], -1)
+        return self._head(replace(given, hidden=hidden, weight=weight))
+
     def score_teacher(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
         """Teacher log-probs at the student's ids and the entropy over the full vocabulary; for the full-vocabulary
         divergence this rank's shard of the logits instead of the former."""
-        head = self._head(given)
+        head = self._teacher_head(given, row)
         # An empty row, which only keeps this rank in step with the others, has no top-k: any id will do.
         ids = row.targets[:, None] if row.topk_ids is None else row.topk_ids
         logprobs, entropy = head.gather_logprobs(ids)

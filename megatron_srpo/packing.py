@@ -330,6 +330,7 @@ def _scored(row: Row, scores: Sequence[TokenScores | None] | None, layout: _Layo
         "teacher_logprobs": _gather(by_name["teacher_logprobs"], layout, fill=fill),
         "teacher_logits": _gather(by_name["teacher_logits"], layout),
         "teacher_entropy": _gather(by_name["teacher_entropy"], layout),
+        "initial_hidden": _gather(by_name["initial_hidden"], layout),
     }
 
 

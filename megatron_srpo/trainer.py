@@ -176,7 +176,7 @@ class Trainer:
         """This rank's rows of a pass; what all ranks forward in it is counted for the log."""
         rows = [row for mine in rows_by_rank for row in mine if row.samples]
         forwarded = [samples[i] for row in rows for i in row.samples]
-        lengths = [s.teacher_length if name == "teacher" else s.student_length for s in forwarded]
+        lengths = [s.teacher_length if name in ("teacher", "initial") else s.student_length for s in forwarded]
         self._forwarded[f"forward/{name}_rows"] += len(rows)
         self._forwarded[f"forward/{name}_tokens"] += sum(lengths)
         return rows_by_rank[self.parts.policy.topology.dp_rank] if rows_by_rank else []
@@ -212,10 +212,18 @@ class Trainer:
     def _score_teacher(self, samples: list[RoutedSample], plan: BatchPlan, scores: list[TokenScores]) -> None:
         if not any(rows for mini in plan.mini_batches for rows in mini.teacher):
             return
-        with self.parts.policy.teacher():
+        policy, objective = self.parts.policy, self.parts.objective
+        if objective.needs_initial:
+            with policy.reference():
+                for mini in plan.mini_batches:
+                    rows = self._rows("initial", mini.teacher, samples)
+                    self._score(rows, samples, scores, objective.score_initial, teacher=True)
+        with policy.teacher():
             for mini in plan.mini_batches:
                 rows = self._rows("teacher", mini.teacher, samples)
-                self._score(rows, samples, scores, self.parts.objective.score_teacher, teacher=True)
+                self._score(rows, samples, scores, objective.score_teacher, teacher=True)
+        for score in scores:
+            score.initial_hidden = None  # the training rows need it no more
 
     def _score_reference(self, samples: list[RoutedSample], plan: BatchPlan, scores: list[TokenScores]) -> None:
         if not self.parts.objective.needs_reference:

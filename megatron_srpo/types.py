@@ -147,6 +147,7 @@ class TokenScores:
     teacher_logits: torch.Tensor | None = None  # [R, v], full-vocabulary divergence only
     teacher_entropy: torch.Tensor | None = None  # [R] fp32, nats, over the full vocabulary
     reference_logprob: torch.Tensor | None = None  # [R] fp32, log π_ref of the response tokens
+    initial_hidden: torch.Tensor | None = None  # [R, H], the initial model's as a teacher; trust-region teacher only
 
 
 @dataclass
@@ -173,6 +174,7 @@ class PackedBatch:
     teacher_logprobs: torch.Tensor | None = None  # [T, K] fp32
     teacher_logits: torch.Tensor | None = None  # [T, v]
     teacher_entropy: torch.Tensor | None = None  # fp32
+    initial_hidden: torch.Tensor | None = None  # [T, H]
     context_group: Any = None  # ranks with the other parts of every sequence; None: the row is whole
 
 

@@ -63,6 +63,7 @@ class Reference:
     def __init__(self, config, behaviour, teacher, reference):
         self.a, self.temperature = config.algorithm, config.rollout.temperature
         self.behaviour, self.teacher, self.reference = behaviour, teacher, reference
+        self.trust = config.teacher.update_rate if config.teacher.mode == "trust_region" else 0.0
 
     def _logp(self, model, prompt, sample):
         return response_logprobs(model, prompt, sample.response_ids, self.temperature)
@@ -100,6 +101,9 @@ class Reference:
             for i, s in enumerate(counted):
                 if s.distill_weight > 0:
                     taught[i] = self._logp(self.teacher, s.teacher_ids, s)
+                    if self.trust:  # the lerp of the logits; their normalisers make no difference to the softmax
+                        own = self._logp(self.behaviour, s.teacher_ids, s)
+                        taught[i] = ((1 - self.trust) * taught[i] + self.trust * own).log_softmax(-1)
         entropies = {i: -(logq.exp() * logq).sum(-1) for i, logq in taught.items()}
         weights = {i: (-a.beta * h).exp() for i, h in entropies.items()}
         omega = sum(len(w) for w in weights.values())

@@ -132,8 +132,8 @@ class AlgorithmConfig(Section):
 
 
 class TeacherConfig(Section):
-    mode: Literal["ema", "frozen", "live"] = "ema"  # the teacher's weights: average, initial or current
-    update_rate: float = Field(0.05, gt=0, le=1)  # μ: teacher ← (1 − μ) teacher + μ student
+    mode: Literal["ema", "frozen", "live", "trust_region"] = "ema"  # average, initial, current, or initial moved by μ
+    update_rate: float = Field(0.05, gt=0, le=1)  # μ of ema, teacher ← (1 − μ) teacher + μ student, and of trust_region
     max_prompt_length: int = Field(0, ge=0)  # tokens, enriched; 0 = data.max_prompt_length + rollout's response
     feedback_with_solution: bool = False  # show feedback also when a correct sibling exists
     template: str = "{question}{solution}{feedback}\n\n{instruction}"  # of the last user message

@@ -55,10 +55,9 @@ class Policy:
         self.padding = row_padding(topology, config.parallel)
 
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
-        names = []
-        if config.algorithm.name != "grpo" and config.teacher.mode != "live":
-            names.append("teacher")
-        if config.algorithm.kl_loss_coef > 0:
+        mode = config.teacher.mode if config.algorithm.name != "grpo" else "live"
+        names = ["teacher"] if mode == "ema" else []
+        if config.algorithm.kl_loss_coef > 0 or mode in ("frozen", "trust_region"):
             names.append("reference")
         return {name: WeightShadow(self.optimizer) for name in names}
 
@@ -68,10 +67,14 @@ class Policy:
         return self.runner.vocab_start
 
     def teacher(self) -> AbstractContextManager[None]:
-        """Score under the teacher's weights inside this block (the live student's in mode "live")."""
+        """Score under the teacher's weights inside this block: the average, the initial ones ("frozen"), or the
+        student's own ("live" and "trust_region")."""
+        if self._teacher_config.mode == "frozen":
+            return self.reference()
         return self.shadows["teacher"].active() if "teacher" in self.shadows else nullcontext()
 
     def reference(self) -> AbstractContextManager[None]:
+        """Score under the initial weights inside this block."""
         return self.shadows["reference"].active()
 
     def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list:
@@ -91,7 +94,7 @@ class Policy:
         norm = self.optimizer.step(lr)
         self.steps += 1
         skipped = not math.isfinite(norm)
-        if not skipped and self._teacher_config.mode == "ema" and "teacher" in self.shadows:
+        if not skipped and "teacher" in self.shadows:
             self.shadows["teacher"].update(self._teacher_config.update_rate)
         reduced = self._reduce(metrics)
         reduced["actor/lr"] = lr

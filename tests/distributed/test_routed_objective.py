@@ -34,10 +34,18 @@ VARIANTS = {
         BASE | {"name": "mix", "divergence_alpha": 1.0, "distillation_tail": False, "mix_lambda": 0.7}, 300, 0, 1.0,
     ),
     "grpo": (BASE | {"name": "grpo", "rollout_correction": "sequence_mask"}, 200, 2, 1.0),
+    "srpo in two steps, trust region": (BASE, 160, 3, 0.8),
+    "sdpo full vocabulary, trust region": (BASE | {"name": "sdpo", "distillation_topk": 0}, 200, 0, 1.0),
     "gspo in two steps": (
         REGULARISED | {"importance_ratio": "sequence", "clip_ratio_low": 0.01, "clip_ratio_high": 0.02}, 160, 3, 1.0,
     ),
 }  # fmt: skip
+TRUST_REGION = {"mode": "trust_region", "update_rate": 0.3}
+TEACHERS = {  # the others have the EMA teacher
+    "sdpo two steps, forward": {"mode": "frozen"},
+    "srpo in two steps, trust region": TRUST_REGION,
+    "sdpo full vocabulary, trust region": TRUST_REGION,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,7 @@ def make_config(model, variant, layout="serial"):
         model={"path": str(model), "dtype": cut.dtype, "recompute": cut.recompute},
         data={"train": "unused"}, algorithm=algorithm,
         optimizer={"lr": 1e-2, "clip_grad": 0.5}, rollout={"temperature": temperature},
+        teacher=TEACHERS.get(variant, {}),
         parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
                   "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
                   "sequence_parallel": cut.sp},
