@@ -48,6 +48,7 @@ class Scores:
     def __init__(self, config):
         self.needs_topk = config.algorithm.name != "grpo"
         self.needs_reference = config.algorithm.kl_loss_coef > 0
+        self.needs_initial = config.teacher.mode == "trust_region"
 
     def score_old(self, row):
         return {"logprob": torch.zeros(row.input_ids.numel())}
@@ -57,6 +58,9 @@ class Scores:
 
     def score_topk(self, row):
         return {"topk_ids": torch.zeros(row.input_ids.numel(), 2, dtype=torch.long)}
+
+    def score_initial(self, row):
+        return {"initial_hidden": torch.zeros(row.input_ids.numel(), 4)}
 
     def score_teacher(self, row):
         n = row.input_ids.numel()
@@ -129,6 +133,12 @@ def test_only_distilled_samples_are_scored_by_teacher_and_top_k(ranks):
         "forward/topk_tokens": found["score_topk"],
         "forward/teacher_tokens": found["score_teacher"],
     }
+
+
+def test_a_trust_region_forwards_the_distilled_samples_once_more_under_the_initial_weights():
+    found, log, swaps = passes(POLICY + DISTILLED, ranks=2, teacher={"mode": "trust_region"})
+    assert found["score_initial"] == found["score_teacher"] == tokens(DISTILLED[2:], TEACHER_PROMPT)
+    assert (log["forward/initial_tokens"], swaps) == (found["score_initial"], 2)
 
 
 def test_old_log_probs_are_scored_from_the_second_optimiser_step_on():
