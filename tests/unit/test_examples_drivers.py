@@ -130,9 +130,11 @@ def clean_stopper(fifo):
     """A trainer that says when it is ready, and stops cleanly when asked."""
     return script(f"""if True:
         import signal, sys
-        signal.signal(signal.SIGINT, lambda *_: (print("checkpoint written", flush=True), sys.exit(130)))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT}})  # a handler would miss one that comes before pause()
         open({str(fifo)!r}, "w").write("ready")
-        signal.pause()
+        signal.sigwait({{signal.SIGINT}})
+        print("checkpoint written", flush=True)
+        sys.exit(130)
     """)
 
 
