@@ -130,7 +130,7 @@ def clean_stopper(fifo):
     """A trainer that says when it is ready, and stops cleanly when asked."""
     return script(f"""if True:
         import signal, sys
-        signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT}})  # a handler would miss one that comes before pause()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT}})  # a handler can miss one before pause()
         open({str(fifo)!r}, "w").write("ready")
         signal.sigwait({{signal.SIGINT}})
         print("checkpoint written", flush=True)
