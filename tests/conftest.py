@@ -1,6 +1,7 @@
 """What every test process needs before torch and vLLM are imported: one thread, no network, no compilation."""
 
 import os
+import signal
 
 for _name, _value in {
     "OMP_NUM_THREADS": "1",  # more threads than cores are slower by an order of magnitude
@@ -14,3 +15,6 @@ for _name, _value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(_name, _value)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
