@@ -1,4 +1,4 @@
-"""Run a function on real gloo ranks in fresh processes."""
+"""Run a function on real gloo ranks, in processes of their own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 GRACE_SECONDS = 10
+PRELOADED = ["transformers.models.auto", "megatron_srpo.mcore.policy", "megatron_srpo.bridge", "megatron_srpo.trainer"]
 
 
 def free_port() -> int:
@@ -24,9 +25,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _rank_main(rank: int, func: Callable, world_size: int, port: int, args: tuple, results: Any) -> None:
+def _rank_main(
+    rank: int, func: Callable, world_size: int, port: int, environment: dict, args: tuple, results: Any
+) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
@@ -52,18 +55,21 @@ def _join(workers: list[Any]) -> None:
         pending = [worker for worker in pending if worker.is_alive()]
 
 
-def run_distributed(func: Callable, world_size: int, *args: Any) -> list[Any]:
+def run_distributed(func: Callable, world_size: int, *args: Any, fresh: bool = False) -> list[Any]:
     """Call `func(*args)` on `world_size` gloo ranks; return what each rank returned.
 
     `func` and its arguments must be picklable (a module-level function). A rank that raises fails the
-    call with that rank's traceback.
+    call with that rank's traceback. The ranks are forks of a process that has imported the slow modules and done
+    nothing else; `fresh` ones are not, for what depends on the environment at import.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
+        context.set_forkserver_preload(PRELOADED)
     with context.Manager() as manager:
         results = manager.dict()
         port = free_port()
         workers = [
-            context.Process(target=_rank_main, args=(rank, func, world_size, port, args, results))
+            context.Process(target=_rank_main, args=(rank, func, world_size, port, dict(os.environ), args, results))
             for rank in range(world_size)
         ]
         for worker in workers:

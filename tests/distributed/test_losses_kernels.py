@@ -60,7 +60,7 @@ def check_statistics_and_gradient():
 
 
 def test_statistics_and_gradient_equal_float64_on_every_kind_of_row():
-    run_distributed(check_statistics_and_gradient, 1)
+    run_distributed(check_statistics_and_gradient, 1, fresh=True)
 
 
 def check_entropy_alone():
@@ -76,7 +76,7 @@ def check_entropy_alone():
 
 
 def test_the_entropy_has_a_gradient_of_its_own():
-    run_distributed(check_entropy_alone, 1)
+    run_distributed(check_entropy_alone, 1, fresh=True)
 
 
 def check_divergence(alpha):
@@ -107,7 +107,7 @@ def check_divergence(alpha):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 def test_the_divergence_and_its_gradient_equal_float64(alpha):
-    run_distributed(check_divergence, 1, alpha)
+    run_distributed(check_divergence, 1, alpha, fresh=True)
 
 
 def check_objective():
@@ -147,4 +147,4 @@ def check_objective():
 
 
 def test_the_objective_through_the_kernels_equals_the_reference_on_two_ranks():
-    run_distributed(check_objective, 2)
+    run_distributed(check_objective, 2, fresh=True)

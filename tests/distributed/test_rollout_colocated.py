@@ -104,7 +104,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folders):
     """What every rank saw."""
-    return run_distributed(_rounds, RANKS, folders, CASES)
+    return run_distributed(_rounds, RANKS, folders, CASES, fresh=True)
 
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-tp{case[1]}")
