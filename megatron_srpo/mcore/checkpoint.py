@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron_srpo.mcore.model import unwrap
 from megatron_srpo.mcore.optimizer import ParameterShard
 from megatron_srpo.mcore.policy import Policy
+from megatron_srpo.stopping import helpers_spared
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -90,7 +91,8 @@ def save(policy: Policy, directory: Path, extra: dict[str, Any]) -> None:
         policy.optimizer.restore_adam(0)  # before the first step torch's Adam has no state yet
     state = _sharded_state(policy, loading=False)
     state["progress"] = {"steps": policy.steps, "adam_steps": policy.optimizer.adam_steps(), "extra": extra}
-    dist_checkpointing.save(state, str(directory))
+    with helpers_spared():
+        dist_checkpointing.save(state, str(directory))
 
 
 def load(policy: Policy, directory: Path) -> dict[str, Any]:
