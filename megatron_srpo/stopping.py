@@ -9,26 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_SECONDS = 2.0
 TORCHRUN_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's variable, seconds; or its option --shutdown-timeout
-
-
-@contextmanager
-def helpers_spared() -> Iterator[None]:
-    """Processes that are started inside do not hear the signals, which torchrun sends to all of a rank's group: the
-    rank stops cleanly only if what it works with is still there. Megatron's checkpoint writer keeps such a process."""
-    resource_tracker.ensure_running()  # its own start, inside, would unblock them again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:

@@ -8,7 +8,10 @@ Megatron's own optimizer checkpoint where neither Transformer Engine nor Apex is
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,6 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron_srpo.mcore.model import unwrap
 from megatron_srpo.mcore.optimizer import ParameterShard
 from megatron_srpo.mcore.policy import Policy
-from megatron_srpo.stopping import helpers_spared
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -91,8 +93,20 @@ def save(policy: Policy, directory: Path, extra: dict[str, Any]) -> None:
         policy.optimizer.restore_adam(0)  # before the first step torch's Adam has no state yet
     state = _sharded_state(policy, loading=False)
     state["progress"] = {"steps": policy.steps, "adam_steps": policy.optimizer.adam_steps(), "extra": extra}
-    with helpers_spared():
+    with _writers_spared():
         dist_checkpointing.save(state, str(directory))
+
+
+@contextmanager
+def _writers_spared() -> Iterator[None]:
+    """Processes that are started inside do not hear SIGINT and SIGTERM, which torchrun sends to all of a rank's group:
+    Megatron's writer keeps such a process from one checkpoint to the next, and a clean stop needs it for the last."""
+    resource_tracker.ensure_running()  # its own start, inside, would unblock them again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load(policy: Policy, directory: Path) -> dict[str, Any]:

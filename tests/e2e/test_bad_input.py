@@ -218,9 +218,7 @@ def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c
     assert "Traceback" not in run.text
 
     again = Started([*command, "--checkpoint.every", "1"])
-    again.wait_for(
-        f"iteration {iteration + 3}/1000"
-    )  # it has saved: the writer's helper is in reach
+    again.wait_for(f"iteration {iteration + 3}/1000")  # it has saved: the writer's helper is in reach
     again.terminate()
     assert again.end() == 128 + signal.SIGTERM
     later = sorted((out / "checkpoints").glob("step_*"))[-1]
