@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"  # 96
 SPECIAL = ("<pad>", "<eos>", "<unk>")  # ids 0, 1, 2; then the characters in order
@@ -15,7 +23,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+FAMILIES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 
 
 def tiny_tokenizer(size: int = len(SPECIAL) + len(CHARACTERS)) -> PreTrainedTokenizerFast:
@@ -56,10 +68,14 @@ def make_tiny_model(
     """Save a random model and its tokenizer in `folder`; returns the folder.
 
     `vocab` counts the embedding's rows: 101 by default, odd and above the tokenizer's 99, as real models have it.
-    head_dim 32 is the smallest that vLLM takes on a CPU. Norm weights are random too, so that a mix-up shows; weights
-    are large enough that next-token distributions are far from uniform.
+    head_dim 32 is the smallest that vLLM takes on a CPU. Norm weights and biases are random too, so that a mix-up
+    shows; weights are large enough that next-token distributions are far from uniform. Qwen2 has no head_dim of its
+    own: there `hidden` is heads · head_dim.
     """
     config_class, model_class = FAMILIES[family]
+    heads_alone = {"attention_bias": False, "head_dim": head_dim}
+    if family == "qwen2":
+        hidden, heads_alone = heads * head_dim, {}
     tokenizer = tiny_tokenizer(min(vocab, len(SPECIAL) + len(CHARACTERS)))
     config = config_class(
         vocab_size=vocab,
@@ -68,22 +84,21 @@ def make_tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=head_dim,
         max_position_embeddings=max_positions,
         rms_norm_eps=1e-6,
         initializer_range=initializer_range,
         tie_word_embeddings=tied,
-        attention_bias=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **heads_alone,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "norm" in name:
+                if "norm" in name or name.endswith("bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

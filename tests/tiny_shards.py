@@ -10,8 +10,9 @@ from megatron_srpo.types import ModelShards
 
 
 def _layer_shapes(hf: dict[str, Any], tp: int, *, transformer_engine: bool) -> dict[str, tuple[int, ...]]:
-    hidden, ffn, head_dim = hf["hidden_size"], hf["intermediate_size"], hf["head_dim"]
+    hidden, ffn = hf["hidden_size"], hf["intermediate_size"]
     heads, groups = hf["num_attention_heads"], hf["num_key_value_heads"]
+    head_dim = hf.get("head_dim", hidden // heads)
     fused = "self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"
     norms = fused if transformer_engine else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
     shapes = {
@@ -22,6 +23,8 @@ def _layer_shapes(hf: dict[str, Any], tp: int, *, transformer_engine: bool) -> d
         "mlp.linear_fc1.weight": (2 * ffn // tp, hidden),
         "mlp.linear_fc2.weight": (hidden, ffn // tp),
     }
+    if hf["architectures"][0].startswith("Qwen2"):
+        shapes["self_attention.linear_qkv.bias"] = ((heads + 2 * groups) * head_dim // tp,)
     if hf["architectures"][0].startswith("Qwen3"):
         shapes |= {f"self_attention.{part}_layernorm.weight": (head_dim,) for part in "qk"}
     return shapes

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_srpo.config.schema import ConfigError
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 NUMBERS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "rms_norm_eps",

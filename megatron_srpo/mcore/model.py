@@ -66,10 +66,15 @@ def has_qk_norm(hf: dict[str, Any]) -> bool:
     return hf["architectures"][0].startswith("Qwen3")
 
 
+def has_qkv_bias(hf: dict[str, Any]) -> bool:
+    """Qwen2 has biases there and no key that says so."""
+    return hf["architectures"][0].startswith("Qwen2")
+
+
 def transformer_config(
     hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool
 ) -> TransformerConfig:
-    """Megatron's configuration for a Qwen3 or Llama style decoder."""
+    """Megatron's configuration for a decoder of the Llama kind (Llama, Qwen2, Qwen3)."""
     bf16 = model.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -86,7 +91,7 @@ def transformer_config(
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": bool(hf.get("attention_bias", False)),
+        "add_qkv_bias": has_qkv_bias(hf),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": tp,

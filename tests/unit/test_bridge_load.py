@@ -58,7 +58,7 @@ def undo(folder, ranks):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("transformer_engine", [False, True], ids=["local", "te"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_folder_to_shards_to_folder_is_bitwise(folders, family, tied, transformer_engine, tp):
     folder = folders(family, tied)
     ranks = [
@@ -127,8 +127,8 @@ def test_a_parameter_without_a_rule_is_refused_with_the_nearest(folders, name, n
 
 
 def test_an_unknown_architecture_is_refused_with_the_supported_ones():
-    with pytest.raises(BridgeError, match=r"'Qwen3MoeForCausalLM'.*LlamaForCausalLM, Qwen3ForCausalLM.*nearest"):
-        family_of({"architectures": ["Qwen3MoeForCausalLM"]})
+    with pytest.raises(BridgeError, match=r"'Qwen3NextForCausalLM'.*LlamaForCausalLM, Qwen2ForC.*nearest"):
+        family_of({"architectures": ["Qwen3NextForCausalLM"]})
     assert family_of({"model_type": "llama"}).name == "llama"
     with pytest.raises(BridgeError, match="None"):
         family_of({})

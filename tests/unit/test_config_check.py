@@ -170,6 +170,7 @@ def test_a_model_that_does_not_fit_is_told(hf, changes, expected):
         (SMOLLM2, {"parallel__tensor_model_parallel_size": 3, "parallel__pipeline_model_parallel_size": 2}),
         (QWEN3_8B, {"rollout__tensor_parallel_size": 16}),  # the engine may repeat key-value heads
         ({**QWEN3_8B, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {}),
+        ({**QWEN3_8B, "architectures": ["Qwen2ForCausalLM"]}, {}),
         ({**QWEN3_8B, "num_key_value_heads": None, "head_dim": None}, {"run__device": "cpu"}),
         (QWEN3_8B, {"algorithm__name": "grpo", "algorithm__distillation_topk": 10**6}),
         ({**QWEN3_8B, "max_position_embeddings": 18432}, {}),

@@ -1,7 +1,6 @@
 """Model families: one table of names and rules each, found by what config.json says.
 
-A new family is one file with a `Family` and its name in FAMILIES. Qwen2 would be Llama's lines and
-`Line(ATTENTION + "linear_qkv.bias", (q, k, v biases), qkv)`: the QKV rule takes biases too.
+A new family is one file with a `Family` and its name in FAMILIES; docs/add-a-model-family.md goes through it.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from typing import Any
 
 from megatron_srpo.bridge.errors import BridgeError, nearest
 from megatron_srpo.bridge.families.llama import LLAMA
+from megatron_srpo.bridge.families.qwen2 import QWEN2
 from megatron_srpo.bridge.families.qwen3 import QWEN3
 from megatron_srpo.bridge.families.table import Dims, Family, Line, Mapped, WeightTable
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
