@@ -1,7 +1,8 @@
 """The command line: train, eval, doctor, report.
 
 Exit codes: 0 done; 1 the doctor found something missing, or a defect, which keeps its traceback; 2 a user's mistake,
-told in one message by one rank; 130 stopped by Ctrl-C or SIGTERM. torchrun itself ends with 0 or 1.
+told in one message by one rank; 75 stopped by SIGUSR1, to be started again; 76 another rank ended; 130 stopped by Ctrl-C or
+SIGTERM (exit_codes.py). torchrun itself ends with 0 or 1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_srpo import exit_codes, stopping
 from megatron_srpo.config import (
     Config,
     ConfigError,
@@ -251,10 +253,10 @@ def _fail(text: str, *, secondary: bool = False) -> int:
         time.sleep(SPEAK_AFTER_SECONDS)
         speaker = f"error (rank {os.environ['RANK']})"
         if secondary:
-            return 2
+            return exit_codes.LOST
     print(f"{speaker}: {text}", file=sys.stderr, flush=True)
     _tell_torchrun(text)
-    return 2
+    return exit_codes.LOST if secondary else exit_codes.MISTAKE
 
 
 def _tell_torchrun(text: str) -> None:
@@ -274,7 +276,7 @@ def _run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         if is_driver():
             print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        return 130
+        return exit_codes.STOPPED
     except Exception as error:
         text = _usage(error) if hasattr(error, "format_message") else message_for_user(error)
         if text is None:
@@ -286,6 +288,7 @@ def _run(command: Callable[[], int]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    stopping.hold_requeue()
     own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
 

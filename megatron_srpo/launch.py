@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo import exit_codes
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.stopping import StopRequest
 
@@ -232,9 +233,12 @@ def _write_hf(config: Config, export: Callable[[], Iterator], target: Path, *, i
 
 
 def train(config: Config) -> int:
-    """Run the training job on this rank; returns the process's exit code (0 done, 130 stopped by the user)."""
-    with _session(config) as session, ExitStack() as closing:
-        return _train(config, session, closing)
+    """Run the training job on this rank; returns the process's exit code: DONE, STOPPED or REQUEUE."""
+    with _session(config) as session:
+        with ExitStack() as closing:
+            code = _train(config, session, closing)
+        session.control.barrier()  # torchrun ends all ranks when one has stopped early; the driver closes its log first
+        return code
 
 
 def _sampling(config: Config) -> Any:
@@ -268,7 +272,8 @@ def _train(config: Config, session: Session, closing: ExitStack) -> int:
         _write_hf(config, parts.export, folder, is_driver=control.is_driver)
     if driver:
         driver.say(_ending(config, done, start, folder, parts.checkpoints.last))
-    return 0 if done else 130
+    requeue = control.any(stop.requeue)
+    return exit_codes.DONE if done else exit_codes.REQUEUE if requeue else exit_codes.STOPPED
 
 
 def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | None) -> str:

@@ -1,7 +1,10 @@
-"""How a run is asked to stop: Ctrl-C (SIGINT) and SIGTERM.
+"""How a run is asked to stop: Ctrl-C (SIGINT) and SIGTERM, and SIGUSR1 for a stop that a cluster goes on from.
 
-Outside the loop both end the process at once, by the system's own action: nothing is lost, and there is no traceback.
-Inside it, the first one asks for a clean stop at the end of the iteration and another one ends the process at once.
+Outside the loop the first two end the process at once, by the system's own action: nothing is lost, and there is no
+traceback. Inside it, the first one asks for a clean stop at the end of the iteration and another one ends the process at
+once. SIGUSR1 asks for the same clean stop, and the run then ends with exit_codes.REQUEUE. It never ends a process by
+itself: it is held back (`hold_requeue`), and the loop looks whether one has come. So a request during the start is kept,
+and a cluster's manager may send it to every process of a job, helpers included, as often as it likes.
 """
 
 from __future__ import annotations
@@ -12,8 +15,14 @@ import time
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REQUEUE = signal.SIGUSR1
 SAME_REQUEST_SECONDS = 2.0
 TORCHRUN_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's variable, seconds; or its option --shutdown-timeout
+
+
+def hold_requeue() -> None:
+    """SIGUSR1 stays pending, in this thread, in those that it starts, and in every process started from it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {REQUEUE})
 
 
 class StopRequest:
@@ -29,7 +38,12 @@ class StopRequest:
         self._asked_at: float | None = None  # monotonic seconds
 
     def __call__(self) -> bool:
-        return self._asked_at is not None
+        return self._asked_at is not None or self.requeue
+
+    @property
+    def requeue(self) -> bool:
+        """Whether SIGUSR1 has come since `hold_requeue`."""
+        return REQUEUE in signal.sigpending()
 
     def install(self) -> None:
         """Take the signals over; from here on the loop answers them."""

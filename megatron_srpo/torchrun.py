@@ -3,19 +3,25 @@
     python -m megatron_srpo.torchrun --nproc-per-node 2 -m megatron_srpo train CONFIG.toml
 
 torchrun itself ends a refused or stopped run with two dozen lines of its own, always with exit code 1, and kills ranks
-that need more than 30 s for a clean stop; this one waits for SHUTDOWN_SECONDS.
+that need more than 30 s for a clean stop; this one waits for SHUTDOWN_SECONDS. SIGUSR1 is passed on to the ranks, which
+then stop with a checkpoint and exit_codes.REQUEUE.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+
+from megatron_srpo import stopping
+from megatron_srpo.exit_codes import TOLD
 
 SHUTDOWN_SECONDS = 3600
 LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
-TOLD = (2, 130)  # exit codes of a rank that has said why: see cli.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _silence_launcher()
+    stopping.hold_requeue()
+    threading.Thread(target=_pass_requeue_on, daemon=True).start()
     try:
         run.run(run.parse_args(sys.argv[1:] if arguments is None else arguments))
     except ChildFailedError as failed:
@@ -40,6 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("the port of the rendezvous is in use: choose another, --master-port N, or have one found, --standalone")
         return 2
     return 0
+
+
+def _pass_requeue_on() -> None:
+    import psutil
+
+    while True:
+        signal.sigwait({stopping.REQUEUE})
+        for rank in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(stopping.REQUEUE)
 
 
 def _silence_launcher() -> None:

@@ -5,6 +5,7 @@ Ranks are started by megatron_srpo.torchrun, which takes torchrun's arguments; o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from megatron_srpo import exit_codes
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,14 @@ class Started:
         assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
         return code
 
+    def requeue(self) -> None:
+        """SIGUSR1 to every process, as a cluster's manager signals a job step: launcher, ranks, and their helpers."""
+        everyone = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        self._family = everyone[1:]
+        for process in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGUSR1)
+
     @property
     def text(self) -> str:
         return "\n".join(self.said)
@@ -191,9 +201,9 @@ def test_ctrl_c_during_the_start_ends_it_at_once_and_quietly(folder):
     assert not (folder / "early/checkpoints").exists()
 
 
-def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c_and_sigterm(folder):
+def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c_sigterm_and_sigusr1(folder):
     """One run for all of it, because a start takes seconds: bad rows and long prompts counted, the log's disk gone,
-    Ctrl-C, and on from the checkpoint until SIGTERM."""
+    Ctrl-C, on from the checkpoint until SIGTERM, and on again until a cluster's SIGUSR1."""
     out = folder / "run"
     out.mkdir()
     (out / "metrics.jsonl").symlink_to(folder / "unmounted/metrics.jsonl")
@@ -224,3 +234,11 @@ def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c
     later = sorted((out / "checkpoints").glob("step_*"))[-1]
     assert later.name > last.name and f"last checkpoint: {later}" in "\n".join(again.said[-2:])
     assert "Traceback" not in again.text
+
+    requeued = Started(command)
+    requeued.wait_for("data: 8 train prompts")  # the ranks load still
+    requeued.requeue()
+    assert requeued.end() == exit_codes.REQUEUE, requeued.text
+    newest = sorted((out / "checkpoints").glob("step_*"))[-1]
+    assert int(newest.name[5:]) == int(later.name[5:]) + 1  # one iteration: the request had waited for the loop
+    assert f"last checkpoint: {newest}" in "\n".join(requeued.said[-2:]) and "Traceback" not in requeued.text

@@ -14,7 +14,7 @@ import pytest
 import typer
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_srpo import cli
+from megatron_srpo import cli, exit_codes
 from megatron_srpo.config import ConfigError, UserError, load_config
 from megatron_srpo.config.reference import defaults
 
@@ -353,7 +353,7 @@ def test_a_rank_that_fails_alone_speaks(run_file, launch, monkeypatch, capfd, wa
 def test_the_loss_of_another_rank_is_one_line_of_the_driver(run_file, launch, monkeypatch, capfd, waiting, rank, told):
     launch.result = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41")
     as_ranks(monkeypatch, 2, rank)
-    assert cli.main(["train", str(run_file)]) == 2
+    assert cli.main(["train", str(run_file)]) == exit_codes.LOST
     err = capfd.readouterr().err
     assert err.startswith(told) if told else err == ""
 

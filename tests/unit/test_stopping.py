@@ -1,14 +1,27 @@
-"""Ctrl-C and SIGTERM: the first asks for a clean stop, another one ends the process, a doubled one counts once."""
+"""Ctrl-C and SIGTERM: the first asks for a clean stop, another one ends the process, a doubled one counts once. SIGUSR1
+asks for a stop to go on from, however often."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from megatron_srpo import stopping
-from megatron_srpo.stopping import SAME_REQUEST_SECONDS, SIGNALS, StopRequest
+from megatron_srpo.stopping import REQUEUE, SAME_REQUEST_SECONDS, SIGNALS, StopRequest
+
+
+@pytest.fixture
+def held():
+    """SIGUSR1 held back, and none pending afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    stopping.hold_requeue()
+    yield
+    signal.sigtimedwait({REQUEUE}, 0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @pytest.fixture
@@ -81,3 +94,24 @@ def test_without_torchrun_any_second_signal_ends_the_process(clock, monkeypatch,
     os.kill(os.getpid(), signal.SIGINT)
     assert all(signal.getsignal(number) is signal.SIG_DFL for number in SIGNALS)
     assert "torchrun" not in capfd.readouterr().err
+
+
+def test_a_requeue_is_kept_until_the_loop_asks_however_often_it_came_and_is_told_from_a_stop(clock, held, monkeypatch):
+    for _ in range(3):
+        os.kill(os.getpid(), REQUEUE)
+    late = installed(monkeypatch, torchrun=True)
+    assert late() and late.requeue
+
+
+def test_a_stop_by_ctrl_c_is_no_requeue(clock, held, monkeypatch):
+    stop = installed(monkeypatch, torchrun=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop() and not stop.requeue
+
+
+def test_a_helper_that_a_rank_starts_survives_the_requeue_signal(held):
+    """It may be sent to every process of the job, and the helpers' own action would be to end."""
+    helper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    helper.send_signal(REQUEUE)
+    helper.communicate(b"go on\n", timeout=60)
+    assert helper.returncode == 0
