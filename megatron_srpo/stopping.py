@@ -1,10 +1,10 @@
 """How a run is asked to stop: Ctrl-C (SIGINT) and SIGTERM, and SIGUSR1 for a stop that a cluster goes on from.
 
 Outside the loop the first two end the process at once, by the system's own action: nothing is lost, and there is no
-traceback. Inside it, the first one asks for a clean stop at the end of the iteration and another one ends the process at
-once. SIGUSR1 asks for the same clean stop, and the run then ends with exit_codes.REQUEUE. It never ends a process by
-itself: it is held back (`hold_requeue`), and the loop looks whether one has come. So a request during the start is kept,
-and a cluster's manager may send it to every process of a job, helpers included, as often as it likes.
+traceback. Inside it, the first one asks for a clean stop at the end of the iteration and another one ends the process
+at once. SIGUSR1 asks for the same clean stop, and the run then ends with exit_codes.REQUEUE. It never ends a process
+by itself: it is held back (`hold_requeue`), and the loop looks whether one has come. So a request during the start is
+kept, and a cluster's manager may send it to every process of a job, helpers included, as often as it likes.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ ALLOWED = {
     "config": set(),
     "trainer": BASE | {"routing", "packing"},
     "checkpoints": BASE | {"disk"},
+    "torchrun": BASE | {"stopping", "exit_codes"},  # how a run ends
     "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
     "launch": EVERYTHING,  # builds the parts
     "cli": EVERYTHING,
