@@ -1,8 +1,8 @@
 """The command line: train, eval, doctor, report.
 
 Exit codes: 0 done; 1 the doctor found something missing, or a defect, which keeps its traceback; 2 a user's mistake,
-told in one message by one rank; 75 stopped by SIGUSR1, to be started again; 76 another rank ended; 130 stopped by Ctrl-C
-or SIGTERM (exit_codes.py). torchrun itself ends with 0 or 1.
+told in one message by one rank; 75 stopped by SIGUSR1, to be started again; 76 another rank ended; 130 stopped by
+Ctrl-C or SIGTERM (exit_codes.py). torchrun itself ends with 0 or 1.
 """
 
 from __future__ import annotations
