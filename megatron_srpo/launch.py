@@ -96,17 +96,18 @@ class Prompting:
 
 
 class DriverParts:
-    """What only the driver has: prompts, rewards, and the log."""
+    """What only the driver has: prompts and the log."""
 
     def __init__(self, config: Config, *, splits: tuple[str, ...]) -> None:
-        from megatron_srpo.rewards import RewardPool
-
         self._config = config
         self.observer: Any = None
         prompting = Prompting(config)
         self.teacher_prompt = prompting.teacher_prompt
         self.prompts = {split: prompting.prompts(split, self.say) for split in splits}
-        self._pool = RewardPool(config.reward, sorted({p.kind for prompts in self.prompts.values() for p in prompts}))
+
+    def kinds(self) -> set[str]:
+        """The reward kinds of all prompts."""
+        return {prompt.kind for prompts in self.prompts.values() for prompt in prompts}
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -123,13 +124,6 @@ class DriverParts:
             self.prompts["train"], config.rollout.rollout_batch_size, seed=config.run.seed, shuffle=config.data.shuffle
         )
 
-    def score(self, prompts: list, rollouts: list) -> list:
-        """The reward of every rollout, in order."""
-        from megatron_srpo.rewards import RewardTask
-
-        answered = [(prompts[rollout.prompt], rollout.text) for rollout in rollouts]
-        return self._pool.score([RewardTask(p.kind, text, p.answer, p.metadata) for p, text in answered])
-
     def observe(self, start: int) -> Any:
         """Open the log, which continues at iteration `start`."""
         from megatron_srpo.observe import Observer
@@ -138,20 +132,26 @@ class DriverParts:
         return self.observer
 
     def close(self) -> None:
-        self._pool.close()
         if self.observer is not None:
             self.observer.close()
 
 
-def _on_driver(control: Any, build: Callable[[], Any]) -> Any:
-    """Build something on the driver alone (None elsewhere); its error is raised on every rank."""
-    box = [None]
+def _build_scorer(config: Config, session: Session, driver: DriverParts | None, closing: ExitStack) -> Any:
+    """Reward workers on every rank that speaks for an engine; the configured number is shared among them."""
+    from megatron_srpo.rewards import RewardPool
+    from megatron_srpo.scoring import RewardScorer
 
-    def run() -> None:
-        box[0] = build()
+    control, engine_size = session.control, config.rollout.tensor_parallel_size
+    engines = max(1, session.topology.world_size // engine_size)
+    workers = -(-config.reward.workers // engines)
+    kinds = control.share(lambda: driver.kinds())
 
-    control.share(run)
-    return box[0]
+    def build() -> Any:
+        if session.topology.rank % engine_size:
+            return None
+        return closing.enter_context(RewardPool(config.reward.model_copy(update={"workers": workers}), kinds))
+
+    return RewardScorer(control.everywhere(build), control)
 
 
 def _build_policy(config: Config, hf: dict, session: Session, *, total_steps: int, trainable: bool) -> Any:
@@ -197,9 +197,9 @@ def _requests(prompts: list, iteration: int, refill: int, *, seed: int, samples:
 class Evaluator:
     """Samples k answers to every held-out prompt and scores them; every rank calls it, the driver gets metrics."""
 
-    def __init__(self, config: Config, engine: Any, prompts: list, score: Callable | None) -> None:
+    def __init__(self, config: Config, engine: Any, prompts: list, scorer: Any) -> None:
         limit = config.eval.max_prompts
-        self._config, self._engine, self._score = config, engine, score
+        self._config, self._engine, self._scorer = config, engine, scorer
         self._prompts = prompts[:limit] if limit else prompts
 
     def __call__(self) -> dict[str, float] | None:
@@ -212,10 +212,10 @@ class Evaluator:
         sampling = SamplingSettings(
             temperature=config.eval.temperature, top_p=config.eval.top_p, max_tokens=config.rollout.max_response_length
         )
-        rollouts = self._engine.generate(requests, sampling)
-        if self._score is None:
+        rollouts = self._engine.generate(requests, sampling, self._scorer.start(self._prompts))
+        rewards = self._scorer.finish(rollouts)
+        if rollouts is None:
             return None
-        rewards = self._score(self._prompts, rollouts)
         return accuracy_metrics(
             rollouts, rewards, threshold=config.algorithm.success_reward_threshold, k=config.eval.n_samples
         )
@@ -260,11 +260,12 @@ def _train(config: Config, session: Session, closing: ExitStack) -> int:
 
     control = session.control
     splits = ("train", "test") if config.eval.every else ("train",)
-    driver = _on_driver(control, lambda: DriverParts(config, splits=splits))
+    driver = control.on_driver(lambda: DriverParts(config, splits=splits))
     if driver:
         closing.callback(driver.close)
+    scorer = _build_scorer(config, session, driver, closing)
     stop = StopRequest(speaks=control.is_driver)
-    parts, start = _assemble(config, session, driver, stop, closing)
+    parts, start = _assemble(config, session, driver, scorer, stop, closing)
     stop.install()
     done = Trainer(parts, start_iteration=start).run()
     folder = Path(config.run.output_dir) / "hf"
@@ -291,7 +292,7 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
 
 
 def _assemble(
-    config: Config, session: Session, driver: DriverParts | None, stop: StopRequest, closing: ExitStack
+    config: Config, session: Session, driver: DriverParts | None, scorer: Any, stop: StopRequest, closing: ExitStack
 ) -> tuple[Any, int]:
     """Policy, engine and everything else of the loop; returns (parts, first iteration)."""
     from megatron_srpo.bridge import Exporter
@@ -307,7 +308,7 @@ def _assemble(
     checkpoints = Checkpoints(config, control, checkpoint.save, checkpoint.load)
     restored = checkpoints.restore(policy) or {"iteration": 0}
     start = restored["iteration"]
-    loader = _on_driver(control, driver.loader if driver else lambda: None)
+    loader = control.on_driver(driver.loader if driver else lambda: None)
     if start:
         control.share(lambda: loader.load_state_dict(restored["loader"]))
     engine = _build_engine(config, session, config.model.path)
@@ -324,13 +325,13 @@ def _assemble(
         export=exporter.items,
         requests=partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt),
         sampling=_sampling(config),
-        evaluate=Evaluator(config, engine, test, driver and driver.score),
+        evaluate=Evaluator(config, engine, test, scorer),
         checkpoints=checkpoints,
         should_stop=stop,
         loader=loader,
-        score_rewards=driver and driver.score,
+        scorer=scorer,
         teacher_prompt=driver and driver.teacher_prompt,
-        observer=_on_driver(control, lambda: driver.observe(start)),
+        observer=control.on_driver(lambda: driver.observe(start)),
     )
     return parts, start
 
@@ -339,21 +340,20 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
     """Evaluate model.path, or a checkpoint of ours, on a split; prints the metrics as JSON on the driver."""
     from megatron_srpo import checkpoints
 
-    with _session(config) as session:
-        driver = _on_driver(session.control, lambda: DriverParts(config, splits=(split,)))
+    with _session(config) as session, ExitStack() as closing:
+        driver = session.control.on_driver(lambda: DriverParts(config, splits=(split,)))
+        if driver:
+            closing.callback(driver.close)
+        scorer = _build_scorer(config, session, driver, closing)
         engine = _build_engine(config, session, config.model.path)
-        try:
-            if checkpoint is not None:
-                folder = checkpoints.resolve(checkpoint)
-                engine.publish(_checkpoint_items(config, session, folder), 1)
-            prompts = session.control.share(lambda: driver.prompts[split])
-            metrics = Evaluator(config, engine, prompts, driver and driver.score)()
-            if driver:
-                print(json.dumps(metrics, indent=1), flush=True)
-        finally:
-            if driver:
-                driver.close()
-            engine.close()
+        closing.callback(engine.close)
+        if checkpoint is not None:
+            folder = checkpoints.resolve(checkpoint)
+            engine.publish(_checkpoint_items(config, session, folder), 1)
+        prompts = session.control.share(lambda: driver.prompts[split])
+        metrics = Evaluator(config, engine, prompts, scorer)()
+        if driver:
+            print(json.dumps(metrics, indent=1), flush=True)
     return 0
 
 

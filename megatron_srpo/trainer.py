@@ -6,6 +6,7 @@
 
 Every rank runs it. The driver (global rank 0) alone draws prompts, scores answers, routes and plans; the result
 goes to all ranks through `control.share`. Everything that computes with the model is done by all ranks together.
+Answers are scored while others are being generated, by the rank whose engine made them.
 What each line waits for: `generate` for the slowest engine; `share` for the driver; `score` and `train_step` for the
 slowest data-parallel rank; `publish` for the engines.
 """
@@ -24,7 +25,7 @@ import torch
 from megatron_srpo.config import Config, UserError
 from megatron_srpo.packing import pack_rows, plan_batch, response_spans
 from megatron_srpo.routing import RewardedGroups, route
-from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, Reward, Rollout, RoutedSample, Row, TokenScores
+from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, RoutedSample, Row, TokenScores
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Parts:
     evaluate: Callable[[], dict[str, float] | None]  # held-out metrics; every rank calls it
     checkpoints: Any  # checkpoints.Checkpoints
     should_stop: Callable[[], bool]  # this rank was asked to stop
+    scorer: Any  # scoring.RewardScorer
     loader: Any  # (driver) data.PromptLoader
-    score_rewards: Callable[[list[Prompt], list[Rollout]], list[Reward]] | None  # (driver)
     teacher_prompt: Callable | None  # (driver) data.TeacherPromptBuilder
     observer: Any  # (driver) observe.Observer
 
@@ -161,14 +162,16 @@ class Trainer:
         for attempt in range(limit + 1):
             prompts: list[Prompt] = parts.control.share(lambda: parts.loader.next_batch())
             with self._timed("gen"):
-                rollouts = parts.engine.generate(parts.requests(prompts, self.iteration, attempt), parts.sampling)
+                requests = parts.requests(prompts, self.iteration, attempt)
+                rollouts = parts.engine.generate(requests, parts.sampling, parts.scorer.start(prompts))
+            with self._timed("reward"):
+                rewards = parts.scorer.finish(rollouts)
 
-            def score_and_add(prompts: list[Prompt] = prompts, rollouts: list[Rollout] = rollouts) -> bool:
-                with self._timed("reward"):
-                    groups.add(prompts, rollouts, parts.score_rewards(prompts, rollouts))
+            def add(prompts: list = prompts, rollouts: list | None = rollouts, rewards: list | None = rewards) -> bool:
+                groups.add(prompts, rollouts, rewards)
                 return groups.full
 
-            if parts.control.share(score_and_add):
+            if parts.control.share(add):
                 break
         return groups
 

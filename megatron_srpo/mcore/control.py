@@ -39,6 +39,37 @@ class Control:
             raise box[1]
         return box[0]
 
+    def on_driver(self, compute: Callable[[], T]) -> T | None:
+        """Run `compute` on the driver alone, whose the result is (None elsewhere); its exception is raised on every
+        rank."""
+        box: list[Any] = [None]
+
+        def run() -> None:
+            box[0] = compute()
+
+        self.share(run)
+        return box[0]
+
+    def everywhere(self, compute: Callable[[], T]) -> T:
+        """Run `compute` on every rank; when it fails on one, every rank raises the first rank's exception."""
+        result, failure = None, None
+        try:
+            result = compute()
+        except Exception as error:
+            failure = error
+        failures = [error for error in self.collect(failure) if error is not None]
+        if failure is not None:
+            raise failure
+        if failures:
+            raise failures[0]
+        return result
+
+    def gather(self, mine: T) -> list[T] | None:
+        """What every rank brings, by rank, on the driver; None elsewhere."""
+        parts: list[Any] | None = [None] * self._topology.world_size if self.is_driver else None
+        dist.gather_object(mine, parts, dst=0, group=self._topology.control_group)
+        return parts
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
         value = torch.tensor(int(flag))

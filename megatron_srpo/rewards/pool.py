@@ -1,4 +1,4 @@
-"""Scores a batch in worker processes: in order, within a time for each response, whatever the functions do.
+"""Scores responses in worker processes: in order, within a time for each one, whatever the functions do.
 
 A worker reports every result when it has it. So when one hangs or dies, the driver knows at which task: that one fails,
 and the rest of its chunk goes to another worker. A task at which a worker died gets a second try alone, because an
@@ -12,7 +12,8 @@ import selectors
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +41,20 @@ class RewardTask:
 
 @dataclass
 class _Batch:
-    """A call of `score` on its way. Tasks are known by their number."""
+    """Tasks on their way. They are known by their number, in the order in which they came."""
 
-    tasks: Sequence[RewardTask]
-    rewards: list[Reward | None]
-    waiting: deque[list[int]]  # chunks that no worker has
-    open: int  # tasks without a reward
+    tasks: list[RewardTask] = field(default_factory=list)
+    rewards: list[Reward | None] = field(default_factory=list)
+    waiting: deque[list[int]] = field(default_factory=deque)  # chunks that no worker has
+    open: int = 0  # tasks without a reward
     retried: set[int] = field(default_factory=set)
+
+    def add(self, tasks: Sequence[RewardTask], chunk: int) -> None:
+        numbers = range(len(self.tasks), len(self.tasks) + len(tasks))
+        self.tasks += tasks
+        self.rewards += [None] * len(tasks)
+        self.open += len(tasks)
+        self.waiting += [list(numbers[start : start + chunk]) for start in range(0, len(tasks), chunk)]
 
     def settle(self, number: int, reward: Reward) -> None:
         self.rewards[number] = reward
@@ -54,7 +62,9 @@ class _Batch:
 
 
 class RewardPool:
-    """Worker processes that have imported the reward functions of `kinds`. A context manager; for one thread.
+    """`reward.workers` processes that have imported the reward functions of `kinds`. A context manager; for one thread.
+
+    `score` takes a whole batch; `add` and `finish` one that comes bit by bit.
 
     The constructor returns when every function is imported; UserError if one cannot be: unknown kind, an error in the
     user's module.
@@ -67,6 +77,7 @@ class RewardPool:
         )
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
+        self._batch = _Batch()  # of `add` and `finish`
         self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())  # also at exit
         try:
             for _ in range(config.workers):
@@ -88,30 +99,48 @@ class RewardPool:
 
         Raises UserError only if workers cannot be started again.
         """
+        self.add(tasks)
+        return self.finish()
+
+    def add(self, tasks: Sequence[RewardTask]) -> None:
+        """Begin to score tasks and return at once. Between calls the workers do what they were given, and no more."""
         if not self._finalizer.alive:
             raise RuntimeError("the reward pool is closed")
         unknown = {task.kind for task in tasks} - set(self._setup.kinds)
         if unknown:
             raise UserError(f"reward kinds {sorted(unknown)} are not among those the pool was made for")
-        batch = _Batch(tasks, [None] * len(tasks), self._chunks(len(tasks)), len(tasks))
-        try:
+        self._batch.add(tasks, self._chunk_size(len(tasks)))
+        with self._abandoned_on_failure():
+            self._turn(self._batch, wait=False)
+            self._hand_out(self._batch)
+
+    def finish(self) -> list[Reward]:
+        """The rewards of all that was added since the last call, in order; see `score`."""
+        batch = self._batch
+        with self._abandoned_on_failure():
             while batch.open:
                 self._hand_out(batch)
                 self._turn(batch)
+        self._batch = _Batch()
+        return batch.rewards
+
+    @contextmanager
+    def _abandoned_on_failure(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:  # interrupted: results on their way belong to no later batch
+            self._batch = _Batch()
             for worker in [worker for worker in self._workers if worker.pending]:
                 self._forget(worker).kill()
             raise
-        return batch.rewards
 
     def close(self) -> None:
         """End the workers. May be called again."""
         self._finalizer()
         self._selector.close()
 
-    def _chunks(self, count: int) -> deque[list[int]]:
-        size = min(LARGEST_CHUNK, max(1, -(-count // (CHUNKS_PER_WORKER * self._config.workers))))
-        return deque(list(range(start, min(start + size, count))) for start in range(0, count, size))
+    def _chunk_size(self, count: int) -> int:
+        return min(LARGEST_CHUNK, max(1, -(-count // (CHUNKS_PER_WORKER * self._config.workers))))
 
     def _hand_out(self, batch: _Batch) -> None:
         while len(self._workers) < self._config.workers:  # after an interrupted batch
@@ -125,11 +154,11 @@ class RewardPool:
             except OSError:
                 self._died(worker, batch)
 
-    def _turn(self, batch: _Batch | None) -> None:
-        """Wait for the workers' next news, or for the first deadline, and act on it."""
+    def _turn(self, batch: _Batch | None, *, wait: bool = True) -> None:
+        """Wait for the workers' next news, or for the first deadline, and act on it; or act on what there is."""
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        for key, _ in self._selector.select(wait):
+        until = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        for key, _ in self._selector.select(until if wait else 0):
             worker: WorkerProcess = key.data
             if worker not in self._workers:  # its end was noticed a moment ago
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,10 @@ class ColocatedEngine:
             dist.all_gather_object(pids, os.getpid(), group=self._control)
         return pids
 
-    def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> list[Rollout] | None:
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        on_rollout: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout] | None:  # fmt: skip
         """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
         self._must_be_awake("generate")
         if self._half_published:
@@ -78,7 +81,7 @@ class ColocatedEngine:
                 )
         mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
         try:
-            answers, error = self._run(mine, sampling), None
+            answers, error = self._run(mine, sampling, on_rollout if self._speaks else None), None
         except Exception as failure:
             if self._size > 1:  # this engine's other ranks wait inside vLLM and never reach the gather: end the job
                 raise
@@ -86,26 +89,33 @@ class ColocatedEngine:
         found = self._gather(answers if self._speaks else [], error)
         return None if found is None else sorted(found, key=lambda rollout: (rollout.prompt, rollout.sample))
 
-    def _run(self, requests: list[GenerateRequest], sampling: SamplingSettings) -> list[Rollout]:
-        """This rank's engine alone."""
-        from vllm import SamplingParams
+    def _run(
+        self, requests: list[GenerateRequest], sampling: SamplingSettings, on_rollout: Callable[[Rollout], None] | None
+    ) -> list[Rollout]:
+        """This rank's engine alone; answers in the order in which they are complete."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         if not requests:
             return []
         # What an earlier call left in the cache would change roundings, and a resumed run has no earlier call.
         self._reset_cache()
-        parameters = [
-            SamplingParams(
-                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens, ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
-                flat_logprobs=True, detokenize=False,
-            )
-            for request in requests
-        ]  # fmt: skip
-        prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
+        engine, answers = self._llm.llm_engine, []
+        asked = {str(number): request for number, request in enumerate(requests)}
         with preserved_generators(self._device):
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [self._rollout(*pair) for pair in zip(requests, outputs, strict=True)]
+            for number, request in asked.items():
+                parameters = SamplingParams(
+                    temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                    max_tokens=sampling.max_tokens, ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
+                    flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                )  # fmt: skip
+                engine.add_request(number, {"prompt_token_ids": request.token_ids}, parameters)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    answers.append(self._rollout(asked.pop(output.request_id), output))
+                    if on_rollout is not None:
+                        on_rollout(answers[-1])
+        assert not asked, f"vLLM left {len(asked)} requests without an answer"
+        return answers
 
     def _rollout(self, request: GenerateRequest, output: Any) -> Rollout:
         (answer,) = output.outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,10 +53,15 @@ class RolloutEngine(Protocol):
 
     weight_version: int  # of the last publish; 0: the weights of the folder
 
-    def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> list[Rollout] | None:
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        on_rollout: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout] | None:  # fmt: skip
         """One Rollout a request, sorted by (prompt, sample), on global rank 0; None on the other ranks.
 
-        Every rank passes the same requests. A seed gives the same response whatever else is in the batch.
+        Every rank passes the same requests. A seed gives the same response whatever else is in the batch. `on_rollout`
+        is called with each response when it is complete, while others are still being generated, on one of the ranks:
+        the one that has it first. It must be quick, and must not raise.
         """
         ...
 

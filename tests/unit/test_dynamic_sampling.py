@@ -79,9 +79,9 @@ def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refill
             control=SimpleNamespace(share=lambda compute: compute()),
             loader=SimpleNamespace(next_batch=next_batch),
             requests=lambda prompts, iteration, refill: numbers.append(refill),
-            engine=SimpleNamespace(generate=lambda requests, sampling: current["rollouts"]),
+            engine=SimpleNamespace(generate=lambda requests, sampling, on_rollout: current["rollouts"]),
             sampling=None,
-            score_rewards=lambda prompts, rollouts: current["rewards"],
+            scorer=SimpleNamespace(start=lambda prompts: None, finish=lambda rollouts: current["rewards"]),
         )
     )
     found = uids(trainer._rewarded_groups())

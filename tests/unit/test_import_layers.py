@@ -20,6 +20,7 @@ ALLOWED = {
     "trainer": BASE | {"routing", "packing"},
     "checkpoints": BASE | {"disk"},
     "torchrun": BASE | {"stopping", "exit_codes"},  # how a run ends
+    "scoring": BASE | {"rewards"},  # joins the rewards' workers to the ranks
     "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
     "launch": EVERYTHING,  # builds the parts
     "cli": EVERYTHING,

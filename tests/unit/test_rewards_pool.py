@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_srpo.types import Reward
 
 ROOT = Path(__file__).resolve().parents[2]
 JUDGE = """
-import ctypes, os, subprocess, sys
+import ctypes, os, signal, sys
 
 def judge(response, answer, metadata):
     word, _, rest = response.partition(" ")
@@ -40,8 +41,10 @@ def judge(response, answer, metadata):
         print("y" * 1_000_000, file=sys.stderr)
         os.write(1, b"z" * 1_000_000)
     if word == "child":
-        child = subprocess.Popen(["sleep", "1000"])
-        open(rest, "w").write(str(child.pid))
+        child = os.fork()  # not a new program: it has to be there within the time-out of a busy machine
+        if not child:
+            signal.pause()
+        open(rest, "w").write(str(child))
         while True:
             pass
     if word == "imports":
@@ -190,8 +193,8 @@ def test_workers_that_died_between_two_batches_are_replaced(pool):
 def test_an_interrupted_batch_leaves_no_results_for_the_next(pool, monkeypatch):
     turn, count = pool._turn, iter(range(100))
 
-    def interrupted(batch):
-        turn(batch)
+    def interrupted(batch, **how):
+        turn(batch, **how)
         if next(count) == 1:
             raise KeyboardInterrupt
 
@@ -201,6 +204,30 @@ def test_an_interrupted_batch_leaves_no_results_for_the_next(pool, monkeypatch):
     monkeypatch.undo()
     assert [reward.score for reward in pool.score(own(*["0.5"] * 30))] == [0.5] * 30
     assert len(workers_of(pool)) == 2
+
+
+def test_tasks_that_come_bit_by_bit_are_scored_like_a_batch_and_meanwhile(pool):
+    responses = ["1", "hang", "0.5", "exit 1", *["0.25"] * 20, "word"]
+    whole = pool.score(own(*responses))
+    for response in responses:
+        pool.add(own(response))
+    assert pool.finish() == whole
+    assert pool.finish() == []
+    pool.add(own("0.75"))  # an idle worker has it now, whether or not anybody asks for the result
+    (worker,) = [worker for worker in pool._workers if worker.pending]
+    wait([worker.channel])
+    pool.add([])
+    assert not worker.pending
+    assert pool.finish() == pool.score(own("0.75"))
+
+
+def test_what_was_added_before_an_interruption_is_forgotten(pool, monkeypatch):
+    pool.add(own("1", "1"))
+    monkeypatch.setattr(pool, "_hand_out", lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pool.finish()
+    monkeypatch.undo()
+    assert pool.score(own("0.5")) == [Reward(0.5, "feedback for 0.5 a 1", True)]
 
 
 @pytest.mark.parametrize(

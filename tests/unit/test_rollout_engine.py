@@ -53,6 +53,20 @@ def test_every_request_is_answered_once_and_in_order_whatever_order_they_come_in
     assert [(rollout.prompt, rollout.sample) for rollout in engine.generate(shuffled, SAMPLED)] == places
 
 
+def test_a_response_is_handed_over_once_when_it_is_complete_and_the_others_are_not(engine, rollouts):
+    heard, unfinished = [], []
+
+    def on_rollout(rollout):
+        heard.append(rollout)
+        unfinished.append(engine._llm.llm_engine.has_unfinished_requests())
+
+    assert engine.generate(tiny_requests(16), SAMPLED, on_rollout) == rollouts
+    assert sorted(heard, key=lambda rollout: (rollout.prompt, rollout.sample)) == rollouts
+    lengths = [len(rollout.token_ids) for rollout in heard]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]  # all start in the first step: the shortest is first
+    assert unfinished[0]
+
+
 def test_samples_of_one_prompt_differ(rollouts):
     for prompt in range(len(PROMPTS)):
         assert len({tuple(rollout.token_ids) for rollout in rollouts if rollout.prompt == prompt}) > 8
@@ -105,18 +119,17 @@ def test_the_same_seeds_give_the_same_responses_and_log_probs(engine, rollouts):
 
 def test_no_call_meets_what_an_earlier_one_left_in_the_prefix_cache(engine, monkeypatch):
     """It would change roundings, and a resumed run, which has no earlier call, could not repeat the responses."""
-    cached, generate = [], engine._llm.generate
+    cached, rollout = [], engine._rollout
 
-    def record(*arguments, **options):
-        outputs = generate(*arguments, **options)
-        cached.append([output.num_cached_tokens for output in outputs])
-        return outputs
+    def record(request, output):
+        cached.append((request.sample, output.num_cached_tokens))
+        return rollout(request, output)
 
-    monkeypatch.setattr(engine._llm, "generate", record)
+    monkeypatch.setattr(engine, "_rollout", record)
     asked = [GenerateRequest(0, sample, LONG, seed=sample) for sample in range(3)]
     first = engine.generate(asked, SAMPLED)
     assert engine.generate(asked, SAMPLED) == first
-    assert cached[0] == cached[1] == [0, 128, 128]  # within a call, samples of a prompt share it
+    assert sorted(cached[:3]) == sorted(cached[3:]) == [(0, 0), (1, 128), (2, 128)]  # within a call, samples of a prompt share it
 
 
 @pytest.mark.parametrize("changed", [{"iteration": 2}, {"run_seed": 1}])

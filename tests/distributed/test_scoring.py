@@ -1,0 +1,85 @@
+"""Rewards are scored on the rank that has the response, and the driver gets all of them in order."""
+
+import pytest
+
+from megatron_srpo.config import RewardConfig, UserError
+from megatron_srpo.types import Prompt, Reward, Rollout
+from tests.distributed_harness import run_distributed
+
+JUDGE = """
+import os
+
+def judge(response, answer, metadata):
+    return (float(response == answer), f"{metadata['k']} by {os.getppid()}")
+"""
+PROMPTS = [Prompt(f"train:{i}", (), [1], str(i), "own", {"k": i}) for i in range(3)]
+
+
+def _rollouts():
+    return [Rollout(prompt, sample, [1], [0.0], str(sample), "stop", 0) for prompt in range(3) for sample in range(4)]
+
+
+def _score(judge, broken):
+    """Rank r's engine hands over the samples with sample % 3 == r: no rank has the third, fourth is rank 0's too."""
+    import os
+
+    from megatron_srpo.config import ParallelConfig
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.control import Control
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.rewards import RewardPool
+    from megatron_srpo.scoring import RewardScorer
+
+    topology = groups.initialize(ParallelConfig(), choose_device("cpu", 0), seed=1, timeout_minutes=2)
+    control = Control(topology)
+    rank = topology.rank
+
+    def build():
+        path = judge if rank == 0 or broken != "import" else "no_such_module:judge"
+        return RewardPool(RewardConfig(functions={"own": path}, workers=1), ["own"])
+
+    try:
+        pool = control.everywhere(build)
+    except UserError as error:
+        return str(error)
+    with pool:
+        scorer = RewardScorer(pool, control)
+        found = []
+        for _ in range(2):  # a batch leaves nothing to the next one
+            hand_over = scorer.start(PROMPTS)
+            for rollout in _rollouts():
+                if rollout.sample % 3 == rank:
+                    hand_over(rollout)
+                    hand_over(rollout)  # a second time: an engine that tried again
+            if broken == "scoring" and rank == 1:
+                pool.close()
+                hand_over(_rollouts()[0])
+            try:
+                found.append(scorer.finish(_rollouts() if rank == 0 else None))
+            except RuntimeError as error:
+                return str(error)
+        return os.getpid(), found
+
+
+@pytest.fixture
+def judge(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text(JUDGE)
+    return f"{path}:judge"
+
+
+def test_the_driver_gets_every_reward_in_order_and_each_was_made_where_its_response_was(judge):
+    (driver, (first, second)), (other, nothing) = run_distributed(_score, 2, judge, "")
+    makers = {0: driver, 1: other, 2: driver, 3: driver}  # sample 2 came from no rank
+    assert (
+        first
+        == second
+        == [Reward(float(r.prompt == r.sample), f"{r.prompt} by {makers[r.sample]}") for r in _rollouts()]
+    )
+    assert nothing == [None, None]
+
+
+@pytest.mark.parametrize(("broken", "complaint"), [("import", "no_such_module"), ("scoring", "pool is closed")])
+def test_a_failure_on_one_rank_is_raised_on_all(judge, broken, complaint):
+    heard = run_distributed(_score, 2, judge, broken)
+    assert all(complaint in text for text in heard), heard
