@@ -208,7 +208,8 @@ class ModelShards:
 
     `parameters` maps the Megatron name with the GLOBAL layer number, e.g.
     "decoder.layers.17.self_attention.linear_qkv.weight", to this rank's tensor (TP shard; only the layers
-    of this pipeline stage). Groups are torch process groups; None where the size is 1.
+    of this pipeline stage). An expert's number in a name is global too, and its parameters are split over the expert
+    tensor-parallel ranks. Groups are torch process groups; None where the size is 1.
     """
 
     parameters: dict[str, torch.Tensor]
@@ -219,3 +220,10 @@ class ModelShards:
     pp_size: int
     pp_group: Any
     padded_vocab_size: int  # rows of the full (padded) embedding; the HF vocab_size may be smaller
+    ep_rank: int = 0  # its experts are the ep_rank-th run of experts / ep_size
+    ep_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
+    expert_group: Any = (
+        None  # ep_size · etp_size ranks that have all experts of a stage, the etp_size of one run together
+    )

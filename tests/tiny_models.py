@@ -15,6 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"  # 96
@@ -25,6 +27,7 @@ CHAT_TEMPLATE = (
 )
 FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
@@ -64,18 +67,31 @@ def make_tiny_model(
     max_positions: int = 512,
     initializer_range: float = 0.2,
     max_shard_size: str = "5GB",
+    experts: int = 4,
+    experts_per_token: int = 2,
+    expert_ffn: int = 32,
+    dense_layers: tuple[int, ...] = (),
+    renormalise: bool = True,
 ) -> Path:
     """Save a random model and its tokenizer in `folder`; returns the folder.
 
     `vocab` counts the embedding's rows: 101 by default, odd and above the tokenizer's 99, as real models have it.
     head_dim 32 is the smallest that vLLM takes on a CPU. Norm weights and biases are random too, so that a mix-up
     shows; weights are large enough that next-token distributions are far from uniform. Qwen2 has no head_dim of its
-    own: there `hidden` is heads · head_dim.
+    own: there `hidden` is heads · head_dim. The last five settings are of qwen3_moe alone.
     """
     config_class, model_class = FAMILIES[family]
-    heads_alone = {"attention_bias": False, "head_dim": head_dim}
+    special = {"attention_bias": False, "head_dim": head_dim}
     if family == "qwen2":
-        hidden, heads_alone = heads * head_dim, {}
+        hidden, special = heads * head_dim, {}
+    if family == "qwen3_moe":
+        special |= {
+            "num_experts": experts,
+            "num_experts_per_tok": experts_per_token,
+            "moe_intermediate_size": expert_ffn,
+            "mlp_only_layers": list(dense_layers),
+            "norm_topk_prob": renormalise,
+        }
     tokenizer = tiny_tokenizer(min(vocab, len(SPECIAL) + len(CHARACTERS)))
     config = config_class(
         vocab_size=vocab,
@@ -91,7 +107,7 @@ def make_tiny_model(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        **heads_alone,
+        **special,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

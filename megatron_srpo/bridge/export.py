@@ -3,6 +3,9 @@
 stage 0            stage 1                            every rank
 embed, layers 0…   layers …, norm, head    ─►  bucket: broadcast the owner stage's shards over the pipeline,
                                                         gather them over tensor parallel ranks, undo the split
+
+Buckets of experts are gathered over all ranks that share a stage's experts: what stands at the same place on each of
+them is one expert's shard, or another expert's.
 """
 
 from __future__ import annotations
@@ -31,12 +34,18 @@ class Part:
     stage: int  # the pipeline stage that has it
     shape: tuple[int, ...]  # of the shard
     dtype: torch.dtype  # in which it is exported
-    mapped: Mapped
+    mapped: tuple[Mapped, ...]  # on each expert-parallel rank; one where all have the same
+    copies: int  # ranks over which it is gathered
 
     @property
     def nbytes(self) -> int:
         """Bytes of the shard in a flat buffer, alignment included."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def expert(self) -> bool:
+        """Whether it belongs to an expert."""
+        return self.mapped[0].expert is not None
 
 
 class Exporter:
@@ -55,7 +64,7 @@ class Exporter:
             raise BridgeError(f"bucket_bytes is {bucket_bytes}: expected a positive number of bytes")
         self._shards = shards
         self._table = weight_table(hf_config, shards.padded_vocab_size)
-        self._buckets = _buckets(self._parts(dtype), bucket_bytes // shards.tp_size)
+        self._buckets = _buckets(self._parts(dtype), bucket_bytes)
 
     def _parts(self, dtype: torch.dtype | None) -> list[Part]:
         """All parameters of the model, by stage, then in the stage's own order; the same list on every rank."""
@@ -65,16 +74,18 @@ class Exporter:
         if shards.pp_size > 1:
             stages = [None] * shards.pp_size
             dist.all_gather_object(stages, mine, group=shards.pp_group)
-        parts = [
-            Part(name, stage, shape, kind, self._table.lookup(name))
-            for stage, found in enumerate(stages)
-            for name, shape, kind in found
-        ]
-        return [part for part in parts if part.mapped.exported]
+        parts = []
+        for stage, found in enumerate(stages):
+            for name, shape, kind in found:
+                mapped = self._table.over_expert_ranks(name, shards.ep_size)
+                copies = shards.tp_size if mapped[0].expert is None else shards.ep_size * shards.etp_size
+                parts.append(Part(name, stage, shape, kind, mapped, copies))
+        return [part for part in parts if part.mapped[0].exported]
 
     def names(self) -> list[str]:
         """The Hugging Face names, in the order of `items`."""
-        return [name for bucket in self._buckets for part in bucket for name in part.mapped.hf_names]
+        parts = [part for bucket in self._buckets for part in bucket]
+        return [name for part in parts for mapped in part.mapped for name in mapped.hf_names]
 
     @torch.no_grad()
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,17 +95,21 @@ class Exporter:
         changes with it: use it before the next optimiser step, or copy it. It may keep its whole bucket alive.
         """
         for bucket in self._buckets:
-            if self._shards.tp_size == 1 and self._shards.pp_size == 1:
+            if bucket[0].copies == 1 and self._shards.pp_size == 1:
                 gathered = [[self._shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
             else:
                 gathered = self._gather(bucket)
             for part, parts in zip(bucket, gathered, strict=True):
-                yield from zip(part.mapped.hf_names, part.mapped.rule.from_shards(parts), strict=True)
-            del gathered, parts  # before the next bucket is allocated
+                split = part.copies // len(part.mapped)  # ranks that share one expert, or the layer
+                for i, mapped in enumerate(part.mapped):
+                    full = mapped.rule.from_shards(parts[i * split : (i + 1) * split])
+                    yield from zip(mapped.hf_names, full, strict=True)
+            del gathered, parts, full  # before the next bucket is allocated
 
     def _gather(self, bucket: list[Part]) -> list[list[torch.Tensor]]:
-        """For each part, the shards of all tensor-parallel ranks. Bytes travel, so that any dtype does, bit for bit."""
+        """For each part, the shards of all ranks that share it. Bytes travel, so that any dtype does, bit for bit."""
         shards = self._shards
+        copies, group = bucket[0].copies, shards.expert_group if bucket[0].expert else shards.tp_group
         stage, size = bucket[0].stage, sum(part.nbytes for part in bucket)
         device = next(iter(shards.parameters.values())).device
         flat = torch.empty(size, dtype=torch.uint8, device=device)
@@ -103,11 +118,11 @@ class Exporter:
                 view.copy_(shards.parameters[part.name])
         if shards.pp_size > 1:
             dist.broadcast(flat, dist.get_global_rank(shards.pp_group, stage), group=shards.pp_group)
-        if shards.tp_size == 1:
+        if copies == 1:
             return [[view] for view in _views(flat, bucket)]
-        full = torch.empty(shards.tp_size * size, dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(full, flat, group=shards.tp_group)
-        by_rank = [_views(flat, bucket) for flat in full.chunk(shards.tp_size)]
+        full = torch.empty(copies * size, dtype=torch.uint8, device=device)
+        dist.all_gather_into_tensor(full, flat, group=group)
+        by_rank = [_views(flat, bucket) for flat in full.chunk(copies)]
         return [list(parts) for parts in zip(*by_rank, strict=True)]
 
 
@@ -121,16 +136,18 @@ def _views(flat: torch.Tensor, bucket: list[Part]) -> list[torch.Tensor]:
     return views
 
 
-def _buckets(parts: list[Part], shard_bytes: int) -> list[list[Part]]:
-    """Consecutive parts of one stage, up to `shard_bytes` a bucket, at least one part."""
+def _buckets(parts: list[Part], bucket_bytes: int) -> list[list[Part]]:
+    """Consecutive parts of one stage, experts' or others, up to `bucket_bytes` when gathered, at least one part."""
     buckets: list[list[Part]] = []
     filled = 0
     for part in parts:
-        if not buckets or buckets[-1][0].stage != part.stage or filled + part.nbytes > shard_bytes:
+        before = buckets[-1][-1] if buckets else None
+        together = before is not None and (before.stage, before.expert) == (part.stage, part.expert)
+        if not together or filled + part.nbytes * part.copies > bucket_bytes:
             buckets.append([])
             filled = 0
         buckets[-1].append(part)
-        filled += part.nbytes
+        filled += part.nbytes * part.copies
     return buckets
 
 

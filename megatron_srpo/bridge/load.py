@@ -156,5 +156,6 @@ def load_hf_weights(shards: ModelShards, hf_dir: str | Path) -> None:
     with WeightFolder(hf_dir) as folder:
         check_names(folder, table)
         for name, parameter in shards.parameters.items():
-            shape = tuple(parameter.shape)
-            parameter.copy_(read_shard(folder, mapped[name], shape, shards.tp_rank, shards.tp_size))
+            expert = mapped[name].expert is not None
+            place = (shards.etp_rank, shards.etp_size) if expert else (shards.tp_rank, shards.tp_size)
+            parameter.copy_(read_shard(folder, mapped[name], tuple(parameter.shape), *place))

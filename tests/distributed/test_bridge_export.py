@@ -1,4 +1,4 @@
-"""The export on real gloo ranks: bitwise, in one order, bucket by bucket, for TP, PP and both."""
+"""The export on real gloo ranks: bitwise, in one order, bucket by bucket, for TP, PP, experts and all of them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from tests.tiny_models import make_tiny_model
 from tests.tiny_shards import empty_shards
 
 TP, PP = 2, 2
+SIZES = {"hidden": 48, "layers": 2, "heads": 12, "kv_heads": 4, "head_dim": 6, "ffn": 28, "vocab": 37}
 
 
 def _grid(tp: int, pp: int) -> dict:
-    """This rank's place and groups in a tp × pp grid, tensor parallel ranks next to each other."""
-    rank = dist.get_rank()
-    place: dict = {"tp_rank": rank % tp, "tp_size": tp, "pp_rank": rank // tp, "pp_size": pp}
+    """This rank's place and groups in a tp × pp grid, or in copies of it; tensor parallel ranks next to each other."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    place: dict = {"tp_rank": rank % tp, "tp_size": tp, "pp_rank": rank // tp % pp, "pp_size": pp}
     for size, name, members in (
-        (tp, "tp_group", [list(range(stage * tp, (stage + 1) * tp)) for stage in range(pp)]),
-        (pp, "pp_group", [list(range(shard, tp * pp, tp)) for shard in range(tp)]),
+        (tp, "tp_group", [list(range(start, start + tp)) for start in range(0, world, tp)]),
+        (pp, "pp_group", [list(range(c + s, c + tp * pp, tp)) for c in range(0, world, tp * pp) for s in range(tp)]),
     ):
         groups = [dist.new_group(ranks) for ranks in members] if size > 1 else []
         place[name] = next((g for g, ranks in zip(groups, members, strict=False) if rank in ranks), None)
@@ -35,9 +36,21 @@ def _loaded(folder: str, place: dict, **layout) -> ModelShards:
     return shards
 
 
-def _check_exports(folder: str, tp: int, pp: int) -> dict:
+def _expert_grid(place: dict, ep: int, etp: int) -> dict:
+    """`place`, and this rank's part of a stage's experts: ep runs of them, each split over etp ranks."""
+    ranks = range(dist.get_world_size())
+    run = ep * etp
+    groups = [dist.new_group(list(ranks[start : start + run])) for start in range(0, len(ranks), run)]
+    where = dist.get_rank() % run
+    experts = {"ep_rank": where // etp, "ep_size": ep, "etp_rank": where % etp, "etp_size": etp}
+    return place | experts | {"expert_group": groups[dist.get_rank() // run]}
+
+
+def _check_exports(folder: str, tp: int, pp: int, ep: int = 1, etp: int = 1) -> dict:
     """Exports with small, middling and one bucket, compared here with the file; returns what ranks must agree on."""
     place, config = _grid(tp, pp), read_config(folder)
+    if ep * etp > 1:
+        place = _expert_grid(place, ep, etp)
     expected = load_file(f"{folder}/model.safetensors")
     orders = []
     for bucket_bytes, layout in ((1, {}), (40_000, {"transformer_engine": True, "pad_to": 4}), (10**9, {"pad_to": 16})):
@@ -99,9 +112,8 @@ def _on_two_ranks(tied: str, untied: str) -> dict:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    sizes = {"hidden": 48, "layers": 2, "heads": 12, "kv_heads": 4, "head_dim": 6, "ffn": 28, "vocab": 37}
     make = tmp_path_factory.mktemp
-    return [str(make_tiny_model(make(f"tied-{tied}"), tied=tied, **sizes)) for tied in (True, False)]
+    return [str(make_tiny_model(make(f"tied-{tied}"), tied=tied, **SIZES)) for tied in (True, False)]
 
 
 def test_tp2_and_pp2_exports_are_bitwise_and_in_one_order(folders):
@@ -109,6 +121,19 @@ def test_tp2_and_pp2_exports_are_bitwise_and_in_one_order(folders):
     assert ours == theirs
 
 
-def test_tp2_times_pp2_export_is_bitwise_and_in_one_order(folders):
-    results = run_distributed(_check_exports, 4, folders[1], TP, PP)
+MOE_LAYOUTS = [  # TP, PP, EP, expert TP on four ranks
+    (2, 2, 2, 1),  # the tensor-parallel ranks of a stage have different experts
+    (2, 1, 2, 2),
+    (4, 1, 4, 1),
+    (1, 1, 2, 1),  # experts and everything else have copies
+]
+
+
+def _on_four_ranks(untied: str, moe: str) -> dict:
+    return {"dense": _check_exports(untied, TP, PP)} | {layout: _check_exports(moe, *layout) for layout in MOE_LAYOUTS}
+
+
+def test_exports_over_four_ranks_are_bitwise_and_in_one_order_with_experts_too(folders, tmp_path):
+    moe = make_tiny_model(tmp_path, "qwen3_moe", **SIZES, expert_ffn=20, dense_layers=(0,))
+    results = run_distributed(_on_four_ranks, 4, folders[1], str(moe))
     assert all(result == results[0] for result in results)

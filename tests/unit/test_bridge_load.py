@@ -14,6 +14,7 @@ from tests.tiny_models import make_tiny_model
 from tests.tiny_shards import empty_shards
 
 SIZES = {"hidden": 48, "layers": 2, "heads": 12, "kv_heads": 4, "head_dim": 6, "ffn": 28, "vocab": 37}
+SIZES |= {"experts": 3, "expert_ffn": 20, "dense_layers": (0,)}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def loaded(folder, **layout):
 
 
 def undo(folder, ranks):
-    """Full tensors from the shards of all tensor-parallel ranks of one stage."""
+    """Full tensors from the shards of all tensor-parallel ranks of one stage, over which experts are split too."""
     table = weight_table(read_config(folder), ranks[0].padded_vocab_size)
     full = {}
     for name in ranks[0].parameters:
@@ -58,16 +59,28 @@ def undo(folder, ranks):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("transformer_engine", [False, True], ids=["local", "te"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_moe"])
 def test_folder_to_shards_to_folder_is_bitwise(folders, family, tied, transformer_engine, tp):
     folder = folders(family, tied)
-    ranks = [
-        loaded(folder, tp_rank=rank, tp_size=tp, transformer_engine=transformer_engine, pad_to=4) for rank in range(tp)
-    ]
+    layout = {"transformer_engine": transformer_engine, "pad_to": 4, "tp_size": tp, "etp_size": tp}
+    ranks = [loaded(folder, tp_rank=rank, etp_rank=rank, **layout) for rank in range(tp)]
     expected = load_file(folder / "model.safetensors")
     full = undo(folder, ranks)
     assert sorted(full) == sorted(expected)  # a tied head is not exported
     assert all(torch.equal(full[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("transformer_engine", [False, True], ids=["local", "te"])
+def test_an_expert_parallel_rank_loads_its_own_experts_whole(folders, transformer_engine):
+    shards = loaded(
+        folders("qwen3_moe"), tp_rank=1, tp_size=2, ep_rank=2, ep_size=3, transformer_engine=transformer_engine
+    )
+    weights = load_file(folders("qwen3_moe") / "model.safetensors")
+    found = {name: value for name, value in shards.parameters.items() if "experts" in name}
+    up_or_gate, down = found.values()
+    expert = "model.layers.1.mlp.experts.2."
+    assert torch.equal(up_or_gate, torch.cat([weights[f"{expert}{part}_proj.weight"] for part in ("gate", "up")]))
+    assert torch.equal(down, weights[f"{expert}down_proj.weight"])
 
 
 def test_every_parameter_is_written_and_padding_is_zero(folders):
@@ -124,6 +137,19 @@ def test_a_parameter_without_a_rule_is_refused_with_the_nearest(folders, name, n
     assert repr(name) in str(refused.value) and nearest in str(refused.value)
     with pytest.raises(BridgeError, match="no rule"):
         Exporter(shards, read_config(folders()))
+
+
+@pytest.mark.parametrize(
+    ("part", "nearest"),
+    [
+        ("local_experts.3.linear_fc1.weight", "local_experts.3.linear_fc1.weight"),  # there are three experts
+        ("weight1", "experts.linear_fc2.weight1"),  # of Megatron's grouped product without Transformer Engine
+    ],
+)
+def test_an_expert_without_a_rule_is_refused_with_the_nearest(folders, part, nearest):
+    table = weight_table(read_config(folders("qwen3_moe")), 37)
+    with pytest.raises(BridgeError, match=rf"2 layers, 3 experts.*nearest known name is .*{nearest}"):
+        table.lookup(f"decoder.layers.1.mlp.experts.{part}")
 
 
 def test_an_unknown_architecture_is_refused_with_the_supported_ones():

@@ -12,9 +12,10 @@ from megatron_srpo.bridge.errors import BridgeError, nearest
 from megatron_srpo.bridge.families.llama import LLAMA
 from megatron_srpo.bridge.families.qwen2 import QWEN2
 from megatron_srpo.bridge.families.qwen3 import QWEN3
+from megatron_srpo.bridge.families.qwen3_moe import QWEN3_MOE
 from megatron_srpo.bridge.families.table import Dims, Family, Line, Mapped, WeightTable
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN3_MOE)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_srpo.bridge.errors import BridgeError, nearest
 from megatron_srpo.bridge.rules import QKV, Column, GatedMLP, Replicated, Row, Rule, Vocab
 
-LAYER = "{layer}"  # in a name: the global layer number, from 0
+LAYER, EXPERT = "{layer}", "{expert}"  # in a name: the global number of the layer or expert, from 0
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -25,6 +25,7 @@ class Dims:
     vocab_size: int
     padded_vocab_size: int
     tied: bool  # the output layer is the embedding
+    experts: int = 0  # of a layer that has any
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], padded_vocab_size: int) -> Dims:
@@ -40,6 +41,7 @@ class Dims:
             vocab_size=vocab,
             padded_vocab_size=padded_vocab_size,
             tied=bool(config.get("tie_word_embeddings", False)),
+            experts=config.get("num_experts") or config.get("num_local_experts") or 0,
         )
 
 
@@ -75,11 +77,13 @@ class Line:
     hf: tuple[str, ...]
     rule: Callable[[Dims], Rule]
 
-    def match(self, name: str) -> str | None:
-        """The layer number when `name` is this line's ('' for a line without one), else None."""
-        pattern = re.escape(self.megatron).replace(re.escape(LAYER), r"(\d+)")
+    def match(self, name: str) -> dict[str, int] | None:
+        """The numbers in `name` ("layer", "expert", as far as there are any) when it is this line's, else None."""
+        pattern = re.escape(self.megatron)
+        for number in (LAYER, EXPERT):
+            pattern = pattern.replace(re.escape(number), rf"(?P<{number[1:-1]}>\d+)")
         found = re.fullmatch(pattern, name)
-        return None if found is None else (found[1] if found.groups() else "")
+        return None if found is None else {number: int(digits) for number, digits in found.groupdict().items()}
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Mapped:
     hf_names: tuple[str, ...]
     rule: Rule
     exported: bool  # False for the tied copy of the embedding on the last pipeline stage
+    expert: int | None = None  # the expert it belongs to: split over expert tensor-parallel ranks, not over all
 
 
 class WeightTable:
@@ -108,26 +113,49 @@ class WeightTable:
         self.family, self.dims = family, dims
 
     def lookup(self, name: str) -> Mapped:
-        """The rule of a Megatron parameter (global layer number in its name). Raises BridgeError when there is none."""
+        """The rule of a Megatron parameter (global layer and expert numbers in its name). Raises BridgeError when there
+        is none."""
         if name == OUTPUT and self.dims.tied:
             return Mapped(self.lookup(EMBEDDING).hf_names, vocab(self.dims), exported=False)
+        line, numbers = self._line(name)
+        return self._mapped(line, numbers)
+
+    def over_expert_ranks(self, name: str, ep_size: int) -> tuple[Mapped, ...]:
+        """What each expert-parallel rank has in the place of `name`: for an expert's parameter the rank's own expert's,
+        for any other the one that all have."""
+        if name == OUTPUT and self.dims.tied:
+            return (self.lookup(name),)
+        line, numbers = self._line(name)
+        if "expert" not in numbers:
+            return (self._mapped(line, numbers),)
+        run = self.dims.experts // ep_size
+        places = range(numbers["expert"] % run, self.dims.experts, run)
+        return tuple(self._mapped(line, numbers | {"expert": expert}) for expert in places)
+
+    def _line(self, name: str) -> tuple[Line, dict[str, int]]:
+        counts = {"layer": self.dims.layers, "expert": self.dims.experts}
         for line in self.family.lines:
-            layer = line.match(name)
-            if layer is not None and (not layer or int(layer) < self.dims.layers):
-                names = tuple(hf.replace(LAYER, layer) for hf in line.hf)
-                return Mapped(names, line.rule(self.dims), exported=True)
-        number = re.search(r"\d+", name)
-        known = [line.megatron.replace(LAYER, number[0] if number else "0") for line in self.family.lines]
+            numbers = line.match(name)
+            if numbers is not None and all(number < counts[kind] for kind, number in numbers.items()):
+                return line, numbers
+        layer, expert, *_ = [*re.findall(r"\d+", name), "0", "0"]
+        known = [line.megatron.format(layer=layer, expert=expert) for line in self.family.lines]
+        size = f"{self.dims.layers} layers" + (f", {self.dims.experts} experts" if self.dims.experts else "")
         raise BridgeError(
-            f"no rule of family {self.family.name!r} ({self.dims.layers} layers) maps the Megatron parameter {name!r}."
+            f"no rule of family {self.family.name!r} ({size}) maps the Megatron parameter {name!r}."
             f"{nearest(name, known)} A new kind of parameter needs a line in bridge/families/{self.family.name}.py."
         )
+
+    def _mapped(self, line: Line, numbers: dict[str, int]) -> Mapped:
+        names = tuple(hf.format(**numbers) for hf in line.hf)
+        return Mapped(names, line.rule(self.dims), exported=True, expert=numbers.get("expert"))
 
     def hf_names(self) -> set[str]:
         """All Hugging Face names that a folder of this model may hold; optional ones, such as biases, included."""
         return {
-            name.replace(LAYER, str(layer))
+            name.format(layer=layer, expert=expert)
             for line in self.family.lines
             for name in line.hf
             for layer in (range(self.dims.layers) if LAYER in name else (0,))
+            for expert in (range(self.dims.experts) if EXPERT in name else (0,))
         }
