@@ -224,6 +224,4 @@ class ModelShards:
     ep_size: int = 1
     etp_rank: int = 0
     etp_size: int = 1
-    expert_group: Any = (
-        None  # ep_size · etp_size ranks that have all experts of a stage, the etp_size of one run together
-    )
+    expert_group: Any = None  # ranks that have all experts of a stage, the etp_size ones of a run together
