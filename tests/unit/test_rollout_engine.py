@@ -129,7 +129,8 @@ def test_no_call_meets_what_an_earlier_one_left_in_the_prefix_cache(engine, monk
     asked = [GenerateRequest(0, sample, LONG, seed=sample) for sample in range(3)]
     first = engine.generate(asked, SAMPLED)
     assert engine.generate(asked, SAMPLED) == first
-    assert sorted(cached[:3]) == sorted(cached[3:]) == [(0, 0), (1, 128), (2, 128)]  # within a call, samples of a prompt share it
+    # Within a call, the samples of a prompt share it.
+    assert sorted(cached[:3]) == sorted(cached[3:]) == [(0, 0), (1, 128), (2, 128)]
 
 
 @pytest.mark.parametrize("changed", [{"iteration": 2}, {"run_seed": 1}])
