@@ -1,4 +1,4 @@
-"""The command line: train, eval, doctor, report.
+"""The command line: train, eval, checkpoints, doctor, report.
 
 Exit codes: 0 done; 1 the doctor found something missing, or a defect, which keeps its traceback; 2 a user's mistake,
 told in one message by one rank; 75 stopped by SIGUSR1, to be started again; 76 another rank ended; 130 stopped by
@@ -118,6 +118,19 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Outp
 
     print(plot_run(metrics, run_dir / "curves.png"))
     return 0
+
+
+@app.command()
+def checkpoints(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its checkpoints folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
+    prune: Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the newest N (and --best).")] = None,
+    best: Annotated[str, typer.Option(metavar="METRIC", help='Name the best by a metric; "-name": the least.')] = "",
+) -> int:
+    """List a run's checkpoints, verify them, remove old ones. Exit code 1 if --verify finds damage."""
+    from megatron_srpo.checkpoints import listing
+
+    return listing.show(folder, verify=verify, prune=prune or 0, best=best)
 
 
 # ---- what the commands share -----------------------------------------------------------------------------------------

@@ -265,9 +265,10 @@ def _train(config: Config, session: Session, closing: ExitStack) -> int:
         closing.callback(driver.close)
     scorer = _build_scorer(config, session, driver, closing)
     stop = StopRequest(speaks=control.is_driver)
-    parts, start = _assemble(config, session, driver, scorer, stop, closing)
+    parts, restored = _assemble(config, session, driver, scorer, stop, closing)
+    start, state = (restored.iteration, restored.state) if restored else (0, {})
     stop.install()
-    done = Trainer(parts, start_iteration=start).run()
+    done = Trainer(parts, start_iteration=start, skipped_in_a_row=state.get("skipped_in_a_row", 0)).run()
     folder = Path(config.run.output_dir) / "hf"
     if done:
         _write_hf(config, parts.export, folder, is_driver=control.is_driver)
@@ -293,10 +294,10 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
 
 def _assemble(
     config: Config, session: Session, driver: DriverParts | None, scorer: Any, stop: StopRequest, closing: ExitStack
-) -> tuple[Any, int]:
-    """Policy, engine and everything else of the loop; returns (parts, first iteration)."""
+) -> tuple[Any, Any]:
+    """Policy, engine and everything else of the loop; returns (parts, the checkpoint that they go on from, if any)."""
     from megatron_srpo.bridge import Exporter
-    from megatron_srpo.checkpoints import Checkpoints
+    from megatron_srpo.checkpoints.saving import Checkpoints
     from megatron_srpo.mcore import checkpoint
     from megatron_srpo.objective import Objective
     from megatron_srpo.trainer import Parts
@@ -305,12 +306,12 @@ def _assemble(
     hf = hf_config_of(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=_optimizer_steps(config), trainable=True)
     exporter = Exporter(policy.shards, hf)
-    checkpoints = Checkpoints(config, control, checkpoint.save, checkpoint.load)
-    restored = checkpoints.restore(policy) or {"iteration": 0}
-    start = restored["iteration"]
+    checkpoints = Checkpoints(config, control, checkpoint, driver.say if driver else str)
+    restored = checkpoints.restore(policy)
+    start = restored.iteration if restored else 0
     loader = control.on_driver(driver.loader if driver else lambda: None)
-    if start:
-        control.share(lambda: loader.load_state_dict(restored["loader"]))
+    if restored:
+        control.share(lambda: checkpoints.restore_data(loader, restored.state["loader"]))
     engine = _build_engine(config, session, config.model.path)
     closing.callback(engine.close)
     if start:
@@ -333,7 +334,9 @@ def _assemble(
         teacher_prompt=driver and driver.teacher_prompt,
         observer=control.on_driver(lambda: driver.observe(start)),
     )
-    return parts, start
+    if restored:
+        restored.restore_generators()
+    return parts, restored
 
 
 def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
@@ -348,7 +351,7 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
         engine = _build_engine(config, session, config.model.path)
         closing.callback(engine.close)
         if checkpoint is not None:
-            folder = checkpoints.resolve(checkpoint)
+            folder = session.control.share(lambda: checkpoints.whole(checkpoint))
             engine.publish(_checkpoint_items(config, session, folder), 1)
         prompts = session.control.share(lambda: driver.prompts[split])
         metrics = Evaluator(config, engine, prompts, scorer)()

@@ -52,13 +52,13 @@ class Parts:
 class Trainer:
     """Runs iterations until the configured number, or until asked to stop."""
 
-    def __init__(self, parts: Parts, *, start_iteration: int = 0) -> None:
+    def __init__(self, parts: Parts, *, start_iteration: int = 0, skipped_in_a_row: int = 0) -> None:
         self.parts = parts
         self.config = parts.config
         self.iteration = start_iteration
         self._timing: dict[str, float] = {}
         self._forwarded: Counter[str] = Counter()
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = skipped_in_a_row
 
     def run(self) -> bool:
         """Train; True when all iterations are done, False when stopped early. A checkpoint is written either way,
@@ -79,8 +79,9 @@ class Trainer:
             broken = 0 < self.config.train.max_skipped_steps <= self._skipped_in_a_row
             stop = parts.control.any(parts.should_stop()) or broken
             last = stop or self.iteration == total
+            parts.checkpoints.poll()
             if last or (self.config.checkpoint.every and self.iteration % self.config.checkpoint.every == 0):
-                self._save()
+                self._save(metrics, last=last)
             if broken:
                 raise UserError(
                     f"stopped after iteration {self.iteration}: {self._skipped_in_a_row} optimiser steps in a row had "
@@ -273,10 +274,11 @@ class Trainer:
                 )
             )
 
-    def _save(self) -> None:
+    def _save(self, metrics: dict[str, float], *, last: bool) -> None:
         with self._timed("checkpoint"):
             loader = self.parts.control.share(lambda: self.parts.loader.state_dict())
-            self.parts.checkpoints.save(self.parts.policy, self.iteration, {"loader": loader})
+            state = {"loader": loader, "skipped_in_a_row": self._skipped_in_a_row}
+            self.parts.checkpoints.save(self.parts.policy, self.iteration, state, metrics, last=last)
 
     def _log(self, metrics: dict[str, float] | None) -> None:
         if self.parts.observer is not None and metrics:

@@ -251,12 +251,16 @@ def _type_in_words(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_type_in_words(part) for part in arguments)
     if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(json.dumps(value) for value in arguments)
+        return ("one of " if len(arguments) > 1 else "") + _choices(annotation)
     if origin is list:
-        return "a list of texts"
+        return "a list of texts" if arguments == (str,) else f"a list with some of {_choices(arguments[0])}"
     if origin is dict:
         return "a table of texts" if arguments[1] is str else "a table"
     return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[annotation]
+
+
+def _choices(annotation: Any) -> str:
+    return ", ".join(json.dumps(value) for value in get_args(annotation))
 
 
 def _shown(value: Any) -> str:

@@ -21,6 +21,7 @@ class ConfigError(UserError):
     """A configuration that must not be run."""
 
 
+Resettable = Literal["optimizer", "teacher", "data", "rng"]
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home, in a file as in a shell
 
 
@@ -35,6 +36,7 @@ class RunConfig(Section):
     iterations: int = Field(100, ge=1)  # generate, score, train, publish: once each
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     control_timeout_minutes: float = Field(120, gt=0)  # how long ranks wait for the driver
+    watchdog_minutes: float = Field(30, ge=0)  # nothing moves for so long: every rank says where it is; 0 = off
 
 
 class ModelConfig(Section):
@@ -175,7 +177,10 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(50, ge=0)  # iterations; 0 = only at the end
     keep: int = Field(2, ge=1)  # the newest ones
+    keep_best: str = ""  # a metric whose best checkpoint is kept too, e.g. "eval/accuracy"; "-name": the least is best
+    asynchronous: bool = True  # training goes on while a checkpoint is written
     resume: bool = True  # from output_dir/checkpoints, if there is one
+    allow_reset: list[Resettable] = []  # what a resumed run may start anew where it cannot be continued
 
 
 class EvalConfig(Section):

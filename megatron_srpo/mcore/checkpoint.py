@@ -3,30 +3,82 @@
 The optimizer's flat slices are stored per parameter with the parameter's own sharding (in "model space"): fp32 main
 parameter, Adam's two moments, and every shadow. That is one mechanism for all of them, and it avoids the traps of
 Megatron's own optimizer checkpoint where neither Transformer Engine nor Apex is installed (one shared step counter).
+
+Saving is in three steps, so that training can go on during the second: `snapshot` (collective: copies to host memory,
+plans who writes what), `Snapshot.write` (this rank's files alone, from any thread), `Snapshot.write_index` (driver).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
+import os
+import queue
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
+from megatron_srpo.mcore import generators
 from megatron_srpo.mcore.model import unwrap
 from megatron_srpo.mcore.optimizer import ParameterShard
 from megatron_srpo.mcore.policy import Policy
+from megatron_srpo.mcore.safe_files import read_index, read_tensors
 
+BACKEND = ("torch_dist", 1)
+COMMON = "common.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PREFIX = "optimizer."
+
+
+def needed(policy: Policy) -> set[str]:
+    """Kinds of state that training with this policy needs: "main", the moments, the teacher's shadow if it has one.
+
+    The reference is not among them: where it is missing, it is the initial model, as loaded.
+    """
+    return _kinds(policy) - {"reference"}
+
+
+def _kinds(policy: Policy) -> set[str]:
+    return {"main", *_MOMENTS, *policy.shadows}
+
+
+def stored(directory: Path) -> set[str]:
+    """Kinds of state that a checkpoint holds."""
+    keys = read_index(directory).state_dict_metadata
+    return {key.removeprefix(_PREFIX).partition(".")[0] for key in keys if key.startswith(_PREFIX)}
+
+
+def layout(policy: Policy) -> dict[str, int]:
+    """How the ranks are arranged."""
+    topology = policy.topology
+    return {name: getattr(topology, f"{name}_size") for name in ("world", "tp", "pp", "cp", "dp")}
+
+
+def load_generators(directory: Path) -> bool:
+    """Set this rank's random generators to what they were; False if the checkpoint does not have them."""
+    file = directory / _generators_file()
+    if not file.exists():
+        return False
+    generators.restore(read_tensors(file))
+    return True
+
+
+def _generators_file() -> str:
+    return f"rng_{dist.get_rank():05d}.pt"
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
 def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
@@ -46,7 +98,7 @@ def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor
 
 
 def _whole(policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, fill: bool) -> dict[Any, torch.Tensor]:
-    """Whole fp32 tensors by model parameter, put together over the data-parallel ranks when `fill`."""
+    """Whole fp32 tensors by model parameter; with `fill` put together over the data-parallel ranks, in host memory."""
     mine = {shard.parameter: (shard, tensor) for shard, tensor in held}
     whole = {}
     for parameter in _parameters(policy):
@@ -57,75 +109,152 @@ def _whole(policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, f
                 tensor.view(-1)[shard.start : shard.stop] = values.detach()
             if policy.topology.dp_cp_group.size() > 1:
                 dist.all_reduce(tensor, group=policy.topology.dp_cp_group)
+            tensor = tensor.cpu()
         whole[parameter] = tensor
     return whole
 
 
-def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
-    """Megatron's sharded state dict of the model and, by kind of state and index of the parameter, of the rest."""
+def _model_state(policy: Policy) -> list[dict[str, Any]]:
+    """Megatron's sharded state dict of every piece, without Transformer Engine's FP8 scales, which are pickles."""
     metadata = {"dp_cp_group": policy.topology.dp_cp_group, "singleton_local_shards": False}
-    state: dict[str, Any] = {"model": [unwrap(piece).sharded_state_dict(metadata=metadata) for piece in policy.model]}
-    if policy.optimizer is None:
-        return state
+    pieces = [unwrap(piece).sharded_state_dict(metadata=metadata) for piece in policy.model]
+    return [{key: entry for key, entry in piece.items() if not isinstance(entry, ShardedObject)} for piece in pieces]
+
+
+def _sharded_state(policy: Policy, kinds: Collection[str], *, loading: bool) -> dict[str, Any]:
+    """The sharded state dict of the model and, by kind of state and index of the parameter, of `kinds`.
+
+    Not `loading`: all tensors are copies in host memory, which later training does not reach.
+    """
+    state: dict[str, Any] = {"model": _model_state(policy)}
     sharded, _ = extract_sharded_tensors_and_factories(state["model"])
     by_parameter = {entry.data: entry for entry in nested_values(sharded)}
-    for kind, held in _slices(policy).items():
+    for kind, held in _slices(policy).items() if kinds else ():
+        if kind not in kinds:
+            continue
         whole = _whole(policy, held, fill=not loading)
         state[kind] = {}
         for index, parameter in enumerate(_parameters(policy)):
             entry = by_parameter[parameter]
-            replaced = {"key": f"optimizer.{kind}.{entry.key}", "data": whole[parameter]}
+            replaced = {"key": f"{_PREFIX}{kind}.{entry.key}", "data": whole[parameter]}
             if not isinstance(entry, ShardedTensorFactory):
                 replaced["dtype"] = torch.float32
             state[kind][str(index)] = dataclasses.replace(entry, **replaced)
+    if not loading:
+        for entry in by_parameter.values():
+            entry.data = entry.data.detach().to("cpu", copy=True)
     return state
 
 
-def save(policy: Policy, directory: Path, extra: dict[str, Any]) -> None:
-    """Write model, optimizer and shadows into `directory` (made here, must be new or empty); all ranks call it.
+# ---- saving ----------------------------------------------------------------------------------------------------------
 
-    `extra` (plain data, the same on every rank) comes back from `load`.
-    """
-    if policy.topology.is_driver:
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier(group=policy.topology.control_group)
-    if policy.optimizer is not None and not any("exp_avg" in s.state for s in policy.optimizer.shards()):
+
+class _Planner(TorchDistSaveShardedStrategy):
+    """Megatron's strategy up to the plan: it would start processes to write, and this is done by a thread."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: tuple) -> tuple[Any, Any]:
+        _, index, _ = planned
+        return writer, index
+
+
+class Snapshot:
+    """The state of one instant, in host memory."""
+
+    def __init__(self, directory: Path, writer: Any, index: Any, common: dict[str, Any] | None) -> None:
+        self._directory, self._plan, self._index, self._common = directory, writer, index, common
+        self._generators = generators.states()
+        self.results: list[Any] = []  # what `write` wrote where, for the index
+        self.files: list[str] = []
+
+    def write(self) -> None:
+        """Write this rank's files, on the disk when it returns. OSError if the disk does not take them."""
+        transforms = [self._plan.transforms] if hasattr(self._plan, "transforms") else []
+        for bucket in self._plan.write_buckets or []:
+            self.results += _written(transforms, bucket)
+            self.files.append(bucket[1])
+        self._plan.write_buckets = None  # the memory
+        self._save(self._generators, _generators_file())
+        if self._common is not None:
+            self._save(self._common, COMMON)
+            save_config(CheckpointingConfig(*BACKEND), str(self._directory))
+
+    def write_index(self, results: list[list[Any]]) -> None:
+        """Write where everything is; `results` are those of all ranks, by rank. For the driver alone."""
+        self._plan.finish(self._index, results)
+
+    def _save(self, values: dict[str, Any], name: str) -> None:
+        with (self._directory / name).open("wb") as file:
+            torch.save(values, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.files.append(name)
+
+
+def _written(transforms: list[Any], bucket: Any) -> list[Any]:
+    """Write one of Megatron's buckets, which is one file, here and now."""
+    results: queue.Queue[Any] = queue.Queue()
+    open_buckets: queue.Queue[int] = queue.Queue()
+    open_buckets.put(0)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms, 0, bucket, results, open_buckets, use_fsync=True
+    )
+    _, found = results.get()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def snapshot(policy: Policy, directory: Path) -> Snapshot:
+    """Take model, optimizer, shadows and generators as they are now, to be written into `directory` (which exists and
+    is empty). All ranks call it."""
+    if not any("exp_avg" in shard.state for shard in policy.optimizer.shards()):
         policy.optimizer.restore_adam(0)  # before the first step torch's Adam has no state yet
-    state = _sharded_state(policy, loading=False)
-    state["progress"] = {"steps": policy.steps, "adam_steps": policy.optimizer.adam_steps(), "extra": extra}
-    with _writers_spared():
-        dist_checkpointing.save(state, str(directory))
+    state = _sharded_state(policy, _kinds(policy), loading=False)
+    state["progress"] = {"steps": policy.steps, "adam_steps": policy.optimizer.adam_steps()}
+    filesystem_async._results_queue = queue.Queue()  # or Megatron starts a process for a queue that is not needed
+    sharded, common = save_preprocess(state)
+    planner = FullyParallelSaveStrategyWrapper(_Planner(*BACKEND, thread_count=1), policy.topology.dp_cp_group)
+    writer, index = planner.async_save(sharded, str(directory))
+    return Snapshot(directory, writer, index, common if policy.topology.is_driver else None)
 
 
-@contextmanager
-def _writers_spared() -> Iterator[None]:
-    """Processes that are started inside do not hear SIGINT and SIGTERM, which torchrun sends to all of a rank's group:
-    Megatron's writer keeps such a process from one checkpoint to the next, and a clean stop needs it for the last."""
-    resource_tracker.ensure_running()  # its own start, inside, would unblock them again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(policy: Policy, directory: Path) -> dict[str, Any]:
-    """Restore what `save` wrote, at this layout; returns `extra`. All ranks call it."""
-    if policy.optimizer is not None:
-        policy.optimizer.restore_adam(0)
-    state = _sharded_state(policy, loading=True)
-    loaded = dist_checkpointing.load(state, str(directory))
+def load(policy: Policy, directory: Path) -> None:
+    """Restore what `snapshot` took, at this layout. All ranks call it.
+
+    Kinds of state that the checkpoint does not have start anew: the main parameters as the weights, Adam's moments at
+    zero, the teacher as a copy of the student; the reference stays what it is.
+    """
+    read_tensors(directory / COMMON)  # refuses a pickle that runs code, whatever the loader below would do
+    optimizer = policy.optimizer
+    kinds = _kinds(policy) & stored(directory) if optimizer else set()
+    if optimizer:
+        optimizer.restore_adam(0)
+    loaded = dist_checkpointing.load(_sharded_state(policy, kinds, loading=True), str(directory))
     for piece, weights in zip(policy.model, loaded["model"], strict=True):
-        unwrap(piece).load_state_dict(weights)
-    if policy.optimizer is None:
-        return loaded.get("progress", {}).get("extra", {})
+        missing, unexpected = unwrap(piece).load_state_dict(weights, strict=False)
+        wrong = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+        assert not wrong, f"the checkpoint's weights do not fit the model: {wrong}"
+    if not optimizer:
+        return
     progress = loaded["progress"]
     policy.steps = progress["steps"]
-    policy.optimizer.restore_adam(progress["adam_steps"])
+    optimizer.restore_adam(progress["adam_steps"] if set(_MOMENTS) <= kinds else 0)
+    optimizer.reload_main_from_model()
+    _fill(policy, {kind: loaded[kind] for kind in kinds})
+    if "teacher" in policy.shadows and "teacher" not in kinds:
+        policy.shadows["teacher"].update(1.0)
+    optimizer.publish_main_to_model()
+
+
+def _fill(policy: Policy, loaded: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Put this rank's slices of whole tensors, by kind and index of the parameter, where they belong."""
     parameters = list(_parameters(policy))
     for kind, held in _slices(policy).items():
+        if kind not in loaded:
+            continue
         by_parameter = {parameters[int(i)]: tensor for i, tensor in loaded[kind].items()}
         for shard, target in held:
             target.copy_(by_parameter[shard.parameter].reshape(-1)[shard.start : shard.stop])
-    policy.optimizer.publish_main_to_model()
-    return progress["extra"]

@@ -23,6 +23,14 @@ class Control:
     def is_driver(self) -> bool:
         return self._topology.is_driver
 
+    @property
+    def rank(self) -> int:
+        return self._topology.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._topology.world_size
+
     def share(self, compute: Callable[[], T]) -> T:
         """Run `compute` on the driver alone; every rank gets its result, or raises its exception."""
         box: list[Any] = [None, None]

@@ -101,13 +101,25 @@ def _train_and_report(model: Path, parallel: dict, scratch: Path) -> dict:
     assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
     with policy.reference():
         reference = scored(policy, rows)
-    checkpoint.save(policy, scratch, {"note": 7})
-    policy.train_step(rows, loss)
+    scratch.mkdir(exist_ok=True)
+    snapshot = checkpoint.snapshot(policy, scratch)
+    policy.train_step(rows, loss)  # what comes after the snapshot is not in it
+    snapshot.write()
+    results = [None] * policy.topology.world_size
+    torch.distributed.all_gather_object(results, snapshot.results, group=policy.topology.control_group)
+    if policy.topology.is_driver:
+        snapshot.write_index(results)
+    torch.distributed.barrier()
     with policy.teacher():
         straight = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     final = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
-    assert checkpoint.load(policy, scratch) == {"note": 7}
+    assert checkpoint.stored(scratch) == {"main", "exp_avg", "exp_avg_sq", "teacher", "reference"}
+    checkpoint.load(policy, scratch)
+    steps = [shard.state["step"] for shard in policy.optimizer.shards()]
+    assert len({step.data_ptr() for step in steps}) == len(steps)  # one shared tensor is counted once a parameter
+    assert {float(step) for step in steps} == {3.0} and policy.steps == 4
     policy.train_step(rows, loss)
+    assert {float(shard.state["step"]) for shard in policy.optimizer.shards()} == {4.0}
     assert all(torch.equal(final[name], value) for name, value in policy.shards.parameters.items())
     with policy.teacher():
         assert all(torch.equal(straight[name], value) for name, value in policy.shards.parameters.items())

@@ -1,45 +1,88 @@
-"""Checkpoint folders of a run: complete or absent, one run's only, and told when they cannot be written."""
+"""Checkpoints of a run: complete or absent, verified, one run's only, and told when they cannot be written."""
 
 from __future__ import annotations
 
 import errno
+import json
+import threading
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_srpo.checkpoints import Checkpoints, find_latest, resolve
-from megatron_srpo.config import CheckpointConfig, Config, DataConfig, ModelConfig, RunConfig, UserError
+from megatron_srpo import cli
+from megatron_srpo.checkpoints import find_latest, resolve, whole
+from megatron_srpo.checkpoints.changes import changes, kind_of
+from megatron_srpo.checkpoints.folder import best, damage, published, read_manifest
+from megatron_srpo.checkpoints.saving import Checkpoints
+from megatron_srpo.config import Config, ConfigError, UserError
+from megatron_srpo.config.load import config_fields
 
-ALONE = SimpleNamespace(share=lambda compute: compute())  # the control channel of a world of one
+ALONE = SimpleNamespace(  # the control channel of a world of one
+    share=lambda compute: compute(), collect=lambda mine: [mine], any=bool, rank=0, world_size=1, is_driver=True
+)
 
 
-def config_of(folder, *, model="model", resume=True) -> Config:
+def config_of(folder, *, model="model", checkpoint=(), **sections) -> Config:
     return Config(
-        run=RunConfig(output_dir=str(folder)),
-        model=ModelConfig(path=model),
-        data=DataConfig(train="train.jsonl"),
-        checkpoint=CheckpointConfig(keep=2, resume=resume),
-    )
+        run={"output_dir": str(folder), **sections.pop("run", {})}, model={"path": model},
+        data={"train": "train.jsonl"}, checkpoint={"keep": 2, **dict(checkpoint)}, **sections,
+    )  # fmt: skip
 
 
-def write(policy, folder, extra):
-    folder.mkdir(parents=True)
-    (folder / "weights").write_text(f"{policy} {extra['iteration']}")
+class Storage:
+    """Stands for mcore.checkpoint: a policy is a list with one value, its file the value as text."""
+
+    def __init__(self, error=None, kinds=("main", "teacher")):
+        self.error, self.kinds = error, set(kinds)
+        self.may_write = threading.Event()
+        self.may_write.set()
+        self.restored = []
+
+    def snapshot(self, policy, folder):
+        return Snapshot(self, policy[0], folder)
+
+    def layout(self, policy):
+        return {"world": 1}
+
+    def needed(self, policy):
+        return self.kinds
+
+    def stored(self, folder):
+        return set((folder / "weights").read_text().split()[1:])
+
+    def load(self, policy, folder):
+        policy[0] = (folder / "weights").read_text().split()[0]
+
+    def load_generators(self, folder):
+        self.restored.append(folder.name)
+        return True
 
 
-def read(policy, folder):
-    return {"policy": policy, "read": (folder / "weights").read_text()}
+class Snapshot:
+    def __init__(self, storage, value, folder):
+        self.storage, self.value, self.folder = storage, value, folder
+        self.results, self.files = [value], ["weights"]
+
+    def write(self):
+        self.storage.may_write.wait(60)
+        if self.storage.error:
+            raise self.storage.error
+        (self.folder / "weights").write_text(" ".join([self.value, *sorted(self.storage.kinds)]))
+
+    def write_index(self, results):
+        assert results == [[self.value]]
+        (self.folder / "index").write_text("x" * 1000)
 
 
-def checkpoints(folder, *, write=write, **options) -> Checkpoints:
-    return Checkpoints(config_of(folder, **options), ALONE, write, read)
+def checkpoints(folder, storage=None, said=None, **options) -> Checkpoints:
+    say = (lambda text: None) if said is None else said.append
+    return Checkpoints(config_of(folder, **options), ALONE, storage or Storage(), say)
 
 
-def saved(folder, *iterations) -> Checkpoints:
-    run = checkpoints(folder)
+def saved(folder, *iterations, metrics=None, **options) -> Checkpoints:
+    run = checkpoints(folder, **options)
     for iteration in iterations:
-        run.save("p", iteration, {})
+        run.save([f"weights{iteration}"], iteration, {"at": iteration}, (metrics or {}).get(iteration, {}), last=True)
     return run
 
 
@@ -47,75 +90,326 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def restored(run):
+    """What a resumed run has: its iteration, its state and its weights."""
+    policy = ["fresh"]
+    found = run.restore(policy)
+    return found and (found.iteration, found.state, policy[0])
+
+
 def test_the_newest_are_kept_and_the_last_is_known(tmp_path):
     run = saved(tmp_path, 1, 2, 3)
     assert names(tmp_path / "checkpoints") == ["latest", "step_00000002", "step_00000003"]
     assert run.last == find_latest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step_00000003"
-    assert resolve(tmp_path) == resolve(run.last) == run.last
+    assert resolve(tmp_path) == resolve(run.last) == whole(run.last) == run.last
+    assert (run.root / "latest").read_text() == "step_00000003\n"
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path):
+def test_the_best_by_a_metric_is_kept_beside_the_newest(tmp_path):
+    metrics = {n: {"eval/accuracy": value} for n, value in ((1, 0.2), (2, 0.9), (3, 0.1), (4, 0.3))} | {5: {}}
+    run = saved(tmp_path, 1, 2, 3, 4, 5, metrics=metrics, checkpoint={"keep_best": "eval/accuracy"})
+    assert names(run.root) == ["latest", "step_00000002", "step_00000004", "step_00000005"]
+    assert best(published(run.root), "-eval/accuracy").name == "step_00000004"
+    assert best(published(run.root), "loss") is None
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_with_all_its_state(tmp_path):
     saved(tmp_path, 1, 2)
+    storage = Storage()
+    run = checkpoints(tmp_path, storage)
+    found = run.restore(policy := ["fresh"])
+    assert (found.iteration, found.state, policy) == (2, {"at": 2}, ["weights2"])
+    assert run.last.name == "step_00000002" and storage.restored == []
+    found.restore_generators()
+    assert storage.restored == ["step_00000002"]
+
+
+# ---- asynchronous ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_of_the_instant_and_published_when_it_is_written(tmp_path):
+    storage, policy = Storage(), ["before"]
+    run = checkpoints(tmp_path, storage)
+    storage.may_write.clear()
+    run.save(policy, 1, {}, {})
+    policy[0] = "after"
+    run.poll()
+    assert find_latest(run.root) is None and names(run.root) == ["writing_00000001"]
+    storage.may_write.set()
+    run.finish()
+    assert restored(checkpoints(tmp_path)) == (1, {}, "before")
+
+
+def test_a_checkpoint_is_finished_before_the_next_and_at_the_end(tmp_path):
     run = checkpoints(tmp_path)
-    assert run.restore("q") == {"policy": "q", "read": "p 2"}
-    assert run.last.name == "step_00000002"
+    run.save(["a"], 1, {}, {})
+    run.save(["b"], 2, {}, {})
+    assert run.last.name == "step_00000001"
+    run.save(["c"], 3, {}, {}, last=True)
+    assert run.last.name == "step_00000003"
+    run = checkpoints(tmp_path / "synchronous", checkpoint={"asynchronous": False})
+    run.save(["a"], 1, {}, {})
+    assert run.last.name == "step_00000001"
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "checkpoints/writing_00000002").mkdir()
+    assert restored(checkpoints(tmp_path))[0] == 1
+    assert names(tmp_path / "checkpoints") == ["latest", "step_00000001"]
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "a flipped bit": (flip, "checksum differs"),
+    "a truncated file": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "bytes"),
+    "a missing file": (lambda file: file.unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", ["weights", "index", "run.json", "config.json", "manifest.json"])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_found_told_and_the_one_before_is_used(tmp_path, kind, name):
+    saved(tmp_path, 1, 2)
+    newest, said = tmp_path / "checkpoints/step_00000002", []
+    harm, words = DAMAGES[kind]
+    harm(newest / name)
+    assert restored(checkpoints(tmp_path, said=said)) == (1, {"at": 1}, "weights1")
+    if (kind, name) == ("a missing file", "manifest.json"):  # that is an unfinished one: nothing to tell
+        return
+    assert said[0].startswith(f"warning: checkpoint {newest} is damaged ({name}: ")
+    assert words in said[0] or name == "manifest.json"
+    assert names(tmp_path / "checkpoints") == ["damaged_step_00000002", "latest", "step_00000001"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(tmp_path):
+    for folder in (saved(tmp_path, 1, 2).root).glob("step_*"):
+        flip(folder / "weights")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*checkpoint.resume = false"):
+        restored(checkpoints(tmp_path))
+
+
+def test_ranks_divide_the_verification(tmp_path):
+    folder = saved(tmp_path, 1).last
+    for file in read_manifest(folder)["files"]:
+        flip(folder / file)
+    shares = [damage(folder, part, 3) for part in range(3)]
+    assert (
+        sorted(problem for share in shares for problem in share) == sorted(damage(folder))
+        and len(damage(folder)) == 4
+        and all(shares)
+    )
+
+
+# ---- another run, another configuration ------------------------------------------------------------------------------
 
 
 def test_a_run_that_starts_anew_sets_an_earlier_ones_checkpoints_aside(tmp_path):
     for _ in range(2):
         saved(tmp_path, 70, 80)
-        run = checkpoints(tmp_path, resume=False)
-        assert run.restore("q") is None and run.last is None
-        run.save("p", 1, {})
+        run = checkpoints(tmp_path, checkpoint={"resume": False})
+        assert restored(run) is None and run.last is None
+        run.save(["p"], 1, {}, {}, last=True)
         assert names(run.root) == ["latest", "step_00000001"]
     assert names(tmp_path) == ["checkpoints", "checkpoints.previous.1", "checkpoints.previous.2"]
     assert find_latest(tmp_path / "checkpoints.previous.1").name == "step_00000080"
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_goes_on_also_where_the_start_was_to_be_anew(tmp_path, monkeypatch, variable):
+    saved(tmp_path, 1)
+    monkeypatch.setenv(variable, "1")
+    assert restored(checkpoints(tmp_path, checkpoint={"resume": False}))[0] == 1
+
+
 def test_a_first_run_has_nothing_to_set_aside(tmp_path):
-    assert checkpoints(tmp_path, resume=False).restore("q") is None
+    assert restored(checkpoints(tmp_path, checkpoint={"resume": False})) is None
     assert names(tmp_path) == []
 
 
 def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
     saved(tmp_path, 1)
     with pytest.raises(UserError) as caught:
-        checkpoints(tmp_path, model="other").restore("q")
+        restored(checkpoints(tmp_path, model="other"))
     told = str(caught.value)
     assert "its model.path is model, this run's is other" in told and "checkpoint.resume = false" in told
     assert "algorithm" not in told
+    with pytest.raises(UserError, match=r"its algorithm.name is srpo, this run's is grpo"):
+        restored(checkpoints(tmp_path, algorithm={"name": "grpo"}))
 
 
-def failing(error):
-    def write(policy, folder, extra):
-        raise error
+def test_a_model_folder_that_moved_is_the_same_model(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    saved(tmp_path, 1, model=str(tmp_path / "here"))
+    assert restored(checkpoints(tmp_path, model=str(tmp_path / "there")))[0] == 1
 
-    return write
+
+def test_what_may_change_does_and_the_difference_is_told(tmp_path):
+    saved(tmp_path, 1)
+    said = []
+    run = checkpoints(
+        tmp_path, said=said, optimizer={"lr": 0.5}, run={"iterations": 7, "name": "x"}, checkpoint={"keep": 3}
+    )
+    assert restored(run)[0] == 1
+    assert said[1:] == ["  changed since: run.iterations: 100 → 7", "  changed since: optimizer.lr: 5e-06 → 0.5"]
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: No space left on device"),
-        (CheckpointException("write", {0: (OSError(errno.ENOSPC, "No space left on device"), None)}), "No space left"),
-        (CheckpointException("write", {}), "the driver knows why"),  # as the other ranks see it
-    ],
+    ("now", "reset"),
+    [({"teacher": {"mode": "live"}}, "teacher"), ({"run": {"seed": 1}}, "data"), ({"data_shuffle": False}, "data")],
 )
-def test_a_full_disk_is_told_with_the_checkpoint_that_is_left(tmp_path, error, reason):
+def test_a_configuration_that_resets_a_part_of_the_state_is_refused_unless_the_reset_is_named(tmp_path, now, reset):
     saved(tmp_path, 1)
-    run = checkpoints(tmp_path, write=failing(error))
-    run.restore("q")
+
+    def run(**checkpoint):
+        sections = {name: value for name, value in now.items() if name != "data_shuffle"}
+        made = checkpoints(tmp_path, checkpoint=checkpoint, **sections)
+        if "data_shuffle" in now:
+            made._config = made._config.model_copy(
+                update={"data": made._config.data.model_copy(update={"shuffle": False})}
+            )
+        return made
+
+    with pytest.raises(UserError, match=rf"would reset a part of the state: .*\(reset {reset}\).*allow_reset"):
+        restored(run())
+    assert restored(run(allow_reset=[reset]))[0] == 1
+
+
+@pytest.mark.parametrize(("kind", "reset"), [("exp_avg", "optimizer"), ("teacher", "teacher")])
+def test_a_checkpoint_that_lacks_a_part_is_refused_unless_the_reset_is_named(tmp_path, kind, reset):
+    saved(tmp_path, 1, storage=Storage(kinds={"main"}))
+    needs = Storage(kinds={"main", kind})
+    with pytest.raises(UserError, match=rf"it has no {kind} \(reset {reset}\)"):
+        restored(checkpoints(tmp_path, needs))
+    assert restored(checkpoints(tmp_path, needs, checkpoint={"allow_reset": [reset]}))[0] == 1
+
+
+def test_missing_generators_are_refused_at_the_same_layout_and_told_at_another(tmp_path):
+    saved(tmp_path, 1)
+    storage, said = Storage(), []
+    storage.load_generators = lambda folder: False
+    with pytest.raises(UserError, match=r'allow_reset = \["rng"\]'):
+        checkpoints(tmp_path, storage).restore(["x"]).restore_generators()
+    checkpoints(tmp_path, storage, checkpoint={"allow_reset": ["rng"]}).restore(["x"]).restore_generators()
+    storage.layout = lambda policy: {"world": 2}
+    checkpoints(tmp_path, storage, said).restore(["x"]).restore_generators()
+    assert "{'world': 1} → {'world': 2}" in said[-1] and "seeded anew" in said[-1]
+
+
+def test_another_data_order_is_refused_unless_its_reset_is_named(tmp_path):
+    def refuse(state):
+        raise ConfigError("the data set is another one")
+
+    loader, said = SimpleNamespace(load_state_dict=refuse), []
+    with pytest.raises(UserError, match=r'another one, or allow it: checkpoint.allow_reset = \["data"\]'):
+        checkpoints(tmp_path).restore_data(loader, {})
+    checkpoints(tmp_path, said=said, checkpoint={"allow_reset": ["data"]}).restore_data(loader, {})
+    assert said[0].startswith("  the data starts anew")
+
+
+def test_every_key_has_a_class_and_only_these_are_not_free_to_change():
+    kinds = {key: kind_of(key) for key in config_fields()}
+    assert {key for key, kind in kinds.items() if kind in ("fixed", "reset")} == {
+        "algorithm.name", "run.seed", "data.shuffle", "teacher.mode"
+    }  # fmt: skip
+    assert kinds["optimizer.lr"] == kinds["parallel.tensor_model_parallel_size"] == kinds["model.dtype"] == "told"
+    assert kinds["observe.wandb"] == kinds["checkpoint.keep"] == kinds["run.name"] == "quiet"
+
+
+def test_keys_that_only_one_version_of_the_program_has_are_no_difference():
+    assert changes({"a": {"x": 1, "old": 2}, "gone": {}}, {"a": {"x": 1, "new": 3}, "added": {"y": 1}}) == []
+
+
+# ---- a disk that takes nothing ---------------------------------------------------------------------------------------
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "x")
+
+
+def test_a_full_disk_is_a_warning_training_goes_on_and_the_next_attempt_is_a_new_one(tmp_path):
+    saved(tmp_path, 1)
+    storage, said = Storage(FULL), []
+    run = checkpoints(tmp_path, storage, said)
+    run.restore(["x"])
+    run.save(["two"], 2, {}, {})
+    run.finish()
+    before = tmp_path / "checkpoints/step_00000001"
+    assert said[-1] == (
+        f"warning: checkpoint {tmp_path}/checkpoints/step_00000002 could not be written: x: No space left on device. "
+        f"Training goes on; the last checkpoint is still {before}, and the next attempt comes with the next one"
+    )
+    assert names(run.root) == ["latest", "step_00000001"] and damage(before) == []
+    storage.error = None
+    run.save(["three"], 3, {}, {}, last=True)
+    assert restored(checkpoints(tmp_path)) == (3, {}, "three")
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one_that_is_left(tmp_path):
+    saved(tmp_path, 1)
+    run = checkpoints(tmp_path, Storage(FULL))
+    run.restore(["x"])
     with pytest.raises(UserError) as caught:
-        run.save("p", 2, {})
+        run.save(["p"], 2, {}, {}, last=True)
     told = str(caught.value)
-    assert "step_00000002 could not be written" in told and reason in told
+    assert "step_00000002 could not be written: x: No space left" in told
     assert f"goes on from {tmp_path / 'checkpoints/step_00000001'}" in told
     assert find_latest(run.root).name == "step_00000001"
 
 
+def test_a_folder_that_cannot_be_made_is_a_warning_too(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").write_text("a file where the folder would be")
+    said = []
+    checkpoints(tmp_path, said=said).save(["p"], 1, {}, {})
+    assert "could not be written" in said[0] and "still the beginning" in said[0]
+
+
 def test_any_other_failure_to_write_stays_what_it_is(tmp_path):
     with pytest.raises(KeyError):
-        checkpoints(tmp_path, write=failing(KeyError("x"))).save("p", 1, {})
-    with pytest.raises(RuntimeError, match="shapes differ"):  # not the BaseException that nobody expects
-        failures = {0: (ValueError("shapes differ"), None)}
-        checkpoints(tmp_path, write=failing(CheckpointException("write", failures))).save("p", 1, {})
+        checkpoints(tmp_path, Storage(KeyError("x"))).save(["p"], 1, {}, {}, last=True)
+
+
+def test_the_manifest_names_versions_layout_and_metrics(tmp_path):
+    manifest = read_manifest(saved(tmp_path, 1, metrics={1: {"a": 0.5, "b": float("nan")}}).last)
+    assert manifest["metrics"] == {"a": 0.5} and manifest["layout"] == {"world": 1}
+    assert {"python", "torch", "megatron-core"} <= manifest["versions"].keys()
+    assert sorted(manifest["files"]) == ["config.json", "index", "run.json", "weights"]
+    assert json.loads((tmp_path / "checkpoints/step_00000001/config.json").read_text())["run"]["seed"] == 0
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_marks_and_verifies(tmp_path, capsys):
+    run = saved(tmp_path, 1, 2, metrics={1: {"m": 3.0}, 2: {"m": 1.0}})
+    assert cli.main(["checkpoints", str(tmp_path), "--verify", "--best", "m"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step_00000001  0.0 MiB  20") and first.endswith("one rank  m 3  best m  whole")
+    assert second.endswith("one rank  m 1  latest  whole")
+    flip(run.last / "weights")
+    assert cli.main(["checkpoints", str(run.root)]) == 0
+    assert "damaged" not in capsys.readouterr().out
+    assert cli.main(["checkpoints", str(run.root), "--verify"]) == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines()[1].endswith("latest  damaged: weights: its checksum differs")
+    assert told.err.startswith("1 of 2 damaged")
+
+
+def test_the_command_prunes_but_spares_the_best(tmp_path, capsys):
+    run = saved(tmp_path, 1, 2, 3, 4, metrics={2: {"m": 3.0}}, checkpoint={"keep": 4})
+    assert cli.main(["checkpoints", str(tmp_path), "--prune", "1", "--best", "m"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["removed step_00000001", "removed step_00000003"]
+    assert names(run.root) == ["latest", "step_00000002", "step_00000004"]
+
+
+def test_the_command_names_what_it_expected(tmp_path, capsys):
+    assert cli.main(["checkpoints", str(tmp_path)]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err

@@ -40,6 +40,7 @@ def trainer_of(objective, warnings, **sections):
             control=SimpleNamespace(collect=lambda mine: [mine], any=bool),
             observer=SimpleNamespace(warn=warnings.append, log=lambda *values: None),
             should_stop=lambda: False,
+            checkpoints=SimpleNamespace(poll=lambda: None),
         )
     )
 
@@ -79,10 +80,10 @@ def test_many_skipped_steps_in_a_row_end_the_run_with_a_checkpoint():
         trainer._skipped_in_a_row = consecutive_skips(trainer._skipped_in_a_row, [skipped])
         return {}
 
-    trainer._iterate, trainer._save = iterate, lambda: saved.append(trainer.iteration)
+    trainer._iterate, trainer._save = iterate, lambda metrics, last: saved.append((trainer.iteration, last))
     with pytest.raises(UserError, match="stopped after iteration 3: 3 optimiser steps in a row"):
         trainer.run()
-    assert saved == [3]
+    assert saved == [(3, True)]
 
 
 def test_a_good_step_starts_the_count_again():

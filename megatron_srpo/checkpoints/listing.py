@@ -1,0 +1,46 @@
+"""The command `checkpoints`: what a run has kept, whether it is whole, and removing what is old."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_srpo.checkpoints import folder as folders
+from megatron_srpo.config import UserError
+
+
+def show(path: Path, *, verify: bool, prune: int, best: str) -> int:
+    """Print a line for each checkpoint, oldest first; 1 if one is damaged, else 0."""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not folders.published(root):
+        raise UserError(f"no checkpoint in {path}: expected a run, or a folder with step_NNNNNNNN in it")
+    if prune:
+        for removed in folders.prune(root, prune, best):
+            print(f"removed {removed.name}")
+    found = folders.published(root)
+    marks = {found[-1]: "latest"}
+    chosen = folders.best(found, best) if best else None
+    if chosen:
+        marks[chosen] = ", ".join(filter(None, [marks.get(chosen), f"best {best}"]))
+    bad = 0
+    for checkpoint in found:
+        problems = folders.damage(checkpoint) if verify else []
+        bad += bool(problems)
+        state = f"damaged: {problems[0]}" if problems else "whole" if verify else ""
+        print("  ".join(filter(None, [_facts(checkpoint, best), marks.get(checkpoint), state])))
+    if bad:
+        print(f"{bad} of {len(found)} damaged; a resumed run passes them over", file=sys.stderr)
+    return int(bool(bad))
+
+
+def _facts(checkpoint: Path, metric: str) -> str:
+    """Name, size, time of writing, layout, and a metric if one is named."""
+    try:
+        manifest = folders.read_manifest(checkpoint)
+    except (OSError, ValueError) as error:
+        return f"{checkpoint.name}  (manifest unreadable: {error})"
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    layout = " ".join(f"{name}{count}" for name, count in manifest["layout"].items() if count > 1) or "one rank"
+    value = manifest["metrics"].get(metric.removeprefix("-"))
+    shown = "" if value is None else f"  {metric.removeprefix('-')} {value:.4g}"
+    return f"{checkpoint.name}  {size / 2**20:,.1f} MiB  {manifest['written']}  {layout}{shown}"

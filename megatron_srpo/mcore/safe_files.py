@@ -1,0 +1,56 @@
+"""Reading a checkpoint's files without letting them run code.
+
+Tensors and plain values go through torch's weights-only loader. The index of the distributed format is a pickle; it is
+read with an unpickler that knows the classes of such an index and no others. Megatron reads the same bytes with a plain
+unpickler afterwards, so `read_index` comes first.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_srpo.config import UserError
+
+INDEX = ".metadata"
+_DCP = "torch.distributed.checkpoint"
+_KNOWN = {
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), (f"{_DCP}.filesystem", "_StorageInfo"),
+    *((f"{_DCP}.metadata", name) for name in (
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )),
+    *((f"{_DCP}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+}  # fmt: skip
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return super().find_class(module, name)
+        found = getattr(torch, name, None) if module == "torch" else None
+        if not isinstance(found, torch.dtype):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return found
+
+
+def read_index(directory: Path) -> Metadata:
+    """The index of a checkpoint in the distributed format. UserError if it names anything that is no part of one."""
+    file = Path(directory) / INDEX
+    try:
+        with file.open("rb") as stream:
+            return _IndexUnpickler(stream).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise UserError(f"{file} is no checkpoint's index and was not loaded: {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """Tensors and plain values that torch.save wrote. UserError if the file holds anything else."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UserError(f"{file} is no file of a checkpoint and was not loaded: {type(error).__name__}") from error
