@@ -43,6 +43,8 @@ class ModelConfig(Section):
     path: Folder  # a Hugging Face folder: config.json, safetensors, tokenizer
     tokenizer: Folder = ""  # another folder for the tokenizer; "" = path
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; the optimizer is fp32
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)  # of the training pass; the scoring passes never drop
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
     recompute: Literal["none", "full"] = "none"  # full: activations again in the backward pass, less memory
 
 
@@ -136,6 +138,7 @@ class AlgorithmConfig(Section):
 class TeacherConfig(Section):
     mode: Literal["ema", "frozen", "live", "trust_region"] = "ema"  # average, initial, current, or initial moved by μ
     update_rate: float = Field(0.05, gt=0, le=1)  # μ of ema, teacher ← (1 − μ) teacher + μ student, and of trust_region
+    offload: bool = False  # keep the teacher's (and the reference's) weights in host memory; for GPUs
     max_prompt_length: int = Field(0, ge=0)  # tokens, enriched; 0 = data.max_prompt_length + rollout's response
     feedback_with_solution: bool = False  # show feedback also when a correct sibling exists
     template: str = "{question}{solution}{feedback}\n\n{instruction}"  # of the last user message

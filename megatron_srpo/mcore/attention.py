@@ -8,12 +8,13 @@ by a real query, so no mask is built and no [T, T] matrix exists.
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -119,8 +120,12 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None, "rows are always packed"
         given = (query, key, value, packed_seq_params.cu_seqlens_q)
         settings = {"scale": self.softmax_scale, "dropout": self.dropout if self.training else 0.0}
-        if self.config.context_parallel_size > 1:
-            mixed = context_parallel_attention(*given, parallel_state.get_context_parallel_group(), **settings)
-        else:
-            mixed = packed_causal_attention(*given, **settings)
+        # Each rank has heads of its own, and drops by a generator of its own; under sequence parallelism Megatron has
+        # changed to it around the whole layer.
+        own = nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
+        with own:
+            if self.config.context_parallel_size > 1:
+                mixed = context_parallel_attention(*given, parallel_state.get_context_parallel_group(), **settings)
+            else:
+                mixed = packed_causal_attention(*given, **settings)
         return mixed.reshape(mixed.size(0), -1)

@@ -30,6 +30,11 @@ class ParameterShard:
     stop: int
     state: dict[str, torch.Tensor]  # Adam's state of the slice
 
+    @property
+    def model(self) -> torch.Tensor:
+        """The same slice of the model's parameter, in its dtype; the same memory as `main` where that is fp32."""
+        return self.parameter.data.view(-1)[self.start : self.stop]
+
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based): linear warm-up, then the schedule down to min_lr."""
@@ -97,8 +102,14 @@ class ShardedOptimizer:
         """The main slices were written: copy them into the model and gather the whole parameters."""
         for part in self._parts:
             part._copy_main_params_to_model_params()
+        self.gather_model()
+
+    def gather_model(self) -> None:
+        """The model's slices of every rank were written: gather the whole parameters."""
         for piece in self.model:
-            piece.start_param_sync(force_sync=True)
+            for buckets in [*piece.bucket_groups, *piece.expert_parallel_bucket_groups]:
+                if buckets.intra_distributed_optimizer_instance_size > 1:
+                    buckets.start_param_sync(force_sync=True)
 
     def shards(self) -> Iterator[ParameterShard]:
         """This rank's slices, in the same order on every call. A parameter of which this data-parallel rank holds

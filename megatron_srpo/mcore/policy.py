@@ -59,7 +59,7 @@ class Policy:
         names = ["teacher"] if mode == "ema" else []
         if config.algorithm.kl_loss_coef > 0 or mode in ("frozen", "trust_region"):
             names.append("reference")
-        return {name: WeightShadow(self.optimizer) for name in names}
+        return {name: WeightShadow(self.optimizer, offload=config.teacher.offload) for name in names}
 
     @property
     def vocab_start(self) -> int:

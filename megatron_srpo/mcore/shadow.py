@@ -1,7 +1,8 @@
 """A second set of weights that shares the model: the self-teacher, or the reference policy.
 
-Only this data-parallel rank's fp32 slices are kept, in the optimizer's own sharding. To use the weights they are
-swapped into the parameters for the time of a `with` block and swapped back, whatever happens inside.
+Only this data-parallel rank's fp32 slices are kept, in the optimizer's own sharding. To use them they are written over
+the model's parameters for the time of a `with` block; the student comes back from the optimizer's main parameters,
+whatever happens inside.
 """
 
 from __future__ import annotations
@@ -11,36 +12,71 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_srpo.mcore.optimizer import ShardedOptimizer
+from megatron_srpo.mcore.optimizer import ParameterShard, ShardedOptimizer
+
+EXCHANGED = 2**20  # numbers at a time
 
 
 class WeightShadow:
-    """Weights beside the model's, starting as a copy of them."""
+    """Weights beside the model's, starting as a copy of them. `offload`: in host memory, page-locked beside a GPU; they
+    then travel to the device and back one slice at a time."""
 
-    def __init__(self, optimizer: ShardedOptimizer) -> None:
+    def __init__(self, optimizer: ShardedOptimizer, *, offload: bool = False) -> None:
         self._optimizer = optimizer
-        self.slices = [shard.main.detach().clone() for shard in optimizer.shards()]
+        self.slices = [_copy(shard.main.detach(), offload) for shard in optimizer.shards()]
 
     @torch.no_grad()
     def update(self, rate: float) -> None:
         """shadow ← (1 − rate)·shadow + rate·student (SDPO's EMA teacher)."""
         for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
-            mine.lerp_(shard.main.detach(), rate)
+            here = mine.to(shard.main.device)  # itself, unless it is offloaded
+            here.lerp_(shard.main.detach(), rate)
+            if here is not mine:
+                mine.copy_(here)
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _enter(self) -> None:
         for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
-            held = shard.main.detach().clone()
-            shard.main.data.copy_(mine)
-            mine.copy_(held)
-        self._optimizer.publish_main_to_model()
+            if _same_memory(shard):
+                _exchange(mine, shard.main.data)
+            else:
+                shard.model.copy_(mine)
+        self._optimizer.gather_model()
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
+            if _same_memory(shard):
+                _exchange(mine, shard.main.data)
+            else:
+                shard.model.copy_(shard.main)
+        self._optimizer.gather_model()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside the block the model computes with these weights; afterwards the student is back, bit for bit
         (the model's parameters are always its main parameters rounded to the model's dtype)."""
-        self._swap()
+        self._enter()
         try:
             yield
         finally:
-            self._swap()
+            self._leave()
+
+
+def _same_memory(shard: ParameterShard) -> bool:
+    """An fp32 model's parameters are the optimizer's main ones."""
+    return shard.main.data_ptr() == shard.model.data_ptr()
+
+
+def _exchange(some: torch.Tensor, others: torch.Tensor) -> None:
+    """Swap the values of two flat tensors, a piece at a time: no second copy of either exists."""
+    for one, other in zip(some.split(EXCHANGED), others.split(EXCHANGED), strict=True):
+        held = other.clone()
+        other.copy_(one)
+        one.copy_(held)
+
+
+def _copy(weights: torch.Tensor, offload: bool) -> torch.Tensor:
+    if not offload or weights.device.type == "cpu":
+        return weights.clone()
+    return torch.empty(weights.shape, dtype=weights.dtype, device="cpu", pin_memory=True).copy_(weights)

@@ -1,0 +1,71 @@
+"""Dropout draws the same numbers again: in a second run, under recomputation, and on every rank that must agree."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.distributed.test_policy import VOCAB, _rows, logprobs
+from tests.distributed_harness import run_distributed
+from tests.tiny_models import make_tiny_model
+
+LAYOUTS = {
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+}
+
+
+def _train(model, parallel, path, topology, *, seed, dropout=0.2, recompute="none"):
+    """This rank's parameters after two steps."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_srpo.bridge import load_hf_weights, read_config
+    from megatron_srpo.config import Config
+    from megatron_srpo.mcore.policy import Policy
+
+    settings = {"hidden_dropout": dropout, "attention_dropout": dropout, "recompute": recompute}
+    config = Config(
+        model={"path": str(model), "dtype": "float32", **settings}, data={"train": "unused"},
+        optimizer={"lr": 1e-3}, parallel=parallel,
+    )  # fmt: skip
+    load = partial(load_hf_weights, hf_dir=model)
+    policy = Policy(config, read_config(model), topology, path, load, total_steps=2)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+    def loss(given, row):
+        return -logprobs(given, row).sum() / 96, {}
+
+    for _ in range(2):
+        policy.train_step(_rows(0, 1), loss)
+    return {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
+
+
+def _runs(model, parallel):
+    from megatron_srpo.config import ParallelConfig
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.device import choose_device
+
+    path = choose_device("cpu", 0)
+    topology = groups.initialize(ParallelConfig(**parallel), path, seed=1, timeout_minutes=2)
+    train = partial(_train, model, parallel, path, topology)
+    return {
+        "first": train(seed=1),
+        "again": train(seed=1),
+        "recomputed": train(seed=1, recompute="full"),
+        "another seed": train(seed=2),
+        "none": train(seed=1, dropout=0.0),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_is_reproducible(tmp_path, layout):
+    model = make_tiny_model(tmp_path / "model", tied=False, vocab=VOCAB)
+    ranks = run_distributed(_runs, 2, model, LAYOUTS[layout])
+    for found in ranks:
+        for name, value in found["first"].items():
+            assert torch.equal(value, found["again"][name]), name
+            assert torch.equal(value, found["recomputed"][name]), name
+            assert not torch.equal(value, found["none"][name]), name
+            assert not torch.equal(value, found["another seed"][name]), name
+    for name in (name for name in ranks[0]["first"] if "norm" in name):  # replicated: their gradients must agree
+        assert torch.equal(ranks[0]["first"][name], ranks[1]["first"][name]), name
