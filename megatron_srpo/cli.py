@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,7 @@ from megatron_srpo.config import (
     save_resolved,
 )
 from megatron_srpo.disk import disk_problem
+from megatron_srpo.output_lock import OutputLock
 
 PACKAGE = "megatron_srpo"
 TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set: tracebacks for users' mistakes too
@@ -62,11 +63,10 @@ def train(context: typer.Context, config: ConfigFile) -> int:
     settings = load_config(config, context.obj)
     check_run(settings, train=True)
     run_alone()
-    if is_driver():
-        _open_output(settings)
-    from megatron_srpo import launch
+    with _open_output(settings) if is_driver() else nullcontext():
+        from megatron_srpo import launch
 
-    return launch.train(settings)
+        return launch.train(settings)
 
 
 @app.command("eval")
@@ -140,10 +140,13 @@ def is_driver() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _open_output(config: Config) -> None:
-    """Make the run's folder and leave the resolved configuration in it."""
+def _open_output(config: Config) -> OutputLock:
+    """Make the run's folder, lock it, and leave the resolved configuration in it."""
+    folder = Path(config.run.output_dir)
     try:
-        save_resolved(config, Path(config.run.output_dir) / "config.toml")
+        lock = OutputLock(folder)
+        save_resolved(config, folder / "config.toml")
+        return lock
     except OSError as error:
         raise ConfigError(
             f'run.output_dir = "{config.run.output_dir}": cannot be written: {error.strerror}. Make room or choose '

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_srpo import exit_codes
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.stopping import StopRequest
+from megatron_srpo.watchdog import Watchdog
 
 
 @dataclass
@@ -265,13 +266,17 @@ def _train(config: Config, session: Session, closing: ExitStack) -> int:
         closing.callback(driver.close)
     scorer = _build_scorer(config, session, driver, closing)
     stop = StopRequest(speaks=control.is_driver)
-    parts, restored = _assemble(config, session, driver, scorer, stop, closing)
+    watchdog = Watchdog(60 * config.run.watchdog_minutes, rank=session.topology.rank)
+    closing.callback(watchdog.close)
+    with watchdog.phase("start"):
+        parts, restored = _assemble(config, session, driver, scorer, stop, watchdog, closing)
     start, state = (restored.iteration, restored.state) if restored else (0, {})
     stop.install()
     done = Trainer(parts, start_iteration=start, skipped_in_a_row=state.get("skipped_in_a_row", 0)).run()
     folder = Path(config.run.output_dir) / "hf"
     if done:
-        _write_hf(config, parts.export, folder, is_driver=control.is_driver)
+        with watchdog.phase("export"):
+            _write_hf(config, parts.export, folder, is_driver=control.is_driver)
     if driver:
         driver.say(_ending(config, done, start, folder, parts.checkpoints.last))
     requeue = control.any(stop.requeue)
@@ -293,8 +298,9 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
 
 
 def _assemble(
-    config: Config, session: Session, driver: DriverParts | None, scorer: Any, stop: StopRequest, closing: ExitStack
-) -> tuple[Any, Any]:
+    config: Config, session: Session, driver: DriverParts | None, scorer: Any, stop: StopRequest, watchdog: Watchdog,
+    closing: ExitStack,
+) -> tuple[Any, Any]:  # fmt: skip
     """Policy, engine and everything else of the loop; returns (parts, the checkpoint that they go on from, if any)."""
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.checkpoints.saving import Checkpoints
@@ -329,6 +335,7 @@ def _assemble(
         evaluate=Evaluator(config, engine, test, scorer),
         checkpoints=checkpoints,
         should_stop=stop,
+        watchdog=watchdog,
         loader=loader,
         scorer=scorer,
         teacher_prompt=driver and driver.teacher_prompt,

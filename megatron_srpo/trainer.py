@@ -43,6 +43,7 @@ class Parts:
     evaluate: Callable[[], dict[str, float] | None]  # held-out metrics; every rank calls it
     checkpoints: Any  # checkpoints.Checkpoints
     should_stop: Callable[[], bool]  # this rank was asked to stop
+    watchdog: Any  # watchdog.Watchdog
     scorer: Any  # scoring.RewardScorer
     loader: Any  # (driver) data.PromptLoader
     teacher_prompt: Callable | None  # (driver) data.TeacherPromptBuilder
@@ -288,7 +289,8 @@ class Trainer:
     def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            with self.parts.watchdog.phase(f"iteration {self.iteration + 1}, {name}"):
+                yield
         finally:
             self._timing[name] = self._timing.get(name, 0.0) + time.perf_counter() - started
 

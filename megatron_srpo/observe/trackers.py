@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_srpo.config import Config
+from megatron_srpo.observe.wandb_file import offline_steps
 
 WANDB_ID_FILE = "wandb_run_id"
 WANDB_TIMEOUT_SECONDS = 60  # for the service's start, and for a question about the login
@@ -65,7 +66,8 @@ def _hide_failures_of(kind: type[threading.Thread]) -> None:
 
 
 class WeightsAndBiases:
-    """A W&B run, online or offline. Its id is kept in output_dir, so that a continued run stays one run."""
+    """A W&B run, online or offline. Its id is kept in output_dir, so that a continued run stays one run; steps that an
+    earlier process has recorded are not recorded again."""
 
     name = "Weights & Biases"
 
@@ -80,12 +82,16 @@ class WeightsAndBiases:
             finish_timeout=WANDB_UPLOAD_SECONDS,
         )  # fmt: skip
         online = config.observe.wandb_mode == "online"
+        run_id = self._run_id(folder, start_step)
+        self._recorded = set(offline_steps(folder, run_id)) if start_step else set()
         self._run = wandb.init(
             project=config.observe.wandb_project, name=config.run.name, dir=str(folder),
-            mode=config.observe.wandb_mode, id=self._run_id(folder, start_step), resume="allow" if online else None,
+            mode=config.observe.wandb_mode, id=run_id, resume="allow" if online else None,
             config=config.model_dump(mode="json"), settings=settings,
         )  # fmt: skip
-        # A continued run repeats the steps after its checkpoint; W&B's own counter would refuse those.
+        if online and start_step:  # a continued run repeats the steps after its checkpoint
+            self._recorded = set(range(int(self._run.summary.get("step", 0)) + 1))
+        self._teardown = wandb.teardown
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if online:
@@ -103,10 +109,12 @@ class WeightsAndBiases:
         return new
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **metrics})
+        if step not in self._recorded:
+            self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
         self._run.finish()
+        self._teardown()  # its service process has then written everything, and is gone
 
 
 class Trackers:

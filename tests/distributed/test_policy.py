@@ -64,7 +64,8 @@ def scored(policy, rows):
     return [result["logprob"] for result in policy.score(rows, lambda *given: {"logprob": logprobs(*given)})]
 
 
-def _train_and_report(model: Path, parallel: dict, scratch: Path) -> dict:
+def _train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | None = None) -> dict:
+    """`other`: a checkpoint of another layout at the same point of training, to go on from at the end."""
     from megatron_srpo.bridge import Exporter, read_config
     from megatron_srpo.mcore import checkpoint
 
@@ -124,21 +125,33 @@ def _train_and_report(model: Path, parallel: dict, scratch: Path) -> dict:
     with policy.teacher():
         assert all(torch.equal(straight[name], value) for name, value in policy.shards.parameters.items())
     assert all(torch.equal(a, b) for a, b in zip(reference, before, strict=True))
-    exported = {name: value.clone() for name, value in Exporter(policy.shards, read_config(model)).items()}
-    return {"before": before, "norms": norms, "losses": losses, "exported": exported}
+
+    def exported() -> dict:
+        return {name: value.clone() for name, value in Exporter(policy.shards, read_config(model)).items()}
+
+    report = {"before": before, "norms": norms, "losses": losses, "exported": exported()}
+    with policy.teacher():
+        report["teacher"] = exported()
+    if other is not None:
+        checkpoint.load(policy, other)
+        policy.train_step(rows, loss)
+        report["resharded"] = exported()
+        with policy.teacher():
+            report["resharded_teacher"] = exported()
+    return report
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2"])  # tied, and untied with biases
 def serial(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = make_tiny_model(folder / "model", request.param, tied=request.param == "qwen3", vocab=VOCAB, layers=4)
-    return model, run_distributed(_train_and_report, 1, model, {}, folder / "checkpoint")[0]
+    return model, run_distributed(_train_and_report, 1, model, {}, folder / "checkpoint")[0], folder / "checkpoint"
 
 
 def test_logprobs_equal_transformers_on_each_sequence_of_a_packed_row(serial):
     from transformers import AutoModelForCausalLM
 
-    model, report = serial
+    model, report, _ = serial
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for row, found in zip(_rows(0, 1), report["before"], strict=True):
         bounds = row.cu_seqlens.tolist()
@@ -149,10 +162,15 @@ def test_logprobs_equal_transformers_on_each_sequence_of_a_packed_row(serial):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_on_two_ranks_equals_one_process(serial, layout, tmp_path):
-    model, expected = serial
-    for found in run_distributed(_train_and_report, 2, model, LAYOUTS[layout], tmp_path / "checkpoint"):
+    model, expected, checkpoint = serial
+    for found in run_distributed(_train_and_report, 2, model, LAYOUTS[layout], tmp_path / "checkpoint", checkpoint):
         assert found["norms"] == pytest.approx(expected["norms"], rel=2e-5)
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["exported"].keys() == expected["exported"].keys()
         for name, value in expected["exported"].items():
             torch.testing.assert_close(found["exported"][name], value, rtol=0, atol=2e-4, msg=name)
+            # From the one process's checkpoint the same step differs by rounding alone.
+            torch.testing.assert_close(found["resharded"][name], value, rtol=0, atol=2e-5, msg=name)
+            torch.testing.assert_close(
+                found["resharded_teacher"][name], expected["teacher"][name], rtol=0, atol=1e-6, msg=name
+            )

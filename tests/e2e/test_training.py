@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_srpo.checkpoints.folder import find_latest, read_manifest
 from tests.tiny_models import make_tiny_model
+from tests.tiny_run import records
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -124,12 +127,24 @@ def test_the_export_loads_in_transformers_and_holds_what_the_checkpoint_holds(ru
     assert by_export == metrics_of(run)[-1]["eval/accuracy"]
 
 
-def test_training_goes_on_from_the_checkpoint(run):
-    result = torchrun("train", str(run / "config.toml"), "--run.iterations", "17")
+def test_a_run_that_goes_on_from_a_checkpoint_equals_the_straight_one_bit_for_bit(run, tmp_path):
+    """As if every process had been killed between the two checkpoints; epochs end in between."""
+    shutil.copytree(run / "out", tmp_path / "out", ignore=shutil.ignore_patterns("step_00000016", "hf"))
+    result = torchrun("train", str(run / "config.toml"), "--run.output_dir", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr[-3000:]
-    lines = metrics_of(run)
-    assert len(lines) == 17 and lines[-1]["actor/optimizer_steps"] == 34
-    assert lines[-1]["rollout_corr/logprob_diff_max"] < 1e-4
+    assert "going on from" in result.stdout and "changed since" not in result.stdout
+    assert records(tmp_path / "out") == records(run / "out")
+    exported = [(folder / "out" / "hf" / "model.safetensors").read_bytes() for folder in (run, tmp_path)]
+    assert exported[0] == exported[1]
+    kept = [read_manifest(find_latest(folder / "out" / "checkpoints")) for folder in (run, tmp_path)]
+    assert kept[0]["iteration"] == 16 and shards(kept[0]) == shards(kept[1])
+
+
+def shards(manifest: dict) -> dict[str, str]:
+    """Checksums of everything that training goes on from: weights, moments, teacher, generators, data position."""
+    names = [name for name in manifest["files"] if name.endswith((".distcp", ".pt")) or name == "run.json"]
+    assert len(names) >= 6  # of two ranks
+    return {name: manifest["files"][name]["sha256"] for name in names}
 
 
 def test_a_users_mistake_is_one_message_without_a_traceback(run):

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from megatron_srpo import cli, exit_codes
 from megatron_srpo.config import ConfigError, UserError, load_config
 from megatron_srpo.config.reference import defaults
+from megatron_srpo.output_lock import OutputLock
 
 ROOT = Path(__file__).resolve().parents[2]
 FROZEN = Path(__file__).with_name("cli_frozen.txt")
@@ -110,6 +111,17 @@ def test_train_starts_the_run_with_the_overrides_and_saves_what_it_used(run_file
     [(name, config, _, _)] = launch.calls
     assert (name, config.optimizer.lr, config.run.seed) == ("train", 1e-3, 7)
     assert load_config(Path(config.run.output_dir) / "config.toml") == config
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(run_file, launch, monkeypatch, capfd):
+    as_ranks(monkeypatch, 2)
+    out = run_file.parent / "out"
+    with OutputLock(out):
+        (out / "config.toml").write_text("the first one's")
+        assert cli.main(["train", str(run_file)]) == 2
+    assert f"{out} is in use by another run" in capfd.readouterr().err
+    assert (out / "config.toml").read_text() == "the first one's" and launch.calls == []
+    assert cli.main(["train", str(run_file)]) == 0
 
 
 def test_overrides_may_stand_before_the_file(run_file, launch, monkeypatch):

@@ -8,6 +8,7 @@ from megatron_srpo.config import AlgorithmConfig, Config
 from megatron_srpo.routing import RewardedGroups
 from megatron_srpo.trainer import Trainer
 from megatron_srpo.types import Prompt, Reward, Rollout
+from megatron_srpo.watchdog import Watchdog
 
 MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
 
@@ -81,6 +82,7 @@ def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refill
             requests=lambda prompts, iteration, refill: numbers.append(refill),
             engine=SimpleNamespace(generate=lambda requests, sampling, on_rollout: current["rollouts"]),
             sampling=None,
+            watchdog=Watchdog(0),
             scorer=SimpleNamespace(start=lambda prompts: None, finish=lambda rollouts: current["rewards"]),
         )
     )
