@@ -26,6 +26,7 @@ VARIANTS = {
     "srpo one sample a row": (BASE, 96, 0, 1.0),
     "srpo, another order of samples": (BASE, 300, 0, 1.0),
     "srpo in two steps": (REGULARISED, 160, 3, 0.8),
+    "srpo in two steps, logits in pieces": (REGULARISED, 160, 3, 0.8),
     "srpo one distilled sample": (BASE, 100, 0, 1.0),
     "srpo all wrong": (BASE, 200, 0, 1.0),
     "sdpo full vocabulary": (BASE | {"name": "sdpo", "distillation_topk": 0, "divergence_alpha": 0.3}, 200, 0, 0.7),
@@ -184,6 +185,8 @@ def run_variants(variants, layout, student, teacher, samples_of):
         load_hf_weights(policy.shards, student)  # the shadows keep the teacher's weights
         policy.optimizer.reload_main_from_model()
         objective = Objective(config)
+        if "in pieces" in variant:
+            objective._budget = 7 * VOCAB * 4  # bytes: the configuration's unit, a MiB, holds all logits of a tiny model
         trainer = Trainer(SimpleNamespace(config=config, policy=policy, objective=objective))
         samples = samples_of[variant]
         plan = plan_batch(
