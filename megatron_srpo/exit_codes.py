@@ -2,8 +2,9 @@
 
 DONE = 0
 MISTAKE = 2  # the user's, or the machine's: told in one message; starting again changes nothing
-REQUEUE = 75  # stopped on request with what was done saved: start the same command again (EX_TEMPFAIL of sysexits.h)
+UNHEALTHY = 69  # a machine failed its check before the run (EX_UNAVAILABLE of sysexits.h)
+REQUEUE = 75  # stopped on request with what was done saved: start the same command again (EX_TEMPFAIL)
 LOST = 76  # another rank of the run has ended, for a reason of its own
 STOPPED = 130  # by Ctrl-C or SIGTERM, with a checkpoint where there was something to save
 
-TOLD = (MISTAKE, REQUEUE, LOST, STOPPED)  # whoever ends so has said why
+TOLD = (MISTAKE, UNHEALTHY, REQUEUE, LOST, STOPPED)  # whoever ends so has said why

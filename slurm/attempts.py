@@ -1,0 +1,51 @@
+"""How often a run was started in vain: what stops a job that would crash and be requeued for ever.
+
+An attempt that leaves no newer checkpoint than it found is fruitless. It is counted when it begins, and no longer once
+there is a newer one: so an attempt that ends without a word, because its node or the batch host died, is counted too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+NAME = "slurm_attempts.json"
+
+
+def newest_checkpoint(output: Path) -> str:
+    """The name of a run's newest complete checkpoint, "" where there is none."""
+    return max((path.name for path in (output / "checkpoints").glob("step_*")), default="")
+
+
+class Attempts:
+    """The count in a run's output folder, kept over requeues."""
+
+    def __init__(self, output: Path, limit: int) -> None:
+        self._output, self._file, self._limit = output, output / NAME, limit
+
+    @property
+    def fruitless(self) -> int:
+        """Attempts in a row without a newer checkpoint, the one that runs included."""
+        seen = self._read()
+        return seen["fruitless"] if seen["checkpoint"] == newest_checkpoint(self._output) else 0
+
+    @property
+    def exhausted(self) -> bool:
+        return self.fruitless >= self._limit
+
+    def begin(self) -> None:
+        state = {"checkpoint": newest_checkpoint(self._output), "fruitless": self.fruitless + 1}
+        self._output.mkdir(parents=True, exist_ok=True)
+        aside = self._file.with_suffix(".writing")
+        aside.write_text(json.dumps(state) + "\n")
+        aside.replace(self._file)
+
+    def forget(self) -> None:
+        """The count ends here: the run is done, or somebody has to look at it first."""
+        self._file.unlink(missing_ok=True)
+
+    def _read(self) -> dict:
+        try:
+            return json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return {"checkpoint": None, "fruitless": 0}

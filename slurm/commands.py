@@ -1,0 +1,105 @@
+"""The commands of a job's steps. `{node}` in a command stands for the node's number in its step."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.job import Job
+
+NODE = "{node}"
+CLOSING_SECONDS = 600  # from the first node's planned end to the last one's
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job step: `command` runs once on each of `nodes`; output goes to the batch log, or to a file a node."""
+
+    title: str
+    nodes: tuple[str, ...]
+    command: tuple[str, ...]
+    srun: tuple[str, ...]
+
+    @property
+    def argv(self) -> list[str]:
+        return [*self.srun, *self.command]
+
+
+def check_step(job: Job) -> Step:
+    """The configuration's own checks, with the number of ranks that will train; prints a line of JSON."""
+    command = (job.python, "-m", "slurm.settings", str(job.world_size), job.config, *trainer_overrides(job))
+    return _step(job, "check of the configuration", job.nodes[:1], command, ())
+
+
+def health_step(job: Job, *, device: str, output: str) -> Step:
+    """Every rank's look at its node, and an all-reduce over all of them."""
+    wanted = [
+        f"--device={device}", f"--gpus={job.ranks_per_node}", f"--memory-gib={job.memory_gib:g}",
+        f"--disk-gib={job.disk_gib:g}", f"--disk={output}", f"--seconds={max(20, job.health_seconds // 3)}",
+    ]  # fmt: skip
+    if job.scratch:
+        wanted.append(f"--disk={job.scratch}")
+    command = _torchrun(job, job.port, "slurm.health", *wanted)
+    return _step(job, "health of the nodes", job.training_nodes, _on_node(job, "health", command), ())
+
+
+def train_step(job: Job) -> Step:
+    command = _torchrun(job, job.port + 1, "megatron_srpo", "train", job.config, *trainer_overrides(job))
+    logged = (f"--output={job.logs}/node-%n.log", "--open-mode=append")
+    return _step(job, "training", job.training_nodes, _on_node(job, "train", command), logged)
+
+
+def trainer_overrides(job: Job) -> tuple[str, ...]:
+    """The user's, and for a job that was requeued: go on, even where the first start was to begin anew."""
+    return (*job.overrides, "--checkpoint.resume", "true") if job.restarts else job.overrides
+
+
+def record(job: Job, kind: str, node: int | str) -> Path:
+    """The file in which a node leaves the exit code of its command."""
+    return job.logs / f"{kind}-{node}.exit"
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What the steps get on top of the job's own variables."""
+    added = {}
+    if job.interface:
+        added |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), job.interface)
+    if job.scratch:
+        caches = Path(job.scratch) / "srpo-cache"
+        added |= {
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "VLLM_CACHE_ROOT": str(caches / "vllm"),
+        }
+    return {name: value for name, value in added.items() if name not in job.environment}
+
+
+def shown(step: Step) -> list[str]:
+    """A dry run's lines: the step's command, then what each node runs by it."""
+    lines = [f"# {step.title}", shlex.join(step.argv)]
+    if any(NODE in part for part in step.command):
+        inner = step.command[step.command.index("--") + 1 :]
+        for number, name in enumerate(step.nodes):
+            lines += [f"#   on {name}:", "    " + shlex.join(part.replace(NODE, str(number)) for part in inner)]
+    return lines
+
+
+def _torchrun(job: Job, port: int, module: str, *arguments: str) -> tuple[str, ...]:
+    """Static rendezvous: every launcher knows its number and the first node's address."""
+    return (
+        job.python, "-m", "megatron_srpo.torchrun", f"--nnodes={len(job.training_nodes)}", f"--node-rank={NODE}",
+        f"--nproc-per-node={job.ranks_per_node}", f"--master-addr={job.master_address}", f"--master-port={port}",
+        "-m", module, *arguments,
+    )  # fmt: skip
+
+
+def _on_node(job: Job, kind: str, command: tuple[str, ...]) -> tuple[str, ...]:
+    scratch = (f"--scratch={job.scratch}",) if job.scratch else ()
+    return (job.python, "-m", "slurm.node", f"--record={record(job, kind, NODE)}", *scratch, "--", *command)
+
+
+def _step(job: Job, title: str, nodes: tuple[str, ...], command: tuple[str, ...], options: tuple[str, ...]) -> Step:
+    where = (f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}")
+    ends = ("--kill-on-bad-exit=1", f"--wait={CLOSING_SECONDS}")
+    return Step(title, nodes, command, ("srun", *where, "--cpu-bind=none", *ends, *options, *job.srun_options))

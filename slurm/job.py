@@ -1,0 +1,168 @@
+"""What a job is made of: its nodes, its arguments, and what the site has set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GPUS_PER_NODE = 8
+FIRST_PORT, PORTS = 20000, 10000  # below the range from which systems give ports to whoever asks
+SITE_SETTINGS = "slurm/site.env"
+
+
+class BrokenJob(Exception):
+    """A mistake in the job's arguments or settings: str() is the whole message, for exit code 2."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job. Nodes are host names in Slurm's order; training has the first ones, engines the last `rollout_nodes`."""
+
+    config: str
+    overrides: tuple[str, ...]  # --section.key VALUE …, for the trainer
+    nodes: tuple[str, ...]
+    rollout_nodes: int = 0
+    job_id: str = "0"
+    restarts: int = 0
+    ranks_per_node: int = GPUS_PER_NODE
+    python: str = "python3"
+    srun_options: tuple[str, ...] = ()
+    master: str = ""  # address of the first node; "" = its name
+    interface: str = ""
+    scratch: str = ""
+    disk_gib: float = 0.0
+    memory_gib: float = 0.0
+    health_seconds: int = 300
+    max_attempts: int = 3
+    logs_folder: str = "logs"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def training_nodes(self) -> tuple[str, ...]:
+        return self.nodes[: len(self.nodes) - self.rollout_nodes]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that train."""
+        return len(self.training_nodes) * self.ranks_per_node
+
+    @property
+    def master_address(self) -> str:
+        return self.master or self.nodes[0]
+
+    @property
+    def port(self) -> int:
+        """The first of the ports that this job uses on its first node; other jobs there have others."""
+        return FIRST_PORT + 10 * int(self.job_id) % PORTS
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.logs_folder) / self.job_id
+
+
+@dataclass(frozen=True)
+class Options:
+    """The script's own arguments."""
+
+    config: str
+    overrides: tuple[str, ...]
+    dry_run: bool = False
+    nodes: int = 0  # of a dry run; 0 = one
+    rollout_nodes: int = 0
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """CONFIG [--dry-run] [--nodes N] [--rollout-nodes K] [--section.key VALUE …]. Raises BrokenJob."""
+    rest, overrides, numbers = list(arguments), [], {"--nodes": 0, "--rollout-nodes": 0}
+    config, dry_run = "", False
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.partition("=")
+        if name in numbers:
+            value = value if equals else rest.pop(0) if rest else ""
+            if not value.isdigit():
+                raise BrokenJob(f'{name}: expected a whole number, got "{value}"')
+            numbers[name] = int(value)
+        elif token == "--dry-run":
+            dry_run = True
+        elif name.startswith("--") and "." in name:
+            overrides.append(token)
+            if not equals and rest and not rest[0].startswith("--"):
+                overrides.append(rest.pop(0))
+        elif not config and not token.startswith("-"):
+            config = token
+        else:
+            raise BrokenJob(
+                f"{token}: no such argument. After the script come --rollout-nodes K, --dry-run, and keys of the "
+                "configuration, --section.key VALUE; sbatch's own options stand before the script"
+            )
+    if not config:
+        raise BrokenJob("no configuration: expected the path of a TOML file as the first argument")
+    if not Path(config).is_file():
+        raise BrokenJob(f"{config}: no such file (looked from {Path.cwd()}); submit from the checkout")
+    return Options(config, tuple(overrides), dry_run, numbers["--nodes"], numbers["--rollout-nodes"])
+
+
+def job_from(options: Options, environment: Mapping[str, str]) -> Job:
+    """The job that Slurm's variables and the site's settings describe. Raises BrokenJob."""
+    nodes = _nodes(options, environment)
+    if not 0 <= options.rollout_nodes < len(nodes):
+        raise BrokenJob(
+            f"--rollout-nodes {options.rollout_nodes}: the job has {_count(len(nodes), 'node')}, and training needs at "
+            "least one of them; ask for more: sbatch --nodes N"
+        )
+    gpus = environment.get("SRPO_GPUS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE")
+    return Job(
+        config=options.config,
+        overrides=options.overrides,
+        nodes=nodes,
+        rollout_nodes=options.rollout_nodes,
+        job_id=environment.get("SLURM_JOB_ID", "0"),
+        restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        ranks_per_node=_number(environment, "SRPO_RANKS_PER_NODE", int, int(gpus or GPUS_PER_NODE)),
+        python=environment.get("SRPO_PYTHON") or _python(),
+        srun_options=tuple(environment.get("SRPO_SRUN_OPTIONS", "").split()),
+        master=environment.get("SRPO_MASTER_ADDR", ""),
+        interface=environment.get("SRPO_INTERFACE", ""),
+        scratch=environment.get("SRPO_SCRATCH", ""),
+        disk_gib=_number(environment, "SRPO_MIN_DISK_GIB", float, 50.0),
+        memory_gib=_number(environment, "SRPO_MIN_MEMORY_GIB", float, 0.0),
+        health_seconds=_number(environment, "SRPO_HEALTH_SECONDS", int, 300),
+        max_attempts=_number(environment, "SRPO_MAX_ATTEMPTS", int, 3),
+        logs_folder=environment.get("SRPO_LOGS") or "logs",
+        environment=environment,
+    )
+
+
+def _nodes(options: Options, environment: Mapping[str, str]) -> tuple[str, ...]:
+    names = environment.get("SLURM_JOB_NODELIST")
+    if names:
+        if options.nodes:
+            raise BrokenJob(f"--nodes {options.nodes} stands after the script; it is sbatch's: sbatch --nodes N SCRIPT")
+        found = subprocess.run(["scontrol", "show", "hostnames", names], capture_output=True, text=True, check=True)
+        return tuple(found.stdout.split())
+    if not options.dry_run:
+        raise BrokenJob("this is not a Slurm job: submit it with sbatch, or look at its commands with DRY_RUN=1")
+    return tuple(f"node{number}" for number in range(options.nodes or 1))
+
+
+def _python() -> str:
+    return ".venv/bin/python" if os.access(".venv/bin/python", os.X_OK) else "python3"
+
+
+def _number(environment: Mapping[str, str], name: str, kind: type, default: float) -> float:
+    text = environment.get(name, "")
+    try:
+        value = kind(text) if text else default
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise BrokenJob(f'{name} = "{text}" (see {SITE_SETTINGS}.example): expected a number ≥ 0')
+    return value
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,50 @@
+"""The batch script's program: python slurm/launch.py CONFIG [--dry-run] [--rollout-nodes K] [--section.key VALUE …].
+
+In a job it checks the configuration and the nodes, trains, and ends as docs/slurm.md says. With --dry-run, or
+DRY_RUN=1, it prints the commands of every node; --nodes N then says for how many.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # started by its path
+    sys.path.insert(0, str(ROOT))
+
+from megatron_srpo.exit_codes import DONE, MISTAKE  # noqa: E402
+from slurm import commands  # noqa: E402
+from slurm.job import BrokenJob, Job, Options, job_from, parse  # noqa: E402
+from slurm.supervisor import Supervisor  # noqa: E402
+
+
+def main(arguments: Sequence[str]) -> int:
+    environment = dict(os.environ)
+    try:
+        options = parse(arguments)
+        if environment.get("DRY_RUN", "0") not in ("", "0"):
+            options = Options(**{**vars(options), "dry_run": True})
+        job = job_from(options, environment)
+    except BrokenJob as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return MISTAKE
+    if options.dry_run:
+        print("\n".join(dry_run(job)))
+        return DONE
+    return Supervisor(job).run()
+
+
+def dry_run(job: Job) -> list[str]:
+    """Every command of the job, in order."""
+    exports = [f"export {name}={value}" for name, value in sorted(commands.environment(job).items())]
+    health = commands.health_step(job, device="auto", output="OUTPUT_DIR")
+    steps = [commands.check_step(job), health, commands.train_step(job)]
+    head = f"# {len(job.nodes)} × {job.ranks_per_node} GPUs, {job.world_size} ranks train {job.config}"
+    return [head, *exports, *(line for step in steps for line in ("", *commands.shown(step)))]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,34 @@
+"""What the batch host has to know of a configuration: python -m slurm.settings RANKS CONFIG [--section.key VALUE …].
+
+Runs in the job's own environment, before anything else; prints one line of JSON, or the configuration's problems with
+exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_srpo import exit_codes
+from megatron_srpo.cli import check_run
+from megatron_srpo.config import UserError, load_config
+
+
+def main(arguments: Sequence[str]) -> int:
+    ranks, config, *overrides = arguments
+    os.environ["WORLD_SIZE"] = ranks
+    try:
+        settings = load_config(Path(config), overrides)
+        check_run(settings, train=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.MISTAKE
+    print(json.dumps({"output": str(Path(settings.run.output_dir).absolute()), "device": settings.run.device}))
+    return exit_codes.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
