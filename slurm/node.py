@@ -1,8 +1,8 @@
 """The one task that a step has on a node: python -m slurm.node --record FILE [--scratch FOLDER] -- COMMAND …
 
 `{node}` in the arguments is this node's number. It runs COMMAND and leaves its exit code in FILE. To Slurm, an end that
-the command has explained (exit_codes.TOLD) is a good one, so that the other nodes can end by themselves; any other end is
-a bad exit, at which Slurm ends the step. With --scratch, COMMAND has a temporary folder of its own there.
+the command has explained (exit_codes.TOLD) is a good one, so that the other nodes can end by themselves; any other end
+is a bad exit, at which Slurm ends the step. With --scratch, COMMAND has a temporary folder of its own there.
 """
 
 from __future__ import annotations

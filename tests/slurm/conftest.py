@@ -16,6 +16,6 @@ def cluster() -> Iterator[Cluster]:
     if why_not():
         pytest.skip(why_not())
     # In /tmp, for a short path: the munge socket lies in it.
-    with tempfile.TemporaryDirectory(prefix="srpo-slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        with running(Path(folder)) as cluster:
-            yield cluster
+    place = tempfile.TemporaryDirectory(prefix="srpo-slurm-", dir="/tmp", ignore_cleanup_errors=True)
+    with place as folder, running(Path(folder)) as cluster:
+        yield cluster

@@ -133,6 +133,6 @@ class SubmittedJob:
         """kill -9 of a node's launcher."""
         for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or []
-            if command[1:3] == ["-m", "megatron_srpo.torchrun"] and f"--node-rank={node}" in command:
-                if str(self.output) in command:
-                    os.kill(process.pid, signal.SIGKILL)
+            ours = command[1:3] == ["-m", "megatron_srpo.torchrun"] and str(self.output) in command
+            if ours and f"--node-rank={node}" in command:
+                os.kill(process.pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ import pytest
 from megatron_srpo import exit_codes
 from tests.slurm.jobs import Inputs, SubmittedJob
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
