@@ -114,7 +114,7 @@ def job_from(options: Options, environment: Mapping[str, str]) -> Job:
             f"--rollout-nodes {options.rollout_nodes}: the job has {_count(len(nodes), 'node')}, and training needs at "
             "least one of them; ask for more: sbatch --nodes N"
         )
-    gpus = environment.get("SRPO_GPUS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE")
+    gpus = int(environment.get("SLURM_GPUS_ON_NODE") or GPUS_PER_NODE)
     return Job(
         config=options.config,
         overrides=options.overrides,
@@ -122,7 +122,7 @@ def job_from(options: Options, environment: Mapping[str, str]) -> Job:
         rollout_nodes=options.rollout_nodes,
         job_id=environment.get("SLURM_JOB_ID", "0"),
         restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
-        ranks_per_node=_number(environment, "SRPO_RANKS_PER_NODE", int, int(gpus or GPUS_PER_NODE)),
+        ranks_per_node=_number(environment, "SRPO_RANKS_PER_NODE", int, gpus),
         python=environment.get("SRPO_PYTHON") or _python(),
         srun_options=tuple(environment.get("SRPO_SRUN_OPTIONS", "").split()),
         master=environment.get("SRPO_MASTER_ADDR", ""),

@@ -1,0 +1,159 @@
+"""The commands of a Slurm job, without a cluster: what every node runs, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_srpo.config import load_config
+from slurm import commands
+from slurm.job import BrokenJob, Job, job_from, parse
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "examples/science/srpo_qwen3_8b.toml"
+SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("srpo_*.sh"))
+
+
+def dry_run(script: str, *arguments: str, **settings: str) -> list[str]:
+    """The lines that a script prints with DRY_RUN=1; nothing of this machine's settings reaches it."""
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "SRPO_HOST_PYTHON": sys.executable, **settings}
+    result = subprocess.run(
+        ["bash", f"slurm/{script}", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def header(script: str) -> dict[str, str]:
+    """sbatch's options in a script."""
+    lines = re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", (ROOT / "slurm" / script).read_text(), re.MULTILINE)
+    return dict(lines)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_names_its_configuration_and_asks_for_whole_nodes_a_signal_before_the_limit_and_requeues(script):
+    options = header(script)
+    assert {"nodes", "time", "requeue", "exclusive"} <= options.keys() and options["ntasks-per-node"] == "1"
+    assert options["gpus-per-node"] == "8" and options["signal"].startswith("B:USR1@")
+    trained = [line for line in dry_run(script) if " train " in line][-1]
+    config = next(part for part in shlex.split(trained) if part.endswith(".toml"))
+    assert Path(config).stem == Path(script).stem and load_config(ROOT / config)
+
+
+def test_every_node_gets_its_number_the_first_ones_address_and_the_users_overrides():
+    lines = dry_run("srpo_qwen3_8b.sh", "--nodes", "3", "--optimizer.lr", "1e-6", "--run.name=a b")
+    trains = [shlex.split(line) for line in lines if line.startswith("    ") and " train " in line]
+    assert [next(part for part in words if "node-rank" in part) for words in trains] == [
+        "--node-rank=0", "--node-rank=1", "--node-rank=2"
+    ]  # fmt: skip
+    for words in trains:
+        assert {"--nnodes=3", "--nproc-per-node=8", "--master-addr=node0"} <= set(words)
+        assert words[words.index("train") :] == ["train", CONFIG, "--optimizer.lr", "1e-6", "--run.name=a b"]
+    checks = next(line for line in lines if "slurm.settings" in line)
+    assert f"slurm.settings 24 {CONFIG} --optimizer.lr 1e-6" in checks
+
+
+def test_the_health_check_meets_on_another_port_and_sees_every_rank():
+    lines = dry_run("srpo_qwen3_8b.sh", "--nodes=2")
+    health, train = (next(line for line in lines if line.startswith("srun") and what in line)
+                     for what in ("slurm.health", " train "))  # fmt: skip
+    ports = [re.search(r"--master-port=(\d+)", line)[1] for line in (health, train)]
+    assert int(ports[1]) == int(ports[0]) + 1
+    assert "--nproc-per-node=8" in health and "--gpus=8" in health
+
+
+def test_a_site_sets_interface_scratch_container_and_address_in_its_file(tmp_path):
+    site = tmp_path / "site.env"
+    site.write_text(
+        'SRPO_INTERFACE=ib7\nSRPO_SCRATCH="/fast/my scratch"\nSRPO_SRUN_OPTIONS="--container-image=/x.sqsh --y"\n'
+        "SRPO_MASTER_ADDR=10.0.0.1\nSRPO_RANKS_PER_NODE=4\nSRPO_PYTHON=/opt/python\n"
+    )
+    lines = dry_run("srpo_qwen3_8b.sh", SRPO_SITE=str(site))
+    assert "export NCCL_SOCKET_IFNAME=ib7" in lines and "export GLOO_SOCKET_IFNAME=ib7" in lines
+    srun = [shlex.split(line) for line in lines if line.startswith("srun")]
+    for words in srun:
+        assert words[words.index("/opt/python") - 2 :][:2] == ["--container-image=/x.sqsh", "--y"]
+    assert "--scratch=/fast/my scratch" in srun[-1] and "--disk=/fast/my scratch" in srun[1]
+    assert {"--master-addr=10.0.0.1", "--nproc-per-node=4"} <= set(srun[-1])
+
+
+def test_what_a_site_sets_itself_is_left_as_it_is():
+    job = Job(CONFIG, (), ("a",), interface="ib0", scratch="/s", environment={"NCCL_SOCKET_IFNAME": "eth9"})
+    assert "NCCL_SOCKET_IFNAME" not in commands.environment(job)
+    assert commands.environment(job)["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_every_setting_that_is_read_is_in_the_example_and_in_nothing_else():
+    read = set()
+    for path in (ROOT / "slurm").iterdir():
+        if path.suffix in (".py", ".sh"):
+            read |= set(re.findall(r"SRPO_[A-Z_]+", path.read_text()))
+    example = (ROOT / "slurm/site.env.example").read_text()
+    assert read == set(re.findall(r"SRPO_[A-Z_]+", example))
+    assert not [
+        line for line in example.splitlines() if line and not line.startswith("#")
+    ]  # nothing until it is edited
+
+
+def test_a_requeued_job_goes_on_even_where_it_was_to_begin_anew():
+    given = ("--checkpoint.resume", "false")
+    first, again = Job(CONFIG, given, ("a",)), Job(CONFIG, given, ("a",), restarts=1)
+    assert commands.trainer_overrides(first) == given
+    assert load_config(ROOT / CONFIG, list(commands.trainer_overrides(again))).checkpoint.resume is True
+
+
+def test_jobs_that_share_a_host_do_not_share_ports():
+    ports = [Job(CONFIG, (), ("a",), job_id=str(number)).port for number in range(70000, 70500)]
+    assert all(later - earlier >= 2 for earlier, later in zip(sorted(ports), sorted(ports)[1:], strict=False))
+    assert all(1024 < port < 32768 for port in ports)  # above: Linux gives them to any client
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "expected the path of a TOML file"),
+        (["absent.toml"], "no such file"),
+        ([CONFIG, "--bogus"], "--bogus: no such argument"),
+        ([CONFIG, "another.toml"], "another.toml: no such argument"),
+        ([CONFIG, "--rollout-nodes"], "--rollout-nodes: expected a whole number"),
+        ([CONFIG, "--nodes=two"], '--nodes: expected a whole number, got "two"'),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_one_message(arguments, told, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BrokenJob, match=re.escape(told)):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        ([], {}, "this is not a Slurm job"),
+        (["--dry-run", "--nodes=2", "--rollout-nodes=2"], {}, "--rollout-nodes 2: the job has 2 nodes"),
+        (["--dry-run"], {"SRPO_MAX_ATTEMPTS": "many"}, 'SRPO_MAX_ATTEMPTS = "many"'),
+        (["--nodes=2"], {"SLURM_JOB_NODELIST": "a"}, "it is sbatch's"),
+    ],
+)
+def test_a_job_that_cannot_be_is_one_message(arguments, environment, told, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BrokenJob, match=re.escape(told)):
+        job_from(parse([CONFIG, *arguments]), environment)
+
+
+def test_the_batch_host_needs_a_python_without_packages_and_no_newer_than_three_nine():
+    code = "import sys; sys.path.insert(0, ''); import slurm.launch; print(slurm.launch.main(['--dry-run']))"
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.stdout == "2\n" and "expected the path of a TOML file" in result.stderr
+    import ast
+
+    for name in ("launch", "job", "commands", "supervisor", "attempts"):
+        ast.parse((ROOT / f"slurm/{name}.py").read_text(), feature_version=(3, 9))
