@@ -186,7 +186,7 @@ def run_variants(variants, layout, student, teacher, samples_of):
         policy.optimizer.reload_main_from_model()
         objective = Objective(config)
         if "in pieces" in variant:
-            objective._budget = 7 * VOCAB * 4  # bytes: the configuration's unit, a MiB, holds all logits of a tiny model
+            objective._budget = 7 * VOCAB * 4  # bytes: a MiB would hold all logits of a tiny model
         trainer = Trainer(SimpleNamespace(config=config, policy=policy, objective=objective))
         samples = samples_of[variant]
         plan = plan_batch(
