@@ -2,6 +2,7 @@
 #
 #   make setup  [DEVICE=cpu|gpu] [PYTHON=python3.12]     the environment alone, in .venv
 #   make test   [ARGS="-k routing"]                      set-up and the test suite
+#   make test-slurm [ARGS="-k crash"]                    the tests on a real Slurm, started here for them
 #   make quickstart [ALGORITHM=srpo|grpo|sdpo|mix] [SEED=0]
 #   make compare    [SEEDS=3] [JOBS=1]                   four methods, several seeds, one figure
 #
@@ -19,11 +20,11 @@ VENV_PYTHON := .venv/bin/python
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quickstart compare lint format doctor
+.PHONY: help setup test test-slurm quickstart compare lint format doctor
 
 help:  ## this list
 	@echo "megatron_srpo. Start with: make quickstart"
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r name what; do printf '%-18s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r name what; do printf '%-18s %s\n' "$$name" "$$what"; done
 
 setup:  ## the environment: .venv with the pinned requirements (DEVICE=cpu|gpu, PYTHON=...)
 	@python='$(PYTHON)'; \
@@ -37,6 +38,10 @@ setup:  ## the environment: .venv with the pinned requirements (DEVICE=cpu|gpu, 
 
 test: setup  ## set-up, then all tests (ARGS="-k name" for some)
 	@$(VENV_PYTHON) -m pytest -q $(ARGS)
+
+test-slurm: setup  ## tests on a real Slurm of two pretend nodes on this machine; installs Debian's packages where it may
+	@sh tools/install_slurm.sh
+	@$(VENV_PYTHON) -m pytest -q -rs -m slurm tests/slurm $(ARGS)
 
 quickstart: setup  ## warm start, training, evaluation in minutes (ALGORITHM=srpo|grpo|sdpo|mix, SEED=0)
 	@$(VENV_PYTHON) -m examples.quickstart.run --algorithm '$(ALGORITHM)' --seed '$(SEED)' $(ARGS)

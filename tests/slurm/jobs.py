@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,17 +120,21 @@ class SubmittedJob:
         """What Slurm does before the time limit, by --signal=B:USR1@…"""
         self._cluster.run("scancel", "--batch", "--signal=USR1", self.id)
 
-    def signal_everything(self, name: str) -> None:
-        """A signal to all steps and to the batch script, without cancelling the job."""
-        self._cluster.run("scancel", "--full", f"--signal={name}", self.id)
+    def signal_steps(self, name: str) -> None:
+        """A signal to every process of every step, and not to the batch script: what a preempted job gets first."""
+        self._cluster.run("scancel", f"--signal={name}", self.id)
 
-    def cancel(self) -> None:
-        self._cluster.run("scancel", self.id)
-
-    def kill_launcher(self, node: int) -> None:
-        """kill -9 of a node's launcher."""
+    def launchers(self, node: int) -> list[psutil.Process]:
+        """The training's launcher on a node, if it runs."""
+        found = []
         for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or []
             ours = command[1:3] == ["-m", "megatron_srpo.torchrun"] and str(self.output) in command
             if ours and f"--node-rank={node}" in command:
-                os.kill(process.pid, signal.SIGKILL)
+                found.append(process)
+        return found
+
+    def kill_launcher(self, node: int) -> None:
+        """kill -9 of a node's launcher."""
+        (launcher,) = self.launchers(node)
+        launcher.kill()
