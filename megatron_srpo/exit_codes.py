@@ -8,3 +8,4 @@ LOST = 76  # another rank of the run has ended, for a reason of its own
 STOPPED = 130  # by Ctrl-C or SIGTERM, with a checkpoint where there was something to save
 
 TOLD = (MISTAKE, UNHEALTHY, REQUEUE, LOST, STOPPED)  # whoever ends so has said why
+FINAL = (MISTAKE, UNHEALTHY, REQUEUE, STOPPED)  # starting the same ranks again at once would be wrong

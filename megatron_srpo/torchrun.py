@@ -4,7 +4,8 @@
 
 torchrun itself ends a refused or stopped run with two dozen lines of its own, always with exit code 1, and kills ranks
 that need more than 30 s for a clean stop; this one waits for SHUTDOWN_SECONDS. SIGUSR1 is passed on to the ranks, which
-then stop with a checkpoint and exit_codes.REQUEUE.
+then stop with a checkpoint and exit_codes.REQUEUE. With --max-restarts N all ranks are started again when one was lost,
+and go on from the last checkpoint; never after a refusal, or a stop that was asked for.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from megatron_srpo import stopping
-from megatron_srpo.exit_codes import TOLD
+from megatron_srpo.exit_codes import FINAL, TOLD
 
 SHUTDOWN_SECONDS = 3600
 LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _silence_launcher()
+    _restart_only_after_a_fault()
     stopping.hold_requeue()
     threading.Thread(target=_pass_requeue_on, daemon=True).start()
     try:
@@ -58,6 +61,21 @@ def _pass_requeue_on() -> None:
         for rank in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(stopping.REQUEUE)
+
+
+def _restart_only_after_a_fault() -> None:
+    """--max-restarts N is for ranks that were lost: a rank that refused, or stopped as it was asked to, has ended."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    monitor = LocalElasticAgent._monitor_workers
+
+    def monitored(agent: Any, group: Any) -> Any:
+        result = monitor(agent, group)
+        if any(failure.exitcode in FINAL for failure in result.failures.values()):
+            agent._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = monitored
 
 
 def _silence_launcher() -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 
 import psutil
 import pytest
 
+from megatron_srpo import exit_codes
 from megatron_srpo.checkpoints.folder import damage, published, read_manifest
 from tests import tiny_run
 
 RANKS = 2  # data parallel: the distributed optimizer's shards differ between the ranks
-OVERRIDES = ("--observe.tensorboard=true", "--observe.wandb=true", "--checkpoint.keep=9")
+DROPOUT = ("--model.hidden_dropout=0.1", "--model.attention_dropout=0.1")  # draws from every rank's generators
+OVERRIDES = (
+    "--observe.tensorboard=true",
+    "--observe.wandb=true",
+    "--checkpoint.keep=9",
+    "--checkpoint.every=3",
+    *DROPOUT,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def test_a_run_killed_at_a_random_moment_and_started_again_equals_the_straight_o
     config = tiny_run.make_run(tmp_path)
     assert (tmp_path / "model/model.safetensors").read_bytes() == (straight / "model/model.safetensors").read_bytes()
     process = tiny_run.start(config, *OVERRIDES, ranks=RANKS)
-    moment = random.SystemRandom().randint(4, 7)
+    moment = random.SystemRandom().randint(5, 7)
     for line in process.stdout:
         if line.startswith(f"iteration {moment}/"):
             break
@@ -74,15 +83,61 @@ def test_a_run_killed_at_a_random_moment_and_started_again_equals_the_straight_o
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_fewer_ranks_and_another_layout(straight, tmp_path):
-    tiny_run.make_run(tmp_path)
-    shutil.copytree(straight / "out", tmp_path / "out", ignore=shutil.ignore_patterns("step_00000008", "hf", "wandb*"))
+def test_a_run_goes_on_with_fewer_ranks_and_another_layout(tmp_path):
+    """Two data-parallel ranks straight; the same to iteration 4, then one rank, then two tensor-parallel ones."""
     tp2 = ("--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true")
+    config = tiny_run.make_run(tmp_path)
+    tiny_run.train(config, "--checkpoint.keep=9", ranks=2)  # checkpoints after 4 and 8
+    shutil.copytree(tmp_path / "out", tmp_path / "other", ignore=shutil.ignore_patterns("step_00000008"))
     for ranks, overrides in ((1, ("--run.iterations=6",)), (2, tp2)):
-        output = tiny_run.train(tmp_path / "config.toml", *overrides, ranks=ranks)
+        output = tiny_run.train(config, f"--run.output_dir={tmp_path}/other", *overrides, ranks=ranks)
         assert "seeded anew" in output
-    expected, found = tiny_run.records(straight / "out"), tiny_run.records(tmp_path / "out")
+    expected, found = tiny_run.records(tmp_path / "out"), tiny_run.records(tmp_path / "other")
     assert [line["step"] for line in found] == list(range(1, 9))
     for mine, theirs in zip(found, expected, strict=True):
         for name in ("critic/score/mean", "actor/loss", "actor/grad_norm", "response_length/mean"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (mine["step"], name)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_resumes_by_itself(straight, tmp_path):
+    config = tiny_run.make_run(tmp_path)
+    process = tiny_run.start(config, *OVERRIDES, ranks=RANKS, launcher=("--max-restarts=2",))
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("iteration 6/"):
+            break
+    ranks = [child for child in psutil.Process(process.pid).children() if "megatron_srpo" in child.cmdline()]
+    assert len(ranks) == RANKS
+    ranks[-1].kill()
+    code, output = tiny_run.finish(process)
+    assert code == 0 and "going on from" in output, "".join(said) + output
+    assert tiny_run.records(tmp_path / "out") == tiny_run.records(straight / "out")
+    assert (tmp_path / "out/hf/model.safetensors").read_bytes() == (straight / "out/hf/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_is_a_checkpoint_an_exit_code_and_no_restart(straight, tmp_path, number):
+    """The run that goes on afterwards equals the straight one."""
+    config = tiny_run.make_run(tmp_path)
+    process = tiny_run.start(config, *OVERRIDES, ranks=RANKS, launcher=("--max-restarts=2",))
+    for line in process.stdout:
+        if line.startswith("iteration 2/"):
+            break
+    process.send_signal(number)
+    code, output = tiny_run.finish(process, 120)
+    asked = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: exit_codes.REQUEUE}
+    assert code == asked[number] and "last checkpoint:" in output, output
+    assert "Traceback" not in output and "going on from" not in output
+    tiny_run.train(config, *OVERRIDES, ranks=RANKS)
+    assert tiny_run.records(tmp_path / "out") == tiny_run.records(straight / "out")
+
+
+@pytest.mark.slow
+def test_a_refused_run_is_not_started_again(tmp_path):
+    config = tiny_run.make_run(tmp_path)
+    process = tiny_run.start(config, "--parallel.tensor_model_parallel_size=3", launcher=("--max-restarts=3",))
+    code, output = tiny_run.finish(process)
+    assert code == exit_codes.MISTAKE and output.count("error:") == 1, output
