@@ -18,34 +18,33 @@ def newest_checkpoint(output: Path) -> str:
 
 
 class Attempts:
-    """The count in a run's output folder, kept over requeues."""
+    """The count in a run's output folder, kept over the requeues of one job; a new submission starts anew."""
 
-    def __init__(self, output: Path, limit: int) -> None:
-        self._output, self._file, self._limit = output, output / NAME, limit
+    def __init__(self, output: Path, limit: int, job_id: str) -> None:
+        self._output, self._file, self._limit, self._job = output, output / NAME, limit, job_id
 
     @property
     def fruitless(self) -> int:
         """Attempts in a row without a newer checkpoint, the one that runs included."""
-        seen = self._read()
-        return seen["fruitless"] if seen["checkpoint"] == newest_checkpoint(self._output) else 0
+        try:
+            seen = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return 0
+        same = seen["job"] == self._job and seen["checkpoint"] == newest_checkpoint(self._output)
+        return seen["fruitless"] if same else 0
 
     @property
     def exhausted(self) -> bool:
         return self.fruitless >= self._limit
 
     def begin(self) -> None:
-        state = {"checkpoint": newest_checkpoint(self._output), "fruitless": self.fruitless + 1}
+        newest, fruitless = newest_checkpoint(self._output), self.fruitless + 1
+        state = {"job": self._job, "checkpoint": newest, "fruitless": fruitless}
         self._output.mkdir(parents=True, exist_ok=True)
         aside = self._file.with_suffix(".writing")
         aside.write_text(json.dumps(state) + "\n")
         aside.replace(self._file)
 
     def forget(self) -> None:
-        """The count ends here: the run is done, or somebody has to look at it first."""
+        """The count ends here: the run is done."""
         self._file.unlink(missing_ok=True)
-
-    def _read(self) -> dict:
-        try:
-            return json.loads(self._file.read_text())
-        except (OSError, ValueError):
-            return {"checkpoint": None, "fruitless": 0}

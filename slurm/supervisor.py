@@ -1,4 +1,8 @@
-"""Runs the steps of a job, answers Slurm's signals, and decides how the job ends."""
+"""Runs the steps of a job, answers Slurm's signals, and decides how the job ends.
+
+Every command has a session of its own: Slurm signals the batch script's whole process group, and srun must hear of it
+from here.
+"""
 
 from __future__ import annotations
 
@@ -50,29 +54,30 @@ class Supervisor:
         settings = self._check()
         if settings is None:
             return exit_codes.STOPPED if self._ended else exit_codes.MISTAKE
-        attempts = Attempts(Path(settings["output"]), self._job.max_attempts)
+        attempts = Attempts(Path(settings["output"]), self._job.max_attempts, self._job.job_id)
         attempts.begin()
         code = self._attempt(settings)
         if code != exit_codes.DONE and (self._ended or code == exit_codes.STOPPED):
             # A job that was told to end and still runs has been preempted, with a period of grace.
             code = exit_codes.REQUEUE if job_state(self._job.job_id) == "RUNNING" else exit_codes.STOPPED
-        if code not in REASONS:
+        if code == exit_codes.DONE:
             attempts.forget()
+        if code not in REASONS:
             return code
         if attempts.exhausted:
             say(
                 f"{attempts.fruitless} attempts in a row ended without a new checkpoint: not started again. See the "
                 f"logs, {self._job.logs}/, then submit again"
             )
-            attempts.forget()
             return CRASH_LOOP
         return self._requeue(code)
 
     def _check(self) -> dict | None:
         step = commands.check_step(self._job)
         found = subprocess.run(
-            step.argv, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False
-        )
+            step.argv, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             return json.loads(found.stdout.splitlines()[-1])
         except (IndexError, ValueError):
@@ -81,6 +86,8 @@ class Supervisor:
 
     def _attempt(self, settings: dict) -> int:
         self._job.logs.mkdir(parents=True, exist_ok=True)
+        if self._stop_asked:
+            return exit_codes.REQUEUE
         health = commands.health_step(self._job, device=settings["device"], output=settings["output"])
         code = self._execute(health, "health", seconds=self._job.health_seconds)
         if self._stop_asked:
@@ -96,7 +103,6 @@ class Supervisor:
         for file in files:
             file.unlink(missing_ok=True)
         say(f"{step.title}: {len(step.nodes)} × {self._job.ranks_per_node} ranks")
-        # A session of its own: Slurm signals the batch script's whole process group, and srun must hear it from here.
         srun = subprocess.Popen(step.argv, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
         if not self._wait(srun, seconds):
             return exit_codes.REQUEUE
@@ -140,7 +146,7 @@ class Supervisor:
 
     def _requeue(self, code: int) -> int:
         say(f"{REASONS[code]}: asking Slurm to start the job again")
-        asked = subprocess.run(["scontrol", "requeue", self._job.job_id], capture_output=True, text=True, check=False)
+        asked = _slurm("scontrol", "requeue", self._job.job_id)
         if asked.returncode != 0:
             say(f"Slurm does not requeue this job: {asked.stderr.strip()}; submit it again to go on")
             return code
@@ -195,8 +201,11 @@ def job_state(job_id: str) -> str:
 
 
 def _ask_slurm(job_id: str, what: str) -> str:
-    asked = subprocess.run(["squeue", "-h", "-j", job_id, "-o", what], capture_output=True, text=True, check=False)
-    return asked.stdout.strip()
+    return _slurm("squeue", "-h", "-j", job_id, "-o", what).stdout.strip()
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
 
 
 def _read(file: Path) -> int | None:

@@ -120,7 +120,7 @@ def test_a_crash_shows_the_end_of_the_log_of_the_node_that_crashed(attempt, tmp_
 def test_a_job_that_crashes_again_and_again_is_not_started_for_ever(attempt):
     ends = [attempt(TRAIN="1 1")[:2] for _ in range(3)]
     assert ends == [(CRASHED, True), (CRASHED, True), (CRASH_LOOP, False)]
-    assert attempt(TRAIN="1 1")[:2] == (CRASHED, True)  # submitted anew by somebody who has looked
+    assert attempt(TRAIN="1 1", SLURM_JOB_ID="8")[:2] == (CRASHED, True)  # submitted anew by somebody who has looked
 
 
 def test_a_crash_after_a_new_checkpoint_is_no_loop(attempt):
