@@ -40,12 +40,14 @@ def health_step(job: Job, *, device: str, output: str) -> Step:
     ]  # fmt: skip
     if job.scratch:
         wanted.append(f"--disk={job.scratch}")
-    command = _torchrun(job, job.port, "slurm.health", *wanted)
-    return _step(job, "health of the nodes", job.training_nodes, _on_node(job, "health", command), ())
+    command = _torchrun(job, job.nodes, job.port, "slurm.health", *wanted)
+    return _step(job, "health of the nodes", job.nodes, _on_node(job, "health", command), ())
 
 
 def train_step(job: Job) -> Step:
-    command = _torchrun(job, job.port + 1, "megatron_srpo", "train", job.config, *trainer_overrides(job))
+    command = _torchrun(
+        job, job.training_nodes, job.port + 1, "megatron_srpo", "train", job.config, *trainer_overrides(job)
+    )
     logged = (f"--output={job.logs}/node-%n.log", "--open-mode=append")
     return _step(job, "training", job.training_nodes, _on_node(job, "train", command), logged)
 
@@ -85,12 +87,12 @@ def shown(step: Step) -> list[str]:
     return lines
 
 
-def _torchrun(job: Job, port: int, module: str, *arguments: str) -> tuple[str, ...]:
+def _torchrun(job: Job, nodes: tuple[str, ...], port: int, module: str, *arguments: str) -> tuple[str, ...]:
     """Static rendezvous: every launcher knows its number and the first node's address."""
     return (
-        job.python, "-m", "megatron_srpo.torchrun", f"--nnodes={len(job.training_nodes)}", f"--node-rank={NODE}",
-        f"--nproc-per-node={job.ranks_per_node}", f"--master-addr={job.master_address}", f"--master-port={port}",
-        "-m", module, *arguments,
+        job.python, "-m", "megatron_srpo.torchrun", f"--nnodes={len(nodes)}", f"--node-rank={NODE}",
+        f"--nproc-per-node={job.ranks_per_node}", f"--master-addr={job.address_of(nodes[0])}",
+        f"--master-port={port}", "-m", module, *arguments,
     )  # fmt: skip
 
 

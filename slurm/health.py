@@ -25,7 +25,7 @@ from megatron_srpo.exit_codes import DONE, UNHEALTHY
 GIB = 2**30
 FLOATS = 2**20  # 4 MiB
 ROUNDS = 5
-NETWORK = "see SRPO_INTERFACE and SRPO_MASTER_ADDR in slurm/site.env"
+NETWORK = "see SRPO_INTERFACE and SRPO_ADDRESS in slurm/site.env"
 
 
 def main(arguments: Sequence[str]) -> int:

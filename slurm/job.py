@@ -30,7 +30,7 @@ class Job:
     ranks_per_node: int = GPUS_PER_NODE
     python: str = "python3"
     srun_options: tuple[str, ...] = ()
-    master: str = ""  # address of the first node; "" = its name
+    address: str = "{node}"  # of a node, from its name
     interface: str = ""
     scratch: str = ""
     disk_gib: float = 0.0
@@ -50,8 +50,12 @@ class Job:
         return len(self.training_nodes) * self.ranks_per_node
 
     @property
-    def master_address(self) -> str:
-        return self.master or self.nodes[0]
+    def rollout_hosts(self) -> tuple[str, ...]:
+        """The names of the nodes that engines have."""
+        return self.nodes[len(self.training_nodes) :]
+
+    def address_of(self, node: str) -> str:
+        return self.address.replace("{node}", node)
 
     @property
     def port(self) -> int:
@@ -109,6 +113,8 @@ def parse(arguments: Sequence[str]) -> Options:
 def job_from(options: Options, environment: Mapping[str, str]) -> Job:
     """The job that Slurm's variables and the site's settings describe. Raises BrokenJob."""
     nodes = _nodes(options, environment)
+    if options.rollout_nodes:
+        raise BrokenJob("--rollout-nodes: engines on nodes of their own are not there yet; leave it out")
     if not 0 <= options.rollout_nodes < len(nodes):
         raise BrokenJob(
             f"--rollout-nodes {options.rollout_nodes}: the job has {_count(len(nodes), 'node')}, and training needs at "
@@ -125,7 +131,7 @@ def job_from(options: Options, environment: Mapping[str, str]) -> Job:
         ranks_per_node=_number(environment, "SRPO_RANKS_PER_NODE", int, gpus),
         python=environment.get("SRPO_PYTHON") or _python(),
         srun_options=tuple(environment.get("SRPO_SRUN_OPTIONS", "").split()),
-        master=environment.get("SRPO_MASTER_ADDR", ""),
+        address=environment.get("SRPO_ADDRESS") or "{node}",
         interface=environment.get("SRPO_INTERFACE", ""),
         scratch=environment.get("SRPO_SCRATCH", ""),
         disk_gib=_number(environment, "SRPO_MIN_DISK_GIB", float, 50.0),

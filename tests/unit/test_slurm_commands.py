@@ -73,7 +73,7 @@ def test_a_site_sets_interface_scratch_container_and_address_in_its_file(tmp_pat
     site = tmp_path / "site.env"
     site.write_text(
         'SRPO_INTERFACE=ib7\nSRPO_SCRATCH="/fast/my scratch"\nSRPO_SRUN_OPTIONS="--container-image=/x.sqsh --y"\n'
-        "SRPO_MASTER_ADDR=10.0.0.1\nSRPO_RANKS_PER_NODE=4\nSRPO_PYTHON=/opt/python\n"
+        "SRPO_ADDRESS={node}-ib0\nSRPO_RANKS_PER_NODE=4\nSRPO_PYTHON=/opt/python\n"
     )
     lines = dry_run("srpo_qwen3_8b.sh", SRPO_SITE=str(site))
     assert "export NCCL_SOCKET_IFNAME=ib7" in lines and "export GLOO_SOCKET_IFNAME=ib7" in lines
@@ -81,7 +81,7 @@ def test_a_site_sets_interface_scratch_container_and_address_in_its_file(tmp_pat
     for words in srun:
         assert words[words.index("/opt/python") - 2 :][:2] == ["--container-image=/x.sqsh", "--y"]
     assert "--scratch=/fast/my scratch" in srun[-1] and "--disk=/fast/my scratch" in srun[1]
-    assert {"--master-addr=10.0.0.1", "--nproc-per-node=4"} <= set(srun[-1])
+    assert {"--master-addr=node0-ib0", "--nproc-per-node=4"} <= set(srun[-1])
 
 
 def test_what_a_site_sets_itself_is_left_as_it_is():
@@ -136,7 +136,7 @@ def test_a_mistake_in_the_arguments_is_one_message(arguments, told, monkeypatch)
     ("arguments", "environment", "told"),
     [
         ([], {}, "this is not a Slurm job"),
-        (["--dry-run", "--nodes=2", "--rollout-nodes=2"], {}, "--rollout-nodes 2: the job has 2 nodes"),
+        (["--dry-run", "--nodes=2", "--rollout-nodes=1"], {}, "--rollout-nodes: engines on nodes of their own"),
         (["--dry-run"], {"SRPO_MAX_ATTEMPTS": "many"}, 'SRPO_MAX_ATTEMPTS = "many"'),
         (["--nodes=2"], {"SLURM_JOB_NODELIST": "a"}, "it is sbatch's"),
     ],
