@@ -17,8 +17,10 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_srpo.config import UserError
@@ -137,11 +139,17 @@ class _Packer:
                        lambda i: max(samples[i].teacher_length, samples[i].student_length))
             for rank in ranks
         ]  # fmt: skip
+        taught = [i for i in placed if samples[i].distill_weight > 0]
         return MiniBatchPlan(
             student=_even(student, self._padding.rows, at_least=1 if counted else 0),
             teacher=_even(teacher, self._padding.rows, at_least=0),
             loss_tokens=sum(len(samples[i].response_ids) for i in counted),
             distill_tokens=sum(len(samples[i].response_ids) for i in counted if samples[i].distill_weight > 0),
+            forwarded={
+                "student": _total(student, sum(samples[i].student_length for i in placed)),
+                "teacher": _total(teacher, sum(samples[i].teacher_length for i in taught)),
+                "topk": _total(teacher, sum(samples[i].student_length for i in taught)),
+            },
         )
 
     def _rows(
@@ -152,6 +160,24 @@ class _Packer:
         bins = _best_fit_decreasing(indices, lambda i: padded_length(room(i), multiple), self._budget)
         bins.sort(key=lambda row: -sum(_sequence_cost(length(i)) for i in row))
         return [Row(tuple(row), sum(length(i) for i in row)) for row in bins]
+
+
+def _total(rows: list[list[Row]], tokens: int) -> tuple[int, int]:
+    return sum(map(len, rows)), tokens
+
+
+def share_of(samples: Sequence[RoutedSample], plan: BatchPlan, rank: int) -> tuple[list[RoutedSample], BatchPlan]:
+    """What data-parallel rank `rank` needs of an iteration: its samples, and the plan with its rows alone, which index
+    them. Tokens of other ranks' samples never travel to it."""
+    kept = [(mini, mini.student[rank], mini.teacher[rank]) for mini in plan.mini_batches]
+    indices = sorted(i for _, student, _ in kept for row in student for i in row.samples)
+    place = {index: number for number, index in enumerate(indices)}
+
+    def local(rows: list[Row]) -> list[Row]:
+        return [Row(tuple(place[i] for i in row.samples), row.tokens) for row in rows]
+
+    mine = [replace(mini, student=[local(student)], teacher=[local(teacher)]) for mini, student, teacher in kept]
+    return [samples[i] for i in indices], replace(plan, mini_batches=mine)
 
 
 def _balance(indices: Sequence[int], costs: Sequence[float], parts: int) -> tuple[list[float], list[list[int]]]:
@@ -283,13 +309,13 @@ def _pack(
 ) -> PackedBatch:  # fmt: skip
     mine = [samples[index] for index in row.samples]
     lengths = _sequence_lengths(row, samples, padding, teacher)
-    ids: list[int] = []
-    for sample, end in zip(mine, itertools.accumulate(lengths), strict=True):
-        ids += (*_prompt(sample, teacher), *sample.response_ids)
-        ids += [0] * (end - len(ids))  # causal attention: what stands behind a sequence changes nothing in it
-    if total > len(ids):
-        lengths.append(total - len(ids))  # a sequence of its own: attention stays inside it
-        ids += [0] * (total - len(ids))
+    ids = np.zeros(total, dtype=np.int64)  # causal attention: what stands behind a sequence changes nothing in it
+    for sample, start in zip(mine, itertools.accumulate(lengths, initial=0), strict=False):
+        prompt = _prompt(sample, teacher)
+        ids[start : start + len(prompt)] = prompt
+        ids[start + len(prompt) : start + len(prompt) + len(sample.response_ids)] = sample.response_ids
+    if total > sum(lengths):
+        lengths.append(total - sum(lengths))  # a sequence of its own: attention stays inside it
     sizes = torch.tensor(lengths, dtype=torch.long)
     boundaries = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
     spans = response_spans(row, samples, padding=padding, teacher=teacher)
@@ -297,10 +323,10 @@ def _pack(
         total, mine, [stop - start for _, start, stop in spans],
         torch.cat([torch.arange(start, stop) for _, start, stop in spans] or [torch.zeros(0, dtype=torch.long)]),
     )  # fmt: skip
-    responses = torch.tensor([token for sample in mine for token in sample.response_ids], dtype=torch.long)
-    engine = torch.tensor([value for sample in mine for value in sample.rollout_logprobs], dtype=torch.float32)
+    responses = _joined([sample.response_ids for sample in mine], np.int64)
+    engine = _joined([sample.rollout_logprobs for sample in mine], np.float32)
     return PackedBatch(
-        input_ids=torch.tensor(ids, dtype=torch.long),
+        input_ids=torch.from_numpy(ids),
         targets=layout.spread(responses),
         position_ids=torch.arange(total) - boundaries[:-1].repeat_interleave(sizes),
         cu_seqlens=boundaries.to(torch.int32),
@@ -311,6 +337,11 @@ def _pack(
         rollout_logprobs=layout.spread(engine),
         **_scored(row, scores, layout),
     )
+
+
+def _joined(values: Sequence[Sequence[float]], dtype: Any) -> torch.Tensor:
+    """One after the other, [Σ lengths]."""
+    return torch.from_numpy(np.concatenate([np.asarray(part, dtype=dtype) for part in values] or [np.zeros(0, dtype)]))
 
 
 def _scored(row: Row, scores: Sequence[TokenScores | None] | None, layout: _Layout) -> dict[str, torch.Tensor | None]:

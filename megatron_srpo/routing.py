@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from megatron_srpo.config import AlgorithmConfig, UserError
 from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
@@ -236,7 +239,7 @@ class _GroupRouter:
                 advantage=advantage,
                 policy_weight=weight.policy,
                 distill_weight=weight.distill,
-                teacher_ids=list(member.teacher.ids) if weight.distill > 0 else None,
+                teacher_ids=array("i", member.teacher.ids) if weight.distill > 0 else None,
                 teacher_sample=member.teacher_sample if weight.distill > 0 else None,
             )
             for member, advantage, weight in zip(members, advantages, weights, strict=True)
@@ -261,7 +264,7 @@ class _GroupRouter:
     def _counts(self, member: _Member) -> bool:
         """Whether the rollout may be in the loss at all; its reward is part of the group's mean in any case."""
         truncated = self._algorithm.mask_truncated and member.rollout.finish_reason == "length"
-        return not truncated and all(map(math.isfinite, member.rollout.logprobs))
+        return not truncated and _all_finite(member.rollout.logprobs)
 
     def _find_teacher(self, prompt: Prompt, member: _Member, used: Counter[int]) -> None:
         sibling = self._choose(prompt, member, used) if member.siblings else None
@@ -315,7 +318,7 @@ class RoutingReport:
         self._available += available
         self._all_wrong += not any(member.correct for member in members)
         self._all_right += all(member.correct for member in members)
-        bad = [s for s in samples if not all(map(math.isfinite, s.rollout_logprobs))]
+        bad = [s for s in samples if not _all_finite(s.rollout_logprobs)]
         self.nonfinite += [f"{s.uid} sample {s.sample}" for s in bad]
 
     def metrics(self) -> dict[str, float]:
@@ -374,6 +377,10 @@ class RoutingReport:
             if some:
                 metrics[f"srpo/response_length_{name}"] = _mean(some)
         return metrics
+
+
+def _all_finite(values: Sequence[float]) -> bool:
+    return bool(np.isfinite(np.asarray(values)).all())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,9 +4,9 @@
        ▲                                                                                     │
        └────────────── metrics · eval · checkpoint · next iteration ◄────────────────────────┘
 
-Every rank runs it. The driver (global rank 0) alone draws prompts, scores answers, routes and plans; the result
-goes to all ranks through `control.share`. Everything that computes with the model is done by all ranks together.
-Answers are scored while others are being generated, by the rank whose engine made them.
+Every rank runs it. The driver (global rank 0) alone draws prompts, scores answers, routes and plans; the result goes to
+the ranks through `control`: `share` gives all of them the same, `deal` each its own samples. Everything that computes
+with the model is done by all ranks together.
 What each line waits for: `generate` for the slowest engine; `share` for the driver; `score` and `train_step` for the
 slowest data-parallel rank; `publish` for the engines.
 """
@@ -23,9 +23,12 @@ from typing import Any
 import torch
 
 from megatron_srpo.config import Config, UserError
-from megatron_srpo.packing import pack_rows, plan_batch, response_spans
+from megatron_srpo.packing import pack_rows, plan_batch, response_spans, share_of
 from megatron_srpo.routing import RewardedGroups, route
 from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, RoutedSample, Row, TokenScores
+
+# Which of a mini-batch's rows a pass forwards; "topk": the teacher's rows with the students' own prompts.
+ROWS = {"topk": "topk", "teacher": "teacher", "initial": "teacher"}
 
 
 @dataclass
@@ -124,11 +127,12 @@ class Trainer:
         return metrics
 
     def _collect(self) -> tuple[list[RoutedSample], BatchPlan, dict[str, float]]:
-        """Rewarded groups → routed samples → plan; the same on every rank."""
+        """Rewarded groups → routed samples → plan: of each rank its own samples and rows, the metrics of all."""
         parts, config = self.parts, self.config
         groups = self._rewarded_groups()
+        routed: list[tuple[list[RoutedSample], BatchPlan]] = []  # stays on the driver
 
-        def route_and_plan() -> tuple[list[RoutedSample], BatchPlan, dict[str, float]]:
+        def route_and_plan() -> dict[str, float]:
             with self._timed("route"):
                 samples, report = route(
                     groups.prompts, groups.rollouts, groups.rewards, config.algorithm,
@@ -152,9 +156,13 @@ class Trainer:
             metrics["perf/total_tokens"] = sum(sample.student_length for sample in samples)
             metrics["rollout/weight_version"] = max(rollout.weight_version for rollout in groups.rollouts)
             metrics["data/epoch"] = parts.loader.epoch
-            return samples, plan, metrics
+            routed.append((samples, plan))
+            return metrics
 
-        return parts.control.share(route_and_plan)
+        metrics = parts.control.share(route_and_plan)
+        with self._timed("deal"):
+            samples, plan = parts.control.deal(lambda rank: share_of(*routed[0], rank))
+        return samples, plan, metrics
 
     def _rewarded_groups(self) -> RewardedGroups:
         """One batch of prompts with its rollouts and rewards (filled on the driver). With rollout.max_refills, groups
@@ -177,14 +185,14 @@ class Trainer:
                 break
         return groups
 
-    def _rows(self, name: str, rows_by_rank: list[list[Row]], samples: list[RoutedSample]) -> list[Row]:
+    def _rows(self, name: str, mini: MiniBatchPlan) -> list[Row]:
         """This rank's rows of a pass; what all ranks forward in it is counted for the log."""
-        rows = [row for mine in rows_by_rank for row in mine if row.samples]
-        forwarded = [samples[i] for row in rows for i in row.samples]
-        lengths = [s.teacher_length if name in ("teacher", "initial") else s.student_length for s in forwarded]
-        self._forwarded[f"forward/{name}_rows"] += len(rows)
-        self._forwarded[f"forward/{name}_tokens"] += sum(lengths)
-        return rows_by_rank[self.parts.policy.topology.dp_rank] if rows_by_rank else []
+        kind = ROWS.get(name, "student")
+        rows, tokens = mini.forwarded[kind]
+        self._forwarded[f"forward/{name}_rows"] += rows
+        self._forwarded[f"forward/{name}_tokens"] += tokens
+        (mine,) = mini.student if kind == "student" else mini.teacher
+        return mine
 
     def _pack(self, rows: list[Row], samples: list[RoutedSample], scores: list[TokenScores], *, teacher: bool) -> list:
         return pack_rows(rows, samples, scores, padding=self.parts.policy.padding, teacher=teacher)
@@ -207,10 +215,10 @@ class Trainer:
         scores = [TokenScores() for _ in samples]
         for number, mini in enumerate(plan.mini_batches):
             if number > 0:
-                self._score(self._rows("old", mini.student, samples), samples, scores, objective.score_old)
+                self._score(self._rows("old", mini), samples, scores, objective.score_old)
             if objective.needs_topk and any(mini.teacher):
                 # A teacher row's samples fit as student rows: their own prompts are never longer.
-                rows = self._rows("topk", mini.teacher, samples)
+                rows = self._rows("topk", mini)
                 self._score(rows, samples, scores, objective.score_topk)
         return scores
 
@@ -221,11 +229,11 @@ class Trainer:
         if objective.needs_initial:
             with policy.reference():
                 for mini in plan.mini_batches:
-                    rows = self._rows("initial", mini.teacher, samples)
+                    rows = self._rows("initial", mini)
                     self._score(rows, samples, scores, objective.score_initial, teacher=True)
         with policy.teacher():
             for mini in plan.mini_batches:
-                rows = self._rows("teacher", mini.teacher, samples)
+                rows = self._rows("teacher", mini)
                 self._score(rows, samples, scores, objective.score_teacher, teacher=True)
         for score in scores:
             score.initial_hidden = None  # the training rows need it no more
@@ -235,14 +243,14 @@ class Trainer:
             return
         with self.parts.policy.reference():
             for mini in plan.mini_batches:
-                rows = self._rows("reference", mini.student, samples)
+                rows = self._rows("reference", mini)
                 self._score(rows, samples, scores, self.parts.objective.score_reference)
 
     def _train(self, samples: list[RoutedSample], mini: MiniBatchPlan, scores: list[TokenScores]) -> Any:
         """One optimiser step, or None when nothing in the mini-batch counts."""
         if mini.loss_tokens == 0:
             return None
-        rows = self._rows("train", mini.student, samples)
+        rows = self._rows("train", mini)
         mine = [scores[i] for row in rows for i in row.samples]
         weights = self.parts.policy.sum_over_data(self.parts.objective.dynamic_weight_sum(mine))
         mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
@@ -255,7 +263,7 @@ class Trainer:
     def _explain_skip(self, samples: list[RoutedSample], mini: MiniBatchPlan, scores: list[TokenScores]) -> None:
         """Say which samples' scores are not finite. The parameters did not move: scoring again shows what was seen."""
         found = [TokenScores() for _ in samples]
-        rows = self._rows("check", mini.student, samples)
+        rows = self._rows("check", mini)
         self._score(rows, samples, found, self.parts.objective.score_old)
         mine = []
         for i in (i for row in rows for i in row.samples):

@@ -9,6 +9,8 @@ Shape legend used in this package:
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,15 +35,22 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """One response of the engine to one prompt."""
+    """One response of the engine to one prompt. Tokens and log-probs become arrays, 4 bytes each: as Python lists, the
+    responses of a large batch would not fit the driver's memory, nor travel in time."""
 
     prompt: int  # index of its prompt in the batch
     sample: int  # 0 … G-1 inside its group
-    token_ids: list[int]  # the response, its end-of-sequence token included when it ended by itself
-    logprobs: list[float]  # the engine's log-prob of each response token at the sampling temperature
+    token_ids: Sequence[int]  # the response, its end-of-sequence token included when it ended by itself
+    logprobs: Sequence[float]  # the engine's log-prob of each response token at the sampling temperature
     text: str  # decoded without special tokens
     finish_reason: str  # "stop" or "length"
     weight_version: int  # the publish that produced it
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.token_ids, array):
+            self.token_ids = array("i", self.token_ids)
+        if not isinstance(self.logprobs, array):
+            self.logprobs = array("f", self.logprobs)  # what engines give is fp32
 
 
 @dataclass
@@ -68,12 +77,12 @@ class RoutedSample:
     group: int
     sample: int
     prompt_ids: list[int]
-    response_ids: list[int]
-    rollout_logprobs: list[float]  # same length as response_ids
+    response_ids: Sequence[int]
+    rollout_logprobs: Sequence[float]  # same length as response_ids
     advantage: float
     policy_weight: float
     distill_weight: float
-    teacher_ids: list[int] | None = None  # enriched prompt; present if and only if distill_weight > 0
+    teacher_ids: Sequence[int] | None = None  # enriched prompt; present if and only if distill_weight > 0
     teacher_sample: int | None = None  # the sibling that teaches; None: feedback alone, or no teacher
 
     @property
@@ -117,13 +126,16 @@ class MiniBatchPlan:
 
     `student[d]` / `teacher[d]` are the rows of data-parallel rank d; every rank has the same number of
     rows in each pass. A sample's teacher row lives on the same rank as its student row, so that
-    teacher scores never travel.
+    teacher scores never travel. In one rank's share of a plan there is that rank alone, and `samples` of its rows index
+    that rank's samples; the totals are still over all ranks.
     """
 
     student: list[list[Row]]
     teacher: list[list[Row]]
     loss_tokens: int  # N: response tokens of counted samples, over all ranks (the joint denominator)
     distill_tokens: int  # |Ω|: response tokens of samples with distill_weight > 0, over all ranks
+    forwarded: dict[str, tuple[int, int]] = field(default_factory=dict)  # "student", "teacher" rows, and "topk", the
+    # teacher's rows under the students' prompts: rows and tokens of all ranks, padding excluded
 
 
 @dataclass(frozen=True)

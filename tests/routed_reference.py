@@ -33,7 +33,7 @@ def load(folder, dtype=torch.float64):
 
 def response_logprobs(model, prompt, response, temperature):
     """[R, V] log-probs of the distributions that the response tokens were drawn from."""
-    ids = torch.tensor([prompt + response])
+    ids = torch.tensor([[*prompt, *response]])
     logits = model(ids).logits[0, len(prompt) - 1 : -1].double()
     return (logits / temperature).log_softmax(-1)
 

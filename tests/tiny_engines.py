@@ -77,7 +77,7 @@ def largest_error(
     largest = 0.0
     for rollout in rollouts:
         prompt = prompts[rollout.prompt]
-        ids = torch.tensor([prompt + rollout.token_ids])
+        ids = torch.tensor([[*prompt, *rollout.token_ids]])
         logprobs = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1] / temperature, dim=-1)
         expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
         largest = max(largest, (torch.tensor(rollout.logprobs) - expected).abs().max().item())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ class Control:
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
+        self._receivers: list[list[int]] | None = None  # ranks of each model copy, by data-parallel rank
 
     @property
     def is_driver(self) -> bool:
@@ -78,6 +81,45 @@ class Control:
         dist.gather_object(mine, parts, dst=0, group=self._topology.control_group)
         return parts
 
+    def deal(self, part: Callable[[int], T]) -> T:
+        """`part` of this rank's data-parallel rank, made on the driver.
+
+        Parts are made and sent one after the other, each to the first rank that needs it, which hands it on to the
+        others of its model copy: the driver sends every part once, and holds one of them in pickled form at a time.
+        """
+        topology = self._topology
+        if self._receivers is None:
+            copies: dict[int, list[int]] = {}
+            for rank, dp_rank in enumerate(self.collect(topology.dp_rank)):
+                copies.setdefault(dp_rank, []).append(rank)
+            self._receivers = [copies[dp_rank] for dp_rank in sorted(copies)]
+        leader, *others = self._receivers[topology.dp_rank]
+        if self.is_driver:
+            for dp_rank, (first, *_) in enumerate(self._receivers):
+                if first != topology.rank:
+                    self._send(_pickled(part(dp_rank)), [first])
+            mine = part(topology.dp_rank)
+            if others:
+                self._send(_pickled(mine), others)
+            return mine
+        box = self._receive(0 if topology.rank == leader else leader)
+        if topology.rank == leader:
+            self._send(box, others)
+        return pickle.loads(box)
+
+    def _send(self, data: memoryview, receivers: list[int]) -> None:
+        box = torch.frombuffer(data, dtype=torch.uint8)
+        for receiver in receivers:
+            dist.send(torch.tensor(box.numel()), receiver, group=self._topology.control_group)
+            dist.send(box, receiver, group=self._topology.control_group)
+
+    def _receive(self, sender: int) -> memoryview:
+        size = torch.tensor(0)
+        dist.recv(size, sender, group=self._topology.control_group)
+        box = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(box, sender, group=self._topology.control_group)
+        return memoryview(box.numpy())
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
         value = torch.tensor(int(flag))
@@ -92,3 +134,10 @@ class Control:
 
     def barrier(self) -> None:
         dist.barrier(group=self._topology.control_group)
+
+
+def _pickled(value: Any) -> memoryview:
+    """In memory that torch can send from without a copy."""
+    box = io.BytesIO()
+    pickle.dump(value, box, pickle.HIGHEST_PROTOCOL)
+    return box.getbuffer()

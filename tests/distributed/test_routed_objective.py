@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_srpo.config import Config
-from megatron_srpo.packing import plan_batch
+from megatron_srpo.packing import plan_batch, share_of
 from megatron_srpo.routing import route
 from megatron_srpo.types import Prompt, Reward, Rollout
 from tests.distributed_harness import run_distributed
@@ -201,14 +201,15 @@ def run_variants(variants, layout, student, teacher, samples_of):
             return step(lr)
 
         policy.optimizer.step = capture
-        scores = trainer._score_students(samples, plan)
-        trainer._score_teacher(samples, plan, scores)
-        trainer._score_reference(samples, plan, scores)
+        mine, share = share_of(samples, plan, topology.dp_rank)
+        scores = trainer._score_students(mine, share)
+        trainer._score_teacher(mine, share, scores)
+        trainer._score_reference(mine, share, scores)
         results[variant] = []
-        for mini in plan.mini_batches:
+        for whole, mini in zip(plan.mini_batches, share.mini_batches, strict=True):
             before = {name: value.clone() for name, value in exporter.items()}
-            stats = trainer._train(samples, mini, scores)
-            indices = sorted(i for rows in mini.student for row in rows for i in row.samples)
+            stats = trainer._train(mine, mini, scores)
+            indices = sorted(i for rows in whole.student for row in rows for i in row.samples)
             results[variant].append(
                 {
                     "samples": indices,

@@ -19,6 +19,7 @@ from megatron_srpo.packing import (
     response_spans,
     row_lengths,
     sample_cost,
+    share_of,
 )
 from megatron_srpo.types import PackedBatch, Padding, RoutedSample, Row, TokenScores
 
@@ -125,6 +126,25 @@ def test_every_counted_sample_is_placed_once_and_its_teacher_row_is_on_the_same_
         for student, teacher in zip(mini.student, mini.teacher, strict=True):
             home = {i for row in student for i in row.samples}
             assert {i for row in teacher for i in row.samples} <= home
+
+
+@settings(max_examples=100, deadline=None)
+@given(iterations())
+def test_the_ranks_shares_are_the_iteration_and_pack_the_same_rows(case):
+    samples, arguments = case
+    plan = plan_batch(samples, **arguments)
+    shares = [share_of(samples, plan, rank) for rank in range(arguments["dp_size"])]
+    assert sorted(id(s) for mine, _ in shares for s in mine) == sorted(
+        id(samples[i]) for row in rows_of(plan, "student") for i in row.samples
+    )
+    for rank, (mine, share) in enumerate(shares):
+        for whole, mini in zip(plan.mini_batches, share.mini_batches, strict=True):
+            assert (mini.loss_tokens, mini.distill_tokens) == (whole.loss_tokens, whole.distill_tokens)
+            for teacher, rows, [found] in ((False, whole.student, mini.student), (True, whole.teacher, mini.teacher)):
+                settings = {"padding": arguments["padding"], "teacher": teacher}
+                expected = pack_rows(rows[rank], samples, **settings)
+                packed = pack_rows(found, mine, **settings)
+                assert [r.input_ids.tolist() for r in packed] == [r.input_ids.tolist() for r in expected]
 
 
 @settings(max_examples=100, deadline=None)

@@ -88,7 +88,7 @@ def test_every_token_has_a_log_prob_and_the_text_is_without_special_tokens(rollo
         assert len(rollout.logprobs) == len(rollout.token_ids) > 0
         assert all(type(token) is int for token in rollout.token_ids)
         assert all(type(logprob) is float and logprob < 0 for logprob in rollout.logprobs)
-        assert rollout.text == tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+        assert rollout.text == tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)
         assert "<" not in rollout.text
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_srpo.config import AlgorithmConfig, Config, UserError
-from megatron_srpo.packing import plan_batch
+from megatron_srpo.packing import plan_batch, share_of
 from megatron_srpo.routing import route
 from megatron_srpo.trainer import Trainer, consecutive_skips
 from megatron_srpo.types import Prompt, Reward, Rollout, TokenScores
@@ -47,7 +47,7 @@ def trainer_of(objective, warnings, **sections):
 
 def explain(objective, scores=None):
     samples = [sample(0, 0), sample(0, 1)]  # two response tokens, three response tokens
-    plan = plan_batch(samples, dp_size=1, max_tokens=40)
+    samples, plan = share_of(samples, plan_batch(samples, dp_size=1, max_tokens=40), 0)
     warnings = []
     trainer = trainer_of(objective, warnings)
     trainer._train(samples, plan.mini_batches[0], scores or [TokenScores() for _ in samples])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_srpo.config import Config
-from megatron_srpo.packing import plan_batch
+from megatron_srpo.packing import plan_batch, share_of
 from megatron_srpo.trainer import Trainer
 from megatron_srpo.types import Padding, RoutedSample
 
@@ -92,11 +92,12 @@ def passes(samples, *, ranks=1, **sections):
     for rank in range(ranks):
         policy = CountingPolicy(rank, ranks)
         trainer = Trainer(SimpleNamespace(config=config, policy=policy, objective=Scores(config)))
-        scores = trainer._score_students(samples, plan)
-        trainer._score_teacher(samples, plan, scores)
-        trainer._score_reference(samples, plan, scores)
-        for mini in plan.mini_batches:
-            trainer._train(samples, mini, scores)
+        mine, share = share_of(samples, plan, rank)
+        scores = trainer._score_students(mine, share)
+        trainer._score_teacher(mine, share, scores)
+        trainer._score_reference(mine, share, scores)
+        for mini in share.mini_batches:
+            trainer._train(mine, mini, scores)
         total.update(policy.forwarded)
         logs.append({name: value for name, value in trainer._forwarded.items() if name.endswith("_tokens")})
     assert all(log == logs[0] for log in logs)  # every rank knows what all do

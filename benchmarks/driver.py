@@ -1,0 +1,189 @@
+"""What the driver does alone while every other rank waits: routing, planning and dealing out an iteration's samples.
+
+    python -m benchmarks.driver --rollouts 1000 --rollouts 10000 --rollouts 100000 --tokens 8192 --fixed
+    python -m benchmarks.driver --plan-only            # 10⁴ samples of log-normal lengths: how well they pack
+
+The rollouts are made up; everything that is timed is the trainer's own code. Dealing is timed twice: every share cut out
+and pickled, as for any number of receivers, and (`--ranks R`) sent to R − 1 other processes over gloo on loopback. The
+teacher's prompt is the question and the sibling's tokens: its tokenization is not in these figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import resource
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import numpy as np
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_srpo.config import AlgorithmConfig
+from megatron_srpo.packing import plan_batch, share_of
+from megatron_srpo.routing import route
+from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
+
+GROUP = 8  # rollouts a prompt
+PROMPT_TOKENS = 300
+CORRECT = 0.5  # share of rollouts
+RANKS = 64  # data-parallel ranks that are planned for
+
+
+@dataclass(frozen=True)
+class TeacherIds:
+    ids: array
+    truncated: bool = False
+
+
+def lengths_of(count: int, tokens: int, *, fixed: bool, seed: int = 0) -> np.ndarray:
+    """Response lengths: all `tokens`, or log-normal (median tokens / 8, σ 0.8) cut at `tokens`."""
+    if fixed:
+        return np.full(count, tokens)
+    drawn = np.random.default_rng(seed).lognormal(math.log(tokens / 8), 0.8, count)
+    return np.clip(drawn, 1, tokens).astype(int)
+
+
+def made_up(lengths: np.ndarray, seed: int = 0) -> tuple[list[Prompt], list[Rollout], list[Reward]]:
+    """Prompts, rollouts and rewards of one iteration; every response has memory of its own."""
+    rng = np.random.default_rng(seed)
+    prompts = [
+        Prompt(f"train:{i}", (), rng.integers(0, 150_000, PROMPT_TOKENS).tolist(), "", "exact")
+        for i in range(math.ceil(len(lengths) / GROUP))
+    ]
+    rollouts, rewards = [], []
+    for i, length in enumerate(lengths.tolist()):
+        ids, logprobs = array("i"), array("f")
+        ids.frombytes(rng.integers(0, 150_000, length, dtype=np.int32).tobytes())
+        logprobs.frombytes((-rng.random(length, dtype=np.float32)).tobytes())
+        rollouts.append(Rollout(i // GROUP, i % GROUP, ids, logprobs, str(i), "stop", 0))
+        rewards.append(Reward(float(rng.random() < CORRECT)))
+    return prompts, rollouts, rewards
+
+
+def routed(lengths: np.ndarray) -> tuple[Callable[[], list[RoutedSample]], int]:
+    """(the call that routes, bytes of all tokens and log-probs)."""
+    prompts, rollouts, rewards = made_up(lengths)
+    ids = [rollout.token_ids for rollout in rollouts]
+
+    def teacher_prompt(prompt: Prompt, solution: str, feedback: str | None) -> TeacherIds:
+        return TeacherIds(array("i", prompt.token_ids) + ids[int(solution)])
+
+    def call() -> list[RoutedSample]:
+        return route(prompts, rollouts, rewards, AlgorithmConfig(), seed=0, iteration=0, teacher_prompt=teacher_prompt)[
+            0
+        ]
+
+    return call, int(lengths.sum()) * 8
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - started
+
+
+def budget(tokens: int) -> int:
+    """A row that holds the longest teacher prompt and response."""
+    return 2 * (PROMPT_TOKENS + tokens)
+
+
+def driver_phases(count: int, tokens: int, *, fixed: bool) -> dict[str, float]:
+    """Seconds and bytes of one iteration on the driver."""
+    lengths = lengths_of(count, tokens, fixed=fixed)
+    call, payload = routed(lengths)
+    made = peak_bytes()
+    samples, route_seconds = timed(call)
+    plan, plan_seconds = timed(lambda: plan_batch(samples, dp_size=RANKS, max_tokens=budget(tokens)))
+    deal_seconds, sent = 0.0, 0
+    for rank in range(RANKS):  # one at a time, as Control.deal does
+        box, seconds = timed(lambda rank=rank: pickle.dumps(share_of(samples, plan, rank), pickle.HIGHEST_PROTOCOL))
+        deal_seconds, sent = deal_seconds + seconds, sent + len(box)
+    return {
+        "rollouts": count, "tokens": int(lengths.sum()), "route_s": route_seconds, "plan_s": plan_seconds,
+        "deal_s": deal_seconds, "dealt_bytes": sent, "payload_bytes": payload, "before_bytes": made,
+        "peak_bytes": peak_bytes(), "efficiency": plan.efficiency, "imbalance": plan.imbalance,
+    }  # fmt: skip
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _sending_rank(rank: int, ranks: int, count: int, tokens: int, port: int, results: Any) -> None:
+    from megatron_srpo.mcore.control import Control
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    topology = SimpleNamespace(
+        rank=rank, world_size=ranks, is_driver=rank == 0, dp_rank=rank, control_group=dist.group.WORLD
+    )
+    control, kept = Control(topology), []
+    if rank == 0:
+        samples = routed(lengths_of(count, tokens, fixed=True))[0]()
+        kept = [samples, plan_batch(samples, dp_size=ranks, max_tokens=budget(tokens))]
+    control.barrier()
+    control.deal(lambda dp_rank: None)  # learns who is where
+    _, seconds = timed(lambda: control.deal(lambda dp_rank: share_of(*kept, dp_rank)))
+    control.barrier()
+    if rank == 0:
+        results.put(seconds)
+    dist.destroy_process_group()
+
+
+def sending(ranks: int, count: int, tokens: int, port: int) -> float:
+    """Seconds of `Control.deal` from the driver to ranks − 1 processes over gloo on loopback."""
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    mp.spawn(_sending_rank, (ranks, count, tokens, port, results), ranks)
+    return results.get()
+
+
+def main(
+    rollouts: Annotated[list[int] | None, typer.Option(help="of an iteration; may be repeated")] = None,
+    tokens: Annotated[int, typer.Option(help="of the longest response")] = 8192,
+    fixed: Annotated[bool, typer.Option("--fixed", help="every response has that many")] = False,
+    ranks: Annotated[int, typer.Option(help="processes that samples are really dealt to; 0: none")] = 0,
+    port: Annotated[int, typer.Option(help="for --ranks")] = 29731,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="packing quality on 10⁴ samples")] = False,
+) -> None:
+    """Print a line a size, and the lines as JSON."""
+    console = Console(width=120)
+    counts = rollouts or ([10_000] if plan_only else [1_000, 10_000])
+    lines = [in_process_of_its_own(count, tokens, fixed) for count in counts]
+    table = Table(title=f"driver, {RANKS} data-parallel ranks, responses of {'' if fixed else 'up to '}{tokens} tokens")
+    columns = ("rollouts", "tokens", "route s", "plan s", "deal s", "deal GB", "peak GB", "efficiency", "imbalance")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for line in lines:
+        table.add_row(
+            f"{line['rollouts']:,}", f"{line['tokens']:.3g}", f"{line['route_s']:.2f}", f"{line['plan_s']:.2f}",
+            f"{line['deal_s']:.2f}", f"{line['dealt_bytes'] / 1e9:.2f}", f"{line['peak_bytes'] / 1e9:.2f}",
+            f"{line['efficiency']:.4f}", f"{line['imbalance']:.4f}",
+        )  # fmt: skip
+    console.print(table)
+    if ranks:
+        seconds = sending(ranks, counts[0], tokens, port)
+        console.print(f"{counts[0]:,} rollouts dealt to {ranks - 1} processes over gloo on loopback: {seconds:.2f} s")
+    console.print_json(json.dumps(lines))
+
+
+def in_process_of_its_own(count: int, tokens: int, fixed: bool) -> dict[str, float]:
+    """So that a size's peak memory is its own."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        return pool.apply(driver_phases, (count, tokens), {"fixed": fixed})
+
+
+if __name__ == "__main__":
+    typer.run(main)
