@@ -3,7 +3,7 @@
     python -m benchmarks.driver --rollouts 1000 --rollouts 10000 --rollouts 100000 --tokens 8192 --fixed
     python -m benchmarks.driver --plan-only            # 10⁴ samples of log-normal lengths: how well they pack
 
-The rollouts are made up; everything that is timed is the trainer's own code. Dealing is timed twice: every share cut out
+The rollouts are made up; what is timed is the trainer's own code. Dealing is timed twice: every share cut out
 and pickled, as for any number of receivers, and (`--ranks R`) sent to R − 1 other processes over gloo on loopback. The
 teacher's prompt is the question and the sibling's tokens: its tokenization is not in these figures.
 """
