@@ -1,0 +1,116 @@
+"""Bytes of saved activations of one packed row on one rank.
+
+The terms are what autograd saves of `mcore/`'s layers, tensor by tensor, seen through saved-tensor hooks (Megatron Core
+0.16.1). Path "local", Megatron's own layers on torch SDPA, is checked against measured bytes in tests. Path "te",
+Transformer Engine's fused layers, is derived from what those keep for their backward pass and has not been measured.
+
+Legend, per token: H hidden, q queries, k keys (values are as many), f MLP width, w bytes of an element, t tensor-parallel
+ranks, s ranks that split norms and residuals (t under sequence parallelism, else 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_srpo.plan.architecture import Architecture
+from megatron_srpo.plan.layout import Layout
+
+LOGITS_MIB = 2048  # train.logits_memory_mib's default
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Saved bytes of one layer for one token of a rank's row, by part."""
+
+    attention: float  # with its norm
+    mlp: float  # what a selective recompute drops
+    mlp_input: float  # with its norm: what it keeps
+    checkpoint: float  # what a full recompute keeps of the layer
+
+    @property
+    def whole(self) -> float:
+        return self.attention + self.mlp + self.mlp_input
+
+
+def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float = 1.0) -> LayerBytes:
+    """`padding`: tokens of the padded batches of the SDPA path ÷ tokens (sequences of a group have one length)."""
+    w, t = layout.dtype_bytes, layout.tensor
+    s = t if layout.sequence_parallel else 1
+    q, k = arch.query / t, arch.key / t
+    heads, groups = arch.heads / t, arch.groups / t
+    if path == "local":
+        # torch's RMSNorm keeps its fp32 input, its fp32 normalised value and one number a row
+        norm = 8 * arch.hidden + 4
+        small = (8 if w == 2 else 12) * (q + k) + 4 * (heads + groups) if arch.qk_norm else 0.0
+        rope = 4 * w * arch.head_dim  # cosine and sine, for queries and keys
+        attend = padding * (w * (2 * q + 2 * k) + 4 * heads + 9) + 8
+        if layout.context > 1:  # keys and values of the whole row, and the mask against its longest sequence
+            attend += w * 2 * k * (layout.context - 1)
+        attend += w * q  # the output projection's input
+    else:
+        norm = w * arch.hidden + 4
+        small = w * (q + k) + 4 * (heads + groups) if arch.qk_norm else 0.0
+        rope = 4 * w * arch.head_dim
+        attend = w * (2 * q + 2 * k) + 4 * heads + (0 if arch.qk_norm else w * q)
+    linear = w * arch.hidden / s
+    attention = norm / s + linear + small + rope + attend
+    return LayerBytes(
+        attention=attention,
+        mlp=5 * w * arch.ffn / t + _expert_bytes(arch, layout) / s,
+        mlp_input=norm / s + linear,
+        checkpoint=linear,
+    )
+
+
+def _expert_bytes(arch: Architecture, layout: Layout) -> float:
+    """Of a token's experts: the router's scores, the copies that travel, and each expert's gated MLP."""
+    if not arch.experts:
+        return 0.0
+    w, copies = layout.dtype_bytes, arch.experts_per_token
+    router = 3 * 4 * arch.experts + 8 * copies
+    return router + copies * (2 * w * arch.hidden + 5 * w * arch.expert_ffn / layout.expert_tensor)
+
+
+def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, ids: int, logits_mib: int) -> float:
+    """Saved bytes of the final norm, the head and the loss on the last stage, for a row part of `tokens` tokens with
+    log-probs at `ids` ids each (losses/linear.py: the logits are kept where they fit, else made piece by piece)."""
+    w, s = layout.dtype_bytes, layout.tensor if layout.sequence_parallel else 1
+    norm = (8 if path == "local" else w) * arch.hidden + 4
+    width = -(-arch.vocab // layout.tensor)
+    logits = w * width if w * width * tokens <= logits_mib * 2**20 else 0
+    return tokens * (norm / s + w * arch.hidden + logits + 13 * ids + 8)
+
+
+def in_flight(layout: Layout, stage: int, rows: int) -> float:
+    """Rows whose activations a stage holds at once, in units of its whole stack of layers (Megatron's 1F1B schedule, and
+    its interleaved one: warm-up passes of `get_pp_rank_microbatches`, and the one that runs)."""
+    if layout.pipeline == 1:
+        return 1.0
+    behind = layout.pipeline - stage - 1
+    if layout.virtual == 1:
+        return float(min(rows, behind + 1))
+    pieces = 2 * behind + (layout.virtual - 1) * layout.pipeline + 1
+    return min(rows * layout.virtual, pieces) / layout.virtual
+
+
+def stage_activations(
+    arch: Architecture, layout: Layout, stage: int, tokens: int, rows: int, *, path: str, ids: int = 1,
+    logits_mib: int = LOGITS_MIB, padding: float = 1.0,
+) -> tuple[float, float]:  # fmt: skip
+    """(peak bytes of layers, of the head) on a pipeline stage while `rows` rows of `tokens` local tokens are trained."""
+    layer = layer_bytes(arch, layout, path=path, padding=padding)
+    layers = arch.layers // layout.pipeline
+    again = 0 if layout.recompute == "none" else layers
+    if layout.recompute_layers:
+        again = min(again, layout.recompute_layers * layout.virtual)
+    kept = layer.checkpoint if layout.recompute == "full" else layer.attention + layer.mlp_input
+    held = in_flight(layout, stage, rows) * tokens * (again * kept + (layers - again) * layer.whole)
+    head = 0.0
+    if stage == layout.pipeline - 1:
+        head = head_bytes(arch, layout, tokens, path=path, ids=ids, logits_mib=logits_mib)
+    if stage == 0:
+        held += in_flight(layout, stage, rows) * tokens * 8  # token ids, for the embedding
+    if again:  # one layer is whole again while its backward pass runs; the head's are gone by then
+        working = tokens * (layer.whole if layout.recompute == "full" else layer.mlp)
+        held += max(0.0, working - head)
+    return held, head

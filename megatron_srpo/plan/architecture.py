@@ -1,0 +1,162 @@
+"""The numbers of a decoder that memory and time follow from, and the shipped models' configurations.
+
+The dictionaries are what the hub's config.json of each Qwen3 says, so that planning needs no network and no weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config import UserError
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000, "attention_bias": False, "hidden_act": "silu",
+}  # fmt: skip
+_DENSE = {**_COMMON, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+_MOE = {
+    **_COMMON, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_key_value_heads": 4,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _dense(hidden: int, layers: int, heads: int, ffn: int, *, tied: bool) -> dict[str, Any]:
+    return {
+        **_DENSE, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "intermediate_size": ffn, "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+SHIPPED: dict[str, dict[str, Any]] = {
+    "Qwen3-0.6B": _dense(1024, 28, 16, 3072, tied=True),
+    "Qwen3-1.7B": _dense(2048, 28, 16, 6144, tied=True),
+    "Qwen3-4B": _dense(2560, 36, 32, 9728, tied=True),
+    "Qwen3-8B": _dense(4096, 36, 32, 12288, tied=False),
+    "Qwen3-14B": _dense(5120, 40, 40, 17408, tied=False),
+    "Qwen3-32B": _dense(5120, 64, 64, 25600, tied=False),
+    "Qwen3-30B-A3B": {
+        **_MOE, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+    },
+    "Qwen3-235B-A22B": {
+        **_MOE, "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense or mixture-of-experts decoder with gated MLPs. Counts are elements, not bytes."""
+
+    name: str
+    layers: int
+    hidden: int  # H
+    heads: int
+    groups: int  # key-value heads
+    head_dim: int  # d
+    ffn: int  # of a dense MLP; 0 where every layer has experts
+    vocab: int  # V
+    max_positions: int
+    tied: bool = False  # the output layer is the embedding
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    experts: int = 0  # of a layer
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], name: str = "model") -> Architecture:
+        """From a config.json. With experts, all layers are taken to have them."""
+        heads, experts = hf["num_attention_heads"], hf.get("num_experts") or hf.get("num_local_experts") or 0
+        kind = hf["architectures"][0]
+        return cls(
+            name=name,
+            layers=hf["num_hidden_layers"],
+            hidden=hf["hidden_size"],
+            heads=heads,
+            groups=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            ffn=0 if experts else hf["intermediate_size"],
+            vocab=hf["vocab_size"],
+            max_positions=hf["max_position_embeddings"],
+            tied=bool(hf.get("tie_word_embeddings", False)),
+            qk_norm=kind.startswith("Qwen3"),
+            qkv_bias=kind.startswith("Qwen2") or bool(hf.get("attention_bias", False)),
+            experts=experts,
+            experts_per_token=hf.get("num_experts_per_tok", 0) if experts else 0,
+            expert_ffn=hf.get("moe_intermediate_size", 0) if experts else 0,
+        )
+
+    @property
+    def query(self) -> int:
+        """Elements of a token's queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        """Elements of a token's keys; its values have as many."""
+        return self.groups * self.head_dim
+
+    @property
+    def attention_matrices(self) -> int:
+        """Parameters of a layer's QKV and output projections."""
+        return self.hidden * (2 * self.query + 2 * self.key)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Parameters of a layer's dense MLP: gate, up and down."""
+        return 3 * self.hidden * self.ffn
+
+    @property
+    def expert_matrices(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.hidden * self.expert_ffn
+
+    @property
+    def small_vectors(self) -> int:
+        """Parameters of a layer's norms, which every tensor-parallel rank has."""
+        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def layer_parameters(self) -> int:
+        bias = self.query + 2 * self.key if self.qkv_bias else 0
+        experts = self.experts * (self.expert_matrices + self.hidden)  # the router has a row an expert
+        return self.attention_matrices + bias + self.mlp_matrices + self.small_vectors + experts
+
+    @property
+    def parameters(self) -> int:
+        """All of the model's; a tied head is counted once."""
+        heads = 1 if self.tied else 2
+        return self.layers * self.layer_parameters + heads * self.vocab * self.hidden + self.hidden
+
+    @property
+    def active_matrices(self) -> int:
+        """Parameters of a layer's products that one token goes through."""
+        experts = self.experts_per_token * self.expert_matrices + self.experts * self.hidden if self.experts else 0
+        return self.attention_matrices + self.mlp_matrices + experts
+
+
+def read_architecture(model: str) -> tuple[Architecture, dict[str, Any]]:
+    """(numbers, config.json) of a shipped name or a Hugging Face folder. Raises UserError when it is neither."""
+    if model in SHIPPED:
+        return Architecture.from_hf(SHIPPED[model], model), dict(SHIPPED[model])
+    file = Path(model).expanduser() / "config.json"
+    if not file.is_file():
+        near = difflib.get_close_matches(model, SHIPPED, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"plan: {model!r} is no folder with a config.json, and no shipped name.{hint} Expected a Hugging Face folder "
+            f"(its weights are not read), or one of {', '.join(SHIPPED)}."
+        )
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+        return Architecture.from_hf(hf, Path(model).name), hf
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"plan: {file} does not describe a decoder ({error!r}). Expected a model's config.json.") from None

@@ -1,0 +1,264 @@
+"""Time of one iteration, line by line, from FLOPs, bytes and a machine's rates.
+
+    products     2 · parameters · tokens a pass; the backward pass is two of them (Narayanan et al. 2021, §5.1), and a full
+                 recompute one more forward
+    attention    2 · queries · context a token and layer for both products of causal attention
+    elementwise  every saved activation is written once, read once, and its gradient passes by
+    collectives  ring bounds: (n − 1)/n of the bytes for a gather or a scatter, twice that for a reduction
+    pipeline     rows + (stages − 1)/pieces, times the slowest stage (Narayanan et al. 2021, §2.2)
+    generation   every step reads the weights and the keys and values of all running sequences (Pope et al. 2022), from a
+                 queue of sequences that fill the engine's slots
+
+Gradient reduction and parameter gathering are not overlapped with computation (docs/design-notes.md, "The LM head belongs
+to the objective"), and are added.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+
+from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes
+from megatron_srpo.plan.architecture import Architecture
+from megatron_srpo.plan.hardware import Machine
+from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, stage_parameters
+from megatron_srpo.plan.workload import QUANTILES, Workload
+
+MAX_SEQUENCES = 256  # rollout.max_num_seqs' default
+# The driver, measured by benchmarks/driver.py on one core: seconds a rollout (routing, planning) and a token (pickling).
+DRIVER_ROLLOUT, DRIVER_TOKEN = 1.1e-4, 4e-9
+GATHER_RATE = 1e9  # bytes/s of token ids, log-probs and text to the driver, over gloo on Ethernet
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kind of pass of packed rows through the model."""
+
+    tokens: float  # of all data-parallel ranks, padding excluded
+    context: float  # Workload.mean_context
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of one iteration. `lines` add up to `total`; `flops` are useful ones, recomputation excluded."""
+
+    lines: dict[str, float]
+    flops: float
+    train_flops: float
+    tokens: float
+    rows: int  # of a data-parallel rank in one optimiser step
+    communication: float  # seconds of collectives inside train, all of them exposed
+
+    @property
+    def total(self) -> float:
+        return sum(self.lines.values())
+
+
+def forward_flops(arch: Architecture, context: float) -> float:
+    """FLOPs of one token's forward pass through the layers and the head."""
+    layer = 2 * arch.active_matrices + 2 * arch.query * context
+    return arch.layers * layer + 2 * arch.vocab * arch.hidden
+
+
+def rows_of(workload: Workload, layout: Layout, tokens: float) -> int:
+    """Packed rows of a data-parallel rank in one optimiser step."""
+    useful = layout.max_tokens * layout.context * workload.packing
+    return max(1, math.ceil(tokens * (1 + workload.imbalance) / layout.data / workload.steps / useful))
+
+
+def layer_seconds(arch: Architecture, layout: Layout, machine: Machine, context: float, *, path: str) -> float:
+    """One layer's forward pass of a full row on one rank, collectives aside."""
+    tokens, t = layout.max_tokens, layout.tensor
+    experts = layout.expert_tensor if arch.experts else 1
+    ordinary = (arch.attention_matrices + arch.mlp_matrices) / t
+    routed = arch.experts_per_token * arch.expert_matrices / experts / (t if layout.sequence_parallel else 1)
+    products = 2 * tokens * (ordinary + routed) / machine.product_rate
+    attention = 2 * tokens * arch.query / t * context / machine.attention_rate
+    elementwise = 2 * tokens * layer_bytes(arch, layout, path=path).whole / machine.memory_rate
+    return machine.layer_overhead + products + attention + elementwise
+
+
+def layer_collectives(arch: Architecture, layout: Layout, machine: Machine, *, backward: bool) -> float:
+    """Exposed communication of one layer's forward or backward pass of a full row on one rank."""
+    w, tokens, t = layout.dtype_bytes, layout.max_tokens, layout.tensor
+    seconds = 0.0
+    if t > 1:  # sequence parallel: a gather and a scatter around attention and MLP; inputs gathered again for gradients
+        count = 6 if backward else 4
+        rate = machine.link_rate(t)
+        seconds += count * (machine.latency + (t - 1) / t * w * arch.hidden * tokens / rate)
+    if layout.context > 1:
+        ranks = t * layout.context
+        moved = (layout.context - 1) * tokens * 2 * arch.key / t * w
+        seconds += (2 if backward else 1) * (machine.latency + moved / machine.link_rate(ranks))
+    if layout.expert > 1:  # dispatch and combine
+        share = (layout.expert - 1) / layout.expert
+        moved = share * tokens / t * arch.experts_per_token * arch.hidden * w
+        seconds += 2 * (machine.latency * layout.expert**0.5 + moved / machine.link_rate(layout.expert * t))
+    return seconds
+
+
+def pass_seconds(
+    arch: Architecture, layout: Layout, machine: Machine, workload: Workload, work: Pass, *, path: str,
+    logits_mib: int = LOGITS_MIB,
+) -> tuple[float, float, int]:  # fmt: skip
+    """(seconds, of them communication, rows) of a pass over one optimiser step's rows."""
+    rows = rows_of(workload, layout, work.tokens)
+    layers = arch.layers // layout.pipeline
+    forward = layer_seconds(arch, layout, machine, work.context, path=path)
+    talk = layer_collectives(arch, layout, machine, backward=False)
+    w, tokens = layout.dtype_bytes, layout.max_tokens
+    head = 2 * tokens * arch.hidden * arch.vocab / layout.tensor / machine.product_rate
+    if layout.tensor > 1:
+        head += w * arch.hidden * tokens / machine.link_rate(layout.tensor)
+    handover = 0.0
+    if layout.pipeline > 1:
+        handover = layout.virtual * w * arch.hidden * tokens / layout.tensor / machine.link_rate(layout.copy)
+    if work.backward:
+        again = {"none": 0.0, "full": 1.0, "selective": 0.4}[layout.recompute]
+        if layout.recompute_layers:
+            again *= min(1.0, layout.recompute_layers * layout.virtual / layers)
+        talk = talk * (1 + again) + layer_collectives(arch, layout, machine, backward=True)
+        forward *= 3 + again
+        pieces = w * math.ceil(arch.vocab / layout.tensor) * tokens > logits_mib * 2**20
+        head *= 4 if pieces else 3
+        handover *= 2
+    slots = rows + (layout.pipeline - 1) / layout.virtual
+    inside = slots * layers * talk + slots * handover
+    return slots * (layers * forward + head) + inside, inside, rows
+
+
+def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> tuple[float, float]:
+    """(communication, computation) of one optimiser step: gradients scattered in fp32, parameters gathered, Adam."""
+    part = stage_parameters(arch, layout, layout.pipeline - 1)
+    seconds = 0.0
+    for count, ranks in ((part.ordinary, layout.sharding), (part.experts, layout.expert_sharding)):
+        if ranks > 1 and count:
+            spread = machine.link_rate(ranks * (layout.tensor if count == part.ordinary else 1))
+            seconds += (ranks - 1) / ranks * count * (4 + layout.dtype_bytes) / spread + 2 * machine.latency * ranks**0.5
+    shard = part.ordinary / layout.sharding + part.experts / layout.expert_sharding
+    return seconds, (4 * part.whole + 34 * shard) / machine.memory_rate
+
+
+def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
+    """Teacher in and student out again (mcore/shadow.py): main slices exchanged, parameters gathered, both twice."""
+    part = stage_parameters(arch, layout, layout.pipeline - 1)
+    shard = part.whole / layout.sharding
+    gather = (layout.sharding - 1) / layout.sharding * part.whole * layout.dtype_bytes
+    moved = 24 * shard / (25e9 if layout.shadow_on_host else machine.memory_rate)  # a host link of 25 GB/s
+    return 2 * (moved + gather / machine.link_rate(layout.sharding * layout.tensor))
+
+
+def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
+    """Broadcast over stages and gather over tensor-parallel (and expert-parallel) ranks, bucket after bucket; then copies
+    into the engine. Every training rank receives the whole model."""
+    whole, t = layout.dtype_bytes * arch.parameters, layout.tensor
+    experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
+    ordinary, split = whole - experts, layout.expert * layout.expert_tensor
+    seconds = 0.0
+    for size, ranks in ((ordinary, t), (experts, split)):
+        if layout.pipeline > 1:
+            seconds += size / ranks / machine.link_rate(layout.copy * (layout.expert if size is experts else 1))
+        if ranks > 1:
+            seconds += size * (ranks - 1) / ranks / machine.link_rate(ranks)
+    if not layout.colocated:  # the driver's copy to all engines at once (NCCL broadcast)
+        seconds += whole / machine.link_rate(layout.gpus)
+    tensors = arch.layers * (9 + 3 * arch.experts)
+    return seconds + 2 * engine_weights(arch, layout) / machine.memory_rate + tensors * 2 * machine.latency
+
+
+def generate_seconds(arch: Architecture, layout: Layout, machine: Machine, workload: Workload, cache: float) -> float:
+    """One engine's share of the iteration: prefill of each prompt once (its samples share the prefix), then decoding."""
+    mine = workload.rollouts / layout.engines
+    responses = workload.response_lengths()
+    count = max(1, min(QUANTILES, round(mine)))  # lengths that stand for the engine's sequences, the longest among them
+    responses = [responses[QUANTILES - 1 - (QUANTILES - 1) * i // max(1, count - 1)] for i in range(count)]
+    each = kv_bytes_a_token(arch, layout)
+    longest = workload.prompt_mean + sum(responses) / count
+    slots = max(1.0, min(MAX_SEQUENCES, cache / each / longest))
+    prompts = max(1.0, mine / workload.samples) * workload.prompt_mean
+    prefill = prompts * forward_flops(arch, workload.prompt_mean) / layout.engine_tensor / machine.product_rate
+    return prefill + _decode(arch, layout, machine, workload, responses, max(1.0, mine / count), slots)
+
+
+def _decode(
+    arch: Architecture, layout: Layout, machine: Machine, workload: Workload, responses: list[int], weight: float,
+    slots: float,
+) -> float:  # fmt: skip
+    """Continuous batching: finished sequences make room for waiting ones, in an order that knows no lengths. Each of the
+    lengths stands for `weight` sequences."""
+    each = kv_bytes_a_token(arch, layout)
+    stride = next(step for step in (37, 31, 29, 23, 1) if math.gcd(step, len(responses)) == 1)
+    waiting = [responses[i * stride % len(responses)] for i in range(len(responses))]
+    running: list[tuple[int, int]] = []  # (step at which it ends, step at which it began)
+    step, seconds = 0, 0.0
+    while waiting or running:
+        while waiting and (not running or (len(running) + 1) * weight <= slots):
+            heapq.heappush(running, (step + waiting.pop(), step))
+        end = running[0][0]
+        active = max(1.0, min(slots, len(running) * weight))
+        context = workload.prompt_mean + sum(step - began for _, began in running) / len(running) + (end - step) / 2
+        seconds += (end - step) * step_seconds(arch, layout, machine, active, context, each)
+        step = end
+        heapq.heappop(running)
+    return seconds
+
+
+def step_seconds(
+    arch: Architecture, layout: Layout, machine: Machine, active: float, context: float, each: float
+) -> float:
+    """One decoding step of `active` sequences with `context` tokens each; `each`: cache bytes a token."""
+    touched = engine_weights(arch, layout)
+    if arch.experts:  # experts that at least one of the tokens goes to
+        share = 1 - (1 - arch.experts_per_token / arch.experts) ** active
+        experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices / layout.engine_tensor
+        touched -= (1 - share) * experts
+    reading = (touched + active * context * each) / machine.memory_rate
+    computing = active * forward_flops(arch, context) / layout.engine_tensor / machine.product_rate
+    talking = 0.0
+    if layout.engine_tensor > 1:
+        moved = 2 * active * arch.hidden * layout.dtype_bytes / machine.link_rate(layout.engine_tensor)
+        talking = 2 * arch.layers * (machine.latency / 2 + moved)
+    return max(reading, computing) + talking + machine.decode_overhead
+
+
+def driver_seconds(workload: Workload) -> float:
+    """What the driver does alone: rollouts gathered, routed, planned and dealt out."""
+    tokens = workload.student_tokens
+    gathered = tokens * 12 / GATHER_RATE  # ids, log-probs and text
+    return workload.rollouts * DRIVER_ROLLOUT + tokens * DRIVER_TOKEN + gathered
+
+
+def iteration_time(
+    arch: Architecture, layout: Layout, machine: Machine, workload: Workload, cache: float, *, path: str = "te",
+    logits_mib: int = LOGITS_MIB,
+) -> TimePlan:  # fmt: skip
+    """All lines of one iteration, one after the other as trainer.py runs them."""
+    students = Pass(workload.student_tokens, workload.mean_context(), backward=True)
+    scored = Pass(workload.distilled * workload.student_tokens, workload.mean_context())
+    taught = Pass(workload.teacher_tokens, workload.mean_context(teacher=True))
+    given = {"path": path, "logits_mib": logits_mib}
+    train, talk, rows = pass_seconds(arch, layout, machine, workload, students, **given)
+    reduce, adam = optimizer_seconds(arch, layout, machine)
+    lines = {
+        "generate": generate_seconds(arch, layout, machine, workload, cache),
+        "driver": driver_seconds(workload),
+        "score": 0.0,
+        "teacher": 0.0,
+        "train": workload.steps * (train + reduce + adam),
+        "publish": publish_seconds(arch, layout, machine),
+    }
+    if workload.distilled > 0:
+        lines["score"] = workload.steps * pass_seconds(arch, layout, machine, workload, scored, **given)[0]
+        lines["teacher"] = workload.steps * pass_seconds(arch, layout, machine, workload, taught, **given)[0]
+        lines["teacher"] += swap_seconds(arch, layout, machine)
+    if workload.steps > 1:  # old log-probs for every mini-batch but the first
+        old = Pass(workload.student_tokens * (workload.steps - 1) / workload.steps, workload.mean_context())
+        lines["score"] += workload.steps * pass_seconds(arch, layout, machine, workload, old, **given)[0]
+    train_flops = 3 * students.tokens * forward_flops(arch, students.context)
+    scoring = sum(p.tokens * forward_flops(arch, p.context) for p in (scored, taught))
+    return TimePlan(
+        lines, train_flops + scoring, train_flops, workload.student_tokens, rows, workload.steps * (talk + reduce)
+    )

@@ -1,0 +1,94 @@
+"""What machines can do: published peaks, and the shares of them that are assumed or were measured.
+
+Peaks are the vendors' data sheets' (dense bf16, no sparsity). Efficiencies are assumptions until `benchmarks/calibrate.py`
+has measured them on the machine at hand; every prediction names which they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_srpo.config import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One accelerator and its network. FLOP/s, bytes, bytes/s, seconds."""
+
+    name: str
+    flops: float  # peak, dense products in the model's dtype
+    memory: float
+    bandwidth: float  # of the memory, peak
+    link: float  # to the GPUs of the same node, one direction, peak
+    network: float  # of a GPU to other nodes, one direction, peak
+    node: int = 8  # GPUs of a node
+    # shares of the peaks that are reached
+    product_share: float = 0.65  # large products of a training step
+    attention_share: float = 0.45
+    bandwidth_share: float = 0.80
+    link_share: float = 0.75
+    network_share: float = 0.80
+    # what work costs besides its bytes and FLOPs
+    latency: float = 20e-6  # of a collective
+    layer_overhead: float = 0.0  # of a layer's forward pass on the host, where it is not hidden behind the GPU's work
+    decode_overhead: float = 2e-3  # of an engine's step: scheduling, sampling, launches
+    reserved: float = 3.0 * GIB  # CUDA context, communication buffers, workspace
+    fragmentation: float = 0.05  # of what is allocated
+    source: str = "assumed efficiencies"
+
+    @property
+    def product_rate(self) -> float:
+        return self.flops * self.product_share
+
+    @property
+    def attention_rate(self) -> float:
+        return self.flops * self.attention_share
+
+    @property
+    def memory_rate(self) -> float:
+        return self.bandwidth * self.bandwidth_share
+
+    def link_rate(self, ranks: int) -> float:
+        """Bytes/s of one GPU in a collective over `ranks` neighbours: inside a node, or through the network."""
+        return self.link * self.link_share if ranks <= self.node else self.network * self.network_share
+
+
+MACHINES: dict[str, Machine] = {
+    machine.name: machine
+    for machine in (
+        Machine("a100", 312e12, 80 * GIB, 2.04e12, 300e9, 25e9),
+        Machine("h20", 148e12, 96 * GIB, 4.0e12, 450e9, 50e9, product_share=0.85, attention_share=0.60),
+        Machine("h100", 989e12, 80 * GIB, 3.35e12, 450e9, 50e9),
+        Machine("h200", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+        Machine("b200", 2250e12, 180e9, 8.0e12, 900e9, 50e9),
+        Machine("gb200", 2500e12, 186e9, 8.0e12, 900e9, 100e9, node=72),
+    )
+}
+
+
+def machine_of(name: str, calibration: Path | None = None) -> Machine:
+    """A machine by name; with a file of `benchmarks/calibrate.py` what was measured replaces what was assumed.
+
+    Raises UserError for an unknown name or a file that is no calibration."""
+    known = {field.name for field in dataclasses.fields(Machine)}
+    measured: dict = {}
+    if calibration is not None:
+        try:
+            measured = json.loads(calibration.read_text(encoding="utf-8"))["machine"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"plan: {calibration} is no calibration ({error}): make it with python -m benchmarks.calibrate FILE"
+            ) from None
+        unknown = sorted(set(measured) - known)
+        if unknown:
+            raise UserError(f"plan: {calibration} has {', '.join(unknown)}: expected {', '.join(sorted(known))}")
+    if name in MACHINES:
+        return dataclasses.replace(MACHINES[name], **measured)
+    if measured.get("name") == name:
+        return Machine(**measured)
+    raise UserError(f"plan: no machine {name!r}: expected --gpu {', '.join(MACHINES)}, or one that --calibration names")

@@ -1,0 +1,98 @@
+"""How a model and its engines are laid over GPUs, and why a layout cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_srpo.plan.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to use the GPUs. Sizes are ranks; training ranks are tensor · pipeline · context · data."""
+
+    gpus: int  # all of them, engines' own included
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1  # pieces of a pipeline stage
+    context: int = 1
+    expert: int = 1  # ranks that share a layer's experts
+    expert_tensor: int = 1
+    recompute: str = "none"  # none, selective (the MLP), full
+    recompute_layers: int = 0  # of each stage's piece; 0: all
+    max_tokens: int = 18432  # of a packed row on one rank
+    engine_tensor: int = 1  # ranks of an engine
+    engine_gpus: int = 0  # GPUs that only generate; 0: engines are in the training ranks
+    engine_memory: float = 0.5  # a colocated engine's share of a GPU
+    engine_sleeps: bool = False  # its memory is free while training
+    shadow_on_host: bool = False  # the teacher's average is in host memory
+    dtype_bytes: int = 2  # of weights and activations
+
+    @property
+    def training_gpus(self) -> int:
+        return self.gpus - self.engine_gpus
+
+    @property
+    def copy(self) -> int:
+        """Ranks of one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        return self.training_gpus // self.copy
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1
+
+    @property
+    def sharding(self) -> int:
+        """Ranks over which the optimizer's state of ordinary parameters is spread."""
+        return self.data * self.context
+
+    @property
+    def expert_sharding(self) -> int:
+        """The same of experts' parameters."""
+        return max(1, self.training_gpus // (self.expert * self.expert_tensor * self.pipeline))
+
+    @property
+    def colocated(self) -> bool:
+        return self.engine_gpus == 0
+
+    @property
+    def engines(self) -> int:
+        return (self.engine_gpus or self.gpus) // self.engine_tensor
+
+    def name(self) -> str:
+        """Like "TP4 PP2 DP8, full recompute, engines TP1 colocated"."""
+        parts = [("TP", self.tensor), ("PP", self.pipeline), ("VPP", self.virtual), ("CP", self.context),
+                 ("EP", self.expert), ("DP", self.data)]  # fmt: skip
+        shown = " ".join(f"{key}{size}" for key, size in parts if size > 1 or key in ("TP", "DP"))
+        where = "colocated" if self.colocated else f"on {self.engine_gpus} own GPUs"
+        extras = [f"{self.recompute} recompute"] if self.recompute != "none" else []
+        extras += ["shadow on host"] if self.shadow_on_host else []
+        return ", ".join([shown, *extras, f"engines TP{self.engine_tensor} {where}"])
+
+
+def impossible(layout: Layout, arch: Architecture) -> Iterator[str]:
+    """Why the model cannot be cut so. The same rules as the trainer's check, in a search's own words."""
+    if layout.training_gpus % layout.copy:
+        yield f"{layout.copy} ranks a copy do not divide {layout.training_gpus} GPUs"
+    for what, size in (("heads", arch.heads), ("key-value heads", arch.groups), ("intermediate size", arch.ffn)):
+        if size % layout.tensor:
+            yield f"TP {layout.tensor} does not divide {size} {what}"
+    if arch.layers % (layout.pipeline * layout.virtual):
+        yield f"PP {layout.pipeline} × VPP {layout.virtual} does not divide {arch.layers} layers"
+    if arch.experts:
+        ranks = layout.expert * layout.expert_tensor
+        if arch.experts % layout.expert:
+            yield f"EP {layout.expert} does not divide {arch.experts} experts"
+        if layout.training_gpus % (ranks * layout.pipeline):
+            yield f"EP {layout.expert} does not divide a stage's {layout.training_gpus // layout.pipeline} ranks"
+    elif layout.expert > 1:
+        yield "EP without experts"
+    if arch.heads % layout.engine_tensor or (arch.groups % layout.engine_tensor and layout.engine_tensor % arch.groups):
+        yield f"engine TP {layout.engine_tensor} does not divide {arch.heads} heads"
+    if (layout.engine_gpus or layout.gpus) % layout.engine_tensor:
+        yield f"engine TP {layout.engine_tensor} does not divide its GPUs"

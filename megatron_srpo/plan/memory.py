@@ -1,0 +1,175 @@
+"""Memory of one GPU, line by line: what stays, and what each phase of an iteration adds.
+
+    weights      the model's dtype, in Megatron DDP's parameter buffer
+    gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), whole on every data-parallel rank
+    optimizer    fp32 main parameters (bf16 models only: fp32 ones are views of the weights) and Adam's two moments, spread
+                 over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020)
+    shadow       the teacher's fp32 average, in the optimizer's own sharding
+    activations  activations.py          head          hidden states, logits and log-probs of the last stage
+    engine …     a colocated vLLM's share of the GPU: weights, KV cache, its own activations
+    publish      one bucket gathered, this rank's part of it, and the full tensors of one parameter (bridge/export.py)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_srpo.plan.activations import LOGITS_MIB, stage_activations
+from megatron_srpo.plan.architecture import Architecture
+from megatron_srpo.plan.hardware import Machine
+from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.workload import Workload
+
+BUCKET_BYTES = 256 * 2**20  # of a publish
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters of one rank: those that all data-parallel ranks share, and its experts'."""
+
+    ordinary: int
+    experts: int
+
+    @property
+    def whole(self) -> int:
+        return self.ordinary + self.experts
+
+
+def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> StageParameters:
+    """Parameters of a rank of pipeline stage `stage` (0 …): projections split over tensor-parallel ranks, norms and
+    routers whole, experts over expert-parallel ranks; the embedding on the first stage, and again on the last."""
+    t, layers = layout.tensor, arch.layers // layout.pipeline
+    bias = (arch.query + 2 * arch.key if arch.qkv_bias else 0) // t
+    layer = (arch.attention_matrices + arch.mlp_matrices) // t + bias + arch.small_vectors + arch.experts * arch.hidden
+    vocabulary = math.ceil(arch.vocab / t) * arch.hidden
+    first, last = stage == 0, stage == layout.pipeline - 1
+    ordinary = layers * layer + (vocabulary if first else 0)
+    if last:
+        ordinary += arch.hidden + (0 if arch.tied and first else vocabulary)
+    experts = layers * arch.experts // layout.expert * (arch.expert_matrices // layout.expert_tensor)
+    return StageParameters(ordinary, experts)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the fullest GPU of one role. `lines` always add up to `total`, a phase's largest."""
+
+    lines: dict[str, float]
+    limit: float
+    kv_cache: float  # of one engine rank's KV cache, a line where it is colocated
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return sum(self.lines.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.limit and not self.notes
+
+
+def persistent_lines(
+    arch: Architecture, layout: Layout, stage: int, *, shadows: int = 1, sharding: tuple[int, int] | None = None
+) -> dict[str, float]:
+    """Bytes of weights, gradients, optimizer and shadows (the EMA teacher, a reference policy) on a rank of a stage."""
+    part = stage_parameters(arch, layout, stage)
+    by, experts_by = sharding or (layout.sharding, layout.expert_sharding)
+    shard = part.ordinary / by + part.experts / experts_by
+    main = 4 if layout.dtype_bytes == 2 else 0
+    return {
+        "weights": layout.dtype_bytes * part.whole,
+        "gradients": 4.0 * part.whole,
+        "optimizer": (main + 8) * shard,
+        "shadow": 0.0 if layout.shadow_on_host else 4.0 * shard * shadows,
+    }
+
+
+def engine_weights(arch: Architecture, layout: Layout) -> float:
+    """Bytes of an engine rank's weights. vLLM has a tied head once."""
+    return layout.dtype_bytes * arch.parameters / layout.engine_tensor
+
+
+def kv_bytes_a_token(arch: Architecture, layout: Layout) -> float:
+    """Keys and values of all layers on one engine rank; key-value heads are repeated where there are more ranks."""
+    groups = max(1.0, arch.groups / layout.engine_tensor)
+    return 2 * arch.layers * groups * arch.head_dim * layout.dtype_bytes
+
+
+def publish_bytes(arch: Architecture, layout: Layout) -> float:
+    """A bucket gathered and this rank's part of it; the embedding, if larger, is a bucket of its own; then the full
+    tensors of one parameter. Without tensor and pipeline parallelism tensors are views."""
+    if layout.tensor == layout.pipeline == layout.expert == 1:
+        return 0.0
+    largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn)) * layout.dtype_bytes
+    gathered = max(BUCKET_BYTES, largest)
+    return gathered * (1 + 1 / layout.tensor) + largest
+
+
+def training_memory(
+    arch: Architecture, layout: Layout, workload: Workload, machine: Machine, *, rows: int, path: str = "te",
+    logits_mib: int = LOGITS_MIB,
+) -> MemoryPlan:  # fmt: skip
+    """The fullest pipeline stage of a training GPU; `rows` packed rows a data-parallel rank and optimiser step."""
+    plans = [
+        _stage_memory(arch, layout, workload, machine, stage, rows, path, logits_mib)
+        for stage in sorted({0, layout.pipeline - 1})
+    ]
+    return max(plans, key=lambda plan: plan.total)
+
+
+def _stage_memory(
+    arch: Architecture, layout: Layout, workload: Workload, machine: Machine, stage: int, rows: int, path: str,
+    logits_mib: int,
+) -> MemoryPlan:  # fmt: skip
+    ids = 1 + (workload.topk if workload.distilled > 0 else 0)
+    held, head = stage_activations(
+        arch, layout, stage, layout.max_tokens, rows, path=path, ids=ids, logits_mib=logits_mib
+    )
+    width = math.ceil(arch.vocab / layout.tensor) * layout.dtype_bytes * layout.max_tokens
+    if stage == layout.pipeline - 1:  # logits in pieces exist in the backward pass; candidates of the top-k pass
+        head += min(width, logits_mib * 2**20) if width > logits_mib * 2**20 else 0
+    lines = persistent_lines(arch, layout, stage)
+    lines |= {"activations": held, "loss and logits": head, "publish": 0.0}
+    cache, notes, engine = 0.0, [], {}
+    if layout.colocated:
+        parts = {"engine weights": engine_weights(arch, layout), "engine work": engine_activations(arch, layout)}
+        cache = layout.engine_memory * machine.memory - sum(parts.values())
+        notes = cache_problem(arch, layout, workload, cache)
+        engine = {} if layout.engine_sleeps else parts | {"KV cache": max(0.0, cache)}
+    publishing = publish_bytes(arch, layout) + (engine_weights(arch, layout) if layout.engine_sleeps else 0.0)
+    if publishing > held + head:  # the two phases do not overlap
+        lines |= {"activations": 0.0, "loss and logits": 0.0, "publish": publishing}
+    lines["fragmentation"] = machine.fragmentation * sum(lines.values())
+    lines |= engine
+    lines["reserved"] = machine.reserved
+    return MemoryPlan(lines, machine.memory, max(0.0, cache), notes)
+
+
+def engine_activations(arch: Architecture, layout: Layout, batch_tokens: int = 8192) -> float:
+    """vLLM's own working memory: a prefill batch's widest layer and the logits of its sequences (its profile run), and
+    captured CUDA graphs. An estimate."""
+    width = max(arch.ffn, arch.experts_per_token * arch.expert_ffn)
+    step = batch_tokens * (4 * arch.hidden + 3 * width / layout.engine_tensor) * layout.dtype_bytes
+    return step + 256 * arch.vocab * 4 * 2 + 1.0 * 2**30
+
+
+def cache_problem(arch: Architecture, layout: Layout, workload: Workload, cache: float) -> list[str]:
+    """Why the engine's KV cache cannot work."""
+    longest = workload.prompt_max + workload.response_max
+    if cache < longest * kv_bytes_a_token(arch, layout):
+        return [
+            f"engine TP{layout.engine_tensor}: {max(0.0, cache) / 2**30:.1f} GiB are left for the KV cache, one response "
+            f"of {longest} tokens needs {longest * kv_bytes_a_token(arch, layout) / 2**30:.1f}"
+        ]
+    return []
+
+
+def engine_memory(arch: Architecture, layout: Layout, workload: Workload, machine: Machine) -> MemoryPlan:
+    """A GPU that only generates."""
+    budget = 0.9 * machine.memory
+    weights, working = engine_weights(arch, layout), engine_activations(arch, layout)
+    cache = budget - weights - working
+    lines = {"weights": weights, "engine work": working, "KV cache": max(0.0, cache)}
+    lines["publish"] = float(max(BUCKET_BYTES, arch.vocab * arch.hidden * layout.dtype_bytes))
+    return MemoryPlan(lines, machine.memory, max(0.0, cache), cache_problem(arch, layout, workload, cache))

@@ -1,0 +1,78 @@
+"""What an iteration consists of: how many prompts, how long their responses, how many are distilled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+QUANTILES = 64  # a length distribution is represented by so many equally likely lengths
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One iteration. Lengths are tokens. Defaults are the paper's recipe (arXiv 2604.02288) where it gives them;
+    response lengths, which it does not give, are an assumption."""
+
+    prompts: int = 32
+    samples: int = 8  # responses a prompt
+    prompt_mean: int = 400
+    prompt_max: int = 2048
+    response_mean: int = 2000
+    response_max: int = 8192
+    response_sigma: float = 0.8  # of the logarithm of a length
+    teacher_prompt_max: int = 10240  # question and demonstration
+    distilled: float = 0.3  # share of samples; falls during a run
+    steps: int = 1  # optimiser steps an iteration
+    topk: int = 100
+    iterations: int = 475  # the paper's 10 hours at 75.8 s
+    packing: float = 0.97  # useful tokens of packed rows
+    imbalance: float = 0.03  # slowest data-parallel rank above the mean
+
+    @property
+    def rollouts(self) -> int:
+        return self.prompts * self.samples
+
+    def response_lengths(self) -> list[int]:
+        """QUANTILES equally likely response lengths: log-normal, cut at the maximum, with about the wanted mean."""
+        normal, sigma = NormalDist(), self.response_sigma
+        levels = [normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
+        wanted = min(self.response_mean, self.response_max)
+
+        def lengths(centre: float) -> list[int]:
+            return [min(self.response_max, max(1, round(math.exp(centre + sigma * level)))) for level in levels]
+
+        low, high = 0.0, math.log(self.response_max) + 6 * sigma
+        for _ in range(50):  # the cut moves the mean: find the centre that gives it back
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(lengths(middle)) < wanted * QUANTILES else (low, middle)
+        return lengths(high)
+
+    @property
+    def student_tokens(self) -> float:
+        """Tokens of all samples of an iteration, prompts included."""
+        return self.rollouts * (self.prompt_mean + _mean(self.response_lengths()))
+
+    @property
+    def teacher_tokens(self) -> float:
+        """Tokens of the distilled samples under the teacher's prompts: question, a sibling's response, own response."""
+        response = _mean(self.response_lengths())
+        demonstration = min(response, self.teacher_prompt_max - self.prompt_mean)
+        return self.distilled * self.rollouts * (self.prompt_mean + demonstration + response)
+
+    def mean_context(self, *, teacher: bool = False) -> float:
+        """Σ n² / Σ n over sequences of n tokens: twice the keys that a token of causal attention sees on average."""
+        response = self.response_lengths()
+        demonstration = min(_mean(response), self.teacher_prompt_max - self.prompt_mean) if teacher else 0.0
+        whole = [self.prompt_mean + demonstration + length for length in response]
+        return sum(n * n for n in whole) / sum(whole)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest sequence that a packed row must hold."""
+        teacher = self.teacher_prompt_max if self.distilled > 0 else self.prompt_max
+        return max(self.prompt_max, teacher) + self.response_max
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values)
