@@ -4,8 +4,8 @@ The terms are what autograd saves of `mcore/`'s layers, tensor by tensor, seen t
 0.16.1). Path "local", Megatron's own layers on torch SDPA, is checked against measured bytes in tests. Path "te",
 Transformer Engine's fused layers, is derived from what those keep for their backward pass and has not been measured.
 
-Legend, per token: H hidden, q queries, k keys (values are as many), f MLP width, w bytes of an element, t tensor-parallel
-ranks, s ranks that split norms and residuals (t under sequence parallelism, else 1).
+Legend, per token: H hidden, q queries, k keys (values are as many), f MLP width, w bytes of an element, t ranks of
+tensor parallelism, s ranks that split norms and residuals (t under sequence parallelism, else 1).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, id
 
 
 def in_flight(layout: Layout, stage: int, rows: int) -> float:
-    """Rows whose activations a stage holds at once, in units of its whole stack of layers (Megatron's 1F1B schedule, and
-    its interleaved one: warm-up passes of `get_pp_rank_microbatches`, and the one that runs)."""
+    """Rows whose activations a stage holds at once, in units of its stack of layers (Megatron's 1F1B schedule, and its
+    interleaved one: warm-up passes of `get_pp_rank_microbatches`, and the one that runs)."""
     if layout.pipeline == 1:
         return 1.0
     behind = layout.pipeline - stage - 1
@@ -97,7 +97,7 @@ def stage_activations(
     arch: Architecture, layout: Layout, stage: int, tokens: int, rows: int, *, path: str, ids: int = 1,
     logits_mib: int = LOGITS_MIB, padding: float = 1.0,
 ) -> tuple[float, float]:  # fmt: skip
-    """(peak bytes of layers, of the head) on a pipeline stage while `rows` rows of `tokens` local tokens are trained."""
+    """(peak bytes of layers, of the head) on a stage while `rows` rows of `tokens` local tokens are trained."""
     layer = layer_bytes(arch, layout, path=path, padding=padding)
     layers = arch.layers // layout.pipeline
     again = 0 if layout.recompute == "none" else layers

@@ -159,4 +159,6 @@ def read_architecture(model: str) -> tuple[Architecture, dict[str, Any]]:
         hf = json.loads(file.read_text(encoding="utf-8"))
         return Architecture.from_hf(hf, Path(model).name), hf
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"plan: {file} does not describe a decoder ({error!r}). Expected a model's config.json.") from None
+        raise UserError(
+            f"plan: {file} does not describe a decoder ({error!r}). Expected a model's config.json."
+        ) from None

@@ -15,6 +15,7 @@ to the objective"), and are added.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from dataclasses import dataclass
@@ -137,7 +138,9 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
     for count, ranks in ((part.ordinary, layout.sharding), (part.experts, layout.expert_sharding)):
         if ranks > 1 and count:
             spread = machine.link_rate(ranks * (layout.tensor if count == part.ordinary else 1))
-            seconds += (ranks - 1) / ranks * count * (4 + layout.dtype_bytes) / spread + 2 * machine.latency * ranks**0.5
+            seconds += (ranks - 1) / ranks * count * (
+                4 + layout.dtype_bytes
+            ) / spread + 2 * machine.latency * ranks**0.5
     shard = part.ordinary / layout.sharding + part.experts / layout.expert_sharding
     return seconds, (4 * part.whole + 34 * shard) / machine.memory_rate
 
@@ -169,9 +172,14 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
     return seconds + 2 * engine_weights(arch, layout) / machine.memory_rate + tensors * 2 * machine.latency
 
 
-def generate_seconds(arch: Architecture, layout: Layout, machine: Machine, workload: Workload, cache: float) -> float:
-    """One engine's share of the iteration: prefill of each prompt once (its samples share the prefix), then decoding."""
-    mine = workload.rollouts / layout.engines
+@functools.lru_cache(4096)
+def generate_seconds(
+    arch: Architecture, machine: Machine, workload: Workload, engines: int, tensor: int, itemsize: int, cache: float
+) -> float:
+    """One of `engines` engines' share of the iteration, on `tensor` ranks with `cache` bytes of KV cache each: prefill of
+    each prompt once (its samples share the prefix), then decoding."""
+    layout = Layout(gpus=tensor, engine_tensor=tensor, dtype_bytes=itemsize)
+    mine = workload.rollouts / engines
     responses = workload.response_lengths()
     count = max(1, min(QUANTILES, round(mine)))  # lengths that stand for the engine's sequences, the longest among them
     responses = [responses[QUANTILES - 1 - (QUANTILES - 1) * i // max(1, count - 1)] for i in range(count)]
@@ -243,7 +251,9 @@ def iteration_time(
     train, talk, rows = pass_seconds(arch, layout, machine, workload, students, **given)
     reduce, adam = optimizer_seconds(arch, layout, machine)
     lines = {
-        "generate": generate_seconds(arch, layout, machine, workload, cache),
+        "generate": generate_seconds(
+            arch, machine, workload, layout.engines, layout.engine_tensor, layout.dtype_bytes, cache
+        ),
         "driver": driver_seconds(workload),
         "score": 0.0,
         "teacher": 0.0,

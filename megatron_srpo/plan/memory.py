@@ -1,13 +1,13 @@
 """Memory of one GPU, line by line: what stays, and what each phase of an iteration adds.
 
-    weights      the model's dtype, in Megatron DDP's parameter buffer
-    gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), whole on every data-parallel rank
-    optimizer    fp32 main parameters (bf16 models only: fp32 ones are views of the weights) and Adam's two moments, spread
-                 over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020)
-    shadow       the teacher's fp32 average, in the optimizer's own sharding
-    activations  activations.py          head          hidden states, logits and log-probs of the last stage
-    engine …     a colocated vLLM's share of the GPU: weights, KV cache, its own activations
-    publish      one bucket gathered, this rank's part of it, and the full tensors of one parameter (bridge/export.py)
+weights      the model's dtype, in Megatron DDP's parameter buffer
+gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), whole on every data-parallel rank
+optimizer    fp32 main parameters (bf16 models only: fp32 ones are views of the weights) and Adam's two moments, spread
+             over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020)
+shadow       the teacher's fp32 average, in the optimizer's own sharding
+activations  activations.py          head          hidden states, logits and log-probs of the last stage
+engine …     a colocated vLLM's share of the GPU: weights, KV cache, its own activations
+publish      one bucket gathered, this rank's part of it, and the full tensors of one parameter (bridge/export.py)
 """
 
 from __future__ import annotations

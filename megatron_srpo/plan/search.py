@@ -116,9 +116,7 @@ def overshoot(candidate: Candidate) -> float:
     return max(plan.total - plan.limit for plan in plans) + (1e12 if any(plan.notes for plan in plans) else 0)
 
 
-def layouts(
-    arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int
-) -> Iterator[Layout]:
+def layouts(arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int) -> Iterator[Layout]:
     """Every layout worth a look: tensor parallelism inside a node, pieces of a stage up to four."""
     for training, engine_gpus in [(gpus, 0), *((gpus - gpus // part, gpus // part) for part in SPLITS)]:
         if training < 1 or (engine_gpus == 0 and training != gpus):

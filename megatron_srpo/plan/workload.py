@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -33,20 +35,9 @@ class Workload:
     def rollouts(self) -> int:
         return self.prompts * self.samples
 
-    def response_lengths(self) -> list[int]:
-        """QUANTILES equally likely response lengths: log-normal, cut at the maximum, with about the wanted mean."""
-        normal, sigma = NormalDist(), self.response_sigma
-        levels = [normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
-        wanted = min(self.response_mean, self.response_max)
-
-        def lengths(centre: float) -> list[int]:
-            return [min(self.response_max, max(1, round(math.exp(centre + sigma * level)))) for level in levels]
-
-        low, high = 0.0, math.log(self.response_max) + 6 * sigma
-        for _ in range(50):  # the cut moves the mean: find the centre that gives it back
-            middle = (low + high) / 2
-            low, high = (middle, high) if sum(lengths(middle)) < wanted * QUANTILES else (low, middle)
-        return lengths(high)
+    def response_lengths(self) -> tuple[int, ...]:
+        """QUANTILES equally likely response lengths, shortest first."""
+        return log_normal_lengths(min(self.response_mean, self.response_max), self.response_max, self.response_sigma)
 
     @property
     def student_tokens(self) -> float:
@@ -74,5 +65,20 @@ class Workload:
         return max(self.prompt_max, teacher) + self.response_max
 
 
-def _mean(values: list[int]) -> float:
+@functools.cache
+def log_normal_lengths(mean: int, longest: int, sigma: float) -> tuple[int, ...]:
+    """QUANTILES equally likely lengths of a log-normal distribution, cut at `longest`, with about the wanted mean."""
+    levels = [NormalDist().inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
+
+    def lengths(centre: float) -> tuple[int, ...]:
+        return tuple(min(longest, max(1, round(math.exp(centre + sigma * level)))) for level in levels)
+
+    low, high = 0.0, math.log(longest) + 6 * sigma
+    for _ in range(50):  # the cut moves the mean: find the centre that gives it back
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(lengths(middle)) < mean * QUANTILES else (low, middle)
+    return lengths(high)
+
+
+def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
