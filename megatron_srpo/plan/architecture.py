@@ -152,8 +152,8 @@ def read_architecture(model: str) -> tuple[Architecture, dict[str, Any]]:
         near = difflib.get_close_matches(model, SHIPPED, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"plan: {model!r} is no folder with a config.json, and no shipped name.{hint} Expected a Hugging Face folder "
-            f"(its weights are not read), or one of {', '.join(SHIPPED)}."
+            f"plan: {model!r} is no folder with a config.json, and no shipped name.{hint} Expected a Hugging Face "
+            f"folder (its weights are not read), or one of {', '.join(SHIPPED)}."
         )
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))

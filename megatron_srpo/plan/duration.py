@@ -1,16 +1,16 @@
 """Time of one iteration, line by line, from FLOPs, bytes and a machine's rates.
 
-    products     2 · parameters · tokens a pass; the backward pass is two of them (Narayanan et al. 2021, §5.1), and a full
-                 recompute one more forward
+    products     2 · parameters · tokens a pass; the backward pass is two of them (Narayanan et al. 2021, §5.1), and a
+                 full recompute one more forward
     attention    2 · queries · context a token and layer for both products of causal attention
     elementwise  every saved activation is written once, read once, and its gradient passes by
     collectives  ring bounds: (n − 1)/n of the bytes for a gather or a scatter, twice that for a reduction
     pipeline     rows + (stages − 1)/pieces, times the slowest stage (Narayanan et al. 2021, §2.2)
-    generation   every step reads the weights and the keys and values of all running sequences (Pope et al. 2022), from a
-                 queue of sequences that fill the engine's slots
+    generation   every step reads the weights and the keys and values of all running sequences (Pope et al. 2022),
+                 from a queue of sequences that fill the engine's slots
 
-Gradient reduction and parameter gathering are not overlapped with computation (docs/design-notes.md, "The LM head belongs
-to the objective"), and are added.
+Gradient reduction and parameter gathering are not overlapped with computation (docs/design-notes.md, "The LM head
+belongs to the objective"), and are added.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, stage_pa
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 MAX_SEQUENCES = 256  # rollout.max_num_seqs' default
-# The driver, measured by benchmarks/driver.py on one core: seconds a rollout (routing, planning) and a token (pickling).
+# The driver, by benchmarks/driver.py on one core: seconds a rollout (routing, planning) and a token (pickling).
 DRIVER_ROLLOUT, DRIVER_TOKEN = 1.1e-4, 4e-9
 GATHER_RATE = 1e9  # bytes/s of token ids, log-probs and text to the driver, over gloo on Ethernet
 
@@ -155,8 +155,8 @@ def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
 
 
 def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Broadcast over stages and gather over tensor-parallel (and expert-parallel) ranks, bucket after bucket; then copies
-    into the engine. Every training rank receives the whole model."""
+    """Broadcast over stages and gather over tensor-parallel (and expert-parallel) ranks, bucket after bucket; then
+    copies into the engine. Every training rank receives the whole model."""
     whole, t = layout.dtype_bytes * arch.parameters, layout.tensor
     experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
     ordinary, split = whole - experts, layout.expert * layout.expert_tensor
@@ -176,8 +176,8 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
 def generate_seconds(
     arch: Architecture, machine: Machine, workload: Workload, engines: int, tensor: int, itemsize: int, cache: float
 ) -> float:
-    """One of `engines` engines' share of the iteration, on `tensor` ranks with `cache` bytes of KV cache each: prefill of
-    each prompt once (its samples share the prefix), then decoding."""
+    """One of `engines` engines' share of the iteration, on `tensor` ranks with `cache` bytes of KV cache each: prefill
+    of each prompt once (its samples share the prefix), then decoding."""
     layout = Layout(gpus=tensor, engine_tensor=tensor, dtype_bytes=itemsize)
     mine = workload.rollouts / engines
     responses = workload.response_lengths()
@@ -195,8 +195,8 @@ def _decode(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, responses: list[int], weight: float,
     slots: float,
 ) -> float:  # fmt: skip
-    """Continuous batching: finished sequences make room for waiting ones, in an order that knows no lengths. Each of the
-    lengths stands for `weight` sequences."""
+    """Continuous batching: finished sequences make room for waiting ones, in an order that knows no lengths. Each of
+    the lengths stands for `weight` sequences."""
     each = kv_bytes_a_token(arch, layout)
     stride = next(step for step in (37, 31, 29, 23, 1) if math.gcd(step, len(responses)) == 1)
     waiting = [responses[i * stride % len(responses)] for i in range(len(responses))]

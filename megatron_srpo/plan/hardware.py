@@ -1,7 +1,7 @@
 """What machines can do: published peaks, and the shares of them that are assumed or were measured.
 
-Peaks are the vendors' data sheets' (dense bf16, no sparsity). Efficiencies are assumptions until `benchmarks/calibrate.py`
-has measured them on the machine at hand; every prediction names which they are.
+Peaks are the vendors' data sheets' (dense bf16, no sparsity). Efficiencies are assumptions until benchmarks/calibrate.py
+has measured them on the machine at hand; a prediction names which they are.
 """
 
 from __future__ import annotations

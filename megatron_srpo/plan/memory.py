@@ -159,8 +159,8 @@ def cache_problem(arch: Architecture, layout: Layout, workload: Workload, cache:
     longest = workload.prompt_max + workload.response_max
     if cache < longest * kv_bytes_a_token(arch, layout):
         return [
-            f"engine TP{layout.engine_tensor}: {max(0.0, cache) / 2**30:.1f} GiB are left for the KV cache, one response "
-            f"of {longest} tokens needs {longest * kv_bytes_a_token(arch, layout) / 2**30:.1f}"
+            f"engine TP{layout.engine_tensor}: {max(0.0, cache) / 2**30:.1f} GiB are left for the KV cache, one "
+            f"response of {longest} tokens needs {longest * kv_bytes_a_token(arch, layout) / 2**30:.1f}"
         ]
     return []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -55,8 +54,7 @@ class Workload:
         """Σ n² / Σ n over sequences of n tokens: twice the keys that a token of causal attention sees on average."""
         response = self.response_lengths()
         demonstration = min(_mean(response), self.teacher_prompt_max - self.prompt_mean) if teacher else 0.0
-        whole = [self.prompt_mean + demonstration + length for length in response]
-        return sum(n * n for n in whole) / sum(whole)
+        return _mean_context(response, self.prompt_mean + demonstration)
 
     @property
     def longest_row(self) -> int:
@@ -80,5 +78,12 @@ def log_normal_lengths(mean: int, longest: int, sigma: float) -> tuple[int, ...]
     return lengths(high)
 
 
-def _mean(values: Sequence[int]) -> float:
+@functools.cache
+def _mean_context(responses: tuple[int, ...], prompt: float) -> float:
+    whole = [prompt + length for length in responses]
+    return sum(n * n for n in whole) / sum(whole)
+
+
+@functools.cache
+def _mean(values: tuple[int, ...]) -> float:
     return sum(values) / len(values)
