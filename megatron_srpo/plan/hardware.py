@@ -1,6 +1,6 @@
 """What machines can do: published peaks, and the shares of them that are assumed or were measured.
 
-Peaks are the vendors' data sheets' (dense bf16, no sparsity). Efficiencies are assumptions until benchmarks/calibrate.py
+Peaks are those of the vendors' data sheets (dense bf16). Efficiencies are assumptions until benchmarks/calibrate.py
 has measured them on the machine at hand; a prediction names which they are.
 """
 
