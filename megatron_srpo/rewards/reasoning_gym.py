@@ -13,6 +13,7 @@ from typing import Any
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from megatron_srpo.rewards.gym_guard import disarm, is_safe
 from megatron_srpo.rewards.registry import RewardError, Verdict, register
 from megatron_srpo.rewards.tags import last_tagged
 
@@ -23,13 +24,16 @@ ANSWER_LIMIT = 20_000  # characters
 def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
     """The library's score (0 … 1) of the text between the last `<answer>` and `</answer>`."""
     entry = _entry(answer, metadata)
-    scorer = _scorer(_dataset(entry, metadata))
+    dataset = _dataset(entry, metadata)
+    scorer = _scorer(dataset)
     given = last_tagged(response, "answer")
     if given is None:
         return Verdict(0.0, "The response has no <answer>…</answer>.", False)
     well_formed = response.rstrip().endswith("</answer>")
     if len(given) > ANSWER_LIMIT:
         return Verdict(0.0, "The answer is far too long.", well_formed)
+    if not is_safe(dataset, given):
+        return Verdict(0.0, "The answer is not an arithmetic expression.", well_formed)
     value = float(scorer(given, entry))
     feedback = None if value >= 1 else f"The answer {given[:200]!r} is not fully correct."
     return Verdict(value, feedback, well_formed, given)
@@ -58,4 +62,5 @@ def _dataset(entry: dict[str, Any], metadata: dict[str, Any]) -> str:
 
 @cache
 def _scorer(dataset: str) -> Any:
+    disarm(dataset)
     return reasoning_gym.get_score_answer_fn(dataset)
