@@ -59,8 +59,8 @@ class Job:
 
     @property
     def port(self) -> int:
-        """The first of the ports that this job uses on its first node; other jobs there have others."""
-        return FIRST_PORT + 10 * int(self.job_id) % PORTS
+        """The first of the ports that this job uses on a node; other jobs, and the attempt before, have others."""
+        return FIRST_PORT + (10 * int(self.job_id) + 5 * (self.restarts % 2)) % PORTS
 
     @property
     def logs(self) -> Path:

@@ -1,4 +1,5 @@
-"""The configurations behind the scripts: the paper's numbers, on a layout that the architecture and the nodes allow."""
+"""The configurations behind the scripts: the paper's numbers, on a layout that the architecture, the nodes, and the
+memory of 80 GB GPUs allow."""
 
 from __future__ import annotations
 
@@ -7,39 +8,58 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo.config import check, load_config
-from tests.unit.test_config_check import QWEN3_8B
-from tests.unit.test_examples_science import PAPER, QWEN3_4B
+from megatron_srpo.config import Config, check, load_config
+from megatron_srpo.plan import SHIPPED, Layout, Workload, evaluate, machine_of, read_architecture
+from tests.unit.test_examples_science import PAPER
 
 ROOT = Path(__file__).parents[2]
-# What the config.json of each model says, where it differs from Qwen3-8B's.
-ARCHITECTURES = {
-    "8b": QWEN3_8B,
-    "4b": QWEN3_4B,
-    "32b": QWEN3_8B | {
-        "num_hidden_layers": 64, "hidden_size": 5120, "num_attention_heads": 64, "intermediate_size": 25600,
-    },
-}  # fmt: skip
+MODELS = {name.removeprefix("Qwen3-").lower().replace("-", "_"): name for name in SHIPPED}
+SIZES = sorted(path.stem.removeprefix("srpo_qwen3_") for path in (ROOT / "slurm").glob("srpo_*.sh"))
 
 
-def test_every_script_has_its_architecture_here():
-    scripts = {path.stem.removeprefix("srpo_qwen3_") for path in (ROOT / "slurm").glob("srpo_*.sh")}
-    assert scripts == set(ARCHITECTURES)
-
-
-@pytest.mark.parametrize("size", ARCHITECTURES)
-def test_a_scripts_configuration_passes_all_checks_on_its_own_nodes_and_on_twice_as_many(size):
+def nodes_of(size: str) -> int:
+    """What the script asks sbatch for."""
     script = (ROOT / f"slurm/srpo_qwen3_{size}.sh").read_text()
-    nodes = int(re.search(r"^#SBATCH --nodes=(\d+)$", script, re.MULTILINE)[1])
-    config = load_config(ROOT / f"examples/science/srpo_qwen3_{size}.toml")
-    check(config, ARCHITECTURES[size], 8 * nodes)
-    check(config, ARCHITECTURES[size], 16 * nodes)
+    return int(re.search(r"^#SBATCH --nodes=(\d+)$", script, re.MULTILINE)[1])
 
 
-@pytest.mark.parametrize("size", ARCHITECTURES)
+def configuration(size: str) -> Config:
+    return load_config(ROOT / f"examples/science/srpo_qwen3_{size}.toml")
+
+
+def layout_of(config: Config, gpus: int) -> Layout:
+    parallel, rollout = config.parallel, config.rollout
+    return Layout(
+        gpus=gpus,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+        expert=getattr(parallel, "expert_model_parallel_size", 1),
+        recompute=config.model.recompute,
+        max_tokens=config.train.max_tokens_per_gpu,
+        engine_tensor=rollout.tensor_parallel_size,
+        engine_memory=rollout.gpu_memory_utilization,
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_scripts_configuration_passes_all_checks_on_its_own_nodes_and_on_twice_as_many(size):
+    for nodes in (nodes_of(size), 2 * nodes_of(size)):
+        check(configuration(size), SHIPPED[MODELS[size]], 8 * nodes)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_by_the_planner_it_fits_gpus_of_80_gb(size):
+    arch, _ = read_architecture(MODELS[size])
+    layout = layout_of(configuration(size), 8 * nodes_of(size))
+    found = evaluate(arch, layout, machine_of("h100"), Workload())
+    assert found.memory.fits, (found.memory.lines, found.memory.notes)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_every_size_trains_by_the_papers_numbers(size):
-    config = load_config(ROOT / f"examples/science/srpo_qwen3_{size}.toml")
+    config = configuration(size)
     found = {part: {key: getattr(getattr(config, part), key) for key in keys} for part, keys in PAPER.items()}
     assert found == PAPER
-    assert config.model.path.lower().endswith(f"qwen3-{size.replace('_', '-')}")
+    assert config.model.path == f"runs/models/{MODELS[size]}"
     assert config.run.output_dir == f"runs/srpo-qwen3-{size.replace('_', '-')}"
