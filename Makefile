@@ -15,12 +15,13 @@ SEED ?= 0
 SEEDS ?= 3
 JOBS ?= 1
 ARGS ?=
+MINUTES ?= 60
 
 VENV_PYTHON := .venv/bin/python
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slurm quickstart compare lint format doctor
+.PHONY: help setup test test-slurm quickstart compare soak lint format doctor
 
 help:  ## this list
 	@echo "megatron_srpo. Start with: make quickstart"
@@ -51,6 +52,9 @@ compare: setup  ## GRPO, SDPO, SRPO and mix side by side over seeds (SEEDS=3, JO
 
 doctor: setup  ## what is installed, which device path will be taken, what is missing
 	@$(VENV_PYTHON) -m megatron_srpo doctor
+
+soak: setup  ## the tiny job with faults injected at random; what was lost: nothing (MINUTES=60)
+	@$(VENV_PYTHON) tools/soak.py --minutes '$(MINUTES)' $(ARGS)
 
 lint: setup  ## ruff: rules and formatting
 	@$(VENV_PYTHON) -m ruff check .

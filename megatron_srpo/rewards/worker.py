@@ -79,12 +79,14 @@ def _resolve_all(channel: socket.socket, setup: Setup) -> dict[str, RewardFuncti
 def _serve(channel: socket.socket, functions: dict[str, RewardFunction], timeout_seconds: float) -> None:
     # The driver enforces the time-out. The alarm only ends a worker that hangs after its driver was killed; its default
     # action needs no Python code to run, so that it works inside a C extension too.
-    alarm = math.ceil(timeout_seconds) + ORPHAN_GRACE
+    alarm, worker = math.ceil(timeout_seconds) + ORPHAN_GRACE, os.getpid()
     while (chunk := _receive(channel)) is not None:
         for kind, response, answer, metadata in chunk:
             signal.alarm(alarm)
             result = score_one(functions[kind], response, answer, metadata)
             signal.alarm(0)
+            if os.getpid() != worker:  # a process that the function has forked comes back here too
+                os._exit(0)
             _send(channel, result)
 
 

@@ -47,6 +47,8 @@ def judge(response, answer, metadata):
         open(rest, "w").write(str(child))
         while True:
             pass
+    if word == "fork":
+        return 0.25 if os.fork() else 0.75
     if word == "imports":
         return float(bool({"torch", "vllm", "megatron.core", "transformers", "pydantic"} & set(sys.modules)))
     if word == "nan":
@@ -143,6 +145,11 @@ def test_a_hopeless_expression_is_ended_by_the_time_out():
     with RewardPool(config, ["math"]) as pool:
         rewards = pool.score([RewardTask("math", rf"\boxed{{{text}}}", "3") for text in ("3", "9^{9^{9^{9}}}", "1+2")])
     assert [reward.score for reward in rewards] == [1.0, 0.0, 1.0] and "time-out" in rewards[1].error
+
+
+def test_a_function_that_forks_has_one_result_and_the_next_ones_are_their_own(pool):
+    rewards = pool.score(own(*["fork", "1", "fork", "0.5"] * 10))
+    assert [reward.score for reward in rewards] == [0.25, 1.0, 0.25, 0.5] * 10
 
 
 def test_what_reward_functions_print_reaches_nobody(pool, capfd):
