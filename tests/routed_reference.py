@@ -28,7 +28,48 @@ NAMES = {
 
 def load(folder, dtype=torch.float64):
     """A model; in float64 its loss surface is the truth that every layout is compared with."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **plain).eval()
+
+
+def hub_names(tensors):
+    """Tensors of a transformers model under the names that they have on the hub, where every expert has its own."""
+    named = {}
+    for name, tensor in tensors.items():
+        prefix, fused, kind = name.partition("experts.")
+        if not fused:
+            named[name] = tensor
+            continue
+        for expert, own in enumerate(tensor):
+            parts = (
+                dict(zip(("gate_proj", "up_proj"), own.chunk(2), strict=True))
+                if kind == "gate_up_proj"
+                else {kind: own}
+            )
+            named |= {f"{prefix}experts.{expert}.{part}.weight": value for part, value in parts.items()}
+    return named
+
+
+def put_weights(model, weights):
+    """Load tensors with the hub's names into a transformers model."""
+    with torch.no_grad():
+        for name, target in hub_names(dict(model.named_parameters())).items():
+            target.copy_(weights[name])
+    model.tie_weights()
+
+
+def count_choices(model):
+    """Per layer with experts: a list that gets, with every forward pass, how many tokens each expert got [E]."""
+    counts = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            found = counts[name] = []
+            module.register_forward_hook(
+                lambda router, _, out, found=found: found.append(
+                    out[2].flatten().bincount(minlength=router.num_experts)
+                )
+            )
+    return counts
 
 
 def response_logprobs(model, prompt, response, temperature):

@@ -30,6 +30,17 @@ def folder_shapes(folder: str) -> dict[str, tuple[int, ...]]:
         return {name: shape_of(weights.source(name)) for name in names}
 
 
+def _forget_packed_experts(model: Any) -> None:
+    """On a CPU vLLM packs experts when it makes their kernel, at the first load alone, and copies later weights as they
+    are into the packed ones' place. Without a kernel it makes one, and packs, again."""
+    from vllm.platforms import current_platform
+
+    for layer in model.modules() if current_platform.is_cpu() else ():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 class PublishExtension:
     """Mixed into vLLM's worker by `worker_extension_cls="megatron_srpo.bridge.worker.PublishExtension"`.
 
@@ -64,6 +75,7 @@ class PublishExtension:
             if first[id(parameter)] != name
         }
         self._expected = {name: s for name, s in self._shapes.items() if name not in self._aliases.values()}
+        _forget_packed_experts(model)
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
         self._awaited = {name for name, _ in model.named_parameters()}  # the engine's own, fused names

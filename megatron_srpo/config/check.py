@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config.model_folder import unsupported
+from megatron_srpo.config.model_folder import expert_count, expert_layers, unsupported
 from megatron_srpo.config.schema import Config, ConfigError
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
@@ -230,6 +230,7 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     if problems:  # its numbers may mean something else, or be absent
         return
     yield from _model_split(config, hf)
+    yield from _experts(config, hf)
     vocabulary, longest = hf["vocab_size"], hf["max_position_embeddings"]
     topk, head = config.algorithm.distillation_topk, head_dim(hf)
     if distils(config) and topk > vocabulary:
@@ -253,10 +254,11 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
 
 def _model_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     """Whether heads and layers come out even on every rank, in the trainer and in the engine."""
-    heads, layers, ffn = hf["num_attention_heads"], hf["num_hidden_layers"], hf["intermediate_size"]
+    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    ffn = 0 if all(expert_layers(hf)) else hf["intermediate_size"]  # 0: no layer has it, and every size divides that
     groups = hf.get("num_key_value_heads") or heads
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": ffn}
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups} | ({"intermediate_size": ffn} if ffn else {})
     uneven = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
     if uneven:
         yield (
@@ -278,8 +280,47 @@ def _model_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     fits = [size for size in _divisors(math.gcd(heads, ffn)) if groups % size == 0 or size % groups == 0]
     if engine not in fits:
         yield (
-            f"rollout.tensor_parallel_size = {engine}: does not fit the model's num_attention_heads = {heads}, "
-            f"num_key_value_heads = {groups}, intermediate_size = {ffn}; choose one of {_some(fits)}"
+            f"rollout.tensor_parallel_size = {engine}: does not fit the model's "
+            f"{', '.join(f'{name} = {size}' for name, size in sizes.items())}; choose one of {_some(fits)}"
+        )
+
+
+def _experts(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+    """Whether experts come out even on every rank, in the trainer and in the engine."""
+    parallel, count = config.parallel, expert_count(hf)
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    if not count:
+        for name, size in (("model", ep), ("tensor", etp)):
+            if size > 1:
+                yield f"parallel.expert_{name}_parallel_size = {size}: the model has no experts; set it to 1"
+        if config.train.moe_aux_loss_coef:
+            yield f"train.moe_aux_loss_coef = {config.train.moe_aux_loss_coef}: the model has no experts; set it to 0"
+        return
+    width, engine = hf["moe_intermediate_size"], config.rollout.tensor_parallel_size
+    if count % ep:
+        yield (
+            f"parallel.expert_model_parallel_size = {ep}: does not divide the model's {count} experts; choose one of "
+            f"{_some(_divisors(count))}"
+        )
+    if width % etp:
+        yield (
+            f"parallel.expert_tensor_parallel_size = {etp}: does not divide the model's moe_intermediate_size = "
+            f"{width}; choose one of {_some(_divisors(width))}"
+        )
+    if width % engine:
+        yield (
+            f"rollout.tensor_parallel_size = {engine}: does not divide the model's moe_intermediate_size = {width}; "
+            f"choose one of {_some(_divisors(width))}"
+        )
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        yield (
+            "parallel.sequence_parallel = false: with experts and parallel.tensor_model_parallel_size > 1 "
+            "Megatron would send every token from each rank; set it to true"
+        )
+    if config.run.device == "cpu" and hf["hidden_size"] % 32:
+        yield (
+            f'run.device = "cpu": the model has experts and hidden_size {hf["hidden_size"]}, and vLLM on a CPU '
+            "supports multiples of 32 with experts; use a GPU"
         )
 
 
@@ -300,6 +341,12 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
             f"parallel: one copy of the model takes tensor {tp} × pipeline {pp} × context {cp} = {copies} ranks, but "
             f"{started}; start a multiple of {copies} (torchrun --nproc-per-node {needed} -m megatron_srpo …), or "
             "lower a size"
+        )
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    if world_size % (ep * etp * pp) and world_size % copies == 0:
+        yield (
+            f"parallel: all experts take expert {ep} × expert tensor {etp} × pipeline {pp} = {ep * etp * pp} ranks, "
+            f"but {started}; start a multiple of {math.lcm(copies, ep * etp * pp)}, or lower a size"
         )
     if world_size % engine:
         yield (

@@ -9,11 +9,12 @@ from typing import Any
 
 from megatron_srpo.config.schema import ConfigError
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 NUMBERS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
+MOE_NUMBERS = ("num_experts_per_tok", "moe_intermediate_size")
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LFS_POINTER = b"version https://git-lfs"
@@ -97,12 +98,27 @@ def _damage(file: Path) -> str | None:
     return None
 
 
+def expert_count(hf: dict[str, Any]) -> int:
+    """Experts of a layer that has any, under the hub's name or the one that transformers writes; 0 in a dense model."""
+    return hf.get("num_experts") or hf.get("num_local_experts") or 0
+
+
+def expert_layers(hf: dict[str, Any]) -> list[bool]:
+    """For each layer, whether it has experts."""
+    dense, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
+    some = expert_count(hf) > 0
+    return [some and i not in dense and (i + 1) % step == 0 for i in range(hf["num_hidden_layers"])]
+
+
 def unsupported(hf: dict[str, Any]) -> list[str]:
     """What in a config.json the trainer would get wrong, a line each; empty when it can be trained."""
     name = (hf.get("architectures") or [None])[0]
     if name not in ARCHITECTURES:
         return [f"model.path: its config.json is for {name or 'no architecture'}; supported are {_all(ARCHITECTURES)}"]
-    missing = [key for key in NUMBERS if not isinstance(hf.get(key), int | float)]
+    moe = name == "Qwen3MoeForCausalLM"
+    missing = [key for key in (*NUMBERS, *(MOE_NUMBERS if moe else ())) if not isinstance(hf.get(key), int | float)]
+    if moe and not expert_count(hf):
+        missing.append("num_experts")
     if missing:
         return [f"model.path: its config.json has no {_all(missing)}; expected the file of a {name}"]
     problems = []
@@ -119,6 +135,8 @@ def unsupported(hf: dict[str, Any]) -> list[str]:
             problems.append(f"model.path: {key} is true in its config.json; expected false, others are not supported")
     if hf.get("hidden_act", "silu") != "silu":
         problems.append(f'model.path: hidden_act is "{hf["hidden_act"]}"; expected "silu"')
+    if moe and hf["num_experts_per_tok"] == 1 and hf.get("norm_topk_prob"):
+        problems.append("model.path: norm_topk_prob with one expert a token leaves its router without a gradient")
     if hf.get("quantization_config"):
         problems.append("model.path: its weights are quantized; expected the bfloat16 or float32 model")
     return problems

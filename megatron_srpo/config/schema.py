@@ -53,6 +53,8 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: int = Field(1, ge=1)  # ranks that share the stack of layers
     virtual_pipeline_model_parallel_size: int = Field(1, ge=1)  # pieces of the stack a rank; > 1: interleaved schedule
     context_parallel_size: int = Field(1, ge=1)  # ranks that share every sequence, for long ones
+    expert_model_parallel_size: int = Field(1, ge=1)  # ranks that share the experts of a layer; may span TP, CP and DP
+    expert_tensor_parallel_size: int = Field(1, ge=1)  # ranks that share every expert
     sequence_parallel: bool = False  # norms and residuals split over tensor-parallel ranks
 
 
@@ -174,6 +176,7 @@ class TrainConfig(Section):
         2048, ge=1
     )  # logits that exist at a time; rows that need more make them piecewise, twice
     max_skipped_steps: int = Field(10, ge=0)  # so many steps in a row without a finite gradient end the run; 0 = never
+    moe_aux_loss_coef: float = Field(0.0, ge=0)  # of the routers' load-balancing loss, by row; 0 = off, 0.001 is usual
     skip_zero_advantage: bool = True  # do not forward samples whose gradient is exactly zero; the loss is the same
 
 

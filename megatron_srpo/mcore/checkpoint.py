@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron_srpo.mcore import generators
+from megatron_srpo.mcore.experts import is_expert
 from megatron_srpo.mcore.model import unwrap
 from megatron_srpo.mcore.optimizer import ParameterShard
 from megatron_srpo.mcore.policy import Policy
@@ -107,8 +108,9 @@ def _whole(policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, f
             if parameter in mine:
                 shard, values = mine[parameter]
                 tensor.view(-1)[shard.start : shard.stop] = values.detach()
-            if policy.topology.dp_cp_group.size() > 1:
-                dist.all_reduce(tensor, group=policy.topology.dp_cp_group)
+            group = policy.topology.expert_dp_group if is_expert(parameter) else policy.topology.dp_cp_group
+            if group.size() > 1:
+                dist.all_reduce(tensor, group=group)
             tensor = tensor.cpu()
         whole[parameter] = tensor
     return whole

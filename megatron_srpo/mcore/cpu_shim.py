@@ -33,6 +33,9 @@ class _NullStream:
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
 
+    def record_event(self, *args: Any) -> _NullStream:
+        return _NullStream()
+
     def query(self) -> bool:
         return True
 
@@ -119,6 +122,19 @@ def _patch_tensors() -> None:
     torch.Tensor.type = type_
 
 
+def _patch_dispatcher() -> None:
+    # What Megatron moves from the GPU it turns into numpy, which torch's all-to-all takes for its list of sizes.
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_or_stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = move(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_or_stay
+
+
 def install() -> None:
     """Patch torch once, and only where there is no CUDA. Call it before building a Megatron model."""
     global _installed
@@ -129,3 +145,4 @@ def install() -> None:
     _patch_queries()
     _patch_rng()
     _patch_tensors()
+    _patch_dispatcher()

@@ -37,6 +37,12 @@ class Topology:
     dp_cp_group: Any  # data and context parallel: the group over which gradients are summed
     control_group: Any  # gloo over all ranks, with a long time-out
     device: torch.device
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
+    expert_group: Any = None  # expert and expert tensor parallel: the ranks that have all experts of a stage
+    expert_dp_group: Any = None  # the group over which gradients of experts are summed
 
     @property
     def is_driver(self) -> bool:
@@ -57,6 +63,8 @@ def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_size(parallel),
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=int(timeout_minutes) or 1,
     )
     model_parallel_cuda_manual_seed(seed)
@@ -79,6 +87,12 @@ def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout
         dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
         control_group=dist.new_group(backend="gloo", timeout=timeout),
         device=path.device,
+        ep_rank=state.get_expert_model_parallel_rank(),
+        ep_size=state.get_expert_model_parallel_world_size(),
+        etp_rank=state.get_expert_tensor_parallel_rank(),
+        etp_size=state.get_expert_tensor_parallel_world_size(),
+        expert_group=state.get_expert_tensor_and_model_parallel_group(),
+        expert_dp_group=state.get_expert_data_parallel_group(),
     )
 
 

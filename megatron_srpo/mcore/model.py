@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_srpo.config import ModelConfig, ParallelConfig
 from megatron_srpo.mcore.attention import PackedAttention
+from megatron_srpo.mcore.experts import expert_fields, expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
 from megatron_srpo.types import ModelShards
 
@@ -72,9 +75,9 @@ def has_qkv_bias(hf: dict[str, Any]) -> bool:
 
 
 def transformer_config(
-    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool
+    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool, transformer_engine: bool = False
 ) -> TransformerConfig:
-    """Megatron's configuration for a decoder of the Llama kind (Llama, Qwen2, Qwen3)."""
+    """Megatron's configuration for a decoder of the Llama kind (Llama, Qwen2, Qwen3, with or without experts)."""
     bf16 = model.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -116,6 +119,7 @@ def transformer_config(
         # mixes up the two directions between two stages that interleave: rows of one pass are of one length there.
         "variable_seq_lengths": pp > 1 and parallel.virtual_pipeline_model_parallel_size == 1,
         "moe_token_dispatcher_type": "alltoall",
+        **expert_fields(hf, parallel, grouped=transformer_engine),
     }
     if model.recompute == "full":
         fields.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -126,10 +130,30 @@ def transformer_config(
 def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transformer_engine: bool) -> Any:
     """The layers of this stage, or of its piece `virtual_stage`: Transformer Engine's, or Megatron's local ones with
     our norm and attention."""
+    start = get_transformer_layer_offset(config, virtual_stage)
+    stop = start + get_num_layers_to_build(config, virtual_stage)
+    kinds = config.moe_layer_freq[start:stop] if config.num_moe_experts else [0] * (stop - start)
+    build = _transformer_engine_layer if transformer_engine else _local_layer
+    specs = {kind: build(config, experts=bool(kind)) for kind in set(kinds)}
+    norm = SequenceParallelRMSNorm
     if transformer_engine:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    count = config.num_moe_experts if experts else None
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=count, moe_grouped_gemm=config.moe_grouped_gemm and experts, qk_layernorm=config.qk_layernorm
+    )
+    if experts:
+        layer.submodules.mlp = expert_layer_mlp(config, transformer_engine=True)
+    return layer
+
+
+def _local_layer(config: TransformerConfig, *, experts: bool) -> Any:
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
@@ -137,8 +161,11 @@ def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transfo
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
-    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
+    if experts:
+        parts.mlp = expert_layer_mlp(config, transformer_engine=False)
+        # Transformer Engine fuses this norm into a dense layer's product, and leaves it alone before experts.
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    return layer
 
 
 def build_model(
@@ -146,7 +173,8 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it. Several
     pieces, in order, under an interleaved pipeline."""
-    config = transformer_config(hf, model, parallel, on_cuda=topology.device.type == "cuda")
+    on_cuda = topology.device.type == "cuda"
+    config = transformer_config(hf, model, parallel, on_cuda=on_cuda, transformer_engine=transformer_engine)
     count = parallel.virtual_pipeline_model_parallel_size
     pieces = []
     for stage in range(count):
@@ -166,6 +194,7 @@ def build_model(
         )
         if gpt.post_process:
             gpt.output_layer.__class__ = DeferredHead
+        mark_experts(gpt)
         gpt.to(topology.device)
         pieces.append(Float16Module(config, gpt) if config.bf16 else gpt)
     return pieces
@@ -179,14 +208,17 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 
 def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> ModelShards:
-    """The model as the bridge sees it: parameter names with global layer numbers."""
+    """The model as the bridge sees it: parameter names with global layer and expert numbers."""
     parameters = {}
     for gpt in map(unwrap, model):
+        first_expert = topology.ep_rank * (gpt.config.num_moe_experts or 0) // topology.ep_size
         global_number = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
         for name, parameter in gpt.named_parameters():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = global_number[parts[2]]
+            if ".experts." in name:
+                parts = [_global_expert(part, before, first_expert) for before, part in pairwise(["", *parts])]
             parameters[".".join(parts)] = parameter
     return ModelShards(
         parameters=parameters,
@@ -197,4 +229,18 @@ def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: i
         pp_size=topology.pp_size,
         pp_group=topology.pp_group if topology.pp_size > 1 else None,
         padded_vocab_size=padded_vocab_size(vocab_size, topology.tp_size),
+        ep_rank=topology.ep_rank,
+        ep_size=topology.ep_size,
+        etp_rank=topology.etp_rank,
+        etp_size=topology.etp_size,
+        expert_group=topology.expert_group if topology.ep_size * topology.etp_size > 1 else None,
     )
+
+
+def _global_expert(part: str, before: str, first: int) -> str:
+    """A part of a parameter's name: the expert's number is after "local_experts", or (grouped) follows "weight"."""
+    if before == "local_experts":
+        return str(int(part) + first)
+    if part.startswith("weight") and part != "weight":
+        return f"weight{int(part.removeprefix('weight')) + first}"
+    return part

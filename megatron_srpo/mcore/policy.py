@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.mcore.device import DevicePath
+from megatron_srpo.mcore.experts import router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import build_model, model_shards
 from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
@@ -41,6 +42,7 @@ class Policy:
         self.total_steps = total_steps
         self._optimizer_config = config.optimizer
         self._teacher_config = config.teacher
+        self._balancing = config.train.moe_aux_loss_coef
         vocab = hf_config["vocab_size"]
         model = build_model(
             hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine
@@ -89,6 +91,9 @@ class Policy:
         for piece in self.model:
             piece.train()
         self.optimizer.zero_grad()
+        if self._balancing:
+            tokens = self.sum_over_data(torch.tensor(float(sum(row.input_ids.numel() for row in rows))))
+            set_balancing(self.runner.config, self._balancing, int(tokens), self.topology)
         metrics = self.runner.train([self._to_device(row) for row in rows], loss)
         lr = learning_rate(self.steps, self._optimizer_config, self.total_steps)
         norm = self.optimizer.step(lr)
@@ -98,6 +103,7 @@ class Policy:
             self.shadows["teacher"].update(self._teacher_config.update_rate)
         reduced = self._reduce(metrics)
         reduced["actor/lr"] = lr
+        reduced |= router_metrics(self.model, self.topology, self.runner.config)
         return StepStats(reduced, norm, skipped)
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def _rows(dp_rank: int, dp_size: int) -> list:
     return rows[dp_rank::dp_size]
 
 
-def _policy(model: Path, parallel: dict):
+def _policy(model: Path, parallel: dict, **sections: dict):
     from megatron_srpo.bridge import load_hf_weights, read_config
     from megatron_srpo.config import Config
     from megatron_srpo.mcore import groups
@@ -44,7 +44,7 @@ def _policy(model: Path, parallel: dict):
 
     config = Config(
         model={"path": str(model), "dtype": "float32"}, data={"train": "unused"}, optimizer={"lr": 1e-3},
-        parallel=parallel, algorithm={"kl_loss_coef": 0.1},
+        parallel=parallel, algorithm={"kl_loss_coef": 0.1}, **sections,
     )  # fmt: skip
     path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)

@@ -14,7 +14,7 @@ from megatron_srpo.packing import plan_batch, share_of
 from megatron_srpo.routing import route
 from megatron_srpo.types import Prompt, Reward, Rollout
 from tests.distributed_harness import run_distributed
-from tests.routed_reference import Reference, load, response_logprobs
+from tests.routed_reference import Reference, count_choices, hub_names, load, put_weights, response_logprobs
 from tests.tiny_models import make_tiny_model
 
 VOCAB = 101  # odd: padded for every tensor parallel size
@@ -56,6 +56,8 @@ class Layout:
     pieces: int = 1  # of a pipeline stage; above 1 the schedule is interleaved
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int = 1
     sp: bool = False
     recompute: str = "none"
     dtype: str = "float32"
@@ -85,6 +87,20 @@ LAYOUTS = {
     "bf16 tp2 sp": Layout(tp=2, sp=True, dtype="bfloat16"),
     "bf16 cp2 pp2": Layout(cp=2, pp=2, dtype="bfloat16"),
 }
+MOE_LAYOUTS = {
+    "moe ep2": Layout(dp=2, ep=2),
+    "moe serial": Layout(),
+    "moe ep2 tp2 sp": Layout(tp=2, sp=True, ep=2),  # the experts of one token are on the ranks that share its layers
+    "moe ep2 etp2 tp2 sp": Layout(tp=2, sp=True, dp=2, ep=2, etp=2),
+    "moe ep2 tp2 sp dp2, recompute": Layout(tp=2, sp=True, dp=2, ep=2, recompute="full"),  # and copies of the experts
+    "moe tp2 sp": Layout(tp=2, sp=True),
+    "moe ep4 tp2 sp": Layout(tp=2, sp=True, dp=2, ep=4),
+    "moe pp2 ep2": Layout(pp=2, dp=2, ep=2),
+    "moe pp2 interleaved ep2": Layout(pp=2, pieces=2, dp=2, ep=2),
+    "moe cp2 ep2": Layout(cp=2, ep=2),
+}
+LAYOUTS |= MOE_LAYOUTS
+MOE_VARIANTS = ["srpo", "srpo in two steps", "srpo one distilled sample", "sdpo full vocabulary, trust region"]
 # Float32 passes against float64 ones; a gradient error is measured against the largest entry of its tensor's kind.
 METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 # bf16 (8 bits of mantissa): metrics within 10 %, and the gradient's error (root of its sum of squares) at most this
@@ -102,6 +118,7 @@ def make_config(model, variant, layout="serial"):
         teacher=TEACHERS.get(variant, {}),
         parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
                   "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
+                  "expert_model_parallel_size": cut.ep, "expert_tensor_parallel_size": cut.etp,
                   "sequence_parallel": cut.sp},
     )  # fmt: skip
 
@@ -150,14 +167,17 @@ def gradients(policy, hf_config):
     import torch.distributed as dist
 
     from megatron_srpo.bridge import Exporter
+    from megatron_srpo.mcore.experts import is_expert
 
+    topology = policy.topology
     mine = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in policy.shards.parameters.items()}
     by_parameter = {id(p): mine[name] for name, p in policy.shards.parameters.items()}
     for shard in policy.optimizer.shards():  # the gradient is whole only where the optimizer will use it
         part = slice(shard.start, shard.stop)
         by_parameter[id(shard.parameter)].view(-1)[part] = shard.parameter.main_grad.view(-1)[part]
-    for value in mine.values():
-        dist.all_reduce(value, group=policy.topology.dp_cp_group)
+    for name, value in mine.items():
+        expert = is_expert(policy.shards.parameters[name])
+        dist.all_reduce(value, group=topology.expert_dp_group if expert else topology.dp_cp_group)
     exporter = Exporter(dataclasses.replace(policy.shards, parameters=mine), hf_config)
     return {name: value.clone() for name, value in exporter.items()}
 
@@ -242,12 +262,16 @@ def make_models(tmp_path_factory, family, dtype):
             kv_heads=4 if tied else 2,
             layers=4,
             dtype=getattr(torch, dtype),
+            dense_layers=(1,),
         )
         for seed, name in enumerate(("student", "teacher"))
     ]
 
 
-@pytest.mark.parametrize(("family", "layout"), [*(("qwen3", name) for name in LAYOUTS), ("llama", "tp2 sp pp2")])
+DENSE = [*(("qwen3", name) for name in LAYOUTS if name not in MOE_LAYOUTS), ("llama", "tp2 sp pp2")]
+
+
+@pytest.mark.parametrize(("family", "layout"), DENSE)
 def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of, family, layout):
     dtype = LAYOUTS[layout].dtype
     student, teacher = models_of(family, dtype)
@@ -255,6 +279,17 @@ def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of
     samples_of = {variant: make_samples(student, variant) for variant in variants}
     found = run_distributed(run_variants, LAYOUTS[layout].ranks, variants, layout, student, teacher, samples_of)[0]
     for variant in variants:
+        check_steps(found[variant], samples_of[variant], student, teacher, variant, layout)
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name == "moe ep2" else pytest.param(name, marks=pytest.mark.slow) for name in MOE_LAYOUTS]
+)
+def test_a_routed_step_of_a_mixture_of_experts_equals_float64(models_of, layout):
+    student, teacher = models_of("qwen3_moe", "float32")
+    samples_of = {variant: make_samples(student, variant) for variant in MOE_VARIANTS}
+    found = run_distributed(run_variants, LAYOUTS[layout].ranks, MOE_VARIANTS, layout, student, teacher, samples_of)[0]
+    for variant in MOE_VARIANTS:
         check_steps(found[variant], samples_of[variant], student, teacher, variant, layout)
 
 
@@ -266,6 +301,11 @@ def check_steps(steps, samples, student, teacher, variant, layout):
         given = (step, samples, student, teacher, variant, number)
         metrics, expected = expected_step(*given, torch.float64)
         logged = {name: value for name, value in step["metrics"].items() if name != "actor/lr"}
+        routed = {name: logged.pop(name) for name in list(logged) if name.startswith("moe/")}
+        expected_routed = {name: value for name, value in metrics.items() if name.startswith("moe/")}
+        metrics = {name: value for name, value in metrics.items() if name not in expected_routed}
+        if not LAYOUTS[layout].sp and LAYOUTS[layout].cp == 1:  # otherwise rows are padded, which is routed too
+            assert {name: routed.get(name) for name in expected_routed} == pytest.approx(expected_routed), where
         assert step["gradients"].keys() == expected.keys()
         if LAYOUTS[layout].dtype == "bfloat16":
             assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=BF16_METRIC_BOUND), where
@@ -296,14 +336,20 @@ def expected_step(step, samples, student, teacher, variant, number, dtype):
 
 def reference_step(step, samples, student, teacher, variant, number, dtype):
     model = load(student, dtype)
-    model.load_state_dict({name: value.to(dtype) for name, value in step["weights"].items()}, strict=False)
-    model.tie_weights()
+    put_weights(model, step["weights"])
+    choices = count_choices(model)
     judge = load(teacher, dtype)
     reference = Reference(make_config(student, variant), load(student, dtype), judge, judge)
     forwarded = [samples[i] for i in step["samples"]]
     loss, metrics = reference.step(model, forwarded, loss_tokens=step["loss_tokens"], moved=number > 0)
     loss.backward()
-    return metrics, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    if choices:
+        loads = [sum(passes).double() for passes in choices.values()]
+        loads = [float(load.max() / load.mean()) for load in loads]
+        metrics |= {"moe/load_max_over_mean": sum(loads) / len(loads), "moe/load_max_over_mean_max": max(loads)}
+        metrics["moe/dropped_fraction"] = 0.0
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return metrics, hub_names(found)
 
 
 def distance(some, others):

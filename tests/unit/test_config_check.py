@@ -26,6 +26,20 @@ QWEN3_8B = {
     "attention_bias": False,
     "hidden_act": "silu",
 }
+QWEN3_30B_A3B = {
+    **QWEN3_8B,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 SMOLLM2 = {
     **QWEN3_8B,
     "architectures": ["LlamaForCausalLM"],
@@ -155,6 +169,28 @@ def test_what_only_resembles_a_contradiction_passes(changes):
         ({**QWEN3_8B, "rope_parameters": {"partial_rotary_factor": 0.5}}, {}, "partial_rotary_factor"),
         ({**QWEN3_8B, "attention_bias": True}, {}, "attention_bias is true"),
         ({**QWEN3_8B, "use_sliding_window": True}, {}, "use_sliding_window is true"),
+        (QWEN3_8B, {"parallel__expert_model_parallel_size": 2}, "the model has no experts; set it to 1"),
+        (QWEN3_8B, {"parallel__expert_tensor_parallel_size": 2}, "the model has no experts; set it to 1"),
+        (QWEN3_8B, {"train__moe_aux_loss_coef": 0.001}, "the model has no experts; set it to 0"),
+        (QWEN3_30B_A3B, {"parallel__expert_model_parallel_size": 3}, "128 experts; choose one of 1, 2, 4, 8"),
+        (
+            QWEN3_30B_A3B,
+            {"parallel__expert_tensor_parallel_size": 5},
+            "moe_intermediate_size = 768; choose one of 1, 2, 3",
+        ),
+        (
+            {**QWEN3_30B_A3B, "moe_intermediate_size": 776},
+            {"rollout__tensor_parallel_size": 16},
+            "rollout.tensor_parallel_size = 16: does not divide the model's moe_intermediate_size = 776",
+        ),
+        (QWEN3_30B_A3B, {"parallel__tensor_model_parallel_size": 2}, "sequence_parallel = false: with experts"),
+        (
+            {**QWEN3_30B_A3B, "num_experts": None, "moe_intermediate_size": None},
+            {},
+            "has no moe_intermediate_size and num_experts",
+        ),
+        ({**QWEN3_30B_A3B, "num_experts_per_tok": 1}, {}, "leaves its router without a gradient"),
+        ({**QWEN3_30B_A3B, "hidden_size": 2000}, {"run__device": "cpu"}, "multiples of 32 with experts"),
         ({**QWEN3_8B, "hidden_act": "gelu"}, {}, 'hidden_act is "gelu"'),
         ({**QWEN3_8B, "quantization_config": {"bits": 4}}, {}, "quantized"),
     ],
@@ -171,6 +207,17 @@ def test_a_model_that_does_not_fit_is_told(hf, changes, expected):
         (QWEN3_8B, {"rollout__tensor_parallel_size": 16}),  # the engine may repeat key-value heads
         ({**QWEN3_8B, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {}),
         ({**QWEN3_8B, "architectures": ["Qwen2ForCausalLM"]}, {}),
+        (
+            QWEN3_30B_A3B,
+            {
+                "parallel__expert_model_parallel_size": 8,
+                "parallel__tensor_model_parallel_size": 4,
+                "parallel__sequence_parallel": True,
+                "train__moe_aux_loss_coef": 0.001,
+            },
+        ),
+        # No layer has the dense width: it need not be divisible.
+        ({**QWEN3_30B_A3B, "intermediate_size": 7}, {"rollout__tensor_parallel_size": 4}),
         ({**QWEN3_8B, "num_key_value_heads": None, "head_dim": None}, {"run__device": "cpu"}),
         (QWEN3_8B, {"algorithm__name": "grpo", "algorithm__distillation_topk": 10**6}),
         ({**QWEN3_8B, "max_position_embeddings": 18432}, {}),
@@ -183,6 +230,7 @@ def test_a_model_that_fits_passes(hf, changes):
 @pytest.mark.parametrize(
     ("world", "changes", "expected"),
     [
+        (4, {"parallel__expert_model_parallel_size": 8}, "= 8 ranks, but 4 ranks were started; start a multiple of 8"),
         (3, {"parallel__tensor_model_parallel_size": 2}, "3 ranks were started; start a multiple of 2 (torchrun --np"),
         (1, {"parallel__pipeline_model_parallel_size": 4}, "but 1 rank was started; start a multiple of 4"),
         (6, {"parallel__tensor_model_parallel_size": 4}, "torchrun --nproc-per-node 8"),

@@ -65,6 +65,14 @@ def test_an_updated_engine_in_bf16_equals_a_fresh_one_bit_for_bit(tmp_path_facto
         check_against_fresh(running)
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_an_updated_engine_with_experts_equals_a_fresh_one_bit_for_bit(tmp_path_factory, dtype):
+    for running in start(tmp_path_factory, "qwen3_moe", False, dtype):
+        check_against_fresh(running)
+        if dtype == "float32":
+            assert largest_error(running.new, running.engine.generate(tiny_requests(), SAMPLED)) < 1e-4
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def running(tmp_path_factory, request):
     yield from start(tmp_path_factory, *MODELS[request.param], "float32")

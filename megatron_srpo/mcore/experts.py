@@ -1,0 +1,133 @@
+"""Mixtures of experts: Megatron's settings for a Hugging Face router, and what the routers did in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config.model_folder import expert_count, expert_layers
+from megatron_srpo.mcore.groups import Topology
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # without Transformer Engine Megatron 0.16.1 asks for the name all the same
+
+
+def expert_fields(hf: dict[str, Any], parallel: ParallelConfig, *, grouped: bool) -> dict[str, Any]:
+    """Fields of Megatron's configuration; {} for a dense model. The mathematics is transformers': softmax over all
+    experts in fp32, the best k, renormalised where norm_topk_prob says so; no token is dropped."""
+    if not expert_count(hf):
+        return {}
+    return {
+        "num_moe_experts": expert_count(hf),
+        "moe_layer_freq": [int(some) for some in expert_layers(hf)],
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        # The softmax over the best k logits alone is the renormalised one.
+        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,  # set by `set_balancing` for each step
+        "moe_grouped_gemm": grouped,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
+
+
+class CountingRouter(TopKRouter):
+    """Megatron's router, which also counts: `seen` is [2, E] float64 since the last `take`, on the tokens of training
+    passes: how many tokens each expert got, and the sum of its probabilities before the choice."""
+
+    def __init__(self, config: Any, pg_collection: Any = None, **more: Any) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, **more)
+        self.seen: torch.Tensor | None = None
+        self.tokens = 0
+
+    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        probs, chosen = super().routing(logits, *args, **kwargs)
+        if self.training and torch.is_grad_enabled():  # once a token, also where activations are computed again
+            with torch.no_grad():
+                shares = logits.detach().reshape(-1, logits.shape[-1]).softmax(-1)
+                seen = torch.stack([chosen.sum(0).double(), shares.sum(0).double()])
+                self.seen = seen if self.seen is None else self.seen + seen
+                self.tokens += shares.shape[0]
+        return probs, chosen
+
+    def take(self) -> tuple[torch.Tensor, int]:
+        """What was counted on this rank ([2, E], and the number of tokens), and start anew."""
+        seen, tokens = self.seen, self.tokens
+        self.seen, self.tokens = None, 0
+        return (torch.zeros(2, self.num_experts, dtype=torch.float64) if seen is None else seen), tokens
+
+
+def expert_layer_mlp(config: Any, *, transformer_engine: bool) -> Any:
+    """The spec of a layer's experts, with our router."""
+    spec = get_moe_module_spec(
+        use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    spec.submodules.router = CountingRouter
+    return spec
+
+
+def is_expert(parameter: torch.nn.Parameter) -> bool:
+    """Whether it belongs to an expert: its gradient is then summed over `Topology.expert_dp_group`."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def mark_experts(model: torch.nn.Module) -> None:
+    """Make Megatron treat experts as such also without expert parallelism, where it would sum their gradients over the
+    data-parallel ranks alone and miss tokens that tensor-parallel ranks keep apart."""
+    for layer in _expert_layers(model):
+        for parameter in layer.experts.parameters():
+            parameter.allreduce = False
+
+
+def _expert_layers(model: torch.nn.Module) -> Iterator[MoELayer]:
+    return (module for module in model.modules() if isinstance(module, MoELayer))
+
+
+def set_balancing(config: Any, coefficient: float, tokens: int, topology: Topology) -> None:
+    """Make the next training step add `coefficient` · Σ row loss · row tokens / `tokens` to its objective.
+
+    A row's loss is E · Σ_e f_e · p_e (f: share of choices, p: mean probability), summed over layers; `tokens` are those
+    of all rows. Megatron multiplies a row's loss by the tokens of one rank of those that share the row.
+    """
+    sharing = topology.tp_size * topology.cp_size
+    config.moe_aux_loss_coeff = coefficient * sharing / tokens
+
+
+def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Any) -> dict[str, float]:
+    """The routers' work since the last call, over all ranks, as metrics; {} for a dense model. All ranks call it.
+
+    Means over layers, and the worst layer for "_max". A perfect balance has 1 for load and loss.
+    """
+    if not config.num_moe_experts:
+        return {}
+    experts = config.num_moe_experts
+    counted = torch.zeros(config.num_layers, 2 * experts + 1, dtype=torch.float64)
+    for piece in model:
+        for layer in _expert_layers(piece):
+            seen, tokens = layer.router.take()
+            counted[layer.layer_number - 1, :-1] = seen.flatten().cpu()
+            counted[layer.layer_number - 1, -1] = tokens
+    dist.all_reduce(counted, group=topology.control_group)  # every token is on one rank, every layer on one stage
+    counted = counted[counted[:, -1] > 0]
+    if not len(counted):
+        return {}
+    choices, shares, tokens = counted[:, :experts], counted[:, experts:-1], counted[:, -1]
+    load = choices.max(1).values / choices.mean(1)
+    balance = experts * (choices / choices.sum(1, keepdim=True) * shares / tokens[:, None]).sum(1)
+    return {
+        "moe/load_max_over_mean": float(load.mean()),
+        "moe/load_max_over_mean_max": float(load.max()),
+        "moe/idle_experts": float((choices == 0).double().mean()),
+        "moe/balance_loss": float(balance.mean()),
+        "moe/dropped_fraction": float(1 - choices.sum() / (tokens.sum() * config.moe_router_topk)),
+    }
