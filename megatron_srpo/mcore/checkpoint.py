@@ -63,7 +63,7 @@ def stored(directory: Path) -> set[str]:
 def layout(policy: Policy) -> dict[str, int]:
     """How the ranks are arranged."""
     topology = policy.topology
-    return {name: getattr(topology, f"{name}_size") for name in ("world", "tp", "pp", "cp", "dp")}
+    return {name: getattr(topology, f"{name}_size") for name in ("world", "tp", "pp", "cp", "dp", "ep", "etp")}
 
 
 def load_generators(directory: Path) -> bool:
