@@ -10,13 +10,15 @@ from tests.e2e.test_training import CONFIG, REWARD, metrics_of, torchrun
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.slow
-PARALLEL = "tensor_model_parallel_size = 2\nsequence_parallel = true"
 ITERATIONS = 3
+PARALLEL = "tensor_model_parallel_size = 2\nsequence_parallel = true"
+LAYOUTS = {  # what stands in its place, and the ranks of an engine
+    "ep2": ("expert_model_parallel_size = 2", 1),
+    "ep2 over tp2, engine over both": (PARALLEL + "\nexpert_model_parallel_size = 2", 2),
+}
 
 
-@pytest.fixture(
-    scope="module", params=["", "sequence_parallel = true\ntensor_model_parallel_size = 2\n"], ids=["ep2", "tp2"]
-)
+@pytest.fixture(scope="module", params=LAYOUTS)
 def run(request, tmp_path_factory):
     """A finished run whose experts are split over two ranks, which share the rest or hold copies of it."""
     folder = tmp_path_factory.mktemp("run")
@@ -27,7 +29,8 @@ def run(request, tmp_path_factory):
     rows = [{"prompt": f"say {i}", "answer": "x", "kind": "digit"} for i in range(24)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = CONFIG.format(out=folder / "out", model=model, data=folder / "data.jsonl", reward=folder / "reward.py")
-    config = config.replace(PARALLEL, f"{request.param}expert_model_parallel_size = 2")
+    parallel, engine = LAYOUTS[request.param]
+    config = config.replace(PARALLEL, parallel).replace("[rollout]", f"[rollout]\ntensor_parallel_size = {engine}")
     config = config.replace("iterations = 16", f"iterations = {ITERATIONS}")
     config = config.replace("[train]", "[train]\nmoe_aux_loss_coef = 0.001")
     (folder / "config.toml").write_text(config)
