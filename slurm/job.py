@@ -32,6 +32,7 @@ class Job:
     srun_options: tuple[str, ...] = ()
     address: str = "{node}"  # of a node, from its name
     interface: str = ""
+    gpu: str = "h100"
     scratch: str = ""
     disk_gib: float = 0.0
     memory_gib: float = 0.0
@@ -74,7 +75,7 @@ class Options:
     config: str
     overrides: tuple[str, ...]
     dry_run: bool = False
-    nodes: int = 0  # of a dry run; 0 = one
+    nodes: int = 0  # of a dry run; 0 = the script's own number
     rollout_nodes: int = 0
 
 
@@ -132,6 +133,7 @@ def job_from(options: Options, environment: Mapping[str, str]) -> Job:
         python=environment.get("SRPO_PYTHON") or _python(),
         srun_options=tuple(environment.get("SRPO_SRUN_OPTIONS", "").split()),
         address=environment.get("SRPO_ADDRESS") or "{node}",
+        gpu=environment.get("SRPO_GPU") or "h100",
         interface=environment.get("SRPO_INTERFACE", ""),
         scratch=environment.get("SRPO_SCRATCH", ""),
         disk_gib=_number(environment, "SRPO_MIN_DISK_GIB", float, 50.0),
@@ -152,7 +154,8 @@ def _nodes(options: Options, environment: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(found.stdout.split())
     if not options.dry_run:
         raise BrokenJob("this is not a Slurm job: submit it with sbatch, or look at its commands with DRY_RUN=1")
-    return tuple(f"node{number}" for number in range(options.nodes or 1))
+    count = options.nodes or int(environment.get("SCRIPT_NODES") or 1)  # common.sh: what the script asks sbatch for
+    return tuple(f"node{number}" for number in range(count))
 
 
 def _python() -> str:

@@ -7,6 +7,7 @@ DRY_RUN=1, it prints the commands of every node; --nodes N then says for how man
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,19 @@ def dry_run(job: Job) -> list[str]:
     health = commands.health_step(job, device="auto", output="OUTPUT_DIR")
     steps = [commands.check_step(job), health, commands.train_step(job)]
     head = f"# {len(job.nodes)} × {job.ranks_per_node} GPUs, {job.world_size} ranks train {job.config}"
-    return [head, *exports, *(line for step in steps for line in ("", *commands.shown(step)))]
+    shown = [line for step in steps for line in ("", *commands.shown(step))]
+    return [head, *exports, *shown, "", *(f"# {line}" for line in plan(job))]
+
+
+def plan(job: Job) -> list[str]:
+    """What the planner says, where the job's Python and the project's environment are at hand."""
+    sizes = (len(job.nodes), job.rollout_nodes, job.ranks_per_node)
+    command = [job.python, "-m", "slurm.plan", job.gpu, *map(str, sizes), job.config, *job.overrides]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return [f"no plan: {job.python} cannot be started here ({error.strerror})"]
+    return (found.stdout or found.stderr).strip().splitlines()[-20:]
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ def test_a_script_names_its_configuration_and_asks_for_whole_nodes_a_signal_befo
     options = header(script)
     assert {"nodes", "time", "requeue", "exclusive"} <= options.keys() and options["ntasks-per-node"] == "1"
     assert options["gpus-per-node"] == "8" and options["signal"].startswith("B:USR1@")
-    trained = [line for line in dry_run(script) if " train " in line][-1]
+    trained = [line for line in dry_run(script) if " megatron_srpo train " in line][-1]
     config = next(part for part in shlex.split(trained) if part.endswith(".toml"))
     assert Path(config).stem == Path(script).stem and load_config(ROOT / config)
+    assert f"--nnodes={options['nodes']} " in trained
 
 
 def test_every_node_gets_its_number_the_first_ones_address_and_the_users_overrides():
@@ -67,6 +68,18 @@ def test_the_health_check_meets_on_another_port_and_sees_every_rank():
     ports = [re.search(r"--master-port=(\d+)", line)[1] for line in (health, train)]
     assert int(ports[1]) == int(ports[0]) + 1
     assert "--nproc-per-node=8" in health and "--gpus=8" in health
+
+
+def test_a_dry_run_ends_with_what_the_planner_says_of_memory_and_time():
+    fits, time = dry_run("srpo_qwen3_32b.sh", SRPO_PYTHON=sys.executable)[-2:]
+    assert fits.startswith("# memory of a training GPU, GB: weights 8.2 + gradients 16.4") and fits.endswith("fits")
+    assert time.startswith("# an iteration, s: ")
+    tight = dry_run("srpo_qwen3_32b.sh", "--nodes=1", SRPO_PYTHON=sys.executable, SRPO_GPU="a100")
+    assert "32 h100" not in "".join(tight) and "DOES NOT FIT" in tight[-1]
+
+
+def test_a_dry_run_without_the_projects_environment_says_that_there_is_no_plan():
+    assert dry_run("srpo_qwen3_8b.sh", SRPO_PYTHON="/absent/python")[-1].startswith("# no plan: /absent/python cannot")
 
 
 def test_a_site_sets_interface_scratch_container_and_address_in_its_file(tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.config import Config, check, load_config
-from megatron_srpo.plan import SHIPPED, Layout, Workload, evaluate, machine_of, read_architecture
+from megatron_srpo.plan import SHIPPED, evaluate, machine_of
+from slurm import plan
 from tests.unit.test_examples_science import PAPER
 
 ROOT = Path(__file__).parents[2]
@@ -27,21 +28,6 @@ def configuration(size: str) -> Config:
     return load_config(ROOT / f"examples/science/srpo_qwen3_{size}.toml")
 
 
-def layout_of(config: Config, gpus: int) -> Layout:
-    parallel, rollout = config.parallel, config.rollout
-    return Layout(
-        gpus=gpus,
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
-        expert=getattr(parallel, "expert_model_parallel_size", 1),
-        recompute=config.model.recompute,
-        max_tokens=config.train.max_tokens_per_gpu,
-        engine_tensor=rollout.tensor_parallel_size,
-        engine_memory=rollout.gpu_memory_utilization,
-    )
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_a_scripts_configuration_passes_all_checks_on_its_own_nodes_and_on_twice_as_many(size):
     for nodes in (nodes_of(size), 2 * nodes_of(size)):
@@ -50,9 +36,9 @@ def test_a_scripts_configuration_passes_all_checks_on_its_own_nodes_and_on_twice
 
 @pytest.mark.parametrize("size", SIZES)
 def test_by_the_planner_it_fits_gpus_of_80_gb(size):
-    arch, _ = read_architecture(MODELS[size])
-    layout = layout_of(configuration(size), 8 * nodes_of(size))
-    found = evaluate(arch, layout, machine_of("h100"), Workload())
+    config = configuration(size)
+    layout = plan.layout_of(config, 8 * nodes_of(size))
+    found = evaluate(plan.architecture_of(config), layout, machine_of("h100"), plan.workload_of(config))
     assert found.memory.fits, (found.memory.lines, found.memory.notes)
 
 

@@ -1,0 +1,90 @@
+"""What the planner says of a job: python -m slurm.plan GPU NODES ROLLOUT_NODES RANKS CONFIG [--section.key VALUE …].
+
+GPU is a kind that the planner knows, like h100; RANKS are those of a node. Memory and time are predictions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from megatron_srpo import exit_codes
+from megatron_srpo.config import Config, UserError, load_config
+from megatron_srpo.plan import SHIPPED, Architecture, Layout, Workload, evaluate, machine_of, read_architecture
+
+
+def main(arguments: Sequence[str]) -> int:
+    gpu, nodes, rollout_nodes, ranks, config, *overrides = arguments
+    try:
+        settings = load_config(Path(config), overrides)
+        layout = layout_of(settings, int(nodes) * int(ranks), int(rollout_nodes) * int(ranks))
+        print("\n".join(lines(settings, layout, gpu)))
+    except UserError as error:
+        print(f"no plan: {error}")
+        return exit_codes.MISTAKE
+    return exit_codes.DONE
+
+
+def lines(config: Config, layout: Layout, gpu: str) -> Iterator[str]:
+    """Memory and time of the configuration on such GPUs, in words. Raises UserError."""
+    arch = architecture_of(config)
+    found = evaluate(arch, layout, machine_of(gpu), workload_of(config))
+    yield f"plan (a prediction): {arch.name} on {layout.gpus} {gpu}, {layout.name()}"
+    for role, memory in (("a training GPU", found.memory), ("an engine's GPU", found.engine)):
+        if memory is not None:
+            verdict = "fits" if memory.fits else "; ".join(["DOES NOT FIT", *memory.notes])
+            yield f"memory of {role}, GB: {_sum(memory.lines, 1e9)} of {memory.limit / 1e9:.1f}: {verdict}"
+    if found.time is not None:
+        yield f"an iteration, s: {_sum(found.time.lines, 1)}"
+
+
+def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
+    """The configuration's layout on `gpus` GPUs, of which `engine_gpus` only generate."""
+    parallel, rollout = config.parallel, config.rollout
+    return Layout(
+        gpus=gpus,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        virtual=parallel.virtual_pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
+        recompute=config.model.recompute,
+        max_tokens=config.train.max_tokens_per_gpu,
+        engine_tensor=rollout.tensor_parallel_size,
+        engine_gpus=engine_gpus,
+        engine_memory=rollout.gpu_memory_utilization,
+        dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
+    )
+
+
+def workload_of(config: Config) -> Workload:
+    """The configuration's iteration; what it does not say, like the mean length, is the planner's assumption."""
+    rollout, data = config.rollout, config.data
+    return Workload(
+        prompts=rollout.rollout_batch_size,
+        samples=rollout.n_samples_per_prompt,
+        prompt_max=data.max_prompt_length,
+        response_max=rollout.max_response_length,
+        teacher_prompt_max=config.teacher.max_prompt_length or data.max_prompt_length + rollout.max_response_length,
+        steps=-(-rollout.rollout_batch_size // (config.train.prompts_per_mini_batch or rollout.rollout_batch_size)),
+        topk=config.algorithm.distillation_topk,
+        iterations=config.run.iterations,
+    )
+
+
+def architecture_of(config: Config) -> Architecture:
+    """Of the model's folder, or of a shipped model whose name the folder has. Raises UserError."""
+    name = Path(config.model.path).name
+    there = (Path(config.model.path) / "config.json").is_file()
+    return read_architecture(name if name in SHIPPED and not there else config.model.path)[0]
+
+
+def _sum(parts: Mapping[str, float], unit: float) -> str:
+    shown = [f"{name} {value / unit:.1f}" for name, value in parts.items() if value / unit >= 0.05]
+    return f"{' + '.join(shown)} = {sum(parts.values()) / unit:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
