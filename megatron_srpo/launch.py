@@ -125,11 +125,12 @@ class DriverParts:
             self.prompts["train"], config.rollout.rollout_batch_size, seed=config.run.seed, shuffle=config.data.shuffle
         )
 
-    def observe(self, start: int) -> Any:
-        """Open the log, which continues at iteration `start`."""
+    def observe(self, start: int, state: dict[str, Any]) -> Any:
+        """Open the log, which continues at iteration `start` with the `state` that it had there."""
         from megatron_srpo.observe import Observer
 
         self.observer = Observer(self._config, start_step=start)
+        self.observer.load_state_dict(state)
         return self.observer
 
     def close(self) -> None:
@@ -314,7 +315,7 @@ def _assemble(
     exporter = Exporter(policy.shards, hf)
     checkpoints = Checkpoints(config, control, checkpoint, driver.say if driver else str)
     restored = checkpoints.restore(policy)
-    start = restored.iteration if restored else 0
+    start, state = (restored.iteration, restored.state) if restored else (0, {})
     loader = control.on_driver(driver.loader if driver else lambda: None)
     if restored:
         control.share(lambda: checkpoints.restore_data(loader, restored.state["loader"]))
@@ -339,7 +340,7 @@ def _assemble(
         loader=loader,
         scorer=scorer,
         teacher_prompt=driver and driver.teacher_prompt,
-        observer=control.on_driver(lambda: driver.observe(start)),
+        observer=control.on_driver(lambda: driver.observe(start, state.get("observer", {}))),
     )
     if restored:
         restored.restore_generators()

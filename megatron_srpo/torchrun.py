@@ -23,6 +23,8 @@ from megatron_srpo import stopping
 from megatron_srpo.exit_codes import FINAL, TOLD
 
 SHUTDOWN_SECONDS = 3600
+# Without it, restarted ranks find the addresses of the lost ones in the launcher's store, and connect to nobody.
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
 
 
@@ -38,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping.hold_requeue()
     threading.Thread(target=_pass_requeue_on, daemon=True).start()
     try:
-        run.run(run.parse_args(sys.argv[1:] if arguments is None else arguments))
+        options = run.parse_args(sys.argv[1:] if arguments is None else arguments)
+        if options.max_restarts:
+            os.environ[NEW_STORE] = "1"
+        run.run(options)
     except ChildFailedError as failed:
         return _ended(failed)
     except SignalException as stopped:

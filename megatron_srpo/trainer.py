@@ -284,10 +284,13 @@ class Trainer:
             )
 
     def _save(self, metrics: dict[str, float], *, last: bool) -> None:
+        parts = self.parts
         with self._timed("checkpoint"):
-            loader = self.parts.control.share(lambda: self.parts.loader.state_dict())
-            state = {"loader": loader, "skipped_in_a_row": self._skipped_in_a_row}
-            self.parts.checkpoints.save(self.parts.policy, self.iteration, state, metrics, last=last)
+            state = parts.control.share(
+                lambda: {"loader": parts.loader.state_dict(), "observer": parts.observer.state_dict()}
+            )
+            state["skipped_in_a_row"] = self._skipped_in_a_row
+            parts.checkpoints.save(parts.policy, self.iteration, state, metrics, last=last)
 
     def _log(self, metrics: dict[str, float] | None) -> None:
         if self.parts.observer is not None and metrics:

@@ -10,6 +10,13 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 
+def seed(value: int) -> None:
+    """Start Python's, numpy's and torch's CPU generators; Megatron's are started with its groups."""
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
 def states() -> dict[str, Any]:
     """Python's, numpy's and torch's generators (CPU, and this rank's GPU), and Megatron's by name."""
     version, words, gauss = random.getstate()

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_srpo.config import ParallelConfig
+from megatron_srpo.mcore import generators
 from megatron_srpo.mcore.device import DevicePath
 
 
@@ -54,7 +55,7 @@ class Topology:
 
 
 def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout_minutes: float) -> Topology:
-    """Join the torchrun world and build Megatron's groups. `seed` starts the model-parallel generators."""
+    """Join the torchrun world and build Megatron's groups. `seed` starts all random generators."""
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group(path.backend, timeout=timeout)
@@ -67,6 +68,7 @@ def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=int(timeout_minutes) or 1,
     )
+    generators.seed(seed)
     model_parallel_cuda_manual_seed(seed)
     state = parallel_state
     return Topology(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+METRICS_FILE = "metrics.jsonl"  # in a run's folder
 WAITING_LINES = 10_000  # kept in memory while the file cannot be written; the oldest go first
 
 

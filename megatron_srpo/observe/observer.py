@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config import Config
-from megatron_srpo.observe.metrics import JsonlWriter
+from megatron_srpo.observe.metrics import METRICS_FILE, JsonlWriter
 from megatron_srpo.observe.progress import open_progress
 from megatron_srpo.observe.trackers import Trackers
 
-METRICS_FILE = "metrics.jsonl"
 MISMATCH = "rollout_corr/logprob_diff_mean"  # mean |log π_trainer − log π_engine| of the sampled tokens, nats
 
 
@@ -41,6 +40,14 @@ class Observer:
         self._trackers.log(step, metrics)
         self._progress.update(step, metrics)
         self._watch_mismatch(step, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: what later records are judged by."""
+        return {"mismatch_warned": self._mismatch_warned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the run did that `state` was taken from."""
+        self._mismatch_warned = bool(state.get("mismatch_warned", False))
 
     def message(self, text: str) -> None:
         """A line for the user that does not disturb the display."""

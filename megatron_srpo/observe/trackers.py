@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_srpo.config import Config
+from megatron_srpo.observe.metrics import METRICS_FILE, read_records
 from megatron_srpo.observe.wandb_file import offline_steps
 
 WANDB_ID_FILE = "wandb_run_id"
@@ -49,6 +50,7 @@ class TensorBoard:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a killed run's last steps are shown too
 
     def close(self) -> None:
         self._writer.close()
@@ -66,8 +68,8 @@ def _hide_failures_of(kind: type[threading.Thread]) -> None:
 
 
 class WeightsAndBiases:
-    """A W&B run, online or offline. Its id is kept in output_dir, so that a continued run stays one run; steps that an
-    earlier process has recorded are not recorded again."""
+    """A W&B run, online or offline. Its id is kept in output_dir, so that a continued run stays one run: steps that an
+    earlier process has recorded are not recorded again, and those that it lost are taken from metrics.jsonl."""
 
     name = "Weights & Biases"
 
@@ -96,6 +98,9 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
         if online:
             say(f"Weights & Biases: {self._run.url}")
+        if start_step and (folder / METRICS_FILE).exists():  # what a killed process had not yet handed over
+            for record in read_records(folder / METRICS_FILE):
+                self.log(record["step"], _finite_numbers(record))
 
     @staticmethod
     def _run_id(folder: Path, start_step: int) -> str:
@@ -136,7 +141,7 @@ class Trackers:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Pass on the finite numbers of a step."""
-        numbers = {name: float(value) for name, value in metrics.items() if _is_finite_number(value)}
+        numbers = _finite_numbers(metrics)
         for tracker in list(self._active):
             try:
                 tracker.log(step, numbers)
@@ -160,6 +165,10 @@ class Trackers:
             cure = "metrics.jsonl has everything"
         detail = str(error).strip().splitlines() or [""]
         self._say(f"{tracker.name} is off ({type(error).__name__}: {detail[0]}); training goes on: {cure}")
+
+
+def _finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name != "step" and _is_finite_number(value)}
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -69,6 +69,16 @@ def test_wandb_runs_offline_and_a_continued_run_keeps_its_id(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_wandb_gets_the_steps_that_a_killed_run_had_not_handed_over(tmp_path):
+    lines = [{"step": step, "a": step / 2, "bad": "NaN"} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "wandb_run_id").write_text("abc\n")
+    trackers = Trackers(config_of(tmp_path, wandb=True), start_step=3, say=pytest.fail)
+    trackers.log(4, {"a": 1.0})
+    trackers.close()
+    assert offline_steps(tmp_path, "abc") == [1, 2, 3, 4]
+
+
 def test_a_torn_wandb_file_is_read_to_its_last_whole_record():
     def chunk(kind, data):
         return b"\0" * 4 + len(data).to_bytes(2, "little") + bytes([kind]) + data
@@ -156,6 +166,11 @@ def test_a_mismatch_of_trainer_and_engine_is_told_when_it_begins_and_when_it_end
     assert len(said) == 3
     assert said[0].startswith("warning: iteration 2: trainer and rollout engine differ by 0.2 nats")
     assert "iteration 5: trainer and rollout engine agree again" in said[1]
+    again = Observer(config_of(tmp_path, progress="off"), start_step=6)
+    again.load_state_dict(observer.state_dict())
+    again.log(7, {"rollout_corr/logprob_diff_mean": 0.3})  # a resumed run does not tell it again
+    again.close()
+    assert capsys.readouterr().out == ""
     observer = Observer(config_of(tmp_path, progress="off", mismatch=0))
     observer.log(1, {"rollout_corr/logprob_diff_mean": 9.0})
     observer.close()
