@@ -313,3 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command.invoke(context)
 
     return _run(invoke)
+
+
+def run_tool(tool: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
+    """The command line of a script in tools/, whose user's mistakes are told as here; returns the exit code."""
+    command = typer.main.get_command(tool)
+
+    def invoke() -> int:
+        with command.make_context(name, list(sys.argv[1:] if arguments is None else arguments)) as context:
+            return command.invoke(context)
+
+    return _run(invoke)

@@ -5,6 +5,7 @@ families/     one table of names and rules a model family
 load.py       Hugging Face folder → shards
 export.py     shards → (Hugging Face name, full tensor), over TP and PP
 hf_folder.py  export → Hugging Face folder
+stream_folder.py  the same, tensor by tensor
 worker.py     export → running vLLM engine (the engine's half)
 """
 
@@ -12,12 +13,13 @@ from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.export import Exporter, export_hf
 from megatron_srpo.bridge.families import FAMILIES, family_of, weight_table
 from megatron_srpo.bridge.hf_folder import write_hf_folder
-from megatron_srpo.bridge.load import load_hf_weights, read_config
+from megatron_srpo.bridge.load import ShardReader, load_hf_weights, read_config
 
 __all__ = [
     "FAMILIES",
     "BridgeError",
     "Exporter",
+    "ShardReader",
     "export_hf",
     "family_of",
     "load_hf_weights",

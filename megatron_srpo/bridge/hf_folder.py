@@ -40,13 +40,13 @@ def write_hf_folder(
     stream = iter(items)
     aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
-        _refuse_bad_target(source, target)
+        refuse_bad_target(source, target)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         written = _write_weights(stream, aside, kind, max_shard_bytes)
-        _write_config(source, aside, kind or written)
-        _copy_files(source, aside)
+        write_config(source, aside, kind or written)
+        copy_files(source, aside)
         _swap_in(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -56,7 +56,7 @@ def write_hf_folder(
     return target
 
 
-def _refuse_bad_target(source: Path, target: Path) -> None:
+def refuse_bad_target(source: Path, target: Path) -> None:
     if target.resolve() == source.resolve():
         raise BridgeError(f"the export would replace its own source, {source}: choose another folder.")
     if target.exists() and not (target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))):
@@ -108,7 +108,7 @@ def _write_weights(
     return first
 
 
-def _write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """The source's config.json with the dtype that was written, under the key that its transformers version uses."""
     config = read_config(source)
     name = str(dtype).removeprefix("torch.")
@@ -117,7 +117,8 @@ def _write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_files(source: Path, folder: Path) -> None:
+def copy_files(source: Path, folder: Path) -> None:
+    """The tokenizer, the generation configuration and the licence."""
     for path in source.iterdir():
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, folder / path.name)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_srpo.bridge.errors import BridgeError, nearest
-from megatron_srpo.bridge.families import Mapped, WeightTable, weight_table
+from megatron_srpo.bridge.families import WeightTable, weight_table
 from megatron_srpo.bridge.rules import shape_of
 from megatron_srpo.types import ModelShards
 
@@ -123,39 +123,71 @@ def check_names(folder: WeightFolder, table: WeightTable) -> None:
         )
 
 
-def read_shard(
-    folder: WeightFolder, mapped: Mapped, shape: tuple[int, ...], tp_rank: int, tp_size: int
-) -> torch.Tensor:
-    """One parameter's shard, in the dtype of the file. Raises BridgeError when the file's shapes do not fit."""
-    sources = [folder.source(name) for name in mapped.hf_names]
-    expected = mapped.rule.hf_shapes(shape, tp_size)
-    for name, source, want in zip(mapped.hf_names, sources, expected, strict=True):
-        if shape_of(source) != want:
+class ShardReader:
+    """Reads parameters of `shards` from a Hugging Face folder, one at a time; a context manager. No communication.
+
+    Making one checks every name, shape and file header, so that nothing is refused half-way. Raises BridgeError for a
+    folder without (complete) safetensors, another family, a parameter without a rule, a missing or unknown tensor, or a
+    wrong shape.
+    """
+
+    def __init__(self, shards: ModelShards, hf_dir: str | Path) -> None:
+        self._shards = shards
+        table = weight_table(read_config(hf_dir), shards.padded_vocab_size)
+        self.mapped = {name: table.lookup(name) for name in shards.parameters}
+        with ExitStack() as undo:
+            self._folder = undo.enter_context(WeightFolder(hf_dir))
+            check_names(self._folder, table)
+            for name in shards.parameters:
+                self.sources(name)
+            self._files = undo.pop_all()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """This rank among those over which the parameter is split, and their number."""
+        shards = self._shards
+        if self.mapped[name].expert is not None:
+            return shards.etp_rank, shards.etp_size
+        return shards.tp_rank, shards.tp_size
+
+    def sources(self, name: str) -> list[Any]:
+        """Slice handles of the Hugging Face tensors behind a parameter. BridgeError when their shapes do not fit."""
+        mapped, shape = self.mapped[name], tuple(self._shards.parameters[name].shape)
+        sources = [self._folder.source(hf_name) for hf_name in mapped.hf_names]
+        expected = mapped.rule.hf_shapes(shape, self._place(name)[1])
+        for hf_name, source, want in zip(mapped.hf_names, sources, expected, strict=True):
+            if shape_of(source) != want:
+                raise BridgeError(
+                    f"{hf_name} in {self._folder.folder} has shape {list(shape_of(source))}, config.json implies "
+                    f"{list(want)}: weights and config.json are of different models."
+                )
+        return sources
+
+    def read(self, name: str) -> torch.Tensor:
+        """This rank's shard of a parameter, in the dtype of the file."""
+        mapped, shape = self.mapped[name], tuple(self._shards.parameters[name].shape)
+        rank, size = self._place(name)
+        shard = mapped.rule.to_shard(self.sources(name), rank, size)
+        if tuple(shard.shape) != shape:
             raise BridgeError(
-                f"{name} in {folder.folder} has shape {list(shape_of(source))}, config.json implies {list(want)}: "
-                "weights and config.json are of different models."
+                f"{', '.join(mapped.hf_names)}: a tensor parallel rank of {size} gets {list(shard.shape)}, its "
+                f"Megatron parameter is {list(shape)}. The padded vocabulary or the tensor parallel size does not fit "
+                "the model."
             )
-    shard = mapped.rule.to_shard(sources, tp_rank, tp_size)
-    if tuple(shard.shape) != shape:
-        raise BridgeError(
-            f"{', '.join(mapped.hf_names)}: a tensor parallel rank of {tp_size} gets {list(shard.shape)}, its Megatron "
-            f"parameter is {list(shape)}. The padded vocabulary or the tensor parallel size does not fit the model."
-        )
-    return shard
+        return shard
 
 
 @torch.no_grad()
 def load_hf_weights(shards: ModelShards, hf_dir: str | Path) -> None:
     """Fill this rank's parameters from a Hugging Face folder, cast to each parameter's dtype. No communication.
 
-    Reads only this rank's slices, one parameter at a time. Raises BridgeError for a folder without (complete)
-    safetensors, another family, a parameter without a rule, a missing or unknown tensor, or a wrong shape.
+    Reads only this rank's slices, one parameter at a time. Raises what `ShardReader` raises, before anything is filled.
     """
-    table = weight_table(read_config(hf_dir), shards.padded_vocab_size)
-    mapped = {name: table.lookup(name) for name in shards.parameters}
-    with WeightFolder(hf_dir) as folder:
-        check_names(folder, table)
+    with ShardReader(shards, hf_dir) as reader:
         for name, parameter in shards.parameters.items():
-            expert = mapped[name].expert is not None
-            place = (shards.etp_rank, shards.etp_size) if expert else (shards.tp_rank, shards.tp_size)
-            parameter.copy_(read_shard(folder, mapped[name], tuple(parameter.shape), *place))
+            parameter.copy_(reader.read(name))

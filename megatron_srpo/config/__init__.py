@@ -9,9 +9,9 @@
 Every refusal is one `ConfigError` that lists all problems: key, value, what was expected, and the cure.
 """
 
-from megatron_srpo.config.check import check, contradictions, listed
+from megatron_srpo.config.check import check, contradictions, layout_problems, listed
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
-from megatron_srpo.config.model_folder import read_model_folder
+from megatron_srpo.config.model_folder import read_model_folder, unsupported
 from megatron_srpo.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -52,10 +52,12 @@ __all__ = [
     "UserError",
     "check",
     "contradictions",
+    "layout_problems",
     "listed",
     "load_config",
     "nearest_key",
     "read_model_folder",
     "save_resolved",
     "to_toml",
+    "unsupported",
 ]

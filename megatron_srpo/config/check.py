@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config.model_folder import expert_count, expert_layers, unsupported
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.schema import Config, ConfigError, ParallelConfig
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
@@ -229,7 +229,8 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     yield from problems
     if problems:  # its numbers may mean something else, or be absent
         return
-    yield from _model_split(config, hf)
+    yield from layout_problems(config.parallel, hf)
+    yield from _engine_split(config, hf)
     yield from _experts(config, hf)
     vocabulary, longest = hf["vocab_size"], hf["max_position_embeddings"]
     topk, head = config.algorithm.distillation_topk, head_dim(hf)
@@ -252,20 +253,18 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         yield f'run.device = "cpu": the model has head_dim {head}, and vLLM on a CPU supports {sizes}; use a GPU'
 
 
-def _model_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
-    """Whether heads and layers come out even on every rank, in the trainer and in the engine."""
-    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-    ffn = 0 if all(expert_layers(hf)) else hf["intermediate_size"]  # 0: no layer has it, and every size divides that
-    groups = hf.get("num_key_value_heads") or heads
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups} | ({"intermediate_size": ffn} if ffn else {})
+def layout_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[str]:
+    """Why the trainer's ranks cannot share this model, a line each."""
+    sizes, layers = _split_sizes(hf), hf["num_hidden_layers"]
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     uneven = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
     if uneven:
         yield (
             f"parallel.tensor_model_parallel_size = {tp}: does not divide the model's {', '.join(uneven)}; every rank "
-            f"needs whole heads and key-value heads: choose one of {_some(_divisors(math.gcd(heads, groups, ffn)))}"
+            f"needs whole heads and key-value heads: choose one of {_some(_divisors(math.gcd(*sizes.values())))}"
         )
-    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    yield from _expert_layout(parallel, hf)
+    virtual = parallel.virtual_pipeline_model_parallel_size
     if layers % pp == 0 and layers % (pp * virtual):
         yield (
             f"parallel.virtual_pipeline_model_parallel_size = {virtual}: does not divide a pipeline "
@@ -276,27 +275,25 @@ def _model_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
             f"parallel.pipeline_model_parallel_size = {pp}: does not divide the model's num_hidden_layers = {layers}; "
             f"choose one of {_some(_divisors(layers))}"
         )
-    engine = config.rollout.tensor_parallel_size
-    fits = [size for size in _divisors(math.gcd(heads, ffn)) if groups % size == 0 or size % groups == 0]
-    if engine not in fits:
-        yield (
-            f"rollout.tensor_parallel_size = {engine}: does not fit the model's "
-            f"{', '.join(f'{name} = {size}' for name, size in sizes.items())}; choose one of {_some(fits)}"
-        )
 
 
-def _experts(config: Config, hf: dict[str, Any]) -> Iterator[str]:
-    """Whether experts come out even on every rank, in the trainer and in the engine."""
-    parallel, count = config.parallel, expert_count(hf)
+def _split_sizes(hf: dict[str, Any]) -> dict[str, int]:
+    """What tensor parallelism divides; intermediate_size only where a layer has it."""
+    heads = hf["num_attention_heads"]
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": hf.get("num_key_value_heads") or heads}
+    return sizes if all(expert_layers(hf)) else sizes | {"intermediate_size": hf["intermediate_size"]}
+
+
+def _expert_layout(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[str]:
+    """Whether experts come out even on every rank of the trainer."""
+    count = expert_count(hf)
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if not count:
         for name, size in (("model", ep), ("tensor", etp)):
             if size > 1:
                 yield f"parallel.expert_{name}_parallel_size = {size}: the model has no experts; set it to 1"
-        if config.train.moe_aux_loss_coef:
-            yield f"train.moe_aux_loss_coef = {config.train.moe_aux_loss_coef}: the model has no experts; set it to 0"
         return
-    width, engine = hf["moe_intermediate_size"], config.rollout.tensor_parallel_size
+    width = hf["moe_intermediate_size"]
     if count % ep:
         yield (
             f"parallel.expert_model_parallel_size = {ep}: does not divide the model's {count} experts; choose one of "
@@ -307,6 +304,29 @@ def _experts(config: Config, hf: dict[str, Any]) -> Iterator[str]:
             f"parallel.expert_tensor_parallel_size = {etp}: does not divide the model's moe_intermediate_size = "
             f"{width}; choose one of {_some(_divisors(width))}"
         )
+
+
+def _engine_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+    """Whether heads come out even on every rank of the engine."""
+    sizes = _split_sizes(hf)
+    heads, groups, ffn = sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes.get("intermediate_size", 0)
+    engine = config.rollout.tensor_parallel_size
+    fits = [size for size in _divisors(math.gcd(heads, ffn)) if groups % size == 0 or size % groups == 0]
+    if engine not in fits:
+        yield (
+            f"rollout.tensor_parallel_size = {engine}: does not fit the model's "
+            f"{', '.join(f'{name} = {size}' for name, size in sizes.items())}; choose one of {_some(fits)}"
+        )
+
+
+def _experts(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+    """Whether the run's other settings fit the experts, or their absence."""
+    parallel = config.parallel
+    if not expert_count(hf):
+        if config.train.moe_aux_loss_coef:
+            yield f"train.moe_aux_loss_coef = {config.train.moe_aux_loss_coef}: the model has no experts; set it to 0"
+        return
+    width, engine = hf["moe_intermediate_size"], config.rollout.tensor_parallel_size
     if width % engine:
         yield (
             f"rollout.tensor_parallel_size = {engine}: does not divide the model's moe_intermediate_size = {width}; "

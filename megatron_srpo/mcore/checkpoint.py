@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 
 from megatron_srpo.mcore import generators
 from megatron_srpo.mcore.experts import is_expert
+from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import unwrap
 from megatron_srpo.mcore.optimizer import ParameterShard
 from megatron_srpo.mcore.policy import Policy
@@ -116,10 +117,10 @@ def _whole(policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, f
     return whole
 
 
-def _model_state(policy: Policy) -> list[dict[str, Any]]:
+def model_state(model: list[torch.nn.Module], topology: Topology) -> list[dict[str, Any]]:
     """Megatron's sharded state dict of every piece, without Transformer Engine's FP8 scales, which are pickles."""
-    metadata = {"dp_cp_group": policy.topology.dp_cp_group, "singleton_local_shards": False}
-    pieces = [unwrap(piece).sharded_state_dict(metadata=metadata) for piece in policy.model]
+    metadata = {"dp_cp_group": topology.dp_cp_group, "singleton_local_shards": False}
+    pieces = [unwrap(piece).sharded_state_dict(metadata=metadata) for piece in model]
     return [{key: entry for key, entry in piece.items() if not isinstance(entry, ShardedObject)} for piece in pieces]
 
 
@@ -128,7 +129,7 @@ def _sharded_state(policy: Policy, kinds: Collection[str], *, loading: bool) -> 
 
     Not `loading`: all tensors are copies in host memory, which later training does not reach.
     """
-    state: dict[str, Any] = {"model": _model_state(policy)}
+    state: dict[str, Any] = {"model": model_state(policy.model, policy.topology)}
     sharded, _ = extract_sharded_tensors_and_factories(state["model"])
     by_parameter = {entry.data: entry for entry in nested_values(sharded)}
     for kind, held in _slices(policy).items() if kinds else ():

@@ -19,10 +19,11 @@ from megatron_srpo.config import UserError
 INDEX = ".metadata"
 _DCP = "torch.distributed.checkpoint"
 _KNOWN = {
-    ("torch", "Size"), ("torch.serialization", "_get_layout"), (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
     *((f"{_DCP}.metadata", name) for name in (
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     )),
     *((f"{_DCP}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
 }  # fmt: skip

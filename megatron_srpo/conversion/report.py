@@ -1,0 +1,73 @@
+"""What both directions share: what they report, and that a folder appears complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_srpo.config import UserError
+from megatron_srpo.conversion.team import Team
+from megatron_srpo.disk import disk_problem
+
+Tell = Callable[[int, int], None]  # this process's bytes done, of how many
+LAYER = "decoder.layers."
+
+
+@dataclass
+class Report:
+    """A conversion in numbers; sizes in bytes, of Megatron's whole parameters."""
+
+    tensors: int = 0
+    nbytes: int = 0
+    largest: int = 0  # parameter
+    layers: dict[str, int] = field(default_factory=dict)  # by number
+    peak: int = 0  # host memory above the start, of the process that took most
+    lines: list[str] = field(default_factory=list)  # of a dry run
+
+    def add(self, name: str, nbytes: int) -> None:
+        """Count one parameter, by its Megatron name."""
+        self.tensors += 1
+        self.nbytes += nbytes
+        self.largest = max(self.largest, nbytes)
+        if name.startswith(LAYER):
+            layer = name.removeprefix(LAYER).partition(".")[0]
+            self.layers[layer] = self.layers.get(layer, 0) + nbytes
+
+    @property
+    def bound(self) -> int:
+        """What the peak is held to: one layer and the largest tensor."""
+        return max(self.layers.values(), default=0) + self.largest
+
+
+def refuse_existing(out_dir: Path, *, dry_run: bool) -> None:
+    """What is there is never replaced."""
+    if not dry_run and os.path.lexists(out_dir):
+        raise UserError(f"{out_dir} exists and is not replaced: remove it, or choose another folder with --out")
+
+
+@contextmanager
+def written_aside(out_dir: Path, team: Team) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all processes are through, and is removed on an error. What an
+    interrupted conversion left is removed. UserError when the disk is full or may not be written."""
+    aside = out_dir.with_name(f".{out_dir.name}.writing")
+    try:
+        if team.leads:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        team.collect(None)
+        yield aside
+        team.collect(None)
+        if team.leads:
+            aside.rename(out_dir)
+        team.collect(None)
+    except BaseException as error:
+        if team.leads:
+            shutil.rmtree(aside, ignore_errors=True)
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        raise UserError(f"{out_dir} could not be written: {problem}. Make room, or choose another --out") from error

@@ -1,0 +1,35 @@
+"""Where a checkpoint is, and where its model's configuration and tokenizer are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_srpo.bridge import BridgeError
+from megatron_srpo.checkpoints import resolve
+
+MODEL_FOLDER = "hf"  # in a converted checkpoint: config.json and tokenizer, no weights
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """A checkpoint from a user's path: a folder in Megatron's format, or what `checkpoints.resolve` finds in a run."""
+    return path if (path / "metadata.json").is_file() else resolve(path)
+
+
+def model_folder(checkpoint: Path, given: Path | None) -> Path:
+    """The folder with config.json: `given`, the one inside the checkpoint, or the one that the run was started from.
+    Raises BridgeError."""
+    candidates = [given] if given else [checkpoint / MODEL_FOLDER, *_of_run(checkpoint)]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    looked = " and ".join(str(folder) for folder in candidates)
+    raise BridgeError(f"no config.json of the model in {looked}: name its Hugging Face folder with --hf DIR.")
+
+
+def _of_run(checkpoint: Path) -> list[Path]:
+    """model.path of the training run that wrote the checkpoint."""
+    try:
+        return [Path(json.loads((checkpoint / "config.json").read_text())["model"]["path"]).expanduser()]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []

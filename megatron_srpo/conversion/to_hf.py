@@ -1,0 +1,152 @@
+"""Megatron's sharded checkpoint → Hugging Face folder. Needs no GPU and nothing of the run that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_srpo.bridge import BridgeError, read_config, weight_table
+from megatron_srpo.bridge.errors import nearest
+from megatron_srpo.bridge.hf_folder import DEFAULT_SHARD_BYTES, copy_files, refuse_bad_target, write_config
+from megatron_srpo.bridge.rules import Rule
+from megatron_srpo.bridge.stream_folder import Unit, plan_files, write_file, write_index
+from megatron_srpo.config import ParallelConfig, unsupported
+from megatron_srpo.conversion.memory import PeakMemory
+from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
+from megatron_srpo.conversion.source import checkpoint_folder, model_folder
+from megatron_srpo.conversion.team import Team
+from megatron_srpo.conversion.verify import require_equal
+
+STATE = "optimizer."  # keys of what training keeps beside the weights
+
+
+def megatron_to_hf(
+    checkpoint: Path, out_dir: Path, *, hf_dir: Path | None = None, verify_against: Path | None = None,
+    dtype: torch.dtype | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES, dry_run: bool = False,
+    tell: Tell | None = None,
+) -> Report:  # fmt: skip
+    """Convert the model's weights of a checkpoint, ours of training or a converted one, whatever its layout.
+
+    `hf_dir` has the model's config.json and tokenizer where the checkpoint does not know them. `dtype` converts; None
+    keeps what is stored. `verify_against` compares the written files bit for bit with another folder before they get
+    their name. Every process of torchrun calls it. Raises UserError.
+    """
+    folder = checkpoint_folder(checkpoint)
+    source = model_folder(folder, hf_dir)
+    refuse_existing(out_dir, dry_run=dry_run)
+    refuse_bad_target(source, out_dir)
+    model = _StoredModel(folder, read_config(source), dtype)
+    files = plan_files(model.units.values(), max_shard_bytes)
+    report = model.report
+    if dry_run:
+        report.lines = [model.line(name) for name in model.units]
+        return report
+    team = Team()
+    mine = team.share_of(files)
+    total, done = sum(file.nbytes for file in mine), 0
+
+    def produce(unit: Unit) -> Iterable[torch.Tensor]:
+        nonlocal done
+        yield from model.tensors(unit.key)
+        done += unit.nbytes
+        if tell:
+            tell(done, total)
+
+    with written_aside(out_dir, team) as aside:
+        with PeakMemory() as memory:
+            for file in mine:
+                write_file(aside, file, produce)
+        report.peak = max(team.collect(memory.peak))
+        if team.leads:
+            write_index(aside, files)
+            write_config(source, aside, dtype or files[0].units[0].dtype)
+            copy_files(source, aside)
+            if verify_against:
+                require_equal(aside, verify_against)
+    return report
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Megatron parameter is in the checkpoint: `regions` are (offset, shape there, shape without the axis of
+    layers) of its pieces."""
+
+    key: str
+    rule: Rule
+    regions: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]
+
+
+class _StoredModel:
+    """The checkpoint's model in Hugging Face terms: what Megatron itself would hold on one rank, found in the files."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> None:
+        problems = unsupported(config)
+        if problems:
+            raise BridgeError(problems[0].removeprefix("model.path: "))
+        from megatron_srpo.mcore.sharded_files import ShardedReader
+        from megatron_srpo.mcore.stand_in import rank_share
+
+        self._reader, self._dtype = ShardedReader(folder), dtype
+        self._stored = self._reader.tensors()
+        self._share = rank_share(config, ParallelConfig(), 0)
+        table = weight_table(config, self._share.shards.padded_vocab_size)
+        self._places: dict[str, Place] = {}
+        self.units: dict[str, Unit] = {}
+        self.report = Report()
+        for name in self._share.places:
+            mapped, parameter = table.lookup(name), self._share.shards.parameters[name]
+            self._places[name] = place = self._find(name, mapped.rule)
+            stored = self._stored[place.key][1]
+            shapes = tuple(map(tuple, mapped.rule.hf_shapes(tuple(parameter.shape), 1)))
+            self.units[name] = Unit(name, mapped.hf_names, shapes, dtype or stored)
+            self.report.add(name, parameter.numel() * stored.itemsize)
+        self._refuse_unread()
+
+    def _find(self, name: str, rule: Rule) -> Place:
+        """Where the parameter is. Raises BridgeError when it is not there, or in another shape."""
+        regions = []
+        for piece in self._share.pieces(name, self._share.shards.parameters[name]):
+            if piece.key not in self._stored:
+                raise BridgeError(
+                    f"{self._reader.folder} has no tensor {piece.key!r}, which config.json implies."
+                    f"{nearest(piece.key, self._stored)} Is the config.json of this model?"
+                )
+            stored, wanted = self._stored[piece.key][0], tuple(piece.global_shape)
+            padded = piece.allow_shape_mismatch and stored[0] >= wanted[0] and stored[1:] == wanted[1:]
+            if stored != wanted and not padded:
+                raise BridgeError(
+                    f"{piece.key} in {self._reader.folder} has shape {list(stored)}, config.json implies "
+                    f"{list(wanted)}: checkpoint and config.json are of different models."
+                )
+            shape = tuple(piece.local_shape)
+            regions.append((tuple(piece.global_offset), (1,) * piece.prepend_axis_num + shape, shape))
+        return Place(piece.key, rule, tuple(regions))
+
+    def _refuse_unread(self) -> None:
+        known = {place.key for place in self._places.values()}
+        extra = sorted(key for key in self._stored if key not in known and not key.startswith(STATE))
+        if extra:
+            raise BridgeError(
+                f"{self._reader.folder} has {len(extra)} tensor(s) that no rule reads, the first is {extra[0]!r}."
+                f"{nearest(extra[0], known)} Leaving them out would make another model: is the config.json of this one?"
+            )
+
+    def tensors(self, name: str) -> Iterable[torch.Tensor]:
+        """The Hugging Face tensors behind a parameter."""
+        place = self._places[name]
+        parts = [self._reader.read(place.key, offset, there).view(here) for offset, there, here in place.regions]
+        whole = self._share.merge(name, parts)
+        del parts
+        for tensor in place.rule.from_shards([whole]):
+            yield tensor.to(self._dtype or tensor.dtype)
+
+    def line(self, name: str) -> str:
+        """A parameter, for a dry run."""
+        unit, place = self.units[name], self._places[name]
+        theirs = ", ".join(f"{hf} {list(shape)}" for hf, shape in zip(unit.names, unit.shapes, strict=True))
+        stored = f"{place.key} {list(self._stored[place.key][0])}"
+        return f"{stored} at {list(place.regions[0][0])}  → {type(place.rule).__name__} →  {theirs}"
