@@ -265,15 +265,11 @@ def layout_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[st
         )
     yield from _expert_layout(parallel, hf)
     virtual = parallel.virtual_pipeline_model_parallel_size
-    if layers % pp == 0 and layers % (pp * virtual):
+    if pp * virtual > layers:
+        pieces = f"{pp} pipeline stages" + (f" in {virtual} pieces each" if virtual > 1 else "")
         yield (
-            f"parallel.virtual_pipeline_model_parallel_size = {virtual}: does not divide a pipeline "
-            f"stage's {layers // pp} layers; choose one of {_some(_divisors(layers // pp))}"
-        )
-    if layers % pp:
-        yield (
-            f"parallel.pipeline_model_parallel_size = {pp}: does not divide the model's num_hidden_layers = {layers}; "
-            f"choose one of {_some(_divisors(layers))}"
+            f"parallel.pipeline_model_parallel_size = {pp}: {pieces} take at least {pp * virtual} layers, and the "
+            f"model's num_hidden_layers = {layers}; lower it"
         )
 
 

@@ -65,6 +65,21 @@ def head_dim(hf: dict[str, Any]) -> int:
     return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
+def uneven_layout(layers: int, stages: int, pieces: int) -> list[list[str]] | None:
+    """Megatron's pipeline layout where the layers do not come out even over `stages` · `pieces`; None where they do.
+
+    What is left over goes to pieces in the middle first, then to the first, then to the last, which has the LM head.
+    """
+    each, more = divmod(layers, stages * pieces)
+    if not more:
+        return None
+    last = stages * pieces - 1
+    order = [*range(1, last), 0, last]
+    counts = [each + (piece in order[:more]) for piece in range(last + 1)]
+    layout = [["decoder"] * count for count in counts]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+
+
 def has_qk_norm(hf: dict[str, Any]) -> bool:
     return hf["architectures"][0].startswith("Qwen3")
 
@@ -100,6 +115,9 @@ def transformer_config(
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": virtual_size(parallel),
+        "pipeline_model_parallel_layout": uneven_layout(
+            hf["num_hidden_layers"], pp, parallel.virtual_pipeline_model_parallel_size
+        ),
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,

@@ -141,8 +141,8 @@ def test_what_only_resembles_a_contradiction_passes(changes):
         (QWEN3_8B, {"parallel__tensor_model_parallel_size": 16}, "num_key_value_heads = 8; every rank"),
         (
             QWEN3_8B,
-            {"parallel__pipeline_model_parallel_size": 8},
-            "num_hidden_layers = 36; choose one of 1, 2, 3",
+            {"parallel__pipeline_model_parallel_size": 13, "parallel__virtual_pipeline_model_parallel_size": 3},
+            "13 pipeline stages in 3 pieces each take at least 39 layers, and the model's num_hidden_layers = 36",
         ),
         (QWEN3_8B, {"rollout__tensor_parallel_size": 3}, "rollout.tensor_parallel_size = 3: does not fit"),
         (QWEN3_8B, {"algorithm__distillation_topk": 151937}, "the model's vocabulary has 151936 tokens"),
