@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.data.dataset import DataError
+from megatron_srpo.data.sentencepiece_folder import MODEL, load_sentencepiece
 
+_DESCRIBED = ("tokenizer.json", "tokenizer_config.json")  # where transformers knows what it loads
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -40,6 +42,8 @@ def load_tokenizer(path: str) -> Any:
 def _from_folder(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    if (folder / MODEL).is_file() and not any((folder / name).is_file() for name in _DESCRIBED):
+        return load_sentencepiece(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises nearly everything for a broken folder

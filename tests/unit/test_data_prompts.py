@@ -80,6 +80,46 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_with_the_cure(tmp_path):
             load_tokenizer(str(tmp_path / name))
 
 
+SENTENCEPIECE = {
+    "like Llama": {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False},
+    "bpe": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc"},
+    "unigram": {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc"},
+    "no space before": {"model_type": "unigram", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_a_folder_with_a_sentencepiece_model_alone_gives_sentencepieces_tokens(tmp_path, kind):
+    import sentencepiece
+
+    lines = [f"the number {i} times {i % 7} is {i * (i % 7)}; naïve ﬁ 你好" for i in range(300)]
+    options = {"normalization_rule_name": "identity", "vocab_size": 380, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "tokenizer"), control_symbols=["<|end|>"],
+        **options | SENTENCEPIECE[kind],
+    )  # fmt: skip
+    (tmp_path / "tokenizer.vocab").unlink()
+    with pytest.raises(DataError, match=r"no chat template: .* put its chat_template\.jinja into the folder"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<|end|>")
+    tokenizer = load_tokenizer(str(tmp_path))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert len(tokenizer) == reference.vocab_size() and tokenizer.eos_token_id == reference.eos_id()
+    for text in (*lines[::60], "  17 times  3\nis 51 ", "unseen: Ωß🙂", " a"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == reference.encode(text)
+        if kind in ("bpe", "like Llama"):  # bytes stand for what is unknown
+            assert tokenizer.decode(ids).strip() == reference.decode(ids).strip()
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "the number"}], return_dict=False)
+    assert chat == [*reference.encode("the number"), reference.piece_to_id("<|end|>")]
+
+
+def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
+    with pytest.raises(DataError, match="no SentencePiece model"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     settings_file = tmp_path / "tokenizer_config.json"
