@@ -23,6 +23,7 @@ ALLOWED = {
     "scoring": BASE | {"rewards"},  # joins the rewards' workers to the ranks
     "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
     "conversion": BASE | {"bridge", "mcore", "checkpoints", "disk"},  # Hugging Face's names in Megatron's files
+    "comparison": BASE | {"bridge", "mcore"},
     "launch": EVERYTHING,  # builds the parts
     "cli": EVERYTHING,
     "doctor": EVERYTHING,  # a command of the cli

@@ -1,0 +1,165 @@
+"""One model by transformers, Megatron and vLLM: the token on which they differ most, and the first layer that differs.
+
+    python tools/compare_logits.py --hf DIR --prompt "What is 2 + 2?"
+    torchrun --nproc-per-node 2 tools/compare_logits.py --hf DIR --tensor-model-parallel-size 2 --prompts FILE
+    python tools/compare_logits.py --hf DIR --megatron CHECKPOINT --no-vllm --token-ids 1,2,3
+
+Exit codes: 0 all agree, 1 they do not, 2 a mistake. See docs/conversion.md.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_srpo.cli import run_tool
+from megatron_srpo.config import Config, ConfigError, UserError, layout_problems, listed, unsupported
+
+# Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's.
+TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (0.5, 0.05)}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def compare(
+    hf: Annotated[Path, typer.Option(metavar="DIR", help="The model: a Hugging Face folder.")],
+    megatron: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A Megatron checkpoint instead of the folder's weights.")
+    ] = None,
+    prompt: Annotated[list[str], typer.Option(help="A text; may be given again and again.")] = [],  # noqa: B006
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A text a line.")] = None,
+    token_ids: Annotated[list[str], typer.Option(metavar="1,2,3", help="Tokens instead of a text.")] = [],  # noqa: B006
+    tensor_model_parallel_size: Annotated[int, typer.Option(min=1, help="Of Megatron.")] = 1,
+    pipeline_model_parallel_size: Annotated[int, typer.Option(min=1, help="Of Megatron.")] = 1,
+    expert_model_parallel_size: Annotated[int, typer.Option(min=1, help="Of Megatron.")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Of Megatron.")] = False,
+    dtype: Annotated[DType, typer.Option(help="In which all compute.")] = DType.float32,
+    tolerance: Annotated[float | None, typer.Option(min=0, help="Largest |Δ log-prob| that agrees, in nats.")] = None,
+    layer_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Largest |Δ hidden| ÷ largest |hidden| of a layer that agrees.")
+    ] = None,
+    vllm: Annotated[bool, typer.Option(help="With vLLM.")] = True,
+) -> int:
+    """transformers against Megatron, at any layout, against vLLM, on given prompts."""
+    sizes = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "expert_model_parallel_size": expert_model_parallel_size,
+    }
+    parallel: dict[str, Any] = {name: size for name, size in sizes.items() if size > 1}
+    config = Config(
+        model={"path": str(hf), "dtype": dtype.value}, data={"train": "none"},
+        parallel={**parallel, "sequence_parallel": sequence_parallel},
+    )  # fmt: skip
+    _refuse(hf, config)
+    usual, usual_layer = TOLERANCES[dtype.value]
+    tolerance = usual if tolerance is None else tolerance
+    layer_tolerance = usual_layer if layer_tolerance is None else layer_tolerance
+    from megatron_srpo.conversion.console import leads, quiet
+
+    quiet()
+    tokens, tokenizer = _tokens(hf, prompt, prompts, token_ids)
+    traces = _traces(hf, megatron, tokens, config, vllm=vllm)
+    if not leads():
+        return 0
+    agree = [
+        _tell(name, tokens, traces["transformers"], found, tolerance, layer_tolerance, tokenizer)
+        for name, found in traces.items()
+        if name != "transformers"
+    ]
+    return 0 if all(agree) else 1
+
+
+def _refuse(hf: Path, config: Config) -> None:
+    from megatron_srpo.bridge import read_config
+
+    found = read_config(hf)
+    problems = unsupported(found) or list(layout_problems(config.parallel, found))
+    parallel = config.parallel
+    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if not problems and started % needed:
+        problems = [f"the layout takes {needed} ranks and {started} started: torchrun --nproc-per-node {needed} …"]
+    if problems:
+        raise ConfigError(listed("this comparison", problems))
+
+
+def _tokens(hf: Path, texts: list[str], file: Path | None, ids: list[str]) -> tuple[list[list[int]], Any]:
+    texts = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    tokenizer = None
+    if texts:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+    tokens = [tokenizer.encode(text) for text in texts]
+    try:
+        tokens += [[int(number) for number in given.split(",")] for given in ids]
+    except ValueError:
+        raise UserError(f"--token-ids: expected numbers like 1,2,3, got {ids}") from None
+    if not tokens or not all(tokens):
+        raise UserError("nothing to compare on: give --prompt TEXT, --prompts FILE or --token-ids 1,2,3 (not empty)")
+    return tokens, tokenizer
+
+
+def _traces(hf: Path, megatron: Path | None, tokens: list, config: Config, *, vllm: bool) -> dict[str, list]:
+    """By implementation, a trace of every prompt; on ranks that do not speak only what is collective."""
+    import torch
+
+    from megatron_srpo.comparison.megatron import policy_traces
+    from megatron_srpo.conversion.console import leads
+    from megatron_srpo.conversion.source import checkpoint_folder
+
+    traces: dict[str, list] = {}
+    if leads():
+        from megatron_srpo.comparison.engine import engine_traces
+        from megatron_srpo.comparison.reference import reference_traces
+
+        traces["transformers"] = reference_traces(hf, tokens, getattr(torch, config.model.dtype))
+        if vllm:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            traces["vLLM"] = engine_traces(hf, tokens, config.model.dtype, device)
+    found = policy_traces(hf, tokens, config, checkpoint_folder(megatron) if megatron else None)
+    return {**traces, "Megatron": found or []}
+
+
+def _tell(
+    name: str, tokens: list, reference: list, traces: list, tolerance: float, layer_tolerance: float, tokenizer: Any
+) -> bool:
+    """Print how far `traces` are from the reference; returns whether they agree."""
+    from megatron_srpo.comparison.trace import compare
+
+    found = [compare(ours, theirs, layer_tolerance) for ours, theirs in zip(reference, traces, strict=True)]
+    number, worst = max(enumerate(found), key=lambda pair: pair[1].worst)
+    context = tokens[number][: worst.position + 1]
+    shown = repr(tokenizer.decode(context[-8:])) if tokenizer else str(context[-8:])
+    token = f"{worst.token}" + (f" {tokenizer.decode([worst.token])!r}" if tokenizer else "")
+    agree = worst.worst <= tolerance
+    print(
+        f"{name}: {'agrees' if agree else 'DIFFERS'}, worst |Δ log-prob| {worst.worst:.3g} (tolerance {tolerance:g})\n"
+        f"  prompt {number}, position {worst.position}, after …{shown}: token {token} has {worst.ours:.5f} by "
+        f"transformers, {worst.theirs:.5f} here"
+    )
+    if not agree:
+        largest = [max(parts) for parts in zip(*(one.by_layer for one in found), strict=True)]
+        print(f"  first that differs: {worst.where} (tolerance {layer_tolerance:g} of the largest hidden value)")
+        print("  by layer, the embedding first: " + " ".join(f"{error:.1e}" for error in largest))
+    return agree
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_tool(app, "compare_logits.py", arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
