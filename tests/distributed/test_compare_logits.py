@@ -1,0 +1,82 @@
+"""The comparison tool as users run it: agreement at a layout of two ranks, and a fault traced to its layer."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.distributed.test_conversion_megatron import _convert
+from tests.distributed_harness import free_port
+from tests.fresh_process import fresh_process, run_as_torchrun_does
+from tests.tiny_models import make_tiny_model
+
+LAYERS = 5
+
+
+def _compare(said: Path, arguments: list[str]) -> int:
+    """The tool's exit code; what rank 0 prints goes to a file."""
+    from tools.compare_logits import main
+
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(out):
+        code = main(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        said.write_text(out.getvalue())
+    return code
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "hf", "qwen3", layers=LAYERS, tied=False)
+
+
+def test_two_ranks_agree_with_transformers_on_prompts_of_any_length(model, tmp_path):
+    arguments = ["--hf", str(model), "--no-vllm", "--prompt", "What is 17 + 25?", "--token-ids", "5,6,7"]
+    for layout in (
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        ["--pipeline-model-parallel-size", "2"],
+    ):
+        codes = run_as_torchrun_does(_compare, 2, free_port(), tmp_path / "said", [*arguments, *layout])
+        said = (tmp_path / "said").read_text()
+        assert codes == [0, 0], said
+        assert "Megatron: agrees" in said and "DIFFERS" not in said
+
+
+@pytest.mark.parametrize(
+    ("tensor", "where"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", "layer 3"),
+        ("model.embed_tokens.weight", "the embedding"),
+        ("lm_head.weight", "the final norm or the head (every layer agrees)"),
+    ],
+)
+def test_a_fault_in_one_tensor_is_traced_to_its_layer(model, tmp_path, tensor, where):
+    faulty = tmp_path / "faulty"
+    faulty.mkdir()
+    for file in model.iterdir():
+        (faulty / file.name).write_bytes(file.read_bytes())
+    held = load_file(faulty / "model.safetensors")
+    held[tensor][7] += 0.3
+    save_file(held, faulty / "model.safetensors", metadata={"format": "pt"})
+    with fresh_process() as process:
+        process.submit(_convert, faulty, tmp_path / "megatron", {"tensor_model_parallel_size": 2}).result()
+        arguments = ["--hf", str(model), "--megatron", str(tmp_path / "megatron"), "--no-vllm", "--token-ids", "7,5,6"]
+        assert process.submit(_compare, tmp_path / "said", arguments).result() == 1
+    said = (tmp_path / "said").read_text()
+    assert "Megatron: DIFFERS" in said and f"first that differs: {where}" in said, said
+
+
+def test_a_comparison_without_prompts_or_ranks_is_refused(model, tmp_path):
+    with fresh_process() as process:
+        for more, message in (
+            ([], "nothing to compare on"),
+            (["--token-ids", "1,a"], "expected numbers like 1,2,3"),
+            (["--token-ids", "1", "--pipeline-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
+        ):
+            assert process.submit(_compare, tmp_path / "said", ["--hf", str(model), *more]).result() == 2
+            assert message in (tmp_path / "said").read_text()
