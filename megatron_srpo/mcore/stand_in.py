@@ -60,6 +60,8 @@ def layout_size(parallel: ParallelConfig) -> int:
 
 def rank_share(hf: dict[str, Any], parallel: ParallelConfig, rank: int) -> RankShare:
     """What rank `rank` of the layout holds of the model that this config.json describes."""
+    # Weights are the same with and without it, and Megatron wants it for experts.
+    parallel = parallel.model_copy(update={"sequence_parallel": parallel.tensor_model_parallel_size > 1})
     with _standing_in(parallel, rank) as topology:
         with torch.device("meta"):
             model = build_model(hf, ModelConfig(path="", dtype="float32"), parallel, topology, transformer_engine=False)

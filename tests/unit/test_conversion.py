@@ -24,7 +24,10 @@ MODELS = {
     "qwen2 untied bf16 in files": (
         "qwen2", {"tied": False, "dtype": torch.bfloat16, "vocab": 99, "layers": 2, "max_shard_size": "40KB"}
     ),
-    "qwen2 tied fp32": ("qwen2", {"tied": True, "layers": 2}),
+    "qwen2 tied fp32": ("qwen2", {"tied": True, "layers": 3}),
+    "qwen3 moe untied bf16": (
+        "qwen3_moe", {"tied": False, "dtype": torch.bfloat16, **ODD, "layers": 3, "dense_layers": (1,), "experts": 6}
+    ),
 }  # fmt: skip
 
 
@@ -102,6 +105,23 @@ def test_a_round_trip_over_any_layout_is_bitwise(folders, to_megatron, to_hf, tm
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", source))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(("tp", "pp", "ep", "ranks"), [(1, 1, 3, 3), (2, 1, 2, 2), (2, 3, 6, 18)])
+def test_experts_are_dealt_to_the_ranks_that_share_them_and_come_back(
+    folders, to_megatron, to_hf, tmp_path, tp, pp, ep, ranks
+):
+    source = folders("qwen3 moe untied bf16")
+    sizes = [*layout(tp, pp), "--expert-model-parallel-size", str(ep)]
+    _, listed, _ = to_megatron(source, tmp_path / "megatron", *sizes, "--dry-run")
+    for expert in range(6):
+        line = next(line for line in listed.splitlines() if f"layers.2.mlp.experts.{expert}.up_proj" in line)
+        assert "→ GatedMLP →" in line and f"layers.2.mlp.experts.local_experts.{expert}.linear_fc1.weight" in line
+    assert to_megatron(source, tmp_path / "megatron", *sizes)[0] == 0
+    files = {file.name for file in (tmp_path / "megatron").glob("*.distcp")}
+    assert files == {f"__{rank}_0.distcp" for rank in range(ranks)}
+    code, *said = to_hf(tmp_path / "megatron", tmp_path / "back", "--verify-against", source)
+    assert code == 0, said
 
 
 def test_several_files_come_with_an_index_that_transformers_reads(folders, to_megatron, to_hf, tmp_path):
@@ -193,6 +213,8 @@ REFUSED = {
         lambda folder: rewrite(folder, lambda held: held.update({"model.layers.0.mlp.up_proj.wait": torch.ones(1)})),
         [], "does not know, the first is 'model.layers.0.mlp.up_proj.wait'. The nearest known name is 'model.layers.0",
     ),
+    "no experts": (lambda folder: None, ["--expert-model-parallel-size", "2"], "the model has no experts"),
+    "more stages than layers": (lambda folder: None, layout(1, 5), "5 pipeline stages take at least 5 layers"),
     "heads do not divide": (lambda folder: None, layout(4, 1), "does not divide the model's num_attention_heads = 6"),
     "no such option": (lambda folder: None, ["--tensor-parallel", "2"], "No such option"),
     "no such folder": (shutil.rmtree, [], "has no config.json: expected a Hugging Face model folder"),
