@@ -168,6 +168,13 @@ def _schedule(config: Config) -> Iterator[str]:
         )
     if config.eval.every and not config.data.test:
         yield f"eval.every = {config.eval.every}: data.test is empty; name the held-out file, or set eval.every = 0"
+    saved, evaluated = config.checkpoint.every, config.eval.every
+    best = config.checkpoint.keep_best
+    if best.removeprefix("-").startswith("eval/") and (not evaluated or saved % evaluated):
+        yield (
+            f'checkpoint.keep_best = "{best}": is not measured where checkpoints come (checkpoint.every = {saved}, '
+            f"eval.every = {evaluated}); make checkpoint.every a multiple of eval.every"
+        )
 
 
 def _layout(config: Config) -> Iterator[str]:

@@ -96,6 +96,7 @@ def test_a_sound_configuration_passes_all_checks():
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr = 1.0", "lower it"),
         ({"optimizer__warmup_steps": 101}, "optimizer.warmup_steps = 101", "only 100 optimizer steps"),
         ({"eval__every": 5}, "eval.every = 5", "data.test is empty"),
+        ({"checkpoint__keep_best": "-eval/loss"}, 'checkpoint.keep_best = "-eval/loss"', "a multiple of eval.every"),
         (
             {"parallel__virtual_pipeline_model_parallel_size": 2},
             "parallel.virtual_pipeline_model_parallel_size = 2",
@@ -118,6 +119,8 @@ def test_a_contradiction_is_told_with_key_value_and_cure(changes, key, cure):
         {"rollout__n_samples_per_prompt": 1, "algorithm__name": "sdpo", "algorithm__use_feedback": True},
         {"eval__n_samples": 16, "eval__temperature": 0.6, "eval__top_p": 0.9},
         {"eval__every": 5, "data__test": "x.jsonl"},
+        {"eval__every": 5, "data__test": "x.jsonl", "checkpoint__keep_best": "eval/accuracy"},
+        {"checkpoint__keep_best": "critic/score/mean"},
         {"optimizer__warmup_steps": 400, "train__prompts_per_mini_batch": 8},
         {"algorithm__rollout_correction_cap": 0.5, "algorithm__rollout_correction": "off"},
         {"algorithm__distill_ratio_clip": 0.0},
