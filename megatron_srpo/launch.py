@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +103,7 @@ class DriverParts:
         self._config = config
         self.observer: Any = None
         prompting = Prompting(config)
-        self.teacher_prompt = prompting.teacher_prompt
+        self.teacher_prompt, self._tokenizer = prompting.teacher_prompt, prompting.tokenizer
         self.prompts = {split: prompting.prompts(split, self.say) for split in splits}
 
     def kinds(self) -> set[str]:
@@ -116,6 +116,10 @@ class DriverParts:
             print(text, flush=True)
         else:
             self.observer.message(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """A response's text."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def loader(self) -> Any:
         from megatron_srpo.data import PromptLoader
@@ -144,6 +148,8 @@ def _build_scorer(config: Config, session: Session, driver: DriverParts | None, 
     from megatron_srpo.scoring import RewardScorer
 
     control, engine_size = session.control, config.rollout.tensor_parallel_size
+    if config.rollout.placement == "servers":
+        engine_size = session.topology.world_size  # the driver speaks for all of them
     engines = max(1, session.topology.world_size // engine_size)
     workers = -(-config.reward.workers // engines)
     kinds = control.share(lambda: driver.kinds())
@@ -166,18 +172,45 @@ def _build_policy(config: Config, hf: dict, session: Session, *, total_steps: in
     )  # fmt: skip
 
 
-def _build_engine(config: Config, session: Session, model_dir: str) -> Any:
+def _build_engine(config: Config, session: Session, driver: DriverParts | None) -> Any:
     from megatron_srpo.rollout import ColocatedEngine
 
+    if config.rollout.placement == "servers":
+        return _server_engine(config, session, driver)
     return ColocatedEngine(
-        hf_dir=model_dir,
+        hf_dir=config.model.path,
         dtype=config.model.dtype,
         rollout=config.rollout,
-        max_model_len=config.data.max_prompt_length + config.rollout.max_response_length,
+        max_model_len=_longest(config),
         seed=config.run.seed,
         control_group=session.topology.control_group,
         device=session.topology.device.type,
     )
+
+
+def _longest(config: Config) -> int:
+    return config.data.max_prompt_length + config.rollout.max_response_length
+
+
+def _server_engine(config: Config, session: Session, driver: DriverParts | None) -> Any:
+    from megatron_srpo.bridge.wire import Sender, local_address
+    from megatron_srpo.rollout.servers import ServersEngine, host_of
+
+    rollout, device = config.rollout, session.topology.device
+    cuda = device.type == "cuda"
+    backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"
+
+    def make_sender(url: str) -> Sender:
+        return Sender(
+            local_address(*host_of(url)), timeout_s=rollout.server_timeout_seconds, backend=backend, device=device
+        )
+
+    return ServersEngine(
+        hf_dir=config.model.path, tokenizer=config.model.tokenizer, dtype=config.model.dtype, rollout=rollout,
+        max_model_len=_longest(config), seed=config.run.seed, device=device.type, control=session.control,
+        make_sender=make_sender, logs=Path(config.run.output_dir) / "engines", decode=driver and driver.decode,
+        say=driver and driver.say,
+    )  # fmt: skip
 
 
 def _requests(prompts: list, iteration: int, refill: int, *, seed: int, samples: int) -> list:
@@ -223,14 +256,14 @@ class Evaluator:
         )
 
 
-def _write_hf(config: Config, export: Callable[[], Iterator], target: Path, *, is_driver: bool) -> None:
+def _write_hf(config: Config, weights: Iterable, target: Path, *, is_driver: bool) -> None:
     """Every rank drains the export; the driver writes the folder."""
     from megatron_srpo.bridge import write_hf_folder
 
     if is_driver:
-        write_hf_folder(export(), config.model.path, target, dtype=config.model.dtype)
+        write_hf_folder(weights, config.model.path, target, dtype=config.model.dtype)
     else:
-        for _ in export():
+        for _ in weights:
             pass
 
 
@@ -277,7 +310,7 @@ def _train(config: Config, session: Session, closing: ExitStack) -> int:
     folder = Path(config.run.output_dir) / "hf"
     if done:
         with watchdog.phase("export"):
-            _write_hf(config, parts.export, folder, is_driver=control.is_driver)
+            _write_hf(config, parts.weights, folder, is_driver=control.is_driver)
     if driver:
         driver.say(_ending(config, done, start, folder, parts.checkpoints.last))
     requeue = control.any(stop.requeue)
@@ -319,10 +352,10 @@ def _assemble(
     loader = control.on_driver(driver.loader if driver else lambda: None)
     if restored:
         control.share(lambda: checkpoints.restore_data(loader, restored.state["loader"]))
-    engine = _build_engine(config, session, config.model.path)
+    engine = _build_engine(config, session, driver)
     closing.callback(engine.close)
     if start:
-        engine.publish(exporter.items(), start)
+        engine.publish(exporter, start)
     test = control.share(lambda: driver.prompts.get("test", []))
     parts = Parts(
         config=config,
@@ -330,7 +363,7 @@ def _assemble(
         policy=policy,
         objective=Objective(config),
         engine=engine,
-        export=exporter.items,
+        weights=exporter,
         requests=partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt),
         sampling=_sampling(config),
         evaluate=Evaluator(config, engine, test, scorer),
@@ -356,11 +389,11 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
         if driver:
             closing.callback(driver.close)
         scorer = _build_scorer(config, session, driver, closing)
-        engine = _build_engine(config, session, config.model.path)
+        engine = _build_engine(config, session, driver)
         closing.callback(engine.close)
         if checkpoint is not None:
             folder = session.control.share(lambda: checkpoints.whole(checkpoint))
-            engine.publish(_checkpoint_items(config, session, folder), 1)
+            engine.publish(_checkpoint_weights(config, session, folder), 1)
         prompts = session.control.share(lambda: driver.prompts[split])
         metrics = Evaluator(config, engine, prompts, scorer)()
         if driver:
@@ -368,7 +401,7 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
     return 0
 
 
-def _checkpoint_items(config: Config, session: Session, folder: Path) -> Iterator:
+def _checkpoint_weights(config: Config, session: Session, folder: Path) -> Iterable:
     """The weights of one of our checkpoints in Hugging Face names."""
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.mcore import checkpoint
@@ -376,4 +409,4 @@ def _checkpoint_items(config: Config, session: Session, folder: Path) -> Iterato
     hf = hf_config_of(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=1, trainable=False)
     checkpoint.load(policy, folder)
-    return Exporter(policy.shards, hf).items()
+    return Exporter(policy.shards, hf)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class Parts:
     policy: Any  # mcore.policy.Policy
     objective: Any  # objective.Objective
     engine: Any  # rollout.engine.RolloutEngine
-    export: Callable[[], Iterator[tuple[str, torch.Tensor]]]  # the policy in Hugging Face names, on every rank
+    weights: Iterable[tuple[str, torch.Tensor]]  # the policy as it is, in Hugging Face names; every rank iterates
     requests: Callable[[list[Prompt], int, int], list]  # prompts, iteration, refill number -> generate requests
     sampling: Any  # rollout.engine.SamplingSettings
     evaluate: Callable[[], dict[str, float] | None]  # held-out metrics; every rank calls it
@@ -111,7 +111,7 @@ class Trainer:
             steps = [self._train(samples, mini, scores) for mini in plan.mini_batches]
         self._skipped_in_a_row = consecutive_skips(self._skipped_in_a_row, steps)
         with self._timed("publish"):
-            self.parts.engine.publish(self.parts.export(), self.iteration + 1)
+            self.parts.engine.publish(self.parts.weights, self.iteration + 1)
         steps = [step for step in steps if step is not None]
         for name in {name for step in steps for name in step.metrics}:
             values = [step.metrics[name] for step in steps if name in step.metrics]

@@ -44,7 +44,8 @@ class Rollout:
     logprobs: Sequence[float]  # the engine's log-prob of each response token at the sampling temperature
     text: str  # decoded without special tokens
     finish_reason: str  # "stop" or "length"
-    weight_version: int  # the publish that produced it
+    weight_version: int  # the publish that produced it; the oldest, where there were several
+    token_versions: list[int] | None = None  # the publish behind each token; None: weight_version, all of them
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, array):

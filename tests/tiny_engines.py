@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_srpo.bridge.wire import Sender
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest, SamplingSettings, prepare_environment, request_seed
+from megatron_srpo.rollout.servers import ServersEngine
 from megatron_srpo.types import Rollout
 
 VOCAB = 21  # so small that some responses end by themselves; odd, and not a multiple of what vLLM pads to
@@ -38,6 +40,42 @@ def tiny_engine(
         enforce_eager=True,
     )
     engine = ColocatedEngine(hf_dir=str(folder), dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class Alone:
+    """The control channel of a run with one rank."""
+
+    is_driver = True
+
+    def share(self, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+
+@contextmanager
+def tiny_servers(
+    folder: str | Path, logs: Path, dtype: str = "float32", *, control: Any = None, max_model_len: int = 160,
+    said: list[str] | None = None, **settings: Any,
+) -> Iterator[ServersEngine]:  # fmt: skip
+    """Started servers, ended at the end; `settings` are of the rollout section."""
+    prepare_environment("cpu")
+    rollout = RolloutConfig(
+        placement="servers", cpu_kv_cache_gib=0.02, max_num_seqs=64, enforce_eager=True, **settings
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def make_sender(url: str) -> Sender:
+        return Sender("127.0.0.1", timeout_s=rollout.server_timeout_seconds, backend="gloo", device=torch.device("cpu"))
+
+    engine = ServersEngine(
+        hf_dir=str(folder), tokenizer="", dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0,
+        device="cpu", control=control or Alone(), make_sender=make_sender, logs=logs,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        say=[].append if said is None else said.append,
+    )  # fmt: skip
     try:
         yield engine
     finally:

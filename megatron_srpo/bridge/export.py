@@ -87,6 +87,10 @@ class Exporter:
         parts = [part for bucket in self._buckets for part in bucket]
         return [name for part in parts for mapped in part.mapped for name in mapped.hf_names]
 
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """A new export; see `items`."""
+        return self.items()
+
     @torch.no_grad()
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) on the device of the parameters; every rank must drain it.

@@ -41,31 +41,27 @@ def _forget_packed_experts(model: Any) -> None:
             method.moe_kernel = None
 
 
-class PublishExtension:
-    """Mixed into vLLM's worker by `worker_extension_cls="megatron_srpo.bridge.worker.PublishExtension"`.
+class WeightLoader:
+    """New weights for one worker's model: `begin`, `load` as often as needed, `finish`.
 
-    begin_publish, load_bucket as often as needed, finish_publish; or publish_weights, which streams an iterator in the
-    same process. Nothing may be generated in between. The worker may hold a tensor until its layer is complete (query,
-    key and value for example): tensors of a layer should be neighbours and must not be overwritten in the meantime.
+    Nothing may be generated in between. The loader may hold a tensor until its layer is complete (query, key and value
+    for example): tensors of a layer should be neighbours and must not be overwritten in the meantime.
 
     A publish must bring every tensor of the folder that the engine was started from, once (a tied head under the
     embedding's name alone). Raises BridgeError for a name or shape that does not fit, and for what is missing. After a
     failure, whatever its reason, some layers are new and some old: publish again before generating.
     """
 
-    vllm_config: Any  # of the worker
-    model_config: Any
-    model_runner: Any
-    _shapes: dict[str, tuple[int, ...]] | None = None  # of the folder; read once
+    def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
+        self._model, self._vllm_config = model, vllm_config
+        self._shapes = folder_shapes(vllm_config.model_config.model)
 
-    def begin_publish(self) -> None:
+    def begin(self) -> None:
         """Give every layer its loading form back."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        model = self.model_runner.get_model()
-        if self._shapes is None:
-            self._shapes = folder_shapes(self.model_config.model)
+        model = self._model
         # A tied head is the embedding under a second name until the reload gives each name a tensor of its own; it
         # must then be loaded too, or the engine goes on with the old head.
         first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -76,17 +72,17 @@ class PublishExtension:
         }
         self._expected = {name: s for name, s in self._shapes.items() if name not in self._aliases.values()}
         _forget_packed_experts(model)
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self._vllm_config):
             initialize_layerwise_reload(model)
         self._awaited = {name for name, _ in model.named_parameters()}  # the engine's own, fused names
 
     @torch.no_grad()
-    def load_bucket(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load (Hugging Face name, full tensor) pairs; each rank of a tensor-parallel engine takes its part."""
         from vllm.config import set_current_vllm_config
 
-        with self._abandoned_on_failure(), set_current_vllm_config(self.vllm_config):
-            self._awaited -= self.model_runner.get_model().load_weights(self._with_aliases(items))
+        with self._abandoned_on_failure(), set_current_vllm_config(self._vllm_config):
+            self._awaited -= self._model.load_weights(self._with_aliases(items))
 
     def _with_aliases(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in items:
@@ -98,25 +94,24 @@ class PublishExtension:
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         expected = self._expected.pop(name, None)
         if expected is None:
-            known = self._shapes or {}
-            why = "came before, or is tied to another" if name in known else "is not in its folder"
+            why = "came before, or is tied to another" if name in self._shapes else "is not in its folder"
             raise BridgeError(f"the engine was published {name!r}, which {why}.{nearest(name, self._expected)} {CURE}")
         if shape != expected:
             raise BridgeError(f"{name!r} was published with shape {list(shape)}: expected {list(expected)}. {CURE}")
 
-    def finish_publish(self) -> None:
+    def finish(self) -> None:
         """Repack what is not yet repacked. Raises BridgeError when something got no weights."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        with self._abandoned_on_failure(), set_current_vllm_config(self.vllm_config):
+        with self._abandoned_on_failure(), set_current_vllm_config(self._vllm_config):
             missing = sorted(self._expected) or sorted(self._awaited)
             if missing:
                 raise BridgeError(
                     f"the publish left {len(missing)} tensor(s) of the engine on old weights, the first is "
                     f"{missing[0]!r}. {CURE}"
                 )
-            finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
+            finalize_layerwise_reload(self._model, self._vllm_config.model_config)
 
     @contextmanager
     def _abandoned_on_failure(self) -> Iterator[None]:
@@ -129,18 +124,28 @@ class PublishExtension:
         try:
             yield
         except BaseException:
-            model = self.model_runner.get_model()
-            for layer in model.modules():
+            for layer in self._model.modules():
                 info = get_layerwise_info(layer)
                 if info.can_load():
                     info.load_numel = 0
                     info.loaded_weights.clear()
-            with set_current_vllm_config(self.vllm_config):
-                reload.finalize_layerwise_reload(model, self.model_config)
+            with set_current_vllm_config(self._vllm_config):
+                reload.finalize_layerwise_reload(self._model, self._vllm_config.model_config)
             raise
 
+
+class PublishExtension:
+    """Mixed into vLLM's worker by `worker_extension_cls="megatron_srpo.bridge.worker.PublishExtension"`."""
+
+    vllm_config: Any  # of the worker
+    model_runner: Any
+    _publisher: WeightLoader | None = None
+
     def publish_weights(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """A whole publish from an iterator, tensor by tensor, without copies; in-process engines only."""
-        self.begin_publish()
-        self.load_bucket(items)
-        self.finish_publish()
+        """A whole publish from an iterator, tensor by tensor, without copies; in-process engines only. See
+        WeightLoader."""
+        if self._publisher is None:
+            self._publisher = WeightLoader(self.model_runner.get_model(), self.vllm_config)
+        self._publisher.begin()
+        self._publisher.load(items)
+        self._publisher.finish()

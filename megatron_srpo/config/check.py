@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def contradictions(
     must exist ("train", "test").
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *_objective(config), *_schedule(config)]
-    problems += [*_layout(config), *_files(config, splits)]
+    problems += [*_layout(config), *_servers(config), *_files(config, splits)]
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:
@@ -189,6 +190,32 @@ def _layout(config: Config) -> Iterator[str]:
         yield (
             "parallel.sequence_parallel = true: it splits activations over tensor-parallel ranks, and "
             "parallel.tensor_model_parallel_size is 1; set it to false, or raise that size"
+        )
+
+
+def _servers(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.placement == "colocated":
+        if rollout.max_staleness:
+            yield (
+                f"rollout.max_staleness = {rollout.max_staleness}: engines in the training ranks cannot generate while "
+                'those train; set it to 0, or rollout.placement = "servers"'
+            )
+        if rollout.servers:
+            yield 'rollout.servers: names servers, and rollout.placement is "colocated"; set it to "servers"'
+        return
+    for url in rollout.servers:
+        if not re.fullmatch(r"http://(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+/?", url):
+            yield f'rollout.servers: "{url}" is no address of a server; expected http://HOST:PORT'
+    if len(set(rollout.servers)) < len(rollout.servers):
+        yield "rollout.servers: names one server twice; each of them is one engine"
+    last = rollout.server_port + rollout.num_servers - 1
+    if rollout.server_port and last > 65535:
+        yield f"rollout.server_port = {rollout.server_port}: the last server's port would be {last}; lower it"
+    if rollout.max_staleness and config.algorithm.rollout_correction == "off":
+        yield (
+            f"rollout.max_staleness = {rollout.max_staleness}: stale samples are biased without importance weights; "
+            'set algorithm.rollout_correction = "truncate", or max_staleness = 0'
         )
 
 
@@ -371,7 +398,7 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
             f"parallel: all experts take expert {ep} × expert tensor {etp} × pipeline {pp} = {ep * etp * pp} ranks, "
             f"but {started}; start a multiple of {math.lcm(copies, ep * etp * pp)}, or lower a size"
         )
-    if world_size % engine:
+    if config.rollout.placement == "colocated" and world_size % engine:
         yield (
             f"rollout.tensor_parallel_size = {engine}: one engine takes {engine} ranks, but {started}; choose one of "
             f"{_some(_divisors(world_size))}"

@@ -80,7 +80,7 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)  # of training samples; the trainer scores at the same one
     top_p: float = Field(1.0, gt=0, le=1)  # training needs 1: see eval.top_p
     top_k: int = Field(0, ge=0)  # 0 = off; training needs 0
-    placement: Literal["colocated"] = "colocated"  # engines live in the training ranks
+    placement: Literal["colocated", "servers"] = "colocated"  # in the training ranks, or vLLM servers beside them
     tensor_parallel_size: int = Field(1, ge=1)  # ranks an engine; need not be the trainer's
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)  # the engine's share of a GPU
     cpu_kv_cache_gib: float = Field(1.0, gt=0)  # of an engine on a CPU
@@ -88,6 +88,19 @@ class RolloutConfig(Section):
     enforce_eager: bool = False  # no CUDA graphs, no compilation
     max_refills: int = Field(0, ge=0)  # batches drawn in place of groups all right or all wrong; 0 = train on those too
     mismatch_warning: float = Field(0.05, ge=0)  # mean |Δ log-prob| trainer vs engine that warns
+    # placement = "servers"
+    num_servers: int = Field(1, ge=1)  # that we start, on the driver's machine
+    servers: list[str] = []  # addresses of running ones instead: http://HOST:PORT
+    server_host: str = "127.0.0.1"  # the address that ours listen on
+    server_port: int = Field(0, ge=0, le=65535)  # of the first, the next ones count up; 0 = free ones
+    server_devices: list[int] = []  # GPUs of ours; [] = those after the training ranks'
+    server_start_seconds: float = Field(900, gt=0)  # until a server must answer first
+    server_timeout_seconds: float = Field(60, gt=0)  # until a server that gives no sign of life counts as lost
+    request_timeout_seconds: float = Field(3600, gt=0)  # for one response
+    max_server_restarts: int = Field(3, ge=0)  # of one server, without a response in between
+    weight_transfer: Literal["auto", "gloo", "nccl"] = "auto"  # how weights travel; auto: NCCL on GPUs
+    in_flight: Literal["finish", "pause", "abort"] = "finish"  # what a publish does with requests that run
+    max_staleness: int = Field(0, ge=0)  # publishes that a sample may be behind the policy it trains; 0 = exact
 
 
 class AlgorithmConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout.balance import split_requests
-from megatron_srpo.rollout.engine import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout.engine import GenerateRequest, RolloutError, SamplingSettings, check_lengths
 from megatron_srpo.rollout.environment import shared_memory_name, unlink_blocks
 from megatron_srpo.rollout.guest import preserved_generators
 from megatron_srpo.rollout.vllm_engine import EngineSettings, check_model, start_engine, stop_engine
@@ -72,13 +72,7 @@ class ColocatedEngine:
         self._must_be_awake("generate")
         if self._half_published:
             raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
-        for request in requests:
-            if not 0 < len(request.token_ids) <= self._max_model_len - sampling.max_tokens:
-                raise RolloutError(
-                    f"prompt {request.prompt} has {len(request.token_ids)} tokens: expected 1 to "
-                    f"{self._max_model_len - sampling.max_tokens}, so that {sampling.max_tokens} more fit in "
-                    f"{self._max_model_len}. Raise data.max_prompt_length, or drop it."
-                )
+        check_lengths(requests, sampling, self._max_model_len)
         mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
         try:
             answers, error = self._run(mine, sampling, on_rollout if self._speaks else None), None
@@ -146,14 +140,14 @@ class ColocatedEngine:
             raise RuntimeError(f"generation failed on {'; '.join(failed)}")
         return [answer for answers, _ in parts for answer in answers]
 
-    def publish(self, items: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+    def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See RolloutEngine. Tensors go to the worker one by one, without copies beside the engine's own.
 
         Raises BridgeError when they are not the engine's model; nothing can then be generated before a whole publish.
         """
         self._must_be_awake("publish")
         self._half_published = True
-        self._llm.collective_rpc("publish_weights", args=(items,))
+        self._llm.collective_rpc("publish_weights", args=(iter(weights),))
         self._reset_cache()
         self.weight_version, self._half_published = version, False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,17 @@ def request_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
+def check_lengths(requests: Sequence[GenerateRequest], sampling: SamplingSettings, max_model_len: int) -> None:
+    """Raise RolloutError for a prompt that leaves no room for `max_tokens`."""
+    for request in requests:
+        if not 0 < len(request.token_ids) <= max_model_len - sampling.max_tokens:
+            raise RolloutError(
+                f"prompt {request.prompt} has {len(request.token_ids)} tokens: expected 1 to "
+                f"{max_model_len - sampling.max_tokens}, so that {sampling.max_tokens} more fit in "
+                f"{max_model_len}. Raise data.max_prompt_length, or drop it."
+            )
+
+
 class RolloutEngine(Protocol):
     """Generates responses with weights that the trainer publishes. Every rank calls every method, in the same order."""
 
@@ -65,8 +76,9 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def publish(self, items: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take new weights: (Hugging Face name, full tensor), on every rank. Caches are dropped."""
+    def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take new weights: (Hugging Face name, full tensor), on every rank. Caches are dropped. Until the next publish
+        every iteration of `weights` must give the same: engines that are restarted get them again."""
         ...
 
     def sleep(self) -> None:

@@ -32,7 +32,7 @@ ALLOWED = {
 # Foreign packages that only these places may import; everything else is tested without them.
 FOREIGN = {
     "megatron": ("mcore/",),
-    "vllm": ("rollout/", "bridge/worker.py"),
+    "vllm": ("rollout/", "bridge/worker.py", "bridge/worker_transfer.py"),
     "wandb": ("observe/",),
 }
 

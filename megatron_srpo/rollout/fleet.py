@@ -1,0 +1,341 @@
+"""The driver's view of its servers: which are fit, how much each has to do, and who answers what.
+
+Everything here runs in one event loop, in a thread of its own; `Fleet.run` and `Fleet.start` are called from outside.
+
+    starting ─► stale ─► ready ─► failed ─► starting …        a server that we started
+                  ▲________________│ (weights of another version)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_srpo.rollout.engine import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout.http import BadAnswer, ServerClient, ServerError, UnacceptableRequest
+from megatron_srpo.rollout.server_process import ServerProcess
+from megatron_srpo.types import Rollout
+
+KEEP_TOGETHER = 8  # samples of one prompt stay on a server, for its prefix cache, until it is so many requests ahead
+ATTEMPTS = 4  # of one request, before it counts as the cause
+HEALTH_SECONDS = 1.0  # between two looks at a server
+
+OnRollout = Callable[[Rollout], None]
+
+
+@dataclass(eq=False)
+class Server:
+    """One engine. `version`: of its weights, None while unknown or mixed; it answers only at the wanted version."""
+
+    name: str
+    client: ServerClient
+    process: ServerProcess | None = None  # None: somebody else's
+    alive: bool = False  # answers, as far as we know
+    version: int | None = None
+    world_size: int = 0
+    outstanding: int = 0  # tokens, prompt and longest response, of what it works on
+    jobs: set[asyncio.Task] = field(default_factory=set)
+    restarts: int = 0  # since it last answered a request
+    gone: bool = False  # given up
+    answered: int = 0
+    trouble: str = ""  # the last one
+
+
+@dataclass(eq=False)
+class Job:
+    request: GenerateRequest
+    sampling: SamplingSettings
+    salt: str
+    on_rollout: OnRollout | None
+    answer: asyncio.Future
+    attempts: list[str] = field(default_factory=list)
+
+    @property
+    def cost(self) -> int:
+        return len(self.request.token_ids) + self.sampling.max_tokens
+
+
+class Fleet:
+    """Starts, watches and restarts servers, and deals requests to them.
+
+    `say` takes a line for the user. `needs_weights(server)` is called, in the loop's thread, when a server has come up
+    with weights of another version than the wanted one. `exact`: every token must be of the wanted version.
+    """
+
+    def __init__(
+        self, servers: Sequence[Server], *, limit: int, exact: bool, timeout_s: float, start_timeout_s: float,
+        max_restarts: int, say: Callable[[str], None], needs_weights: Callable[[Server], None],
+        decode: Callable[[list[int]], str],
+    ) -> None:  # fmt: skip
+        self.servers = list(servers)
+        self.version = 0  # wanted
+        self.restarted = self.retried = 0
+        self._limit, self._exact, self._timeout, self._start_timeout = limit, exact, timeout_s, start_timeout_s
+        self._max_restarts, self._say, self._needs_weights, self._decode = max_restarts, say, needs_weights, decode
+        self._pending: deque[Job] = deque()
+        self._homes: dict[int, Server] = {}
+        self._held = False
+        self._closing = False
+        self._restarting: set[asyncio.Task] = set()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="engine-servers", daemon=True)
+        self._thread.start()
+
+    # ---- from outside ------------------------------------------------------------------------------------------------
+
+    def start(self, work: Coroutine) -> Future:
+        """Begin `work` in the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def run(self, work: Coroutine) -> Any:
+        """The result of `work`, which runs in the loop."""
+        return self.start(work).result()
+
+    def close(self) -> None:
+        """End all servers that we started; safe to call twice."""
+        if self._closing:
+            return
+        self._closing = True
+        own = [server.process for server in self.servers if server.process is not None]
+        for process in own:
+            process.ask_to_stop()
+        self.run(self._close())
+        for process in own:
+            process.wait()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    async def _close(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for server in self.servers:
+            await server.client.close()
+
+    # ---- life of servers ---------------------------------------------------------------------------------------------
+
+    async def bring_up(self) -> None:
+        """Start all, and wait until they answer. Raises RolloutError when one cannot."""
+        for server in self.servers:
+            if server.process is not None:
+                server.process.start()
+        await asyncio.gather(*(self._until_up(server) for server in self.servers))
+        for server in self.servers:
+            self._keep(asyncio.ensure_future(self._watch(server)))
+
+    async def _until_up(self, server: Server) -> None:
+        """Wait for a first answer; a port that was taken meanwhile is changed for another."""
+        process, deadline = server.process, asyncio.get_running_loop().time() + self._start_timeout
+        while True:
+            if process is not None:
+                server.client.url = process.url
+                ended = process.ended()
+                if ended and process.port_was_taken() and not process.fixed_port:
+                    self._say(f"{server.name}: port of {process.url} was taken; trying another")
+                    process.start()
+                elif ended:
+                    cure = "Choose another rollout.server_port" if process.port_was_taken() else "See its log"
+                    raise RolloutError(f"{server.name} did not start: {ended}. {cure}")
+            try:
+                server.world_size = await server.client.world_size(timeout=5)
+                break
+            except UnacceptableRequest as error:  # it answers, and refuses us
+                raise RolloutError(f"{server.name} at {server.client.url} refuses us: {error}") from error
+            except ServerError as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise RolloutError(
+                        f"{server.name} at {server.client.url} does not answer: {error}. Is it running, or does it "
+                        "need longer (rollout.server_start_seconds)?"
+                    ) from error
+                await asyncio.sleep(0.2)
+        server.alive = True
+        # A given server may have the weights of an earlier run; ours has just loaded the folder.
+        server.version = await server.client.weight_version() if process is None else 0
+
+    async def _watch(self, server: Server) -> None:
+        """Look at a server's process and health, as long as we use it."""
+        while not server.gone:
+            await asyncio.sleep(HEALTH_SECONDS)
+            if not server.alive:
+                continue
+            ended = server.process.ended() if server.process is not None else None
+            try:
+                if ended is None:
+                    await server.client.health(timeout=self._timeout)
+            except ServerError as error:
+                ended = str(error)
+            if ended is not None and server.alive:
+                self.lost(server, ended)
+
+    def lost(self, server: Server, why: str) -> None:
+        """Give up on a server as it is: its requests go elsewhere, and it is started anew if it is ours."""
+        if not server.alive or self._closing:
+            return
+        server.alive, server.version, server.trouble = False, None, why
+        for job in list(server.jobs):
+            job.cancel()
+        if server.restarts >= self._max_restarts:
+            server.gone = True
+            if server.process is not None:
+                server.process.ask_to_stop()
+            self._say(f"{server.name} is given up, it was lost {server.restarts + 1} times in a row: {why}")
+        else:
+            server.restarts += 1
+            self.restarted += 1
+            what = "waited for" if server.process is None else "started again"
+            self._say(f"{server.name} is lost and {what}: {why}")
+            self._keep(asyncio.ensure_future(self._restart(server)))
+        self._fail_if_none_left()
+
+    async def _restart(self, server: Server) -> None:
+        if server.process is not None:
+            await asyncio.to_thread(server.process.stop)
+            server.process.start()
+        try:
+            await self._until_up(server)
+        except RolloutError as error:
+            server.gone, server.trouble = True, str(error)
+            self._say(str(error))
+            self._fail_if_none_left()
+            return
+        if server.version != self.version:
+            self._needs_weights(server)
+        self.pump()
+
+    def _keep(self, task: asyncio.Task) -> None:
+        """Hold a reference: the loop itself holds none."""
+        self._restarting.add(task)
+        task.add_done_callback(self._restarting.discard)
+
+    def usable(self) -> list[Server]:
+        """Servers that answer, at whatever version."""
+        return [server for server in self.servers if server.alive and not server.gone]
+
+    def _fail_if_none_left(self) -> None:
+        if not all(server.gone for server in self.servers):
+            return
+        troubles = "; ".join(f"{server.name}: {server.trouble}" for server in self.servers)
+        error = RolloutError(f"no rollout server is left: {troubles}")
+        while self._pending:
+            answer = self._pending.popleft().answer
+            if not answer.done():
+                answer.set_exception(error)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, salt: str, on_rollout: OnRollout | None
+    ) -> list[Rollout]:
+        """An answer to each request, sorted by (prompt, sample). `salt` separates this call's part of the prefix
+        cache: what an earlier call left there would change roundings."""
+        loop = asyncio.get_running_loop()
+        ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
+        jobs = [Job(request, sampling, salt, on_rollout, loop.create_future()) for request in ordered]
+        self._homes.clear()
+        self._pending.extend(jobs)
+        self._fail_if_none_left()
+        self.pump()
+        try:
+            return list(await asyncio.gather(*(job.answer for job in jobs)))
+        except BaseException:
+            for job in jobs:
+                job.answer.cancel()
+            raise
+
+    def hold(self) -> None:
+        """Send nothing more until `release`."""
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        self.pump()
+
+    async def finish_running(self) -> None:
+        """Wait until no server works on anything."""
+        while running := [job for server in self.servers for job in server.jobs]:
+            await asyncio.wait(running)
+
+    async def abort_running(self) -> None:
+        """End what servers work on; it is asked for again later."""
+        for server in self.servers:
+            for job in list(server.jobs):
+                job.cancel()
+        await self.finish_running()
+
+    def pump(self) -> None:
+        """Send what can be sent."""
+        while self._pending and not self._held:
+            if self._pending[0].answer.done():  # cancelled
+                self._pending.popleft()
+                continue
+            server = self._choose(self._pending[0])
+            if server is None:
+                return
+            job = self._pending.popleft()
+            server.outstanding += job.cost
+            task = asyncio.ensure_future(self._serve(server, job))
+            server.jobs.add(task)
+
+    def _choose(self, job: Job) -> Server | None:
+        """The server with the fewest outstanding tokens; the prompt's earlier one, if it is not far ahead."""
+        ready = [
+            server for server in self.usable() if server.version == self.version and len(server.jobs) < self._limit
+        ]
+        if not ready:
+            return None
+        least = min(ready, key=lambda server: server.outstanding)
+        home = self._homes.get(job.request.prompt)
+        if home in ready and home.outstanding <= least.outstanding + KEEP_TOGETHER * job.cost:
+            return home
+        self._homes[job.request.prompt] = least
+        return least
+
+    async def _serve(self, server: Server, job: Job) -> None:
+        """One attempt. Whatever happens, the job ends with an answer, an error, or back in the queue."""
+        again, task = False, asyncio.current_task()
+        try:
+            rollout = await server.client.generate(job.request, job.sampling, job.salt, self._decode)
+            if rollout is None:
+                again = True  # aborted by the server: a publish
+            elif self._exact and set(rollout.token_versions) != {self.version}:
+                raise BadAnswer(f"weights of version {sorted(set(rollout.token_versions))}, wanted {self.version}")
+            elif not job.answer.done():
+                server.restarts = 0
+                server.answered += 1
+                job.answer.set_result(rollout)
+                if job.on_rollout is not None:
+                    job.on_rollout(rollout)
+        except asyncio.CancelledError:
+            again = not self._closing
+        except UnacceptableRequest as error:
+            if not job.answer.done():
+                job.answer.set_exception(RolloutError(str(error)))
+        except (ServerError, BadAnswer) as error:
+            again = True
+            self._note_failure(server, job, error)
+        finally:
+            server.jobs.discard(task)
+            server.outstanding -= job.cost
+            if again and not job.answer.done():
+                self._pending.appendleft(job)
+                self._fail_if_none_left()
+            self.pump()
+
+    def _note_failure(self, server: Server, job: Job, error: Exception) -> None:
+        self.retried += 1
+        job.attempts.append(f"{server.name}: {error}")
+        if len(job.attempts) >= ATTEMPTS and not job.answer.done():
+            job.answer.set_exception(
+                RolloutError(
+                    f"prompt {job.request.prompt}, sample {job.request.sample} failed {ATTEMPTS} times: "
+                    + "; ".join(job.attempts)
+                )
+            )
+        asyncio.get_running_loop().call_soon(self.lost, server, str(error))
