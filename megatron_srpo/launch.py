@@ -194,16 +194,14 @@ def _longest(config: Config) -> int:
 
 def _server_engine(config: Config, session: Session, driver: DriverParts | None) -> Any:
     from megatron_srpo.bridge.wire import Sender, local_address
-    from megatron_srpo.rollout.servers import ServersEngine, host_of
+    from megatron_srpo.rollout.servers import ServersEngine
 
     rollout, device = config.rollout, session.topology.device
     cuda = device.type == "cuda"
     backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"
 
-    def make_sender(url: str) -> Sender:
-        return Sender(
-            local_address(*host_of(url)), timeout_s=rollout.server_timeout_seconds, backend=backend, device=device
-        )
+    def make_sender(host: str) -> Sender:
+        return Sender(local_address(host, 1), timeout_s=rollout.server_timeout_seconds, backend=backend, device=device)
 
     return ServersEngine(
         hf_dir=config.model.path, tokenizer=config.model.tokenizer, dtype=config.model.dtype, rollout=rollout,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_srpo.config import RolloutConfig
-from megatron_srpo.rollout.engine import GenerateRequest, RolloutError, SamplingSettings, check_lengths
+from megatron_srpo.rollout.engine import GenerateRequest, SamplingSettings, check_lengths
 from megatron_srpo.rollout.fleet import Fleet, OnRollout, Server
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from megatron_srpo.rollout.http import ServerClient, ServerError, UnacceptableRequest, everywhere
@@ -40,7 +40,7 @@ class ServersEngine:
     """A RolloutEngine whose engines are HTTP servers, started by the driver or given as rollout.servers.
 
     Making one is collective; the driver alone has servers. `control` shares results between ranks (mcore.control).
-    `make_sender(address)` makes the driver's end of the weight streams (bridge.wire.Sender). `logs`: a folder. `decode`
+    `make_sender(host)` makes the driver's end of the weight streams (bridge.wire.Sender) to servers on that host. `logs`: a folder. `decode`
     turns response ids into text (driver). `say` takes a line for the user (driver).
     """
 
@@ -64,7 +64,7 @@ class ServersEngine:
         rollout = self._rollout
         check_model(self._settings.hf_dir, rollout, self._max_model_len, self._settings.device)
         servers = self._given() if rollout.servers else self._own(logs)
-        self._sender = make_sender(servers[0].client.url)
+        self._sender = make_sender(host_of(rollout.servers[0]) if rollout.servers else rollout.server_host)
         self._fleet = Fleet(
             servers, limit=rollout.max_num_seqs, exact=rollout.max_staleness == 0,
             timeout_s=rollout.server_timeout_seconds, start_timeout_s=rollout.server_start_seconds,
@@ -281,13 +281,6 @@ class ServersEngine:
             self._fleet.close()
 
 
-def host_of(url: str) -> tuple[str, int]:
-    """(host, port) of a server's address. Raises RolloutError for what is none."""
-    parts = urllib.parse.urlsplit(url)
-    try:
-        host, port = parts.hostname, parts.port or 80
-    except ValueError:
-        host = None
-    if parts.scheme != "http" or not host:
-        raise RolloutError(f'rollout.servers: "{url}" is no address: expected http://HOST:PORT')
-    return host, port
+def host_of(url: str) -> str:
+    """The host in a server's address."""
+    return urllib.parse.urlsplit(url).hostname or ""
