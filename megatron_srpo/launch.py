@@ -173,6 +173,7 @@ def _build_policy(config: Config, hf: dict, session: Session, *, total_steps: in
 
 
 def _build_engine(config: Config, session: Session, driver: DriverParts | None) -> Any:
+    from megatron_srpo.bridge import Verifier
     from megatron_srpo.rollout import ColocatedEngine
 
     if config.rollout.placement == "servers":
@@ -185,6 +186,7 @@ def _build_engine(config: Config, session: Session, driver: DriverParts | None) 
         seed=config.run.seed,
         control_group=session.topology.control_group,
         device=session.topology.device.type,
+        verifier=Verifier(config.bridge.verify_every),
     )
 
 
@@ -193,6 +195,7 @@ def _longest(config: Config) -> int:
 
 
 def _server_engine(config: Config, session: Session, driver: DriverParts | None) -> Any:
+    from megatron_srpo.bridge import Verifier
     from megatron_srpo.bridge.wire import Sender, local_address
     from megatron_srpo.rollout.servers import ServersEngine
 
@@ -206,8 +209,8 @@ def _server_engine(config: Config, session: Session, driver: DriverParts | None)
     return ServersEngine(
         hf_dir=config.model.path, tokenizer=config.model.tokenizer, dtype=config.model.dtype, rollout=rollout,
         max_model_len=_longest(config), seed=config.run.seed, device=device.type, control=session.control,
-        make_sender=make_sender, logs=Path(config.run.output_dir) / "engines", decode=driver and driver.decode,
-        say=driver and driver.say,
+        make_sender=make_sender, verifier=Verifier(config.bridge.verify_every),
+        logs=Path(config.run.output_dir) / "engines", decode=driver and driver.decode, say=driver and driver.say,
     )  # fmt: skip
 
 
@@ -343,7 +346,7 @@ def _assemble(
     control = session.control
     hf = hf_config_of(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=_optimizer_steps(config), trainable=True)
-    exporter = Exporter(policy.shards, hf)
+    exporter = Exporter(policy.shards, hf, bucket_bytes=config.bridge.bucket_mib * 2**20)
     checkpoints = Checkpoints(config, control, checkpoint, driver.say if driver else str)
     restored = checkpoints.restore(policy)
     start, state = (restored.iteration, restored.state) if restored else (0, {})
@@ -407,4 +410,4 @@ def _checkpoint_weights(config: Config, session: Session, folder: Path) -> Itera
     hf = hf_config_of(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=1, trainable=False)
     checkpoint.load(policy, folder)
-    return Exporter(policy.shards, hf)
+    return Exporter(policy.shards, hf, bucket_bytes=config.bridge.bucket_mib * 2**20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_srpo.bridge import Verifier
+from megatron_srpo.bridge.verify import bits
 from megatron_srpo.bridge.wire import Sender
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest, SamplingSettings, prepare_environment, request_seed
@@ -39,11 +41,28 @@ def tiny_engine(
         max_num_seqs=max_num_seqs,
         enforce_eager=True,
     )
-    engine = ColocatedEngine(hf_dir=str(folder), dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0)
+    engine = ColocatedEngine(
+        hf_dir=str(folder), dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0, verifier=Verifier(1)
+    )
     try:
         yield engine
     finally:
         engine.close()
+
+
+class BitFlip(Verifier):
+    """A verifier behind whose back one bit of one tensor changes, as bad memory or a bad wire would do it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(1)
+        self._name = name
+
+    def record(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().record(weights):
+            if name == self._name:
+                tensor = tensor.clone()
+                bits(tensor)[7] ^= 1
+            yield name, tensor
 
 
 class Alone:
@@ -67,12 +86,12 @@ def tiny_servers(
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def make_sender(url: str) -> Sender:
-        return Sender("127.0.0.1", timeout_s=rollout.server_timeout_seconds, backend="gloo", device=torch.device("cpu"))
+    def make_sender(host: str) -> Sender:
+        return Sender(host, timeout_s=rollout.server_timeout_seconds, backend="gloo", device=torch.device("cpu"))
 
     engine = ServersEngine(
         hf_dir=str(folder), tokenizer="", dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0,
-        device="cpu", control=control or Alone(), make_sender=make_sender, logs=logs,
+        device="cpu", control=control or Alone(), make_sender=make_sender, verifier=Verifier(1), logs=logs,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         say=[].append if said is None else said.append,
     )  # fmt: skip

@@ -250,8 +250,9 @@ class Sender:
             return None
         report = json.loads(store.get(f"{key}/{worker}"))
         store.delete_key(f"{key}/{worker}")
-        if report["error"] and report["error"].startswith(BridgeError.__name__):
-            raise BridgeError(f"{name}: {report['error'].partition(': ')[2]}")
-        if report["error"]:
-            raise RuntimeError(report["error"])
+        kind, _, text = report.get("error", "").partition(": ")
+        if kind == BridgeError.__name__:
+            raise BridgeError(f"{name}: {text}")
+        if kind:
+            raise RuntimeError(f"{kind}: {text}")
         return report

@@ -10,7 +10,7 @@ uninitialised where a part of a fused layer does not come. So names and shapes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from megatron_srpo.bridge.errors import BridgeError, nearest
 from megatron_srpo.bridge.load import IGNORED_SUFFIXES, WeightFolder
 from megatron_srpo.bridge.rules import shape_of
+from megatron_srpo.bridge.verify import Report, digest, sources_of, total
 
 CURE = "Trainer and engine hold different models: start both from the same folder."
 
@@ -56,8 +57,8 @@ class WeightLoader:
         self._model, self._vllm_config = model, vllm_config
         self._shapes = folder_shapes(vllm_config.model_config.model)
 
-    def begin(self) -> None:
-        """Give every layer its loading form back."""
+    def begin(self, *, verify: bool = False) -> None:
+        """Give every layer its loading form back. `verify`: keep the checksums that `report` gives."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
@@ -75,6 +76,7 @@ class WeightLoader:
         with set_current_vllm_config(self._vllm_config):
             initialize_layerwise_reload(model)
         self._awaited = {name for name, _ in model.named_parameters()}  # the engine's own, fused names
+        self._ledger = Ledger(model, self._vllm_config.model_config.dtype, self._aliases) if verify else None
 
     @torch.no_grad()
     def load(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -87,6 +89,8 @@ class WeightLoader:
     def _with_aliases(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in items:
             self._check(name, tuple(tensor.shape))
+            if self._ledger is not None:
+                self._ledger.receive(name, tensor)
             yield name, tensor
             if name in self._aliases:
                 yield self._aliases[name], tensor
@@ -113,6 +117,10 @@ class WeightLoader:
                 )
             finalize_layerwise_reload(self._model, self._vllm_config.model_config)
 
+    def report(self) -> Report | None:
+        """The checksums of a finished publish, for Verifier.compare."""
+        return None if self._ledger is None else self._ledger.report()
+
     @contextmanager
     def _abandoned_on_failure(self) -> Iterator[None]:
         """On a failure, layers that are not complete get their old tensors back: the next publish finds an engine in
@@ -124,6 +132,8 @@ class WeightLoader:
         try:
             yield
         except BaseException:
+            if self._ledger is not None:
+                self._ledger.close()
             for layer in self._model.modules():
                 info = get_layerwise_info(layer)
                 if info.can_load():
@@ -134,6 +144,56 @@ class WeightLoader:
             raise
 
 
+class Ledger:
+    """Checksums of what arrives at one worker, and of its parameters when vLLM has loaded them and not yet repacked
+    them: afterwards the values may be out of reach inside a kernel's own format."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, aliases: dict[str, str]) -> None:
+        self._model, self._dtype = model, dtype
+        self._aliases = {alias: name for name, alias in aliases.items()}
+        self._received: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
+        self._held: dict[str, int] = {}
+        self._methods = []
+        prefixes = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if method is not None and "process_weights_after_loading" not in vars(method):
+                self._methods.append(method)
+                method.process_weights_after_loading = self._watching(method.process_weights_after_loading, prefixes)
+
+    def _watching(self, process: Callable[..., Any], prefixes: dict[int, str]) -> Callable[..., Any]:
+        def count_and_process(layer: torch.nn.Module) -> Any:
+            for name, parameter in layer.named_parameters(recurse=False):
+                self._held[f"{prefixes[id(layer)]}.{name}"] = total(parameter)
+            return process(layer)
+
+        return count_and_process
+
+    def receive(self, name: str, tensor: torch.Tensor) -> None:
+        self._received[name] = digest(tensor)
+        self._totals[name] = total(tensor.to(self._dtype))
+
+    def close(self) -> None:
+        """Leave vLLM's methods as they were."""
+        for method in self._methods:
+            del method.process_weights_after_loading
+        self._methods = []
+
+    def report(self) -> Report:
+        self.close()
+        packed = getattr(self._model, "packed_modules_mapping", {})
+        sources = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            found = sources_of(name, self._totals, packed, self._aliases)
+            if found:
+                sources[name] = found
+                if name not in self._held:  # a layer that is not repacked
+                    self._held[name] = total(parameter)
+        held = {name: self._held[name] for name in sources}
+        return {"received": self._received, "totals": self._totals, "held": held, "sources": sources}
+
+
 class PublishExtension:
     """Mixed into vLLM's worker by `worker_extension_cls="megatron_srpo.bridge.worker.PublishExtension"`."""
 
@@ -141,11 +201,12 @@ class PublishExtension:
     model_runner: Any
     _publisher: WeightLoader | None = None
 
-    def publish_weights(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def publish_weights(self, items: Iterable[tuple[str, torch.Tensor]], verify: bool = False) -> Report | None:
         """A whole publish from an iterator, tensor by tensor, without copies; in-process engines only. See
-        WeightLoader."""
+        WeightLoader; the result is its report."""
         if self._publisher is None:
             self._publisher = WeightLoader(self.model_runner.get_model(), self.vllm_config)
-        self._publisher.begin()
+        self._publisher.begin(verify=verify)
         self._publisher.load(items)
         self._publisher.finish()
+        return self._publisher.report()

@@ -35,7 +35,7 @@ class JoinInfo(WeightTransferInitInfo):
 
 @dataclass
 class PublishInfo(WeightTransferUpdateInfo):
-    """One publish. Workers leave their report in the store under `report`."""
+    """One publish. Workers leave their report in the store under `report`; checksums in it with `verify`."""
 
     report: str
     verify: bool = False
@@ -59,9 +59,7 @@ class StreamedTransferEngine(WeightTransferEngine[JoinInfo, PublishInfo]):
         self._group = Group(Meeting(**init_info.meeting), 1 + self._rank, self.device)
 
     def start_weight_update(self) -> None:
-        if self._loader is None:
-            self._loader = WeightLoader(self.model, self.vllm_config)
-        self._loader.begin()
+        """Everything is done in the update: a failure there leaves the engine in order."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -70,15 +68,19 @@ class StreamedTransferEngine(WeightTransferEngine[JoinInfo, PublishInfo]):
 
     def receive_weights(self, update_info: PublishInfo) -> None:
         """Raises what the loader raises, after the driver has said all it has to say: it must not wait for us."""
-        assert self._group is not None and self._loader is not None
-        stream, error = receive_stream(self._group, self.device), None
+        assert self._group is not None, "start_weight_update before init_weight_transfer_engine"
+        if self._loader is None:
+            self._loader = WeightLoader(self.model, self.vllm_config)
+        stream, error, report = receive_stream(self._group, self.device), None, {}
         try:
+            self._loader.begin(verify=update_info.verify)
             self._loader.load(stream)
             self._loader.finish()
+            report = {"checksums": self._loader.report()}
         except Exception as failure:
             error = failure
             self._drain(stream)
-        report = {"error": f"{type(error).__name__}: {error}" if error else None}
+            report = {"error": f"{type(error).__name__}: {error}"}
         self._group.store.set(f"{update_info.report}/{self._rank}", json.dumps(report))
         if error is not None:
             raise error
@@ -88,8 +90,7 @@ class StreamedTransferEngine(WeightTransferEngine[JoinInfo, PublishInfo]):
         for _ in stream:
             pass
 
-    def finish_weight_update(self) -> None:
-        """Everything was done in the update, where a failure still leaves the engine in order."""
+    def finish_weight_update(self) -> None: ...
 
     def shutdown(self) -> None:
         self._group = None

@@ -103,6 +103,11 @@ class RolloutConfig(Section):
     max_staleness: int = Field(0, ge=0)  # publishes that a sample may be behind the policy it trains; 0 = exact
 
 
+class BridgeConfig(Section):
+    bucket_mib: int = Field(256, ge=1)  # of weights gathered at a time for a publish; a larger tensor is gathered alone
+    verify_every: int = Field(50, ge=0)  # publishes from one verification by checksums to the next; 1 = all, 0 = none
+
+
 class AlgorithmConfig(Section):
     name: Literal["srpo", "grpo", "sdpo", "mix"] = "srpo"  # which routing
     success_reward_threshold: float = 0.5  # a reward of at least this is correct
@@ -224,6 +229,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    bridge: BridgeConfig = BridgeConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     teacher: TeacherConfig = TeacherConfig()
     reward: RewardConfig = RewardConfig()

@@ -28,7 +28,7 @@ class ColocatedEngine:
 
     def __init__(
         self, *, hf_dir: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
-        control_group: Any = None, device: str = "cpu", tokenizer: str = "",
+        control_group: Any = None, device: str = "cpu", tokenizer: str = "", verifier: Any = None,
     ) -> None:  # fmt: skip
         self._control, self._device, self._max_model_len = control_group, device, max_model_len
         self._owns_world = not dist.is_initialized()
@@ -56,6 +56,7 @@ class ColocatedEngine:
             unlink_blocks(name)
         self._tokenizer = self._llm.get_tokenizer()
         self._asleep, self._half_published = False, False
+        self._verifier = verifier
         self.weight_version = 0
 
     def _pids(self, world: int) -> list[int]:
@@ -147,9 +148,23 @@ class ColocatedEngine:
         """
         self._must_be_awake("publish")
         self._half_published = True
-        self._llm.collective_rpc("publish_weights", args=(iter(weights),))
+        verify = self._verifier is not None and self._verifier.begin()
+        items = self._verifier.record(weights) if verify else iter(weights)
+        reports = self._llm.collective_rpc("publish_weights", args=(items, verify))
+        if verify:
+            self._compare(reports[0])
         self._reset_cache()
         self.weight_version, self._half_published = version, False
+
+    def _compare(self, report: Any) -> None:
+        """Every rank compares all engines, so that all raise the same."""
+        reports = [report]
+        if not self._owns_world:
+            reports = [None] * dist.get_world_size()
+            dist.all_gather_object(reports, report, group=self._control)
+        for engine in range(self._engines):
+            mine = reports[engine * self._size : (engine + 1) * self._size]
+            self._verifier.compare(f"engine {engine}", mine)
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

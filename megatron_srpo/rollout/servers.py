@@ -40,16 +40,18 @@ class ServersEngine:
     """A RolloutEngine whose engines are HTTP servers, started by the driver or given as rollout.servers.
 
     Making one is collective; the driver alone has servers. `control` shares results between ranks (mcore.control).
-    `make_sender(host)` makes the driver's end of the weight streams (bridge.wire.Sender) to servers on that host. `logs`: a folder. `decode`
+    `make_sender(host)` makes the driver's end of the weight streams (bridge.wire.Sender) to servers on that host.
+    `verifier`: a bridge.verify.Verifier. `logs`: a folder. `decode`
     turns response ids into text (driver). `say` takes a line for the user (driver).
     """
 
     def __init__(
         self, *, hf_dir: str, tokenizer: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
-        device: str, control: Any, make_sender: Callable[[str], Any], logs: Path, decode: Callable[[list[int]], str],
-        say: Callable[[str], None],
+        device: str, control: Any, make_sender: Callable[[str], Any], verifier: Any, logs: Path,
+        decode: Callable[[list[int]], str], say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._rollout, self._control, self._max_model_len = rollout, control, max_model_len
+        self._verifier, self._verify = verifier, False
         self._settings = EngineSettings(hf_dir, tokenizer or hf_dir, dtype, rollout, max_model_len, seed, device, "")
         self._events: queue.SimpleQueue = queue.SimpleQueue()  # servers that need weights, and None at an answer's end
         self._weights: Weights = ()
@@ -153,12 +155,12 @@ class ServersEngine:
         """See RolloutEngine. `weights` is iterated again for every server that is restarted before the next publish,
         and must then still give this version: an iterator does not do.
 
-        Raises BridgeError when the tensors are not the engines' model. A server that fails is restarted later; it
-        answers nothing until a whole publish has reached it.
+        Raises BridgeError when the tensors are not the engines' model, or did not arrive as they were. A server that
+        fails is restarted; it answers nothing until a whole publish has reached it.
         """
         if iter(weights) is weights:
             raise ValueError("publish() needs weights that can be iterated again, got an iterator")
-        self._weights, self.weight_version = weights, version
+        self._weights, self.weight_version, self._verify = weights, version, self._verifier.begin()
         self._control.share(self._settle)
         self._deliver(None)
         if self._fleet is not None:
@@ -186,7 +188,8 @@ class ServersEngine:
             for _ in self._weights:
                 pass
         else:
-            failed = self._sender.send([server.name for server in self._delivery.servers], self._weights)
+            weights = self._verifier.record(self._weights) if self._verify else self._weights
+            failed = self._sender.send([server.name for server in self._delivery.servers], weights)
         self._control.share(lambda: self._complete(failed))
 
     def _begin(self, names: list[str] | None) -> None:
@@ -204,7 +207,7 @@ class ServersEngine:
         self._all(servers, lambda server: server.client.call("POST", "/start_weight_update"))
         ready = [server for server in servers if server.alive and self._sender.joined(server.name)]
         key = f"report/{self._calls}"
-        body = {"update_info": {"report": key}}
+        body = {"update_info": {"report": key, "verify": self._verify}}
         updates = {
             server.name: fleet.start(
                 server.client.call("POST", "/update_weights", body=body, timeout=self._rollout.request_timeout_seconds)
@@ -263,10 +266,11 @@ class ServersEngine:
     def _loaded(self, server: Server, delivery: Delivery) -> None:
         """Wait until it has; what its workers say goes before what its HTTP says."""
         failure = delivery.updates[server.name].exception()
-        for worker in range(server.world_size):
-            self._sender.report(server.name, delivery.key, worker)
+        reports = [self._sender.report(server.name, delivery.key, worker) for worker in range(server.world_size)]
         if failure is not None:
             raise failure
+        if self._verify:
+            self._verifier.compare(server.name, [report["checksums"] for report in reports])
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 

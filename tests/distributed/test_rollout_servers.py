@@ -19,6 +19,7 @@ from tests.tiny_engines import (
     GREEDY,
     SAMPLED,
     VOCAB,
+    BitFlip,
     answers,
     largest_error,
     tiny_engine,
@@ -101,6 +102,16 @@ def test_a_publish_that_does_not_fit_is_refused_by_name_and_the_next_repairs_it(
     with pytest.raises(BridgeError, match="left 1 tensor"):
         running.engine.publish(items[:-1], 6)
     publish(running, running.new, 7)
+    check_equal(answers(running.engine), running.expected)
+
+
+def test_a_bit_that_flips_on_the_way_is_found_and_its_tensor_named(running, monkeypatch):
+    name = "model.layers.1.self_attn.k_proj.weight"
+    monkeypatch.setattr(running.engine, "_verifier", BitFlip(name))
+    with pytest.raises(BridgeError, match=f"verification: '{name}' arrived at server 0 with other values"):
+        publish(running, running.new, 11)
+    monkeypatch.undo()
+    publish(running, running.new, 12)
     check_equal(answers(running.engine), running.expected)
 
 

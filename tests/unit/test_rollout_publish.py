@@ -10,8 +10,19 @@ import pytest
 import torch
 
 from megatron_srpo.bridge import BridgeError
+from megatron_srpo.bridge.worker import Ledger
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest
-from tests.tiny_engines import LONG, SAMPLED, VOCAB, answers, largest_error, tiny_engine, tiny_requests, weights
+from tests.tiny_engines import (
+    LONG,
+    SAMPLED,
+    VOCAB,
+    BitFlip,
+    answers,
+    largest_error,
+    tiny_engine,
+    tiny_requests,
+    weights,
+)
 from tests.tiny_models import make_tiny_model
 
 MODELS = {"tied": ("qwen3", True), "untied": ("qwen2", False)}  # the second with biases
@@ -93,6 +104,32 @@ def test_an_updated_engine_equals_a_fresh_one_bit_for_bit(running):
 def test_a_published_engines_log_probs_are_those_of_transformers(running, whole):
     publish(running, whole)
     assert largest_error(running.new, running.engine.generate(tiny_requests(), SAMPLED)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_bit_that_flips_on_the_way_is_found_and_its_tensor_named(running, whole, monkeypatch, name):
+    monkeypatch.setattr(running.engine, "_verifier", BitFlip(name))
+    with pytest.raises(BridgeError, match=f"verification: '{name}' arrived at engine 0 with other values"):
+        publish(running, whole)
+    with pytest.raises(RuntimeError, match="Publish again first"):
+        running.engine.generate(tiny_requests(), SAMPLED)
+
+
+def test_a_parameter_that_the_engine_loads_wrongly_is_found(running, whole, monkeypatch):
+    """vLLM's loader mixes up two layers: everything has arrived, and is in the wrong place."""
+    first, second = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
+    receive = Ledger.receive
+
+    def swapped(ledger, name, tensor):
+        receive(ledger, name, tensor)
+        if name in (first, second):
+            other = dict(whole)[second if name == first else first]
+            tensor.copy_(other.clone())
+
+    items = [(name, tensor.clone()) for name, tensor in whole]
+    monkeypatch.setattr(Ledger, "receive", swapped)
+    with pytest.raises(BridgeError, match=r"engine 0 does not hold in 'model.layers.0.mlp.down_proj.weight' what it"):
+        publish(running, items)
 
 
 def test_the_published_tensors_are_copied_and_belong_to_the_trainer_again(running, whole):
