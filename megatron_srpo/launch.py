@@ -358,6 +358,14 @@ def _assemble(
     if start:
         engine.publish(exporter, start)
     test = control.share(lambda: driver.prompts.get("test", []))
+    requests = partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt)
+    if driver and config.rollout.max_staleness:
+        from megatron_srpo.rollout.ahead import Ahead
+
+        engine = loader = Ahead(
+            engine, loader, requests, _sampling(config), batches=config.rollout.max_staleness, start=start,
+            total=config.run.iterations,
+        )  # fmt: skip
     parts = Parts(
         config=config,
         control=control,
@@ -365,7 +373,7 @@ def _assemble(
         objective=Objective(config),
         engine=engine,
         weights=exporter,
-        requests=partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt),
+        requests=requests,
         sampling=_sampling(config),
         evaluate=Evaluator(config, engine, test, scorer),
         checkpoints=checkpoints,

@@ -264,7 +264,7 @@ class _GroupRouter:
     def _counts(self, member: _Member) -> bool:
         """Whether the rollout may be in the loss at all; its reward is part of the group's mean in any case."""
         truncated = self._algorithm.mask_truncated and member.rollout.finish_reason == "length"
-        return not truncated and _all_finite(member.rollout.logprobs)
+        return not truncated and not member.rollout.stale and _all_finite(member.rollout.logprobs)
 
     def _find_teacher(self, prompt: Prompt, member: _Member, used: Counter[int]) -> None:
         sibling = self._choose(prompt, member, used) if member.siblings else None
@@ -335,6 +335,7 @@ class RoutingReport:
             "srpo/grpo_fraction": sum(s.policy_weight > 0 for s in self.samples) / n,
             "srpo/left_out_fraction": sum(not s.counted for s in self.samples) / n,
             "rollout/nonfinite_samples": len(self.nonfinite),
+            "rollout/stale_samples": sum(member.rollout.stale for member in self._members),
             "srpo/teacher_available_fraction": self._available / n,
             "srpo/sdpo_token_fraction": sum(len(s.response_ids) for s in distilled) / max(1, loss_tokens),
             "srpo/all_wrong_groups": self._all_wrong,

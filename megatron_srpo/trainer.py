@@ -150,7 +150,7 @@ class Trainer:
                     f"iteration {self.iteration + 1}: the rollout engine's log-probs are not finite: "
                     f"{shortened(report.nonfinite)}. Left out of the loss"
                 )
-            metrics = report.metrics() | groups.metrics()
+            metrics = report.metrics() | groups.metrics() | parts.engine.metrics()
             metrics["perf/packing_efficiency"] = plan.efficiency
             metrics["perf/imbalance"] = plan.imbalance
             metrics["perf/total_tokens"] = sum(sample.student_length for sample in samples)

@@ -46,6 +46,7 @@ class Rollout:
     finish_reason: str  # "stop" or "length"
     weight_version: int  # the publish that produced it; the oldest, where there were several
     token_versions: list[int] | None = None  # the publish behind each token; None: weight_version, all of them
+    stale: bool = False  # older than rollout.max_staleness: left out of the loss
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, array):

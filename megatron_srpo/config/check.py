@@ -212,6 +212,11 @@ def _servers(config: Config) -> Iterator[str]:
     last = rollout.server_port + rollout.num_servers - 1
     if rollout.server_port and last > 65535:
         yield f"rollout.server_port = {rollout.server_port}: the last server's port would be {last}; lower it"
+    if rollout.max_staleness and rollout.max_refills:
+        yield (
+            f"rollout.max_refills = {rollout.max_refills}: how many batches an iteration takes is not known while the "
+            f"one before it trains; set it to 0, or rollout.max_staleness = 0"
+        )
     if rollout.max_staleness and config.algorithm.rollout_correction == "off":
         yield (
             f"rollout.max_staleness = {rollout.max_staleness}: stale samples are biased without importance weights; "

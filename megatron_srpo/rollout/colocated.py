@@ -174,6 +174,9 @@ class ColocatedEngine:
         if self._asleep:
             raise RuntimeError(f"the engine sleeps: call wake() before {what}()")
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def sleep(self) -> None:
         """Move the weights to the host and drop the cache; CUDA only, elsewhere nothing happens."""
         if self._device == "cuda" and not self._asleep:

@@ -12,6 +12,8 @@ import torch
 from megatron_srpo.config import UserError
 from megatron_srpo.types import Rollout
 
+OnRollout = Callable[[Rollout], None]
+
 
 class RolloutError(UserError):
     """An engine that cannot start, or a request that it cannot serve: expected, got, cure."""
@@ -66,7 +68,7 @@ class RolloutEngine(Protocol):
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
-        on_rollout: Callable[[Rollout], None] | None = None,
+        on_rollout: OnRollout | None = None,
     ) -> list[Rollout] | None:  # fmt: skip
         """One Rollout a request, sorted by (prompt, sample), on global rank 0; None on the other ranks.
 
@@ -79,6 +81,10 @@ class RolloutEngine(Protocol):
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take new weights: (Hugging Face name, full tensor), on every rank. Caches are dropped. Until the next publish
         every iteration of `weights` must give the same: engines that are restarted get them again."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the log should know of the last `generate`, on the driver."""
         ...
 
     def sleep(self) -> None:

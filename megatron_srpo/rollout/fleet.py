@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from megatron_srpo.rollout.engine import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, RolloutError, SamplingSettings
 from megatron_srpo.rollout.http import BadAnswer, ServerClient, ServerError, UnacceptableRequest
 from megatron_srpo.rollout.server_process import ServerProcess
 from megatron_srpo.types import Rollout
@@ -24,8 +25,6 @@ from megatron_srpo.types import Rollout
 KEEP_TOGETHER = 8  # samples of one prompt stay on a server, for its prefix cache, until it is so many requests ahead
 ATTEMPTS = 4  # of one request, before it counts as the cause
 HEALTH_SECONDS = 1.0  # between two looks at a server
-
-OnRollout = Callable[[Rollout], None]
 
 
 @dataclass(eq=False)
@@ -78,7 +77,7 @@ class Fleet:
         self._limit, self._exact, self._timeout, self._start_timeout = limit, exact, timeout_s, start_timeout_s
         self._max_restarts, self._say, self._needs_weights, self._decode = max_restarts, say, needs_weights, decode
         self._pending: deque[Job] = deque()
-        self._homes: dict[int, Server] = {}
+        self._homes: dict[tuple[str, int], Server] = {}  # of a call's prompts
         self._held = False
         self._closing = False
         self._restarting: set[asyncio.Task] = set()
@@ -221,8 +220,9 @@ class Fleet:
     def _fail_if_none_left(self) -> None:
         if not all(server.gone for server in self.servers):
             return
-        troubles = "; ".join(f"{server.name}: {server.trouble}" for server in self.servers)
-        error = RolloutError(f"no rollout server is left: {troubles}")
+        troubles = [f"{server.name}: {server.trouble}" for server in self.servers]
+        words = [f"Its last words: {server.process.last_words()}" for server in self.servers[-1:] if server.process]
+        error = RolloutError(". ".join([f"no rollout server is left: {'; '.join(troubles)}", *words]))
         while self._pending:
             answer = self._pending.popleft().answer
             if not answer.done():
@@ -238,7 +238,6 @@ class Fleet:
         loop = asyncio.get_running_loop()
         ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
         jobs = [Job(request, sampling, salt, on_rollout, loop.create_future()) for request in ordered]
-        self._homes.clear()
         self._pending.extend(jobs)
         self._fail_if_none_left()
         self.pump()
@@ -248,6 +247,8 @@ class Fleet:
             for job in jobs:
                 job.answer.cancel()
             raise
+        finally:
+            self._homes = {place: server for place, server in self._homes.items() if place[0] != salt}
 
     def hold(self) -> None:
         """Send nothing more until `release`."""
@@ -280,8 +281,12 @@ class Fleet:
                 return
             job = self._pending.popleft()
             server.outstanding += job.cost
-            task = asyncio.ensure_future(self._serve(server, job))
+            task = asyncio.ensure_future(
+                server.client.generate(job.request, job.sampling, job.salt, self._decode)
+            )  # fmt: skip
             server.jobs.add(task)
+            # A callback, not the task's own code: a task that is cancelled before it has begun runs none.
+            task.add_done_callback(partial(self._served, server, job))
 
     def _choose(self, job: Job) -> Server | None:
         """The server with the fewest outstanding tokens; the prompt's earlier one, if it is not far ahead."""
@@ -291,51 +296,48 @@ class Fleet:
         if not ready:
             return None
         least = min(ready, key=lambda server: server.outstanding)
-        home = self._homes.get(job.request.prompt)
+        place = job.salt, job.request.prompt
+        home = self._homes.get(place)
         if home in ready and home.outstanding <= least.outstanding + KEEP_TOGETHER * job.cost:
             return home
-        self._homes[job.request.prompt] = least
+        self._homes[place] = least
         return least
 
-    async def _serve(self, server: Server, job: Job) -> None:
-        """One attempt. Whatever happens, the job ends with an answer, an error, or back in the queue."""
-        again, task = False, asyncio.current_task()
-        try:
-            rollout = await server.client.generate(job.request, job.sampling, job.salt, self._decode)
-            if rollout is None:
-                again = True  # aborted by the server: a publish
-            elif self._exact and set(rollout.token_versions) != {self.version}:
-                raise BadAnswer(f"weights of version {sorted(set(rollout.token_versions))}, wanted {self.version}")
-            elif not job.answer.done():
-                server.restarts = 0
-                server.answered += 1
-                job.answer.set_result(rollout)
-                if job.on_rollout is not None:
-                    job.on_rollout(rollout)
-        except asyncio.CancelledError:
-            again = not self._closing
-        except UnacceptableRequest as error:
-            if not job.answer.done():
-                job.answer.set_exception(RolloutError(str(error)))
-        except (ServerError, BadAnswer) as error:
-            again = True
+    def _served(self, server: Server, job: Job, task: asyncio.Task) -> None:
+        """After one attempt: the job has an answer, an error, or is back in the queue."""
+        server.jobs.discard(task)
+        server.outstanding -= job.cost
+        error = None if task.cancelled() else task.exception()
+        rollout = None if task.cancelled() or error else task.result()
+        if rollout is not None and self._exact and set(rollout.token_versions) != {self.version}:
+            error = BadAnswer(f"weights of version {sorted(set(rollout.token_versions))}, wanted {self.version}")
+        if self._closing or job.answer.done():
+            return
+        if isinstance(error, ServerError):
             self._note_failure(server, job, error)
-        finally:
-            server.jobs.discard(task)
-            server.outstanding -= job.cost
-            if again and not job.answer.done():
-                self._pending.appendleft(job)
-                self._fail_if_none_left()
-            self.pump()
+        elif isinstance(error, UnacceptableRequest):
+            job.answer.set_exception(RolloutError(str(error)))
+        elif error is not None:
+            job.answer.set_exception(error)
+        elif rollout is not None:
+            server.restarts = 0
+            server.answered += 1
+            job.answer.set_result(rollout)
+            if job.on_rollout is not None:
+                job.on_rollout(rollout)
+        if not job.answer.done():  # failed, cancelled, or aborted by the server: a publish
+            self._pending.appendleft(job)
+            self._fail_if_none_left()
+        self.pump()
 
-    def _note_failure(self, server: Server, job: Job, error: Exception) -> None:
+    def _note_failure(self, server: Server, job: Job, error: ServerError) -> None:
         self.retried += 1
         job.attempts.append(f"{server.name}: {error}")
-        if len(job.attempts) >= ATTEMPTS and not job.answer.done():
+        if len(job.attempts) >= ATTEMPTS:
             job.answer.set_exception(
                 RolloutError(
                     f"prompt {job.request.prompt}, sample {job.request.sample} failed {ATTEMPTS} times: "
                     + "; ".join(job.attempts)
                 )
             )
-        asyncio.get_running_loop().call_soon(self.lost, server, str(error))
+        self.lost(server, str(error))

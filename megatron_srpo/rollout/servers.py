@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from megatron_srpo.config import RolloutConfig
-from megatron_srpo.rollout.engine import GenerateRequest, SamplingSettings, check_lengths
-from megatron_srpo.rollout.fleet import Fleet, OnRollout, Server
+from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, SamplingSettings, check_lengths
+from megatron_srpo.rollout.fleet import Fleet, Server
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from megatron_srpo.rollout.http import ServerClient, ServerError, UnacceptableRequest, everywhere
 from megatron_srpo.rollout.server_process import ServerProcess, server_environment, visible_devices
@@ -56,7 +56,7 @@ class ServersEngine:
         self._events: queue.SimpleQueue = queue.SimpleQueue()  # servers that need weights, and None at an answer's end
         self._weights: Weights = ()
         self._calls = 0
-        self._future: Future | None = None
+        self._metrics: dict[str, float] = {}
         self._delivery: Delivery | None = None
         self._fleet: Fleet | None = None
         self.weight_version = 0
@@ -112,42 +112,53 @@ class ServersEngine:
 
         Raises RolloutError for a prompt that leaves no room for `max_tokens`, and when no server is left.
         """
-        self.submit(requests, sampling, on_rollout)
-        return self.collect()
+        return self.collect(self.submit(requests, sampling, on_rollout))
 
     def submit(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
-    ) -> None:
-        """Begin to generate; `collect` waits for the answers. Every rank calls both, one pair at a time."""
+    ) -> Future | None:
+        """Begin to generate, on the driver; `collect` waits for the answers."""
         check_lengths(requests, sampling, self._max_model_len)
         if self._fleet is None:
-            return
+            return None
         self._calls += 1
         salt = f"{secrets.token_hex(4)}-{self._calls}"
-        future = self._fleet.start(self._fleet.generate(requests, sampling, salt, on_rollout))
-        future.add_done_callback(lambda _: self._events.put(None))
-        self._future = future
+        answers = self._fleet.start(self._fleet.generate(requests, sampling, salt, on_rollout))
+        answers.add_done_callback(lambda _: self._events.put(None))
+        return answers
 
-    def collect(self) -> list[Rollout] | None:
-        """The answers to the last `submit`, sorted by (prompt, sample), on the driver; None on the other ranks."""
-        while names := self._control.share(self._next_event):
+    def collect(self, answers: Future | None) -> list[Rollout] | None:
+        """What was submitted, sorted by (prompt, sample), on the driver; None on the other ranks. Collective."""
+        while names := self._control.share(lambda: self._next_event(answers)):
             self._deliver(names)
-        if self._future is None:
+        if answers is None:
             return None
-        future, self._future = self._future, None
-        return future.result()
+        rollouts = answers.result()
+        self._mark_stale(rollouts)
+        return rollouts
 
-    def _next_event(self) -> list[str]:
+    def _next_event(self, answers: Future) -> list[str]:
         """Names of servers to send weights to; empty when all answers are there. Waits for either."""
-        assert self._fleet is not None and self._future is not None
-        while True:
+        while not answers.done():
             server = self._events.get()
-            if server is None:
-                if self._future.done():
-                    self._future.result()  # raises here, and so on every rank
-                    return []
-            elif server.alive and server.version != self.weight_version:
+            if server is not None and server.alive and server.version != self.weight_version:
                 return [server.name]
+        answers.result()  # raises here, and so on every rank
+        return []
+
+    def _mark_stale(self, rollouts: list[Rollout]) -> None:
+        """Mark what is older than allowed: it is left out of the loss."""
+        ages = [self.weight_version - rollout.weight_version for rollout in rollouts]
+        for rollout, age in zip(rollouts, ages, strict=True):
+            rollout.stale = age > self._rollout.max_staleness
+        self._metrics = {
+            "rollout/staleness_mean": sum(ages) / max(1, len(ages)),
+            "rollout/staleness_max": max(ages, default=0),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        fleet = self._fleet
+        return self._metrics | {"rollout/server_restarts": fleet.restarted, "rollout/retried_requests": fleet.retried}
 
     # ---- weights -----------------------------------------------------------------------------------------------------
 

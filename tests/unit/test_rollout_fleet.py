@@ -1,0 +1,296 @@
+"""Servers that die, hang, lie or do not start: real processes, which stand in for vLLM's."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, server_process
+from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
+from megatron_srpo.rollout.http import BadAnswer, ServerClient, read_answer
+from megatron_srpo.rollout.server_process import ServerProcess, server_environment
+from megatron_srpo.rollout.vllm_engine import EngineSettings
+from megatron_srpo.types import Rollout
+from tests.fake_server import answer, damaged
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "a token"
+SAMPLING = SamplingSettings(max_tokens=5)
+PATIENCE = 20  # seconds that a test waits for what is sure to come
+
+
+def requests(prompts: int = 6, samples: int = 4) -> list[GenerateRequest]:
+    return [GenerateRequest(p, s, [5] * (p + 1), seed=100 * p + s) for p in range(prompts) for s in range(samples)]
+
+
+@pytest.fixture
+def fleet_of(tmp_path, monkeypatch) -> Callable:
+    """Makes a fleet of stand-ins; a server's behaviours are those of its starts, one after the other."""
+
+    @contextmanager
+    def make(*behaviours: list[str], port: int = 0, **settings) -> Iterator[tuple[Fleet, list[str]]]:
+        def arguments(made: EngineSettings, host: str, at: int) -> list[str]:
+            return ["-m", "tests.fake_server", host, str(at), made.hf_dir]
+
+        monkeypatch.setattr(server_process, "server_arguments", arguments)
+        said: list[str] = []
+        servers = []
+        for number, starts in enumerate(behaviours):
+            file = tmp_path / f"behaviour-{number}"
+            file.write_text("".join(f"{start}\n" for start in starts))
+            made = EngineSettings(str(file), "", "float32", RolloutConfig(), 100, 0, "cpu", "")
+            environment = server_environment(TOKEN, "127.0.0.1", None, 1)
+            process = ServerProcess(made, environment, "127.0.0.1", port, tmp_path / f"server-{number}.log")
+            client = ServerClient("", TOKEN, request_timeout_s=settings.pop("request_s", 60), control_timeout_s=20)
+            servers.append(Server(f"server {number}", client, process))
+        options = {"limit": 4, "exact": True, "timeout_s": 20, "start_timeout_s": PATIENCE, "max_restarts": 2}
+        fleet = Fleet(
+            servers, **options | settings, say=said.append, needs_weights=lambda server: None,
+            decode=lambda ids: " ".join(map(str, ids)),
+        )  # fmt: skip
+        try:
+            fleet.run(fleet.bring_up())
+            yield fleet, said
+        finally:
+            fleet.close()
+
+    return make
+
+
+def begin(fleet: Fleet, asked: list[GenerateRequest]) -> Future:
+    return fleet.start(fleet.generate(asked, SAMPLING, "salt", None))
+
+
+def generate(fleet: Fleet, asked: list[GenerateRequest]) -> list[Rollout]:
+    return begin(fleet, asked).result(PATIENCE)
+
+
+@pytest.fixture
+def expected(fleet_of) -> list[Rollout]:
+    with fleet_of([]) as (fleet, _):
+        return generate(fleet, requests())
+
+
+def wait_until(fleet: Fleet, condition: Callable[[], bool]) -> None:
+    """Look again and again; the fleet's own loop does the waiting."""
+
+    async def look() -> None:
+        import asyncio
+
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    fleet.start(look()).result(PATIENCE)
+
+
+def test_every_request_is_answered_once_in_order_by_any_number_of_servers(fleet_of, expected):
+    places = [(request.prompt, request.sample) for request in requests()]
+    assert [(rollout.prompt, rollout.sample) for rollout in expected] == places
+    with fleet_of([], [], []) as (fleet, said):
+        assert generate(fleet, requests()[::-1]) == expected
+        assert generate(fleet, []) == []
+        assert all(server.answered for server in fleet.servers) and said == []
+        assert [server.outstanding for server in fleet.servers] == [0, 0, 0]
+
+
+def test_responses_are_handed_over_when_they_are_complete(fleet_of, expected):
+    with fleet_of([]) as (fleet, _):
+        seen: list[Rollout] = []
+        fleet.run(fleet.generate(requests(), SAMPLING, "salt", seen.append))
+        assert sorted(seen, key=lambda rollout: (rollout.prompt, rollout.sample)) == expected
+
+
+def test_the_next_request_goes_where_the_fewest_tokens_are_outstanding(fleet_of):
+    with fleet_of(["never"], ["never"], limit=8) as (fleet, _):
+        asked = [GenerateRequest(p, 0, [5] * length, seed=p) for p, length in enumerate((50, 10, 10, 10, 10))]
+        begin(fleet, asked)
+        wait_until(fleet, lambda: sum(len(server.jobs) for server in fleet.servers) == 5)
+        assert sorted(server.outstanding for server in fleet.servers) == [55, 60]  # one long one, four short ones
+
+
+@pytest.mark.parametrize("behaviour", ["die", "broken", "garbage", "version"])
+def test_a_server_that_dies_or_lies_is_restarted_and_its_requests_are_answered_by_others(fleet_of, expected, behaviour):
+    with fleet_of([behaviour], []) as (fleet, said):
+        assert generate(fleet, requests()) == expected
+        assert said[0].startswith("server 0 is lost and started again: ") and fleet.restarted == 1
+        wait_until(fleet, lambda: fleet.servers[0].alive)
+        assert generate(fleet, requests()) == expected
+        assert len(said) == 1
+
+
+@pytest.mark.parametrize("behaviour", ["tokens", "logprobs", "spans", "reason", "empty", "list"])
+def test_what_is_no_answer_to_the_request_is_found(behaviour):
+    (request,) = requests(1, 1)
+    asked = {"sampling_params": {"seed": 3, "max_tokens": 5}}
+    assert read_answer(answer(asked), request, SAMPLING, str).token_ids == answer(asked)["choices"][0]["token_ids"]
+    with pytest.raises(BadAnswer, match="not an answer to what was asked"):
+        read_answer(damaged(asked, behaviour), request, SAMPLING, str)
+
+
+def test_log_probs_that_json_cannot_carry_are_not_finite_and_aborted_requests_have_no_answer():
+    (request,) = requests(1, 1)
+    found = answer({"sampling_params": {"seed": 3, "max_tokens": 5}})
+    (choice,) = found["choices"]
+    choice["logprobs"]["content"][0]["logprob"] = -9999.0
+    logprobs = read_answer(found, request, SAMPLING, str).logprobs
+    assert [math.isnan(value) for value in logprobs] == [True] + [False] * (len(logprobs) - 1)
+    choice["finish_reason"] = "abort"
+    assert read_answer(found, request, SAMPLING, str) is None
+
+
+def test_a_single_server_that_dies_is_awaited(fleet_of, expected):
+    with fleet_of(["die", "die"]) as (fleet, said):
+        assert generate(fleet, requests()) == expected
+        assert len(said) == fleet.restarted == 2
+
+
+def test_a_server_that_does_not_answer_in_time_is_restarted(fleet_of, expected):
+    with fleet_of(["never"], [], request_s=1) as (fleet, said):
+        assert generate(fleet, requests()) == expected
+        assert "no answer to /inference/v1/generate within 1 s" in said[0]
+
+
+def test_a_server_that_is_stopped_fails_its_health_check_and_is_restarted(fleet_of, expected):
+    with fleet_of(["never"], [], timeout_s=1) as (fleet, said):
+        answers = begin(fleet, requests())
+        wait_until(fleet, lambda: bool(fleet.servers[0].jobs))
+        for process in psutil.Process(fleet.servers[0].process.pid).children(recursive=True):
+            process.send_signal(signal.SIGSTOP)
+        assert answers.result(PATIENCE) == expected
+        assert "no answer to /health within 1 s" in said[0]
+
+
+def test_a_server_that_is_killed_while_it_generates_is_restarted(fleet_of, expected):
+    with fleet_of(["never"], []) as (fleet, said):
+        answers = begin(fleet, requests())
+        wait_until(fleet, lambda: bool(fleet.servers[0].jobs))
+        (server,) = psutil.Process(fleet.servers[0].process.pid).children()
+        server.kill()
+        assert answers.result(PATIENCE) == expected
+        assert len(said) == 1
+
+
+def test_a_request_that_every_server_fails_on_ends_with_one_message(fleet_of):
+    expected = pytest.raises(RolloutError, match=f"prompt 0, sample 0 failed {ATTEMPTS} times: server 0: .*is dead")
+    with fleet_of(["broken"] * ATTEMPTS, max_restarts=ATTEMPTS) as (fleet, _), expected:
+        generate(fleet, requests(1, 1))
+
+
+def test_a_request_that_is_refused_is_not_tried_again(fleet_of):
+    with fleet_of(["refuse"], ["refuse"]) as (fleet, said):
+        with pytest.raises(RolloutError, match=r"status 400, .*cursed"):
+            generate(fleet, requests(1, 1))
+        assert said == [] and fleet.retried == 0
+
+
+def test_when_no_server_is_left_the_run_ends_with_what_the_last_one_said(fleet_of):
+    with fleet_of(["die"] * 3) as (fleet, said):
+        with pytest.raises(
+            RolloutError, match=r"no rollout server is left: server 0: .*Its last words: Error: out of luck"
+        ):
+            generate(fleet, requests())
+        assert "given up, it was lost 3 times in a row" in said[-1]
+        with pytest.raises(RolloutError, match="no rollout server is left"):
+            generate(fleet, requests())
+
+
+def test_a_server_that_does_not_start_is_one_message_with_its_log(fleet_of):
+    expected = pytest.raises(RolloutError, match=r"server 0 did not start: .*exit code 1: ValueError: the model is too")
+    with expected, fleet_of(["no start"]):
+        pass
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
+
+
+def test_a_port_that_was_taken_meanwhile_is_changed_for_another(fleet_of, expected, monkeypatch):
+    with taken_port() as port:
+        ports = [port]
+        free = server_process.free_port
+        monkeypatch.setattr(server_process, "free_port", lambda host: ports.pop() if ports else free(host))
+        with fleet_of([]) as (fleet, said):
+            assert generate(fleet, requests()) == expected
+            assert said == [f"server 0: port of http://127.0.0.1:{port} was taken; trying another"]
+
+
+def test_a_port_of_the_configuration_that_is_taken_is_one_message(fleet_of):
+    expected = pytest.raises(RolloutError, match=r"server 0 did not start: .*Choose another rollout.server_port")
+    with taken_port() as port, expected, fleet_of([], port=port):
+        pass
+
+
+def test_a_server_of_somebody_else_is_one_message(tmp_path, fleet_of):
+    with fleet_of([]) as (fleet, _):
+        client = ServerClient(fleet.servers[0].client.url, "wrong", request_timeout_s=5, control_timeout_s=5)
+        stranger = Fleet(
+            [Server("server 0", client)], limit=1, exact=True, timeout_s=5, start_timeout_s=5, max_restarts=0,
+            say=[].append, needs_weights=lambda server: None, decode=str,
+        )  # fmt: skip
+        try:
+            with pytest.raises(RolloutError, match=r"server 0 at http://127.0.0.1:[0-9]+ refuses us: .*status 401"):
+                stranger.run(stranger.bring_up())
+        finally:
+            stranger.close()
+
+
+def test_a_closed_fleet_leaves_no_process(fleet_of):
+    with fleet_of([], ["never"]) as (fleet, _):
+        begin(fleet, requests())
+        processes = [psutil.Process(server.process.pid) for server in fleet.servers]
+        processes += [child for process in processes for child in process.children(recursive=True)]
+        assert len(processes) == 4
+    assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
+
+
+def test_shared_memory_of_a_killed_server_is_removed(fleet_of, expected):
+    with fleet_of(["shared memory"]) as (fleet, _):
+        process = fleet.servers[0].process
+        block = Path(process._since_start().splitlines()[0])
+        assert block.exists()
+        psutil.Process(process.pid).children()[0].suspend()  # it cannot tidy up itself
+        fleet.close()
+        assert not block.exists()
+
+
+TRAINER = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.rollout import server_process
+from megatron_srpo.rollout.vllm_engine import EngineSettings
+server_process.server_arguments = lambda made, host, port: ["-m", "tests.fake_server", host, str(port), "none"]
+made = EngineSettings("", "", "float32", RolloutConfig(), 1, 0, "cpu", "")
+environment = server_process.server_environment("token", "127.0.0.1", None, 1)
+server = server_process.ServerProcess(made, environment, "127.0.0.1", 0, Path({log!r}))
+server.start()
+print(server.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_servers_end_with_a_trainer_that_is_killed(tmp_path):
+    code = TRAINER.format(root=str(ROOT), log=str(tmp_path / "log"))
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    guardian = psutil.Process(int(trainer.stdout.readline()))
+    processes = [guardian, *guardian.children(recursive=True)]
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.wait(PATIENCE)
+    assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
