@@ -97,6 +97,29 @@ def test_a_sound_configuration_passes_all_checks():
         ({"optimizer__warmup_steps": 101}, "optimizer.warmup_steps = 101", "only 100 optimizer steps"),
         ({"eval__every": 5}, "eval.every = 5", "data.test is empty"),
         ({"checkpoint__keep_best": "-eval/loss"}, 'checkpoint.keep_best = "-eval/loss"', "a multiple of eval.every"),
+        ({"rollout__max_staleness": 1}, "rollout.max_staleness = 1", 'rollout.placement = "servers"'),
+        (
+            {"rollout__max_staleness": 1, "rollout__placement": "servers", "algorithm__rollout_correction": "off"},
+            "rollout.max_staleness = 1",
+            'algorithm.rollout_correction = "truncate"',
+        ),
+        (
+            {"rollout__max_staleness": 1, "rollout__placement": "servers", "rollout__max_refills": 2},
+            "rollout.max_refills = 2",
+            "rollout.max_staleness = 0",
+        ),
+        ({"rollout__servers": ["http://a:1"]}, "rollout.servers", 'set it to "servers"'),
+        ({"rollout__placement": "servers", "rollout__servers": ["a:1"]}, '"a:1" is no address', "http://HOST:PORT"),
+        (
+            {"rollout__placement": "servers", "rollout__servers": ["http://a:1"] * 2},
+            "rollout.servers",
+            "names one server twice",
+        ),
+        (
+            {"rollout__placement": "servers", "rollout__server_port": 65535, "rollout__num_servers": 2},
+            "rollout.server_port = 65535",
+            "lower it",
+        ),
         (
             {"parallel__virtual_pipeline_model_parallel_size": 2},
             "parallel.virtual_pipeline_model_parallel_size = 2",
@@ -126,6 +149,8 @@ def test_a_contradiction_is_told_with_key_value_and_cure(changes, key, cure):
         {"algorithm__distill_ratio_clip": 0.0},
         {"algorithm__name": "grpo", "teacher__max_prompt_length": 100},
         {"model__dtype": "float32", "run__device": "cuda"},
+        {"rollout__placement": "servers", "rollout__servers": ["http://[::1]:80", "http://node-3:8000/"]},
+        {"rollout__placement": "servers", "rollout__max_staleness": 2},
     ],
 )
 def test_what_only_resembles_a_contradiction_passes(changes):
