@@ -109,7 +109,11 @@ def test_a_sound_configuration_passes_all_checks():
             "rollout.max_staleness = 0",
         ),
         ({"rollout__servers": ["http://a:1"]}, "rollout.servers", 'set it to "servers"'),
-        ({"rollout__placement": "servers", "rollout__servers": ["a:1"]}, '"a:1" is no address', "http://HOST:PORT"),
+        (
+            {"rollout__placement": "servers", "rollout__servers": ["a:1"]},
+            'rollout.servers: "a:1" is no address',
+            "http://HOST:PORT",
+        ),
         (
             {"rollout__placement": "servers", "rollout__servers": ["http://a:1"] * 2},
             "rollout.servers",

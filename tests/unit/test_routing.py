@@ -241,6 +241,7 @@ def test_the_report_measures_what_was_routed():
             "srpo/grpo_fraction": 0.5,
             "srpo/left_out_fraction": 0,
             "rollout/nonfinite_samples": 0,
+            "rollout/stale_samples": 0,
             "srpo/teacher_available_fraction": 0.5,
             "srpo/sdpo_token_fraction": 0.5,
             "srpo/all_wrong_groups": 0,
@@ -351,3 +352,15 @@ def test_the_order_of_the_rollouts_does_not_matter(batch, shuffler: random.Rando
     order = list(range(len(batch[1])))
     shuffler.shuffle(order)
     assert route_batch(batch, order) == route_batch(batch)
+
+
+def test_stale_rollouts_are_counted_and_left_out_of_the_loss_but_not_of_the_groups_mean():
+    rollouts = [rollout_of(0), rollout_of(1), rollout_of(2)]
+    rollouts[1].stale = True
+    rewards = [Reward(1.0), Reward(0.0), Reward(0.5)]
+    samples, report = route(
+        [prompt_of(0)], rollouts, rewards, AlgorithmConfig(name="grpo"), seed=0, iteration=0, teacher_prompt=Teacher()
+    )
+    assert [sample.counted for sample in samples] == [True, False, True]
+    assert [sample.advantage for sample in samples] == [0.5, -0.5, 0.0]
+    assert report.metrics()["rollout/stale_samples"] == 1
