@@ -7,6 +7,7 @@ Standard library alone, started by its path: it must be up at once and stay smal
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import select
@@ -18,6 +19,7 @@ from pathlib import Path
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = re.compile(r"(/dev/shm/\S+)")
 
 
@@ -65,11 +67,16 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
+def die_with_me() -> None:
+    """In the server, before it is one: the kernel ends it when this process, which has one thread, is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(command: list[str]) -> int:
     parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the trainer alone decides, by closing the pipe
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_me)
     blocks: set[str] = set()
     while server.poll() is None:
         closed = select.select([0], [], [], POLL_SECONDS)[0]

@@ -41,7 +41,7 @@ class Running:
     said: list[str]
 
 
-def start(make_folder, family: str, dtype: str, *, tied: bool = True, **settings: Any):
+def start(make_folder, family: str, dtype: str, *, tied: bool = True, timeout: float = 120.0, **settings: Any):
     old, new = (
         make_tiny_model(make_folder("model"), family, tied=tied, vocab=VOCAB, seed=seed, dtype=getattr(torch, dtype))
         for seed in (1, 2)
@@ -49,7 +49,7 @@ def start(make_folder, family: str, dtype: str, *, tied: bool = True, **settings
     with tiny_engine(new, dtype) as engine:
         expected = answers(engine)
     said: list[str] = []
-    with tiny_servers(old, make_folder("logs"), dtype, said=said, server_timeout_seconds=120, **settings) as engine:
+    with tiny_servers(old, make_folder("logs"), dtype, said=said, server_timeout_seconds=timeout, **settings) as engine:
         yield Running(engine, old, new, expected, said)
 
 

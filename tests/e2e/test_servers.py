@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.e2e.test_training import CONFIG, REWARD, torchrun
+from tests.e2e.test_training import CONFIG, REWARD, ROOT, torchrun
 from tests.tiny_models import make_tiny_model
 
 SERVERS = ("--rollout.placement=servers", "--rollout.num_servers=2", "--eval.every=0", "--checkpoint.every=0")
@@ -53,3 +56,36 @@ def test_the_reward_rises_and_every_iteration_is_sampled_from_the_weights_that_i
     assert max(line["rollout_corr/logprob_diff_max"] for line in lines) < 1e-4
     assert servers_of(prepared) == []
     assert {path.name for path in (prepared / "exact" / "engines").iterdir()} == {"server-0.log", "server-1.log"}
+
+
+@pytest.mark.slow
+def test_one_batch_ahead_overlaps_with_the_training_and_is_one_publish_old(prepared):
+    lines = train(prepared, "ahead", "--rollout.max_staleness=1")
+    rewards = [line["critic/score/mean"] for line in lines]
+    assert len(rewards) == 16 and sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
+    assert [line["rollout/weight_version"] for line in lines] == [0, *range(15)]
+    assert [line["rollout/staleness_max"] for line in lines] == [0, *[1] * 15]
+    assert all(line["rollout/stale_samples"] == 0 for line in lines)
+    assert max(line["rollout/overlap_fraction"] for line in lines) > 0.2
+    # The trainer has moved on, and the importance weights see it.
+    assert max(line["rollout_corr/logprob_diff_max"] for line in lines[1:]) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_no_server_behind(prepared):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["megatron_srpo", "train", str(prepared / "config.toml"), f"--run.output_dir={prepared / 'killed'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(
+        [*command, *SERVERS], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in run.stdout:  # the first iterations are there
+        if " 2/16" in line:
+            break
+    servers = [process for process in servers_of(prepared) if "api_server" in " ".join(process.cmdline())]
+    assert len(servers) >= 2
+    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children()]:  # torchrun, then the ranks
+        process.kill()
+    run.wait(30)
+    assert psutil.wait_procs(servers, timeout=30)[1] == []
+    assert servers_of(prepared) == []

@@ -1,0 +1,179 @@
+"""Real vLLM servers that are killed or stopped while they generate and while they are given weights; other layouts.
+
+Each start of a server takes half a minute of CPU: these tests are not in the default suite.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from megatron_srpo.rollout import RolloutError, SamplingSettings
+from megatron_srpo.rollout.fleet import Server
+from tests.distributed.test_rollout_servers import Running, check_equal, publish, start
+from tests.tiny_engines import SAMPLED, answers, largest_error, tiny_requests, weights
+
+pytestmark = pytest.mark.slow
+LONG = SamplingSettings(temperature=1.0, max_tokens=100, ignore_eos=True)
+LAYOUTS = {
+    "tied-float32-tp2": ("qwen3", "float32", True, 2),
+    "untied-float32-tp2": ("llama", "float32", False, 2),
+    "untied-bfloat16": ("llama", "bfloat16", False, 1),
+    "tied-bfloat16-tp2": ("qwen3", "bfloat16", True, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_answers_as_a_fresh_engine_after_a_publish(tmp_path_factory, layout):
+    family, dtype, tied, size = LAYOUTS[layout]
+    for running in start(tmp_path_factory.mktemp, family, dtype, tied=tied, tensor_parallel_size=size):
+        publish(running, running.new, 1)
+        if dtype == "float32":
+            check_equal(answers(running.engine), running.expected)
+        else:  # in bf16 another batch size or split changes the second digit, and then the tokens
+            rollouts = running.engine.generate(tiny_requests(), SAMPLED)
+            assert largest_error(running.new, rollouts) < 0.1 < largest_error(running.old, rollouts)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    yield from start(tmp_path_factory.mktemp, "qwen3", "float32", num_servers=2, timeout=10.0, max_server_restarts=5)
+
+
+@pytest.fixture
+def sound(running):
+    """Both servers answer with the old weights before the test, and with the new ones after it."""
+    wait_until(running, lambda: all(server.alive for server in running.engine._fleet.servers))
+    publish(running, running.old, 100)
+    running.said.clear()
+    yield running
+    wait_until(running, lambda: all(server.alive for server in running.engine._fleet.servers))
+    publish(running, running.new, 101)
+    check_equal(answers(running.engine), running.expected)
+    assert [server.version for server in running.engine._fleet.servers] == [101, 101]
+
+
+def wait_until(running: Running, condition: Callable[[], bool]) -> None:
+    async def look() -> None:
+        import asyncio
+
+        while not condition():
+            await asyncio.sleep(0.05)
+
+    running.engine._fleet.start(look()).result(300)
+
+
+def family_of(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def check_long(running: Running, version: int) -> None:
+    rollouts = running.engine.generate(tiny_requests(8), LONG)
+    assert {rollout.weight_version for rollout in rollouts} == {version}
+    assert [(r.prompt, r.sample) for r in rollouts] == [(r.prompt, r.sample) for r in tiny_requests(8)]
+    return rollouts
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_lost_while_it_generates_costs_nothing_but_time(sound, how):
+    publish(sound, sound.new, 1)
+    expected = [rollout.token_ids for rollout in check_long(sound, 1)]
+    engine, (first, second) = sound.engine, sound.engine._fleet.servers
+    under_way = engine.submit(tiny_requests(8), LONG)
+    wait_until(sound, lambda: bool(first.jobs) and bool(second.jobs))
+    for process in family_of(first):
+        process.send_signal(how)
+    assert [rollout.token_ids for rollout in engine.collect(under_way)] == expected
+    assert len(sound.said) == 1 and "server 0 is lost and started again" in sound.said[0]
+    wait_until(sound, lambda: first.alive)
+    assert [rollout.token_ids for rollout in check_long(sound, 1)] == expected  # it has got the weights meanwhile
+    wait_until(sound, lambda: first.version == 1)
+
+
+class Interrupted:
+    """Weights; `act` is called when half of them have been given."""
+
+    def __init__(self, running: Running, act: Callable[[], None]) -> None:
+        self._items, self._act = list(weights(running.new).items()), act
+
+    def __iter__(self):
+        for number, item in enumerate(self._items):
+            if number == len(self._items) // 2:
+                act, self._act = self._act, lambda: None
+                act()
+            yield item
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_lost_in_the_middle_of_a_publish_never_answers_with_mixed_weights(sound, how):
+    engine, (first, second) = sound.engine, sound.engine._fleet.servers
+
+    def strike() -> None:
+        for process in family_of(first):
+            process.send_signal(how)
+
+    engine.publish(Interrupted(sound, strike), 2)
+    assert (first.version, second.version) == (None, 2)
+    rollouts = engine.generate(tiny_requests(), SAMPLED)
+    assert {rollout.weight_version for rollout in rollouts} == {2}
+    assert largest_error(sound.new, rollouts) < 1e-4
+
+
+def test_when_both_servers_are_lost_the_run_waits_for_them_and_gives_them_the_weights(sound):
+    publish(sound, sound.new, 3)
+    for server in sound.engine._fleet.servers:
+        for process in family_of(server):
+            process.kill()
+    rollouts = sound.engine.generate(tiny_requests(), SAMPLED)
+    assert largest_error(sound.new, rollouts) < 1e-4
+    assert sound.engine.metrics()["rollout/server_restarts"] >= 2
+
+
+@pytest.mark.parametrize("mode", ["finish", "pause", "abort"])
+def test_requests_in_flight_finish_pause_or_are_asked_again_at_a_publish(sound, monkeypatch, mode):
+    engine = sound.engine
+    monkeypatch.setattr(engine, "_rollout", engine._rollout.model_copy(update={"in_flight": mode, "max_staleness": 1}))
+    monkeypatch.setattr(engine._fleet, "_exact", False)
+    under_way = engine.submit(tiny_requests(16), replace(LONG, max_tokens=140))
+    wait_until(sound, lambda: sum(len(server.jobs) for server in engine._fleet.servers) > 20)
+    publish(sound, sound.new, 101)
+    rollouts = engine.collect(under_way)
+    versions = {tuple(sorted(set(rollout.token_versions))) for rollout in rollouts}
+    assert versions == {"finish": {(100,)}, "pause": {(100, 101)}, "abort": {(101,)}}[mode]
+    assert all(rollout.token_versions == sorted(rollout.token_versions) for rollout in rollouts)
+    assert {rollout.weight_version for rollout in rollouts} == {101 if mode == "abort" else 100}
+    assert not any(rollout.stale for rollout in rollouts)
+    assert engine.metrics()["rollout/staleness_max"] == (0 if mode == "abort" else 1)
+    folders = {"finish": sound.old, "abort": sound.new}
+    if mode in folders:
+        assert largest_error(folders[mode], rollouts) < 1e-4
+
+
+def test_samples_older_than_the_bound_are_marked(sound, monkeypatch):
+    engine = sound.engine
+    monkeypatch.setattr(engine._fleet, "_exact", False)
+    monkeypatch.setattr(engine, "_rollout", engine._rollout.model_copy(update={"max_staleness": 1}))
+    under_way = engine.submit(tiny_requests(1), SAMPLED)
+    publish(sound, sound.new, 101)
+    publish(sound, sound.new, 102)
+    assert all(rollout.stale for rollout in engine.collect(under_way))
+
+
+def test_a_fleet_without_restarts_left_ends_with_one_message(sound):
+    fleet = sound.engine._fleet
+    before, fleet._max_restarts = fleet._max_restarts, 0
+    try:
+        servers = list(fleet.servers)
+        del fleet.servers[1]
+        for process in family_of(servers[0]):
+            process.kill()
+        with pytest.raises(RolloutError, match=r"no rollout server is left: server 0: .*server-0.log"):
+            sound.engine.generate(tiny_requests(), SAMPLED)
+    finally:
+        fleet._max_restarts, fleet.servers = before, servers
+        servers[0].gone, servers[0].restarts = False, 0
+        fleet.run(fleet._restart(servers[0]))
