@@ -101,6 +101,22 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    context: typer.Context,
+    config: ConfigFile,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", help="Where to listen.", min=1, max=65535)] = 8000,
+) -> int:
+    """Be one rollout server for runs with rollout.servers, on this machine (docs/rollout-engines.md)."""
+    settings = load_config(config, context.obj)
+    check_run(settings)
+    from megatron_srpo import launch
+
+    launch.serve(settings, host, port)
+    return 0
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> int:
     """What is installed, which device path will be taken, what is missing and how to get it."""
     from megatron_srpo.doctor import report as examine

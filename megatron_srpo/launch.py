@@ -214,6 +214,14 @@ def _server_engine(config: Config, session: Session, driver: DriverParts | None)
     )  # fmt: skip
 
 
+def serve(config: Config, host: str, port: int) -> None:
+    """Become a vLLM server for runs with this configuration; does not return."""
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.rollout.server_process import become_server
+
+    become_server(config, _longest(config), choose_device(config.run.device, 0).device.type, host, port)
+
+
 def _requests(prompts: list, iteration: int, refill: int, *, seed: int, samples: int) -> list:
     """All samples of all prompts; a prompt that comes again in a refill gets new seeds."""
     from megatron_srpo.rollout import GenerateRequest, request_seed

@@ -80,12 +80,12 @@ def main(command: list[str]) -> int:
     blocks: set[str] = set()
     while server.poll() is None:
         closed = select.select([0], [], [], POLL_SECONDS)[0]
+        blocks |= shared_memory(session_members())  # now: what they have mapped is not known when they are gone
         if closed or os.getppid() != parent:
             server.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 server.wait(GRACE_SECONDS if closed and os.getppid() == parent else 0)
             break
-        blocks |= shared_memory(session_members())
     end(blocks)
     return server.returncode if server.returncode is not None else -signal.SIGKILL
 

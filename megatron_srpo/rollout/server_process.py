@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_srpo.config import Config
 from megatron_srpo.rollout.engine import RolloutError
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
-from megatron_srpo.rollout.vllm_engine import KV_SPACE, EngineSettings
+from megatron_srpo.rollout.vllm_engine import KV_SPACE, EngineSettings, check_model
 
 MODEL_NAME = "policy"  # under which a server serves it
 GUARDIAN = Path(__file__).with_name("guardian.py")
@@ -70,7 +71,7 @@ def server_arguments(settings: EngineSettings, host: str, port: int) -> list[str
     return ["-m", "vllm.entrypoints.openai.api_server", *named, *flags]
 
 
-def server_environment(token: str, host: str, devices: str | None, threads: int) -> dict[str, str]:
+def server_environment(token: str, devices: str | None, threads: int) -> dict[str, str]:
     """What a server finds in its environment. `devices`: CUDA_VISIBLE_DEVICES, None on a CPU; `threads`: of one CPU
     worker, where OMP_NUM_THREADS does not say."""
     inherited = {
@@ -85,7 +86,7 @@ def server_environment(token: str, host: str, devices: str | None, threads: int)
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights; TokenGuard keeps them to us
-        "VLLM_HOST_IP": host,  # where its own processes meet
+        "VLLM_HOST_IP": "127.0.0.1",  # where its own processes meet
         "VLLM_LOGGING_LEVEL": os.environ.get("MEGATRON_SRPO_ENGINE_LOG", "WARNING"),
     }
     if devices is not None:
@@ -187,3 +188,21 @@ def visible_devices(server: int, tensor_parallel_size: int, given: list[int]) ->
             "rollout.server_devices"
         )
     return ",".join(mine)
+
+
+def become_server(config: Config, max_model_len: int, device: str, host: str, port: int) -> None:
+    """Replace this process by a server for runs with this configuration. Raises RolloutError without a token."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise RolloutError(
+            f"{TOKEN_VARIABLE} is not set: set it to a long random text, and to the same one for the run that uses "
+            "this server"
+        )
+    check_model(config.model.path, config.rollout, max_model_len, device)
+    tokenizer = config.model.tokenizer or config.model.path
+    settings = EngineSettings(
+        config.model.path, tokenizer, config.model.dtype, config.rollout, max_model_len, config.run.seed, device, ""
+    )
+    threads = max(1, len(os.sched_getaffinity(0)) // config.rollout.tensor_parallel_size)
+    environment = server_environment(token, os.environ.get("CUDA_VISIBLE_DEVICES"), threads)
+    os.execve(sys.executable, [sys.executable, *server_arguments(settings, host, port)], environment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,24 @@ def test_a_run_that_is_killed_leaves_no_server_behind(prepared):
     run.wait(30)
     assert psutil.wait_procs(servers, timeout=30)[1] == []
     assert servers_of(prepared) == []
+
+
+@pytest.mark.slow
+def test_a_run_uses_a_server_that_somebody_else_started(prepared, monkeypatch):
+    monkeypatch.setenv("MEGATRON_SRPO_ENGINE_TOKEN", "a long random text")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "megatron_srpo", "serve", str(prepared / "config.toml"), f"--port={port}"]
+    server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    try:
+        given = f'--rollout.servers=["http://127.0.0.1:{port}"]'
+        lines = train(prepared, "given", given, "--run.iterations=3")
+        assert [line["rollout/weight_version"] for line in lines] == [0, 1, 2]
+        assert max(line["rollout_corr/logprob_diff_max"] for line in lines) < 1e-4
+        assert server.poll() is None  # it is not the run's to end
+        again = train(prepared, "again", given, "--run.iterations=2")  # it has another run's weights
+        assert max(line["rollout_corr/logprob_diff_max"] for line in again) < 1e-4
+    finally:
+        server.terminate()
+        server.wait(60)

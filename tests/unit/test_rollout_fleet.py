@@ -16,11 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, server_process
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
+from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from megatron_srpo.rollout.http import BadAnswer, ServerClient, read_answer
-from megatron_srpo.rollout.server_process import ServerProcess, server_environment
+from megatron_srpo.rollout.server_process import ServerProcess, become_server, server_environment
 from megatron_srpo.rollout.vllm_engine import EngineSettings
 from megatron_srpo.types import Rollout
 from tests.fake_server import answer, damaged
@@ -51,7 +52,7 @@ def fleet_of(tmp_path, monkeypatch) -> Callable:
             file = tmp_path / f"behaviour-{number}"
             file.write_text("".join(f"{start}\n" for start in starts))
             made = EngineSettings(str(file), "", "float32", RolloutConfig(), 100, 0, "cpu", "")
-            environment = server_environment(TOKEN, "127.0.0.1", None, 1)
+            environment = server_environment(TOKEN, None, 1)
             process = ServerProcess(made, environment, "127.0.0.1", port, tmp_path / f"server-{number}.log")
             client = ServerClient("", TOKEN, request_timeout_s=settings.pop("request_s", 60), control_timeout_s=20)
             servers.append(Server(f"server {number}", client, process))
@@ -271,12 +272,12 @@ TRAINER = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.rollout import server_process
 from megatron_srpo.rollout.vllm_engine import EngineSettings
 server_process.server_arguments = lambda made, host, port: ["-m", "tests.fake_server", host, str(port), "none"]
 made = EngineSettings("", "", "float32", RolloutConfig(), 1, 0, "cpu", "")
-environment = server_process.server_environment("token", "127.0.0.1", None, 1)
+environment = server_process.server_environment("token", None, 1)
 server = server_process.ServerProcess(made, environment, "127.0.0.1", 0, Path({log!r}))
 server.start()
 print(server.pid, flush=True)
@@ -294,3 +295,10 @@ def test_servers_end_with_a_trainer_that_is_killed(tmp_path):
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.wait(PATIENCE)
     assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
+
+
+def test_a_server_for_others_needs_a_token(monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    config = Config(model={"path": "m"}, data={"train": "x.jsonl"})
+    with pytest.raises(RolloutError, match=f"{TOKEN_VARIABLE} is not set: set it to a long random text"):
+        become_server(config, 100, "cpu", "127.0.0.1", 1)

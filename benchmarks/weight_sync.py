@@ -1,0 +1,261 @@
+"""What a publish costs, against what it cannot cost less than.
+
+    python -m benchmarks.weight_sync --size 30M --tp 2 --bucket-mib 16,64,256 [--placement servers] [--model DIR]
+
+Starts the ranks itself. Every figure is the median of `--repeats` publishes of the whole model into real vLLM engines.
+The floor is timed in the same run, in turns: for one rank a copy of all weights, for several the bare collective that
+the layout forces (one all-gather of the tensor-parallel shards, one broadcast a pipeline stage), and for servers also a
+bare broadcast of all weights to as many processes as there are workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SIZES = {  # hidden, layers, heads, key-value heads, FFN, vocabulary
+    "1M": (128, 4, 4, 2, 384, 512),
+    "30M": (512, 8, 8, 4, 1408, 4096),
+    "135M": (576, 30, 9, 3, 1536, 49152),
+}
+CONFIG = """
+[run]
+output_dir = "{out}"
+[model]
+path = "{model}"
+dtype = "{dtype}"
+[parallel]
+tensor_model_parallel_size = {tp}
+pipeline_model_parallel_size = {pp}
+[data]
+train = "none.jsonl"
+max_prompt_length = 64
+[rollout]
+max_response_length = 64
+enforce_eager = true
+cpu_kv_cache_gib = 0.1
+max_num_seqs = 16
+placement = "{placement}"
+num_servers = {servers}
+[train]
+max_tokens_per_gpu = 4096
+[bridge]
+verify_every = 0
+"""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="1M")
+    parser.add_argument("--model", type=Path, help="a folder instead of a random model of --size")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--placement", default="colocated", choices=("colocated", "servers"))
+    parser.add_argument("--servers", type=int, default=1)
+    parser.add_argument("--bucket-mib", default="256", help="one or several, with commas")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_model(size: str, dtype: str, folder: Path) -> Path:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    hidden, layers, heads, groups, ffn, vocabulary = SIZES[size]
+    config = Qwen3Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+        head_dim=64, intermediate_size=ffn, vocab_size=vocabulary, max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def peak_memory() -> Any:
+    """Bytes by which this process's resident memory went above where it was; filled in at the end."""
+    Path("/proc/self/clear_refs").write_text("5")
+    found = SimpleNamespace(extra=0)
+    before = memory("VmRSS")
+    yield found
+    found.extra = memory("VmHWM") - before
+
+
+def memory(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def seconds(action: Callable[[], Any], repeats: int) -> float:
+    """Median, over all ranks together: they start at a barrier."""
+    import torch.distributed as dist
+
+    taken = []
+    for _ in range(repeats):
+        dist.barrier()
+        started = time.perf_counter()
+        action()
+        dist.barrier()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def floor_of(shards: Any, total: int) -> Callable[[], None]:
+    """The least that the trainer's layout forces, into memory that is there already."""
+    import torch
+    import torch.distributed as dist
+
+    mine = torch.cat([p.detach().contiguous().view(-1).view(torch.uint8) for p in shards.parameters.values()])
+    if shards.tp_size == 1 and shards.pp_size == 1:
+        copy = torch.empty_like(mine)
+        return lambda: copy.copy_(mine)
+    sizes = [mine.numel()]
+    if shards.pp_size > 1:
+        sizes = [None] * shards.pp_size
+        dist.all_gather_object(sizes, mine.numel(), group=shards.pp_group)
+    stages = [mine if i == shards.pp_rank else torch.empty(size, dtype=torch.uint8) for i, size in enumerate(sizes)]
+    full = [torch.empty(shards.tp_size * size, dtype=torch.uint8) for size in sizes]
+
+    def collective() -> None:
+        for stage, (flat, whole) in enumerate(zip(stages, full, strict=True)):
+            if shards.pp_size > 1:
+                dist.broadcast(flat, dist.get_global_rank(shards.pp_group, stage), group=shards.pp_group)
+            if shards.tp_size > 1:
+                dist.all_gather_into_tensor(whole, flat, group=shards.tp_group)
+
+    return collective
+
+
+RECEIVER = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from megatron_srpo.bridge.wire import Group, Meeting
+group = Group(Meeting(**{meeting!r}), {rank}, torch.device("cpu"))
+flat = torch.empty({size}, dtype=torch.uint8)
+for _ in range({times}):
+    group.start_broadcast(flat).wait()
+"""
+
+
+@contextmanager
+def bare_broadcast(size: int, workers: int, times: int) -> Any:
+    """A broadcast of `size` bytes from this process to `workers` others, `times` times."""
+    import torch
+
+    from megatron_srpo.bridge.wire import Sender
+
+    sender = Sender("127.0.0.1", timeout_s=120, backend="gloo", device=torch.device("cpu"))
+    meeting = sender.meeting("floor", workers)
+    root = str(Path(__file__).parents[1])
+    receivers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RECEIVER.format(root=root, meeting=meeting, rank=rank, size=size, times=times)]
+        )
+        for rank in range(1, workers + 1)
+    ]
+    sender.join("floor", meeting)
+    flat = torch.zeros(size, dtype=torch.uint8)
+    yield lambda: sender._groups["floor"].start_broadcast(flat).wait()
+    for receiver in receivers:
+        receiver.wait(60)
+
+
+def measure(options: argparse.Namespace, config_file: str) -> None:
+    """One rank."""
+    from megatron_srpo import launch
+    from megatron_srpo.bridge import Exporter
+    from megatron_srpo.config import load_config
+
+    config = load_config(Path(config_file), [])
+    with launch._session(config) as session:
+        import torch
+
+        control, driver = session.control, SimpleNamespace(decode=str, say=print) if session.control.is_driver else None
+        hf = launch.hf_config_of(config.model.path)
+        policy = launch._build_policy(config, hf, session, total_steps=1, trainable=False)
+        engine = launch._build_engine(config, session, driver)
+        total = sum(t.nbytes for _, t in Exporter(policy.shards, hf).items())
+        torch.set_num_threads(1)
+        collective = floor_of(policy.shards, total)
+        for mib in map(int, options.bucket_mib.split(",")):
+            exporter = Exporter(policy.shards, hf, bucket_bytes=mib * 2**20)
+            engine.publish(exporter, 1)  # fills caches and fresh pages
+            floors = [seconds(collective, options.repeats)]
+            taken = seconds(lambda exporter=exporter: engine.publish(exporter, 2), options.repeats)
+            floors.append(seconds(collective, options.repeats))
+            with peak_memory() as memory_used:
+                engine.publish(exporter, 3)
+            export = seconds(lambda exporter=exporter: [None for _ in exporter], options.repeats)
+            floor = min(floors)
+            if options.placement == "servers":
+                floor = added_floor(control, total, options, floor)
+            if control.is_driver:
+                say_result(options, mib, total, taken, export, floor, memory_used.extra)
+        engine.close()
+
+
+def added_floor(control: Any, total: int, options: argparse.Namespace, floor: float) -> float:
+    """With servers, the weights must also cross to another process."""
+    import torch.distributed as dist
+
+    if not control.is_driver:
+        for _ in range(2 * options.repeats):
+            dist.barrier()
+        return floor
+    with bare_broadcast(total, options.servers, options.repeats) as broadcast:
+        return floor + seconds(broadcast, options.repeats)
+
+
+def say_result(
+    options: argparse.Namespace, mib: int, total: int, taken: float, export: float, floor: float, extra: int
+) -> None:
+    result = {
+        "placement": options.placement, "size": options.model.name if options.model else options.size,
+        "dtype": options.dtype, "tp": options.tp, "pp": options.pp, "servers": options.servers, "bucket_mib": mib,
+        "mib": total / 2**20, "publish_ms": 1e3 * taken, "export_ms": 1e3 * export, "floor_ms": 1e3 * floor,
+        "ratio": taken / floor, "beyond_1.5_floor_ms": 1e3 * (taken - 1.5 * floor), "extra_mib": extra / 2**20,
+    }  # fmt: skip
+    print("RESULT", json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+
+
+def main() -> None:
+    options = arguments()
+    if options.rank:
+        measure(options, os.environ["BENCHMARK_CONFIG"])
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        model = options.model or make_model(options.size, options.dtype, Path(scratch) / "model")
+        text = CONFIG.format(
+            out=scratch, model=model.resolve(), dtype=options.dtype, tp=options.tp, pp=options.pp,
+            placement=options.placement, servers=options.servers,
+        )  # fmt: skip
+        file = Path(scratch) / "config.toml"
+        file.write_text(text)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [
+            f"--nproc-per-node={options.tp * options.pp}",
+            "-m",
+            "benchmarks.weight_sync",
+            *sys.argv[1:],
+            "--rank",
+        ]
+        environment = {**os.environ, "BENCHMARK_CONFIG": str(file), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, env=environment, timeout=timedelta(minutes=15).total_seconds())
+
+
+if __name__ == "__main__":
+    main()
