@@ -257,13 +257,13 @@ class ServersEngine:
     def _complete(self, failed: dict[str, str]) -> None:
         """Driver: see that every server has loaded everything, and let it go on."""
         delivery = self._delivery
-        for server in delivery.servers:
-            try:
-                if server.name in failed:
-                    raise RuntimeError(failed[server.name])
-                self._loaded(server, delivery)
-            except (RuntimeError, ServerError, UnacceptableRequest) as error:
-                self._lose(server, f"the publish of version {delivery.version} failed: {error}")
+        try:
+            for server in delivery.servers:
+                self._check(server, delivery, failed.get(server.name))
+        except Exception:  # refused, or found wrong: all stay paused, and are left ready for another publish
+            calls = [server.client.call("POST", "/finish_weight_update") for server in delivery.servers]
+            self._fleet.run(everywhere(calls))
+            raise
         done = [server for server in delivery.servers if server.alive]
         body = {"weight_version": str(delivery.version)}
         self._all(done, lambda server: server.client.call("POST", "/finish_weight_update", body=body))
@@ -274,8 +274,17 @@ class ServersEngine:
                 server.version = delivery.version
         self._fleet.loop.call_soon_threadsafe(self._fleet.pump)
 
+    def _check(self, server: Server, delivery: Delivery, failure: str | None) -> None:
+        """Wait until it has loaded everything. A server that fails is lost; raises when the weights are at fault."""
+        try:
+            if failure is not None:
+                raise RuntimeError(failure)
+            self._loaded(server, delivery)
+        except (RuntimeError, ServerError, UnacceptableRequest) as error:
+            self._lose(server, f"the publish of version {delivery.version} failed: {error}")
+
     def _loaded(self, server: Server, delivery: Delivery) -> None:
-        """Wait until it has; what its workers say goes before what its HTTP says."""
+        """What its workers say goes before what its HTTP says."""
         failure = delivery.updates[server.name].exception()
         reports = [self._sender.report(server.name, delivery.key, worker) for worker in range(server.world_size)]
         if failure is not None:
