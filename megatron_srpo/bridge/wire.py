@@ -107,6 +107,11 @@ class Group:
         self.start_broadcast(payload).wait()
         return text, payload
 
+    def report(self, key: str, text: str) -> None:
+        """Leave `text` for the driver; it is there when this returns."""
+        self.store.set(key, text)
+        self.store.check([key])  # set() alone does not wait
+
     def frames(self, header: str, payload: torch.Tensor | None) -> list[torch.Tensor]:
         """What rank 0 broadcasts for one header, in order."""
         text = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8)

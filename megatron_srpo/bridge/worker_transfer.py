@@ -81,7 +81,7 @@ class StreamedTransferEngine(WeightTransferEngine[JoinInfo, PublishInfo]):
             error = failure
             self._drain(stream)
             report = {"error": f"{type(error).__name__}: {error}"}
-        self._group.store.set(f"{update_info.report}/{self._rank}", json.dumps(report))
+        self._group.report(f"{update_info.report}/{self._rank}", json.dumps(report))
         if error is not None:
             raise error
 
