@@ -176,7 +176,7 @@ def bare_broadcast(size: int, workers: int, times: int) -> Any:
 
 def measure(options: argparse.Namespace, config_file: str) -> None:
     """One rank."""
-    from megatron_srpo import launch
+    from megatron_srpo import engines, launch
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.config import load_config
 
@@ -187,7 +187,7 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
         control, driver = session.control, SimpleNamespace(decode=str, say=print) if session.control.is_driver else None
         hf = launch.hf_config_of(config.model.path)
         policy = launch._build_policy(config, hf, session, total_steps=1, trainable=False)
-        engine = launch._build_engine(config, session, driver)
+        engine = engines.build_engine(config, session, driver)
         total = sum(t.nbytes for _, t in Exporter(policy.shards, hf).items())
         torch.set_num_threads(1)
         collective = floor_of(policy.shards, total)

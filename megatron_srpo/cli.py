@@ -110,9 +110,9 @@ def serve(
     """Be one rollout server for runs with rollout.servers, on this machine (docs/rollout-engines.md)."""
     settings = load_config(config, context.obj)
     check_run(settings)
-    from megatron_srpo import launch
+    from megatron_srpo import engines
 
-    launch.serve(settings, host, port)
+    engines.serve(settings, host, port)
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_srpo import exit_codes
 from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.engines import build_engine
 from megatron_srpo.stopping import StopRequest
 from megatron_srpo.watchdog import Watchdog
 
@@ -172,56 +173,6 @@ def _build_policy(config: Config, hf: dict, session: Session, *, total_steps: in
     )  # fmt: skip
 
 
-def _build_engine(config: Config, session: Session, driver: DriverParts | None) -> Any:
-    from megatron_srpo.bridge import Verifier
-    from megatron_srpo.rollout import ColocatedEngine
-
-    if config.rollout.placement == "servers":
-        return _server_engine(config, session, driver)
-    return ColocatedEngine(
-        hf_dir=config.model.path,
-        dtype=config.model.dtype,
-        rollout=config.rollout,
-        max_model_len=_longest(config),
-        seed=config.run.seed,
-        control_group=session.topology.control_group,
-        device=session.topology.device.type,
-        verifier=Verifier(config.bridge.verify_every),
-    )
-
-
-def _longest(config: Config) -> int:
-    return config.data.max_prompt_length + config.rollout.max_response_length
-
-
-def _server_engine(config: Config, session: Session, driver: DriverParts | None) -> Any:
-    from megatron_srpo.bridge import Verifier
-    from megatron_srpo.bridge.wire import Sender, local_address
-    from megatron_srpo.rollout.servers import ServersEngine
-
-    rollout, device = config.rollout, session.topology.device
-    cuda = device.type == "cuda"
-    backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"
-
-    def make_sender(host: str) -> Sender:
-        return Sender(local_address(host, 1), timeout_s=rollout.server_timeout_seconds, backend=backend, device=device)
-
-    return ServersEngine(
-        hf_dir=config.model.path, tokenizer=config.model.tokenizer, dtype=config.model.dtype, rollout=rollout,
-        max_model_len=_longest(config), seed=config.run.seed, device=device.type, control=session.control,
-        make_sender=make_sender, verifier=Verifier(config.bridge.verify_every),
-        logs=Path(config.run.output_dir) / "engines", decode=driver and driver.decode, say=driver and driver.say,
-    )  # fmt: skip
-
-
-def serve(config: Config, host: str, port: int) -> None:
-    """Become a vLLM server for runs with this configuration; does not return."""
-    from megatron_srpo.mcore.device import choose_device
-    from megatron_srpo.rollout.server_process import become_server
-
-    become_server(config, _longest(config), choose_device(config.run.device, 0).device.type, host, port)
-
-
 def _requests(prompts: list, iteration: int, refill: int, *, seed: int, samples: int) -> list:
     """All samples of all prompts; a prompt that comes again in a refill gets new seeds."""
     from megatron_srpo.rollout import GenerateRequest, request_seed
@@ -361,7 +312,7 @@ def _assemble(
     loader = control.on_driver(driver.loader if driver else lambda: None)
     if restored:
         control.share(lambda: checkpoints.restore_data(loader, restored.state["loader"]))
-    engine = _build_engine(config, session, driver)
+    engine = build_engine(config, session, driver)
     closing.callback(engine.close)
     if start:
         engine.publish(exporter, start)
@@ -406,7 +357,7 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
         if driver:
             closing.callback(driver.close)
         scorer = _build_scorer(config, session, driver, closing)
-        engine = _build_engine(config, session, driver)
+        engine = build_engine(config, session, driver)
         closing.callback(engine.close)
         if checkpoint is not None:
             folder = session.control.share(lambda: checkpoints.whole(checkpoint))

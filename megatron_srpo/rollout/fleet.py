@@ -40,6 +40,7 @@ class Server:
     outstanding: int = 0  # tokens, prompt and longest response, of what it works on
     jobs: set[asyncio.Task] = field(default_factory=set)
     restarts: int = 0  # since it last answered a request
+    losses: int = 0  # in all
     gone: bool = False  # given up
     answered: int = 0
     trouble: str = ""  # the last one
@@ -178,6 +179,7 @@ class Fleet:
         if not server.alive or self._closing:
             return
         server.alive, server.version, server.trouble = False, None, why
+        server.losses += 1
         for job in list(server.jobs):
             job.cancel()
         if server.restarts >= self._max_restarts:

@@ -58,6 +58,8 @@ class ServersEngine:
         self._calls = 0
         self._metrics: dict[str, float] = {}
         self._delivery: Delivery | None = None
+        self._met: dict[str, int] = {}
+        self._half_published = False
         self._fleet: Fleet | None = None
         self.weight_version = 0
         control.share(lambda: self._open(logs, make_sender, decode, say))
@@ -119,6 +121,8 @@ class ServersEngine:
     ) -> Future | None:
         """Begin to generate, on the driver; `collect` waits for the answers."""
         check_lengths(requests, sampling, self._max_model_len)
+        if self._half_published:
+            raise RuntimeError("the last publish failed: no engine has whole weights. Publish again first.")
         if self._fleet is None:
             return None
         self._calls += 1
@@ -171,9 +175,11 @@ class ServersEngine:
         """
         if iter(weights) is weights:
             raise ValueError("publish() needs weights that can be iterated again, got an iterator")
+        self._half_published = True
         self._weights, self.weight_version, self._verify = weights, version, self._verifier.begin()
         self._control.share(self._settle)
         self._deliver(None)
+        self._half_published = False
         if self._fleet is not None:
             self._fleet.loop.call_soon_threadsafe(self._fleet.release)
 
@@ -213,10 +219,10 @@ class ServersEngine:
         mode = "keep" if self._rollout.in_flight == "pause" else "abort"
         self._all(servers, lambda server: server.client.call("POST", "/pause", mode=mode))
         for server in servers:
-            if server.alive and not self._sender.joined(server.name):
+            if server.alive and not self._is_met(server):
                 self._meet(server)
         self._all(servers, lambda server: server.client.call("POST", "/start_weight_update"))
-        ready = [server for server in servers if server.alive and self._sender.joined(server.name)]
+        ready = [server for server in servers if server.alive and self._is_met(server)]
         key = f"report/{self._calls}"
         body = {"update_info": {"report": key, "verify": self._verify}}
         updates = {
@@ -244,7 +250,12 @@ class ServersEngine:
 
         self._fleet.run(lose())
 
+    def _is_met(self, server: Server) -> bool:
+        """Whether its workers, those of its present life, have joined."""
+        return self._sender.joined(server.name) and self._met.get(server.name) == server.losses
+
     def _meet(self, server: Server) -> None:
+        self._met[server.name] = server.losses
         meeting = self._sender.meeting(server.name, server.world_size)
         body = {"init_info": {"meeting": meeting}}
         answer = self._fleet.start(server.client.call("POST", "/init_weight_transfer_engine", body=body))

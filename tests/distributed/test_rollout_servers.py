@@ -101,6 +101,8 @@ def test_a_publish_that_does_not_fit_is_refused_by_name_and_the_next_repairs_it(
         running.engine.publish(wrong, 5)
     with pytest.raises(BridgeError, match="left 1 tensor"):
         running.engine.publish(items[:-1], 6)
+    with pytest.raises(RuntimeError, match="Publish again first"):
+        running.engine.generate(tiny_requests(), SAMPLED)
     publish(running, running.new, 7)
     check_equal(answers(running.engine), running.expected)
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "conversion": BASE | {"bridge", "mcore", "checkpoints", "disk"},  # Hugging Face's names in Megatron's files
     "comparison": BASE | {"bridge", "mcore"},
     "launch": EVERYTHING,  # builds the parts
+    "engines": EVERYTHING,  # one of them
     "cli": EVERYTHING,
     "doctor": EVERYTHING,  # a command of the cli
     "__main__": EVERYTHING,

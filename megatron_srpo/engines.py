@@ -1,0 +1,59 @@
+"""Builds the rollout engine that a configuration asks for, with what it needs of the bridge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config import Config
+
+
+def build_engine(config: Config, session: Any, driver: Any) -> Any:
+    """The engine of rollout.placement. Collective; `session` is launch.Session, `driver` launch.DriverParts or None."""
+    from megatron_srpo.bridge import Verifier
+    from megatron_srpo.rollout import ColocatedEngine
+
+    if config.rollout.placement == "servers":
+        return _server_engine(config, session, driver)
+    return ColocatedEngine(
+        hf_dir=config.model.path,
+        dtype=config.model.dtype,
+        rollout=config.rollout,
+        max_model_len=_longest(config),
+        seed=config.run.seed,
+        control_group=session.topology.control_group,
+        device=session.topology.device.type,
+        verifier=Verifier(config.bridge.verify_every),
+    )
+
+
+def _longest(config: Config) -> int:
+    return config.data.max_prompt_length + config.rollout.max_response_length
+
+
+def _server_engine(config: Config, session: Any, driver: Any) -> Any:
+    from megatron_srpo.bridge import Verifier
+    from megatron_srpo.bridge.wire import Sender, local_address
+    from megatron_srpo.rollout.servers import ServersEngine
+
+    rollout, device = config.rollout, session.topology.device
+    cuda = device.type == "cuda"
+    backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"
+
+    def make_sender(host: str) -> Sender:
+        return Sender(local_address(host, 1), timeout_s=rollout.server_timeout_seconds, backend=backend, device=device)
+
+    return ServersEngine(
+        hf_dir=config.model.path, tokenizer=config.model.tokenizer, dtype=config.model.dtype, rollout=rollout,
+        max_model_len=_longest(config), seed=config.run.seed, device=device.type, control=session.control,
+        make_sender=make_sender, verifier=Verifier(config.bridge.verify_every),
+        logs=Path(config.run.output_dir) / "engines", decode=driver and driver.decode, say=driver and driver.say,
+    )  # fmt: skip
+
+
+def serve(config: Config, host: str, port: int) -> None:
+    """Become a vLLM server for runs with this configuration; does not return."""
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.rollout.server_process import become_server
+
+    become_server(config, _longest(config), choose_device(config.run.device, 0).device.type, host, port)
