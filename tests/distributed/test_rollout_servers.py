@@ -63,7 +63,7 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     for name in ("greedy", "sampled"):
         for ours, theirs in zip(found[name], expected[name], strict=True):
             assert (ours[0], ours[2]) == (theirs[0], theirs[2])
-            torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=tolerance)
+            torch.testing.assert_close(list(ours[1]), list(theirs[1]), rtol=0, atol=tolerance)
 
 
 def publish(running: Running, folder: Path, version: int) -> None:
