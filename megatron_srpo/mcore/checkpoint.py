@@ -35,7 +35,7 @@ from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import unwrap
 from megatron_srpo.mcore.optimizer import ParameterShard
 from megatron_srpo.mcore.policy import Policy
-from megatron_srpo.mcore.safe_files import read_index, read_tensors
+from megatron_srpo.mcore.safe_files import read_index, read_tensors, refuse_objects
 
 BACKEND = ("torch_dist", 1)
 COMMON = "common.pt"
@@ -230,6 +230,7 @@ def load(policy: Policy, directory: Path) -> None:
     Kinds of state that the checkpoint does not have start anew: the main parameters as the weights, Adam's moments at
     zero, the teacher as a copy of the student; the reference stays what it is.
     """
+    refuse_objects(directory)
     read_tensors(directory / COMMON)  # refuses a pickle that runs code, whatever the loader below would do
     optimizer = policy.optimizer
     kinds = _kinds(policy) & stored(directory) if optimizer else set()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_srpo.config import UserError
 
@@ -47,6 +47,18 @@ def read_index(directory: Path) -> Metadata:
             return _IndexUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
         raise UserError(f"{file} is no checkpoint's index and was not loaded: {error}") from error
+
+
+def refuse_objects(directory: Path) -> None:
+    """UserError if an entry of the index is an object where a tensor belongs: the distributed loader would unpickle it.
+    Transformer Engine's `_extra_state`, which Megatron's own checkpoints have, is never asked for."""
+    entries = read_index(directory).state_dict_metadata
+    wrong = [
+        name for name, entry in entries.items()
+        if isinstance(entry, BytesStorageMetadata) and "_extra_state" not in name
+    ]  # fmt: skip
+    if wrong:
+        raise UserError(f"{directory} was not loaded: {wrong[0]} is a pickled object, and should be a tensor")
 
 
 def read_tensors(file: Path) -> dict[str, Any]:

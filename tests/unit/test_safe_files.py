@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_srpo.config import UserError
-from megatron_srpo.mcore.safe_files import INDEX, read_index, read_tensors
+from megatron_srpo.mcore.safe_files import INDEX, read_index, read_tensors, refuse_objects
 
 
 class Hostile:
@@ -51,6 +56,14 @@ def test_no_other_name_is_looked_up(tmp_path, name):
     (tmp_path / INDEX).write_bytes(b"\x80\x02c" + "\n".join(name).encode() + b"\n.")
     with pytest.raises(UserError, match="it names"):
         read_index(tmp_path)
+
+
+def test_an_object_in_a_tensors_place_is_refused_because_the_loader_would_unpickle_it(tmp_path):
+    (tmp_path / INDEX).write_bytes(pickle.dumps(index(**{"layer._extra_state/shard_0_1": BytesStorageMetadata()})))
+    refuse_objects(tmp_path)  # never asked for
+    (tmp_path / INDEX).write_bytes(pickle.dumps(index(bias=BytesStorageMetadata())))
+    with pytest.raises(UserError, match="bias is a pickled object"):
+        refuse_objects(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(index())[:-5]])
