@@ -155,17 +155,20 @@ class Ledger:
         self._totals: dict[str, int] = {}
         self._held: dict[str, int] = {}
         self._methods = []
-        prefixes = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+        prefixes: dict[int, list[str]] = {}  # a module may be known under several names
+        for name, module in model.named_modules(remove_duplicate=False):
+            prefixes.setdefault(id(module), []).append(name)
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             if method is not None and "process_weights_after_loading" not in vars(method):
                 self._methods.append(method)
                 method.process_weights_after_loading = self._watching(method.process_weights_after_loading, prefixes)
 
-    def _watching(self, process: Callable[..., Any], prefixes: dict[int, str]) -> Callable[..., Any]:
+    def _watching(self, process: Callable[..., Any], prefixes: dict[int, list[str]]) -> Callable[..., Any]:
         def count_and_process(layer: torch.nn.Module) -> Any:
             for name, parameter in layer.named_parameters(recurse=False):
-                self._held[f"{prefixes[id(layer)]}.{name}"] = total(parameter)
+                held = total(parameter)
+                self._held.update({f"{prefix}.{name}": held for prefix in prefixes[id(layer)]})
             return process(layer)
 
         return count_and_process
