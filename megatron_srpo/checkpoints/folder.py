@@ -33,9 +33,9 @@ def iteration_of(folder: Path) -> int:
 
 
 def published(root: Path) -> list[Path]:
-    """The checkpoints below `root` that were finished, oldest first. Whether they are still whole, `damage` says."""
-    found = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name))
-    return sorted(path for path in found if (path / MANIFEST).is_file())
+    """The checkpoints below `root`, oldest first: a folder has such a name only when it is finished. Whether they are
+    still whole, `damage` says."""
+    return sorted(path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def find_latest(root: Path) -> Path | None:
@@ -46,7 +46,7 @@ def find_latest(root: Path) -> Path | None:
 def resolve(path: Path) -> Path:
     """A checkpoint from a user's path: itself, a folder of checkpoints, or a run. Raises UserError."""
     for candidate in (path, find_latest(path), find_latest(path / "checkpoints")):
-        if candidate is not None and _NAME.fullmatch(candidate.name) and (candidate / MANIFEST).is_file():
+        if candidate is not None and _NAME.fullmatch(candidate.name) and candidate.is_dir():
             return candidate
     raise UserError(f"no checkpoint in {path}: expected a folder step_NNNNNNNN, or a run that holds checkpoints/step_*")
 
