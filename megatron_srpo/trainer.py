@@ -102,6 +102,8 @@ class Trainer:
         started = time.perf_counter()
         policy = self.parts.policy
         samples, plan, metrics = self._collect()
+        if self.config.rollout.sleep_while_training:
+            self.parts.engine.sleep()
         with self._timed("score"):
             scores = self._score_students(samples, plan)
         with self._timed("teacher"):
@@ -111,6 +113,7 @@ class Trainer:
             steps = [self._train(samples, mini, scores) for mini in plan.mini_batches]
         self._skipped_in_a_row = consecutive_skips(self._skipped_in_a_row, steps)
         with self._timed("publish"):
+            self.parts.engine.wake()  # if it sleeps
             self.parts.engine.publish(self.parts.weights, self.iteration + 1)
         steps = [step for step in steps if step is not None]
         for name in {name for step in steps for name in step.metrics}:

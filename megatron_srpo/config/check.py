@@ -186,6 +186,18 @@ def _layout(config: Config) -> Iterator[str]:
             f"parallel.virtual_pipeline_model_parallel_size = {virtual}: it interleaves the pieces of pipeline stages, "
             "and parallel.pipeline_model_parallel_size is 1; set it to 1, or raise that size"
         )
+    model = config.model
+    if model.recompute_layers and model.recompute != "full":
+        yield (
+            f'model.recompute_layers = {model.recompute_layers}: it counts layers of "full" recompute, and '
+            f'model.recompute = "{model.recompute}"; set it to 0, or recompute to "full"'
+        )
+    if model.fp8 != "off" and config.run.device == "cpu":
+        yield f'model.fp8 = "{model.fp8}": a CPU has no such products; set it to "off", or use a GPU'
+    if model.fp8 != "off" and model.dtype != "bfloat16":
+        yield f'model.fp8 = "{model.fp8}": needs model.dtype = "bfloat16" beside it, and it is "{model.dtype}"'
+    if config.rollout.sleep_while_training and config.run.device == "cpu":
+        yield "rollout.sleep_while_training = true: an engine on a CPU cannot sleep; set it to false"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield (
             "parallel.sequence_parallel = true: it splits activations over tensor-parallel ranks, and "

@@ -45,7 +45,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; the optimizer is fp32
     hidden_dropout: float = Field(0.0, ge=0, lt=1)  # of the training pass; the scoring passes never drop
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    recompute: Literal["none", "full"] = "none"  # full: activations again in the backward pass, less memory
+    recompute: Literal["none", "selective", "full"] = "none"  # again in the backward pass: the MLPs, or whole layers
+    recompute_layers: int = Field(0, ge=0)  # with "full": the first so many layers of each stage's piece; 0 = all
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"  # products in 8 bits; needs Transformer Engine and a GPU that has it
 
 
 class ParallelConfig(Section):
@@ -86,6 +88,7 @@ class RolloutConfig(Section):
     cpu_kv_cache_gib: float = Field(1.0, gt=0)  # of an engine on a CPU
     max_num_seqs: int = Field(256, ge=1)  # responses that an engine works on at once
     enforce_eager: bool = False  # no CUDA graphs, no compilation
+    sleep_while_training: bool = False  # a colocated engine frees its GPU memory until the next publish
     max_refills: int = Field(0, ge=0)  # batches drawn in place of groups all right or all wrong; 0 = train on those too
     mismatch_warning: float = Field(0.05, ge=0)  # mean |Δ log-prob| trainer vs engine that warns
     # placement = "servers"

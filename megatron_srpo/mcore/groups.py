@@ -54,7 +54,9 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
 
-def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout_minutes: float) -> Topology:
+def initialize(
+    parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout_minutes: float, control_backend: str = "gloo"
+) -> Topology:
     """Join the torchrun world and build Megatron's groups. `seed` starts all random generators."""
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
@@ -67,6 +69,7 @@ def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=int(timeout_minutes) or 1,
+        create_gloo_process_groups=control_backend == "gloo",
     )
     generators.seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -87,7 +90,7 @@ def initialize(parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout
         dp_size=state.get_data_parallel_world_size(),
         dp_group=state.get_data_parallel_group(),
         dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=dist.new_group(backend=control_backend, timeout=timeout),
         device=path.device,
         ep_rank=state.get_expert_model_parallel_rank(),
         ep_size=state.get_expert_model_parallel_world_size(),

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_srpo.config import ModelConfig, ParallelConfig
+from megatron_srpo.config import ModelConfig, ParallelConfig, UserError
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_fields, expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
@@ -139,10 +139,21 @@ def transformer_config(
         "moe_token_dispatcher_type": "alltoall",
         **expert_fields(hf, parallel, grouped=transformer_engine),
     }
-    if model.recompute == "full":
-        fields.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    fields.update(recompute_fields(model))
+    if model.fp8 != "off":
+        fields.update(fp8=model.fp8, fp8_recipe="tensorwise")
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
+
+
+def recompute_fields(model: ModelConfig) -> dict[str, Any]:
+    """Megatron's names for what is computed again in the backward pass."""
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]}
+    if model.recompute == "full":
+        method, count = ("block", model.recompute_layers) if model.recompute_layers else ("uniform", 1)
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
+    return {}
 
 
 def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transformer_engine: bool) -> Any:
@@ -191,6 +202,11 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it. Several
     pieces, in order, under an interleaved pipeline."""
+    if model.fp8 != "off" and not transformer_engine:
+        raise UserError(
+            f'model.fp8 = "{model.fp8}" needs Transformer Engine on a GPU, which is not there: set it to "off", or see '
+            "what is missing: python -m megatron_srpo doctor"
+        )
     on_cuda = topology.device.type == "cuda"
     config = transformer_config(hf, model, parallel, on_cuda=on_cuda, transformer_engine=transformer_engine)
     count = parallel.virtual_pipeline_model_parallel_size

@@ -20,12 +20,12 @@ from megatron_srpo.mcore.step import LossFunction, PipelineRunner, ScoreFunction
 from megatron_srpo.types import ModelShards, PackedBatch, Padding, StepStats
 
 
-def row_padding(topology: Topology, parallel: ParallelConfig) -> Padding:
-    """What the layout asks of packed sequences and rows."""
+def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1) -> Padding:
+    """What the layout asks of packed sequences and rows; a rank's part of a row is a multiple of `tokens`."""
     cp, tp = topology.cp_size, topology.tp_size if parallel.sequence_parallel else 1
     sequence = 2 * cp if cp > 1 else 1
     rows = topology.pp_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
-    return Padding(sequence, math.lcm(sequence, cp * tp), rows)
+    return Padding(sequence, math.lcm(sequence, cp * tp * tokens), rows)
 
 
 class Policy:
@@ -54,7 +54,8 @@ class Policy:
         self.runner = PipelineRunner(self.model, topology, vocab)
         self.shards = model_shards(self.model, topology, vocab)
         self.shadows = self._build_shadows(config) if trainable else {}
-        self.padding = row_padding(topology, config.parallel)
+        # 8-bit products want token counts in multiples of 16.
+        self.padding = row_padding(topology, config.parallel, tokens=1 if config.model.fp8 == "off" else 16)
 
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
         mode = config.teacher.mode if config.algorithm.name != "grpo" else "live"

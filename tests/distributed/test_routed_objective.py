@@ -60,6 +60,7 @@ class Layout:
     etp: int = 1
     sp: bool = False
     recompute: str = "none"
+    recompute_layers: int = 0
     dtype: str = "float32"
 
     @property
@@ -70,10 +71,10 @@ class Layout:
 LAYOUTS = {
     "serial": Layout(),
     "tp2": Layout(tp=2),
-    "tp2 sp, recompute": Layout(tp=2, sp=True, recompute="full"),
+    "tp2 sp, recompute half": Layout(tp=2, sp=True, recompute="full", recompute_layers=2),
     "pp2": Layout(pp=2),
     "dp2": Layout(dp=2),
-    "tp2 sp pp2": Layout(tp=2, sp=True, pp=2),
+    "tp2 sp pp2": Layout(tp=2, sp=True, pp=2, recompute="selective"),
     "tp2 dp2": Layout(tp=2, dp=2),
     "tp4 sp": Layout(tp=4, sp=True),
     "cp2": Layout(cp=2),
@@ -112,7 +113,8 @@ def make_config(model, variant, layout="serial"):
     algorithm, _, _, temperature = VARIANTS[variant]
     cut = LAYOUTS[layout]
     return Config(
-        model={"path": str(model), "dtype": cut.dtype, "recompute": cut.recompute},
+        model={"path": str(model), "dtype": cut.dtype, "recompute": cut.recompute,
+               "recompute_layers": cut.recompute_layers},
         data={"train": "unused"}, algorithm=algorithm,
         optimizer={"lr": 1e-2, "clip_grad": 0.5}, rollout={"temperature": temperature},
         teacher=TEACHERS.get(variant, {}),

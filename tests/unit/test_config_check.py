@@ -130,6 +130,14 @@ def test_a_sound_configuration_passes_all_checks():
             "set it to 1",
         ),
         ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel = true", "set it to false"),
+        ({"model__recompute_layers": 2}, "model.recompute_layers = 2", 'recompute to "full"'),
+        ({"model__fp8": "hybrid", "run__device": "cpu"}, 'model.fp8 = "hybrid"', "use a GPU"),
+        ({"model__fp8": "e4m3", "model__dtype": "float32"}, 'model.fp8 = "e4m3"', 'model.dtype = "bfloat16"'),
+        (
+            {"rollout__sleep_while_training": True, "run__device": "cpu"},
+            "rollout.sleep_while_training = true",
+            "set it to false",
+        ),
     ],
 )
 def test_a_contradiction_is_told_with_key_value_and_cure(changes, key, cure):

@@ -1,0 +1,81 @@
+"""A layout as a configuration that the trainer takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_srpo.config import Config, ConfigError, UserError, contradictions, listed
+from megatron_srpo.config.load import to_toml_value
+from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.workload import Workload
+
+
+def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, dict[str, Any]]:
+    """The keys that the layout and the iteration decide; everything else keeps its default."""
+    parallel: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.sequence_parallel,
+    }
+    if layout.expert * layout.expert_tensor > 1:
+        parallel["expert_model_parallel_size"] = layout.expert
+        parallel["expert_tensor_parallel_size"] = layout.expert_tensor
+    rollout: dict[str, Any] = {
+        "rollout_batch_size": workload.prompts,
+        "n_samples_per_prompt": workload.samples,
+        "max_response_length": workload.response_max,
+        "tensor_parallel_size": layout.engine_tensor,
+    }
+    if layout.colocated:
+        rollout |= {
+            "gpu_memory_utilization": layout.engine_memory,
+            "sleep_while_training": layout.engine_sleeps,
+        }
+    else:
+        rollout |= {"placement": "servers", "num_servers": layout.engines}
+    return {
+        "run": {"iterations": workload.iterations, "device": "cuda"},
+        "model": {
+            "path": model_path,
+            "dtype": "bfloat16" if layout.dtype_bytes == 2 else "float32",
+            "recompute": layout.recompute,
+            "recompute_layers": layout.recompute_layers,
+        },
+        "parallel": parallel,
+        "data": {"train": "runs/data/train.jsonl", "kind": "mcq", "max_prompt_length": workload.prompt_max},
+        "rollout": rollout,
+        "algorithm": {
+            "name": "srpo" if workload.distilled > 0 else "grpo",
+            "distillation_topk": workload.topk,
+        },
+        "teacher": {"max_prompt_length": workload.teacher_prompt_max, "offload": layout.shadow_on_host},
+        "train": {
+            "prompts_per_mini_batch": -(-workload.prompts // workload.steps),
+            "max_tokens_per_gpu": layout.max_tokens,
+        },
+    }
+
+
+def configuration(layout: Layout, workload: Workload, model_path: str, hf: dict[str, Any]) -> Config:
+    """A configuration that has passed the trainer's own checks for this many ranks. Raises UserError otherwise."""
+    try:
+        config = Config.model_validate(sections(layout, workload, model_path))
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise UserError(f"plan: this version's trainer does not take {keys}, which {layout.name()} needs") from None
+    problems = contradictions(config, hf, layout.training_gpus)
+    if problems:
+        raise ConfigError(listed(f"plan: the configuration of {layout.name()}", problems))
+    return config
+
+
+def as_toml(layout: Layout, workload: Workload, model_path: str, notes: list[str]) -> str:
+    """The file's text: `notes` as comments, then the keys that are not defaults of their own."""
+    lines = [f"# {note}" for note in notes]
+    for name, keys in sections(layout, workload, model_path).items():
+        lines += ["", f"[{name}]", *(f"{key} = {to_toml_value(value)}" for key, value in keys.items())]
+    return "\n".join(lines) + "\n"
