@@ -125,6 +125,47 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for pr
 
 
 @app.command()
+def plan(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A Hugging Face folder or a name.")] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of all nodes.")] = 8,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, b200, gb200, h20, a100.")] = "h100",
+    batch: Annotated[int, typer.Option(help="Prompts an iteration.")] = 32,
+    samples: Annotated[int, typer.Option(help="Responses a prompt.")] = 8,
+    steps: Annotated[int, typer.Option(help="Optimiser steps an iteration.")] = 1,
+    prompt_mean: Annotated[int, typer.Option(help="Tokens.")] = 400,
+    prompt_max: Annotated[int, typer.Option(help="Tokens.")] = 2048,
+    response_mean: Annotated[int, typer.Option(help="Tokens.")] = 2000,
+    response_max: Annotated[int, typer.Option(help="Tokens.")] = 8192,
+    teacher_prompt_max: Annotated[int, typer.Option(help="Tokens of the teacher's prompt.")] = 10240,
+    distilled: Annotated[float, typer.Option(help="Share of samples that the teacher scores.")] = 0.3,
+    iterations: Annotated[int, typer.Option(help="Of the run, for GPU-hours.")] = 475,
+    top: Annotated[int, typer.Option(help="Layouts that are shown.")] = 5,
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Of python -m benchmarks.calibrate.")] = None,
+    write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the best layout's configuration.")] = None,
+    check: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Build a configuration's ranks instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> int:
+    """Which layouts of a model fit on a cluster, and how long an iteration takes: predictions, without a GPU.
+
+    With --check CONFIG every distinct rank of that configuration is built, without memory for weights.
+    """
+    from megatron_srpo import planning
+    from megatron_srpo.plan import Workload
+
+    if check is not None:
+        return planning.check(check, gpus, list(context.obj), model)
+    if model is None:
+        raise UserError("plan: expected MODEL (a Hugging Face folder, or a name like Qwen3-8B), or --check CONFIG")
+    workload = Workload(
+        prompts=batch, samples=samples, steps=steps, prompt_mean=prompt_mean, prompt_max=prompt_max,
+        response_mean=response_mean, response_max=response_max, teacher_prompt_max=teacher_prompt_max,
+        distilled=distilled, iterations=iterations,
+    )  # fmt: skip
+    return planning.plan(model, gpus, gpu, workload, calibration=calibration, top=top, write=write, json_output=as_json)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Output folder of a run.")]) -> int:
     """Draw curves.png from a run's metrics.jsonl."""
     metrics = run_dir / "metrics.jsonl"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from megatron_srpo.config import UserError
-from megatron_srpo.plan import Workload, machine_of, read_architecture, search
+from megatron_srpo.plan import Architecture, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.configuration import as_toml, configuration
 from megatron_srpo.plan.report import as_json, assumptions, show
 
@@ -25,7 +29,7 @@ def plan(
     if json_output:
         print(json.dumps(as_json(found, arch, machine, workload), indent=1))
     else:
-        show(found, arch, machine, workload, Console())
+        show(found, arch, machine, workload, _console())
     if not found.best:
         return 1
     if write is not None:
@@ -45,6 +49,11 @@ def plan(
     return 0
 
 
+def _console() -> Console:
+    """As wide as the terminal, or wide enough for the tables."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
 def _check(positions: int, gpus: int, workload: Workload) -> None:
     if gpus < 1:
         raise UserError(f"plan: --gpus {gpus}: expected at least 1")
@@ -55,3 +64,84 @@ def _check(positions: int, gpus: int, workload: Workload) -> None:
         )
     if workload.response_mean > workload.response_max or workload.prompt_mean > workload.prompt_max:
         raise UserError("plan: a mean length is above its maximum: lower --response-mean or --prompt-mean")
+
+
+# ---- the rehearsal ---------------------------------------------------------------------------------------------------
+
+
+def check(config_file: Path, gpus: int, overrides: list[str], model: str | None) -> int:
+    """Build every distinct rank of a configuration on the meta device, and compare with what config.json implies."""
+    from megatron_srpo.bridge.inventory import stage_inventory
+    from megatron_srpo.config import contradictions, listed, load_config
+    from megatron_srpo.mcore.rehearsal import rehearse
+
+    config = load_config(config_file, overrides)
+    arch, hf = read_architecture(model or config.model.path)
+    problems = contradictions(config, hf, gpus)
+    if problems:
+        raise UserError(listed(f"{config_file} on {gpus} GPUs", problems))
+    console, stages, layers = _console(), {}, []
+    table = Table(title=f"{arch.name} on {gpus} GPUs, each distinct rank built on the meta device")
+    columns = ("rank", "stage", "layers", "parameters", "gradients MiB", "gathered MiB", "handed over MiB",
+               "publish buckets", "largest MiB")  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="right")
+    itemsize = 2 if config.model.dtype == "bfloat16" else 4
+    row = config.train.max_tokens_per_gpu * arch.hidden * itemsize
+    tensor_split = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    handed = row / tensor_split if config.parallel.pipeline_model_parallel_size > 1 else 0
+    for built in rehearse(config, hf, gpus):
+        found = stage_inventory(built.shards, hf)
+        count = sum(parameter.numel() for parameter in built.shards.parameters.values())
+        if stages.setdefault(built.stage, found.tensors) != found.tensors:
+            raise UserError(f"plan: two ranks of pipeline stage {built.stage} would export different tensors")
+        if len(layers) == built.stage:
+            layers.append(built.layers)
+        table.add_row(
+            str(built.rank), str(built.stage), _span(built.layers), f"{count:,}", f"{4 * count / 2**20:,.0f}",
+            f"{itemsize * count / 2**20:,.0f}", f"{handed / 2**20:,.1f}", str(len(found.buckets)),
+            f"{max(found.buckets) / 2**20:,.0f}",
+        )  # fmt: skip
+    console.print(table)
+    for line in _agreement(stages, layers, arch, config.model.path):
+        console.print(line, highlight=False)
+    return 0
+
+
+def _span(layers: list[int]) -> str:
+    """Layer numbers as runs: 0–8, 18–26."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{first}–{last}" if first < last else str(first) for first, last in runs)
+
+
+def _agreement(stages: dict, layers: list[list[int]], arch: Architecture, folder: str) -> Iterator[str]:
+    """What agrees between the ranks and the model's own description; UserError for what does not."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for found in stages.values():
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise UserError(f"plan: {twice[0]} and {len(twice) - 1} others would be exported by two stages")
+        tensors |= found
+    if sorted(number for part in layers for number in part) != list(range(arch.layers)):
+        raise UserError(f"plan: the stages have layers {layers}, expected 0 to {arch.layers - 1} once each")
+    yield f"layers: {arch.layers}, each on one stage"
+    count = sum(math.prod(shape) for shape in tensors.values())
+    if count != arch.parameters:
+        raise UserError(
+            f"plan: all ranks together export {count:,} parameters, config.json implies {arch.parameters:,}"
+        )
+    yield f"parameters: {count:,} exported, as config.json implies"
+    index = Path(folder).expanduser() / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if named != set(tensors):
+            odd = sorted(named ^ set(tensors))
+            raise UserError(f"plan: {len(odd)} names differ between {index} and the export, first {odd[0]}")
+        yield f"tensors: {len(tensors):,}, the names of {index.name}"
+    else:
+        yield f"tensors: {len(tensors):,} for the engines (no {index.name} to compare names with)"

@@ -28,8 +28,8 @@ class RehearsedRank:
 
 
 def distinct_ranks(config: Config, world_size: int) -> Iterator[tuple[int, int]]:
-    """(rank, stage): every pipeline stage, on its first tensor-parallel rank and on its last, whose part of the vocabulary
-    may be shorter. Data, context and expert parallel ranks have the same shapes."""
+    """(rank, stage): every pipeline stage, on its first tensor-parallel rank and on its last, whose part of the
+    vocabulary may be shorter. Data, context and expert parallel ranks have the same shapes."""
     parallel = config.parallel
     for stage in range(parallel.pipeline_model_parallel_size):
         first = stage * (world_size // parallel.pipeline_model_parallel_size)

@@ -129,21 +129,25 @@ def _stage_memory(
     width = math.ceil(arch.vocab / layout.tensor) * layout.dtype_bytes * layout.max_tokens
     if stage == layout.pipeline - 1:  # logits in pieces exist in the backward pass; candidates of the top-k pass
         head += min(width, logits_mib * 2**20) if width > logits_mib * 2**20 else 0
-    lines = persistent_lines(arch, layout, stage)
-    lines |= {"activations": held, "loss and logits": head, "publish": 0.0}
+    stays = persistent_lines(arch, layout, stage)
     cache, notes, engine = 0.0, [], {}
     if layout.colocated:
         parts = {"engine weights": engine_weights(arch, layout), "engine work": engine_activations(arch, layout)}
         cache = layout.engine_memory * machine.memory - sum(parts.values())
         notes = cache_problem(arch, layout, workload, cache)
-        engine = {} if layout.engine_sleeps else parts | {"KV cache": max(0.0, cache)}
-    publishing = publish_bytes(arch, layout) + (engine_weights(arch, layout) if layout.engine_sleeps else 0.0)
-    if publishing > held + head:  # the two phases do not overlap
-        lines |= {"activations": 0.0, "loss and logits": 0.0, "publish": publishing}
-    lines["fragmentation"] = machine.fragmentation * sum(lines.values())
-    lines |= engine
-    lines["reserved"] = machine.reserved
+        engine = parts | {"KV cache": max(0.0, cache)}
+    training = stays | {"activations": held, "loss and logits": head, "publish": 0.0}
+    publishing = stays | {"activations": 0.0, "loss and logits": 0.0, "publish": publish_bytes(arch, layout)}
+    # The engine is awake when it takes new weights.
+    phases = [(training, {} if layout.engine_sleeps else engine), (publishing, engine)]
+    totals = [_with_overheads(ours, theirs, machine) for ours, theirs in phases]
+    lines = max(totals, key=lambda phase: sum(phase.values()))
     return MemoryPlan(lines, machine.memory, max(0.0, cache), notes)
+
+
+def _with_overheads(ours: dict[str, float], engine: dict[str, float], machine: Machine) -> dict[str, float]:
+    """The allocator's losses are of the trainer's memory: an engine's share is fixed."""
+    return ours | {"fragmentation": machine.fragmentation * sum(ours.values()), "reserved": machine.reserved} | engine
 
 
 def engine_activations(arch: Architecture, layout: Layout, batch_tokens: int = 8192) -> float:

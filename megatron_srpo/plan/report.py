@@ -89,6 +89,8 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
     for line in assumptions(machine, workload):
         console.print(f"  {line}", highlight=False)
     if found.best:
+        for number, candidate in enumerate(found.best, 1):
+            console.print(f"{number}: {candidate.layout.name()}", highlight=False)
         console.print(_summary(found.best, workload))
         console.print(_lines("seconds of an iteration", found.best, [c.time.lines for c in found.best], 1.0, ".2f"))
         console.print(_lines("GiB of a training GPU", found.best, [c.memory.lines for c in found.best], GIB, ".1f"))
@@ -105,11 +107,11 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
 
 def _summary(best: list[Candidate], workload: Workload) -> Table:
     table = Table(title="best layouts")
-    for name in ("", "layout", "row", "s / iteration", "MFU", "train MFU", "tokens/s", "publish s", "GPU-hours"):
-        table.add_column(name, justify="left" if name == "layout" else "right")
+    for name in ("", "row", "s / iteration", "MFU", "train MFU", "tokens/s", "publish s", "GPU-hours"):
+        table.add_column(name, justify="right")
     for number, candidate in enumerate(best, 1):
         table.add_row(
-            str(number), candidate.layout.name(), str(candidate.layout.max_tokens), f"{candidate.time.total:.1f}",
+            str(number), str(candidate.layout.max_tokens), f"{candidate.time.total:.1f}",
             f"{candidate.mfu:.1%}", f"{candidate.train_mfu:.1%}", f"{candidate.tokens_per_second:,.0f}",
             f"{candidate.time.lines['publish']:.2f}", f"{candidate.gpu_hours(workload.iterations):,.0f}",
         )  # fmt: skip

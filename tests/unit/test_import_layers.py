@@ -28,6 +28,7 @@ ALLOWED = {
     "engines": EVERYTHING,  # one of them
     "cli": EVERYTHING,
     "doctor": EVERYTHING,  # a command of the cli
+    "planning": EVERYTHING,  # another
     "__main__": EVERYTHING,
 }
 # Foreign packages that only these places may import; everything else is tested without them.
