@@ -58,8 +58,8 @@ def nbytes(tensors: Any) -> int:
 
 
 def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, Any]:
-    """One real train step of `rows` rows of `tokens` tokens (two sequences each) on this rank; `settings` are sections of
-    the configuration. Returns bytes by line, and where the rank stands."""
+    """One real train step of `rows` rows of `tokens` tokens (two sequences each) on this rank; `settings` are sections
+    of the configuration. Returns bytes by line, and where the rank stands."""
     from megatron_srpo.bridge import load_hf_weights, read_config
     from megatron_srpo.config import Config
     from megatron_srpo.losses import LinearHead

@@ -1,0 +1,95 @@
+"""`plan --check`: a job's ranks built on the meta device are the ranks that the job has."""
+
+import json
+
+import pytest
+
+from megatron_srpo import cli
+from megatron_srpo.bridge import read_config
+from megatron_srpo.config import Config
+from tests.distributed_harness import run_distributed
+from tests.tiny_models import make_tiny_model
+
+PARALLEL = {
+    "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2,
+    "sequence_parallel": True,
+}  # fmt: skip
+
+
+def _config(model):
+    return Config.model_validate({"model": {"path": str(model)}, "data": {"train": "unused"}, "parallel": PARALLEL})
+
+
+def _real_rank(model):
+    """Shapes of the rank's parameters, and the names of the whole export."""
+    from megatron_srpo.bridge import Exporter
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.mcore.model import build_model, model_shards
+
+    config, hf = _config(model), read_config(model)
+    topology = groups.initialize(config.parallel, choose_device("cpu", 0), seed=1, timeout_minutes=2)
+    built = build_model(hf, config.model, config.parallel, topology, transformer_engine=False)
+    shards = model_shards(built, topology, hf["vocab_size"])
+    shapes = {name: (tuple(p.shape), p.dtype) for name, p in shards.parameters.items()}
+    return shapes, Exporter(shards, hf).names()
+
+
+def _rehearsed(model):
+    from megatron_srpo.bridge.inventory import stage_inventory
+    from megatron_srpo.mcore.rehearsal import rehearse
+
+    hf, found = read_config(model), {}
+    for built in rehearse(_config(model), hf, 4):
+        shapes = {name: (tuple(p.shape), p.dtype) for name, p in built.shards.parameters.items()}
+        assert {p.device.type for p in built.shards.parameters.values()} == {"meta"}
+        found[built.rank] = shapes, built.layers, list(stage_inventory(built.shards, hf).tensors)
+    return found
+
+
+def _rehearsed_alone(model):
+    import torch.distributed as dist
+
+    dist.destroy_process_group()  # the harness's own world
+    found = _rehearsed(model)
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    return found
+
+
+def test_rehearsed_ranks_have_the_parameters_of_real_ones_and_all_stages_export_the_model(tmp_path):
+    model = make_tiny_model(tmp_path / "model", layers=4, tied=False)
+    real = run_distributed(_real_rank, 4, model)
+    (rehearsed,) = run_distributed(_rehearsed_alone, 1, model)
+    assert sorted(rehearsed) == [0, 1, 2, 3]
+    for rank, (shapes, _, _) in rehearsed.items():
+        assert shapes == real[rank][0]
+    assert [rehearsed[rank][1] for rank in (0, 2)] == [[0, 2], [1, 3]]
+    assert rehearsed[0][2] + rehearsed[2][2] == real[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "parallel"), [("Qwen3-32B", (8, 4)), ("Qwen3-8B", (4, 2))])
+def test_a_shipped_model_on_512_gpus_is_checked(tmp_path, capfd, model, parallel):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[model]\npath = "absent"\n[data]\ntrain = "rows.jsonl"\n[parallel]\nsequence_parallel = true\n'
+        f"tensor_model_parallel_size = {parallel[0]}\npipeline_model_parallel_size = {parallel[1]}\n"
+    )
+    assert cli.main(["plan", model, "--gpus", "512", "--check", str(file)]) == 0
+    assert "exported, as config.json implies" in capfd.readouterr().out
+
+
+def test_a_configuration_that_does_not_divide_or_name_other_tensors_is_refused(tmp_path, capfd):
+    model = make_tiny_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    file = tmp_path / "run.toml"
+    lines = f'[model]\npath = "{model}"\n[data]\ntrain = "rows.jsonl"\nmax_prompt_length = 64\n' \
+        "[rollout]\nmax_response_length = 64\n[parallel]\ntensor_model_parallel_size = 3\n"  # fmt: skip
+    file.write_text(lines)
+    assert cli.main(["plan", "--gpus", "6", "--check", str(file)]) == 2
+    assert "parallel.tensor_model_parallel_size = 3" in capfd.readouterr().err
+    index = {"weight_map": {"model.embed_tokens.weight": "a", "model.surprise.weight": "a"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    file.write_text(lines.replace("= 3", "= 2"))
+    assert cli.main(["plan", "--gpus", "6", "--check", str(file)]) == 2
+    assert "names differ" in capfd.readouterr().err

@@ -1,0 +1,145 @@
+"""The planner: parameters against transformers, the search's promises, its configuration against the trainer's."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from megatron_srpo import cli
+from megatron_srpo.config import contradictions, load_config
+from megatron_srpo.plan import SHIPPED, Layout, Workload, machine_of, read_architecture, search
+from megatron_srpo.plan.activations import stage_activations
+from megatron_srpo.plan.duration import forward_flops, generate_seconds, iteration_time
+from megatron_srpo.plan.layout import impossible
+from megatron_srpo.plan.memory import stage_parameters
+
+H100 = machine_of("h100")
+SMALL = Workload(prompts=4, samples=4, response_mean=300, response_max=1000, teacher_prompt_max=2000, prompt_max=500)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B"])
+def test_a_shipped_models_parameters_are_those_of_transformers_own(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arch, hf = read_architecture(name)
+    config = AutoConfig.for_model(**hf)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert arch.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 2), (1, 2)])
+def test_the_ranks_of_a_model_have_its_parameters_and_their_own_norms(name, tensor, pipeline):
+    arch, _ = read_architecture(name)
+    layout = Layout(tensor * pipeline, tensor, pipeline)
+    parts = [stage_parameters(arch, layout, stage) for stage in range(pipeline)]
+    everywhere = arch.layers * (arch.small_vectors + arch.experts * arch.hidden) + arch.hidden  # on each tensor rank
+    copies = arch.vocab * arch.hidden if arch.tied and pipeline > 1 else 0
+    experts = sum(part.experts for part in parts)
+    found = tensor * sum(part.ordinary for part in parts) - (tensor - 1) * everywhere - copies + experts
+    assert found == arch.parameters
+
+
+def test_found_layouts_fit_are_sorted_and_can_be():
+    arch, _ = read_architecture("Qwen3-0.6B")
+    found = search(arch, 4, H100, SMALL, show=20)
+    assert len(found.best) > 5
+    seconds = [candidate.step_seconds for candidate in found.best]
+    assert seconds == sorted(seconds)
+    for candidate in found.best:
+        assert not list(impossible(candidate.layout, arch))
+        assert candidate.memory.total <= candidate.memory.limit == H100.memory
+        assert sum(candidate.time.lines.values()) == pytest.approx(candidate.step_seconds)
+        assert 0 < candidate.mfu < candidate.train_mfu < 1
+        assert candidate.layout.max_tokens * candidate.layout.context >= SMALL.longest_row
+
+
+def test_what_does_not_fit_says_what_is_largest():
+    arch, _ = read_architecture("Qwen3-32B")
+    found = search(arch, 1, H100, SMALL)
+    assert not found.best and found.misfits
+    (nearest, *_) = found.misfits
+    assert nearest.memory.total > H100.memory or nearest.memory.notes
+    assert nearest.memory.lines["gradients"] > H100.memory
+
+
+def test_more_of_a_resource_is_never_slower_and_recompute_saves_memory():
+    arch, _ = read_architecture("Qwen3-8B")
+    workload = Workload()
+    base = Layout(8, 4, max_tokens=18432, engine_sleeps=True)
+    half = dataclasses.replace(base, recompute="full", recompute_layers=18)
+    ways = [dataclasses.replace(base, recompute=way) for way in ("full", "selective", "none")]
+    full, some, none = (sum(stage_activations(arch, way, 0, 18432, 1, path="te")) for way in ways)
+    assert full < sum(stage_activations(arch, half, 0, 18432, 1, path="te")) < none and full < some < none
+    fast = dataclasses.replace(H100, flops=2 * H100.flops, bandwidth=2 * H100.bandwidth, link=2 * H100.link)
+    slow, quick = (iteration_time(arch, base, machine, workload, 1e10) for machine in (H100, fast))
+    assert all(quick.lines[name] <= seconds for name, seconds in slow.lines.items())
+    assert quick.lines["train"] < 0.6 * slow.lines["train"]
+
+
+def test_training_flops_are_six_a_parameter_and_token_where_sequences_are_short():
+    arch, _ = read_architecture("Qwen3-8B")
+    head_and_layers = arch.parameters - arch.vocab * arch.hidden - arch.layers * arch.small_vectors - arch.hidden
+    assert forward_flops(arch, 0) == 2 * head_and_layers
+
+
+def test_generation_of_one_sequence_reads_the_weights_once_a_token():
+    arch, _ = read_architecture("Qwen3-8B")
+    workload = Workload(prompts=1, samples=1, response_mean=500, response_max=500, response_sigma=1e-6, prompt_mean=1)
+    machine = dataclasses.replace(H100, decode_overhead=0.0)
+    seconds = generate_seconds(arch, machine, workload, 1, 1, 2, 1e12)
+    assert seconds == pytest.approx(500 * 2 * arch.parameters / machine.memory_rate, rel=0.01)
+
+
+def test_response_lengths_have_the_wanted_mean_and_maximum():
+    lengths = Workload(response_mean=2000, response_max=8192).response_lengths()
+    assert sum(lengths) / len(lengths) == pytest.approx(2000, rel=0.01)
+    assert max(lengths) == 8192 and list(lengths) == sorted(lengths)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "gpus", "gpu"), [("Qwen3-8B", 8, "h100"), ("Qwen3-32B", 32, "h200")])
+def test_the_written_configuration_passes_the_trainers_own_checks(tmp_path, capsys, model, gpus, gpu):
+    file = tmp_path / "planned.toml"
+    arguments = ["plan", model, "--gpus", str(gpus), "--gpu", gpu, "--write", str(file), "--json"]
+    assert cli.main(arguments) == 0
+    best = json.loads(capsys.readouterr().out)["layouts"][0]
+    config = load_config(file)
+    assert contradictions(config, SHIPPED[model], gpus - best["layout"]["engine_gpus"]) == []
+    assert config.parallel.tensor_model_parallel_size == best["layout"]["tensor"]
+    assert sum(best["memory"]["lines"].values()) == pytest.approx(best["memory"]["total"])
+
+
+def test_the_report_names_assumptions_lines_and_reasons(capsys):
+    assert cli.main(["plan", "Qwen3-8B", "--gpus", "4", "--gpu", "h100"]) == 0
+    text = capsys.readouterr().out
+    for words in ("Predicted, not measured", "assumed efficiencies", "KV cache", "gradients", "publish", "GPU-hours",
+                  "does not fit"):  # fmt: skip
+        assert words in text
+
+
+def test_nothing_that_fits_is_exit_code_1(capsys):
+    assert cli.main(["plan", "Qwen3-32B", "--gpus", "1"]) == 1
+    assert "None of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["plan"], "expected MODEL"),
+        (["plan", "Qwen3-9B"], "Did you mean Qwen3-8B?"),
+        (["plan", "Qwen3-8B", "--gpu", "h101"], "expected --gpu a100"),
+        (["plan", "Qwen3-8B", "--gpus", "0"], "expected at least 1"),
+        (["plan", "Qwen3-8B", "--response-max", "40000"], "the model ends at 40960"),
+        (["plan", "Qwen3-8B", "--response-mean", "9000"], "above its maximum"),
+        (["plan", "Qwen3-8B", "--calibration", "absent.json"], "python -m benchmarks.calibrate"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message(capsys, arguments, told):
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert told in message and "Traceback" not in message
