@@ -71,15 +71,16 @@ def _check(positions: int, gpus: int, workload: Workload) -> None:
 
 def check(config_file: Path, gpus: int, overrides: list[str], model: str | None) -> int:
     """Build every distinct rank of a configuration on the meta device, and compare with what config.json implies."""
-    from megatron_srpo.bridge.inventory import stage_inventory
     from megatron_srpo.config import contradictions, listed, load_config
-    from megatron_srpo.mcore.rehearsal import rehearse
 
     config = load_config(config_file, overrides)
     arch, hf = read_architecture(model or config.model.path)
     problems = contradictions(config, hf, gpus)
     if problems:
         raise UserError(listed(f"{config_file} on {gpus} GPUs", problems))
+    from megatron_srpo.bridge.inventory import stage_inventory
+    from megatron_srpo.mcore.rehearsal import rehearse
+
     console, stages, layers = _console(), {}, []
     table = Table(title=f"{arch.name} on {gpus} GPUs, each distinct rank built on the meta device")
     columns = ("rank", "stage", "layers", "parameters", "gradients MiB", "gathered MiB", "handed over MiB",

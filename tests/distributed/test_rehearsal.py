@@ -1,12 +1,16 @@
 """`plan --check`: a job's ranks built on the meta device are the ranks that the job has."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_srpo import cli
 from megatron_srpo.bridge import read_config
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, UserError
+from megatron_srpo.config.load import to_toml_value
 from tests.distributed_harness import run_distributed
 from tests.tiny_models import make_tiny_model
 
@@ -47,19 +51,37 @@ def _rehearsed(model):
     return found
 
 
-def _rehearsed_alone(model):
+def _rehearsed_alone(model, file):
+    """Every rank's shapes, and what `plan --check` says of a folder whose index names another tensor."""
     import torch.distributed as dist
+
+    from megatron_srpo.planning import check
 
     dist.destroy_process_group()  # the harness's own world
     found = _rehearsed(model)
+    assert check(file, 4, [], None) == 0
+    index = {"weight_map": {"model.embed_tokens.weight": "a", "model.surprise.weight": "a"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="names differ"):
+        check(file, 4, [], None)
     dist.init_process_group("gloo", rank=0, world_size=1)
     return found
+
+
+def write_run(folder, model):
+    file = folder / "run.toml"
+    keys = "".join(f"{key} = {to_toml_value(value)}\n" for key, value in PARALLEL.items())
+    file.write_text(
+        f'[model]\npath = "{model}"\n[data]\ntrain = "rows.jsonl"\nmax_prompt_length = 64\n'
+        f"[rollout]\nmax_response_length = 64\n[parallel]\n{keys}"
+    )
+    return file
 
 
 def test_rehearsed_ranks_have_the_parameters_of_real_ones_and_all_stages_export_the_model(tmp_path):
     model = make_tiny_model(tmp_path / "model", layers=4, tied=False)
     real = run_distributed(_real_rank, 4, model)
-    (rehearsed,) = run_distributed(_rehearsed_alone, 1, model)
+    (rehearsed,) = run_distributed(_rehearsed_alone, 1, model, write_run(tmp_path, model))
     assert sorted(rehearsed) == [0, 1, 2, 3]
     for rank, (shapes, _, _) in rehearsed.items():
         assert shapes == real[rank][0]
@@ -67,29 +89,22 @@ def test_rehearsed_ranks_have_the_parameters_of_real_ones_and_all_stages_export_
     assert rehearsed[0][2] + rehearsed[2][2] == real[0][1]
 
 
+def test_a_configuration_that_does_not_divide_is_refused_before_anything_is_built(tmp_path, capfd):
+    file = write_run(tmp_path, make_tiny_model(tmp_path / "model", layers=6))
+    assert cli.main(["plan", "--gpus", "6", "--check", str(file)]) == 2
+    message = capfd.readouterr().err
+    assert "6 ranks were started" in message and "virtual_pipeline_model_parallel_size = 2" in message
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "parallel"), [("Qwen3-32B", (8, 4)), ("Qwen3-8B", (4, 2))])
-def test_a_shipped_model_on_512_gpus_is_checked(tmp_path, capfd, model, parallel):
+def test_a_shipped_model_on_512_gpus_is_checked(tmp_path, model, parallel):
     file = tmp_path / "run.toml"
     file.write_text(
-        f'[model]\npath = "absent"\n[data]\ntrain = "rows.jsonl"\n[parallel]\nsequence_parallel = true\n'
+        '[model]\npath = "absent"\n[data]\ntrain = "rows.jsonl"\n[parallel]\nsequence_parallel = true\n'
         f"tensor_model_parallel_size = {parallel[0]}\npipeline_model_parallel_size = {parallel[1]}\n"
     )
-    assert cli.main(["plan", model, "--gpus", "512", "--check", str(file)]) == 0
-    assert "exported, as config.json implies" in capfd.readouterr().out
-
-
-def test_a_configuration_that_does_not_divide_or_name_other_tensors_is_refused(tmp_path, capfd):
-    model = make_tiny_model(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    file = tmp_path / "run.toml"
-    lines = f'[model]\npath = "{model}"\n[data]\ntrain = "rows.jsonl"\nmax_prompt_length = 64\n' \
-        "[rollout]\nmax_response_length = 64\n[parallel]\ntensor_model_parallel_size = 3\n"  # fmt: skip
-    file.write_text(lines)
-    assert cli.main(["plan", "--gpus", "6", "--check", str(file)]) == 2
-    assert "parallel.tensor_model_parallel_size = 3" in capfd.readouterr().err
-    index = {"weight_map": {"model.embed_tokens.weight": "a", "model.surprise.weight": "a"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    file.write_text(lines.replace("= 3", "= 2"))
-    assert cli.main(["plan", "--gpus", "6", "--check", str(file)]) == 2
-    assert "names differ" in capfd.readouterr().err
+    command = [sys.executable, "-m", "megatron_srpo", "plan", model, "--gpus", "512", "--check", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0, done.stderr
+    assert "exported, as config.json implies" in done.stdout
