@@ -30,6 +30,7 @@ from megatron_srpo.plan.workload import QUANTILES, Workload
 MAX_SEQUENCES = 256  # rollout.max_num_seqs' default
 # The driver, by benchmarks/driver.py on one core: seconds a rollout (routing, planning) and a token (pickling).
 DRIVER_ROLLOUT, DRIVER_TOKEN = 1.1e-4, 4e-9
+HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory
 GATHER_RATE = 1e9  # bytes/s of token ids, log-probs and text to the driver, over gloo on Ethernet
 
 
@@ -146,12 +147,14 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
 
 
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Teacher in and student out again (mcore/shadow.py): main slices exchanged, parameters gathered, both twice."""
+    """Teacher in and student out again (mcore/shadow.py): this rank's slices written, parameters gathered, both twice."""
     part = stage_parameters(arch, layout, layout.pipeline - 1)
     shard = part.whole / layout.sharding
     gather = (layout.sharding - 1) / layout.sharding * part.whole * layout.dtype_bytes
-    moved = 24 * shard / (25e9 if layout.shadow_on_host else machine.memory_rate)  # a host link of 25 GB/s
-    return 2 * (moved + gather / machine.link_rate(layout.sharding * layout.tensor))
+    # bf16: fp32 read, bf16 written; fp32 models exchange both. A slice in host memory comes over its link.
+    written = (6 if layout.dtype_bytes == 2 else 24) * shard / machine.memory_rate
+    fetched = 4 * shard / HOST_LINK if layout.shadow_on_host else 0.0
+    return fetched + 2 * (written + gather / machine.link_rate(layout.sharding * layout.tensor))
 
 
 def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
