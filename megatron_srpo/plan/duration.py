@@ -147,7 +147,7 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
 
 
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Teacher in and student out again (mcore/shadow.py): this rank's slices written, parameters gathered, both twice."""
+    """Teacher in and student out again (mcore/shadow.py): slices written, parameters gathered, twice."""
     part = stage_parameters(arch, layout, layout.pipeline - 1)
     shard = part.whole / layout.sharding
     gather = (layout.sharding - 1) / layout.sharding * part.whole * layout.dtype_bytes
