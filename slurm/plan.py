@@ -51,10 +51,13 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         expert=parallel.expert_model_parallel_size,
         expert_tensor=parallel.expert_tensor_parallel_size,
         recompute=config.model.recompute,
+        recompute_layers=config.model.recompute_layers,
         max_tokens=config.train.max_tokens_per_gpu,
         engine_tensor=rollout.tensor_parallel_size,
         engine_gpus=engine_gpus,
         engine_memory=rollout.gpu_memory_utilization,
+        engine_sleeps=rollout.sleep_while_training,
+        shadow_on_host=config.teacher.offload,
         dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
     )
 
