@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_srpo.plan.architecture import Architecture
-from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.layout import Layout, stage_layers
 
 LOGITS_MIB = 2048  # train.logits_memory_mib's default
 
@@ -99,7 +99,7 @@ def stage_activations(
 ) -> tuple[float, float]:  # fmt: skip
     """(peak bytes of layers, of the head) on a stage while `rows` rows of `tokens` local tokens are trained."""
     layer = layer_bytes(arch, layout, path=path, padding=padding)
-    layers = arch.layers // layout.pipeline
+    layers = stage_layers(arch.layers, layout)[stage]
     again = 0 if layout.recompute == "none" else layers
     if layout.recompute_layers:
         again = min(again, layout.recompute_layers * layout.virtual)

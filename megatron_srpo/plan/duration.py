@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
-from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, stage_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
@@ -108,7 +108,7 @@ def pass_seconds(
 ) -> tuple[float, float, int]:  # fmt: skip
     """(seconds, of them communication, rows) of a pass over one optimiser step's rows."""
     rows = rows_of(workload, layout, work.tokens)
-    layers = arch.layers // layout.pipeline
+    layers = max(stage_layers(arch.layers, layout))
     forward = layer_seconds(arch, layout, machine, work.context, path=path)
     talk = layer_collectives(arch, layout, machine, backward=False)
     w, tokens = layout.dtype_bytes, layout.max_tokens

@@ -75,6 +75,18 @@ class Layout:
         return ", ".join([shown, *extras, f"engines TP{self.engine_tensor} {where}"])
 
 
+def stage_layers(layers: int, layout: Layout) -> list[int]:
+    """Layers of each pipeline stage. What does not come out even goes to pieces in the middle first, then to the first,
+    then to the last, which has the LM head (mcore/model.py::uneven_layout)."""
+    pieces = layout.pipeline * layout.virtual
+    each, more = divmod(layers, pieces)
+    extra = [*range(1, pieces - 1), 0, pieces - 1][:more]
+    return [
+        sum(each + (piece in extra) for piece in range(stage, pieces, layout.pipeline))
+        for stage in range(layout.pipeline)
+    ]
+
+
 def impossible(layout: Layout, arch: Architecture) -> Iterator[str]:
     """Why the model cannot be cut so. The same rules as the trainer's check, in a search's own words."""
     if layout.training_gpus % layout.copy:
@@ -82,8 +94,8 @@ def impossible(layout: Layout, arch: Architecture) -> Iterator[str]:
     for what, size in (("heads", arch.heads), ("key-value heads", arch.groups), ("intermediate size", arch.ffn)):
         if size % layout.tensor:
             yield f"TP {layout.tensor} does not divide {size} {what}"
-    if arch.layers % (layout.pipeline * layout.virtual):
-        yield f"PP {layout.pipeline} × VPP {layout.virtual} does not divide {arch.layers} layers"
+    if layout.pipeline * layout.virtual > arch.layers:
+        yield f"PP {layout.pipeline} × VPP {layout.virtual} is more than {arch.layers} layers"
     if arch.experts:
         ranks = layout.expert * layout.expert_tensor
         if arch.experts % layout.expert:

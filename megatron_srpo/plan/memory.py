@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from megatron_srpo.plan.activations import LOGITS_MIB, stage_activations
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
-from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.workload import Workload
 
 BUCKET_BYTES = 256 * 2**20  # of a publish
@@ -39,7 +39,7 @@ class StageParameters:
 def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> StageParameters:
     """Parameters of a rank of pipeline stage `stage` (0 …): projections split over tensor-parallel ranks, norms and
     routers whole, experts over expert-parallel ranks; the embedding on the first stage, and again on the last."""
-    t, layers = layout.tensor, arch.layers // layout.pipeline
+    t, layers = layout.tensor, stage_layers(arch.layers, layout)[stage]
     bias = (arch.query + 2 * arch.key if arch.qkv_bias else 0) // t
     layer = (arch.attention_matrices + arch.mlp_matrices) // t + bias + arch.small_vectors + arch.experts * arch.hidden
     vocabulary = math.ceil(arch.vocab / t) * arch.hidden
@@ -111,10 +111,9 @@ def training_memory(
     logits_mib: int = LOGITS_MIB,
 ) -> MemoryPlan:  # fmt: skip
     """The fullest pipeline stage of a training GPU; `rows` packed rows a data-parallel rank and optimiser step."""
-    plans = [
-        _stage_memory(arch, layout, workload, machine, stage, rows, path, logits_mib)
-        for stage in sorted({0, layout.pipeline - 1})
-    ]
+    layers = stage_layers(arch.layers, layout)
+    stages = sorted({0, layers.index(max(layers)), layout.pipeline - 1})
+    plans = [_stage_memory(arch, layout, workload, machine, stage, rows, path, logits_mib) for stage in stages]
     return max(plans, key=lambda plan: plan.total)
 
 

@@ -91,20 +91,23 @@ def search(
     fitting: dict[tuple, Candidate] = {}
     missing: dict[tuple, Candidate] = {}
     tried = 0
-    for layout in layouts(arch, gpus, machine, workload, dtype_bytes):
-        tried += 1
-        problem = next(impossible(layout, arch), None)
-        if problem is not None:
-            nots[problem] += 1
-            continue
-        candidate = evaluate(arch, layout, machine, workload, path=path)
-        cut = (layout.tensor, layout.pipeline, layout.context, layout.expert)
-        if candidate.time is None:
-            known = missing.get(cut)
-            if known is None or overshoot(candidate) < overshoot(known):
-                missing[cut] = candidate
-        elif cut not in fitting or candidate.step_seconds < fitting[cut].step_seconds:
-            fitting[cut] = candidate
+    for variants in layouts(arch, gpus, machine, workload, dtype_bytes):
+        for layout in variants:  # ever less memory, ever more time: the first that fits is the best of them
+            tried += 1
+            problem = next(impossible(layout, arch), None)
+            if problem is not None:
+                nots[problem] += 1
+                break
+            candidate = evaluate(arch, layout, machine, workload, path=path)
+            cut = (layout.tensor, layout.pipeline, layout.context, layout.expert)
+            if candidate.time is None:
+                known = missing.get(cut)
+                if known is None or overshoot(candidate) < overshoot(known):
+                    missing[cut] = candidate
+                continue
+            if cut not in fitting or candidate.step_seconds < fitting[cut].step_seconds:
+                fitting[cut] = candidate
+            break
     best = sorted(fitting.values(), key=lambda c: c.step_seconds)[:show]
     misfits = sorted((c for cut, c in missing.items() if cut not in fitting), key=overshoot)
     return Found(best, misfits, nots, tried)
@@ -116,8 +119,11 @@ def overshoot(candidate: Candidate) -> float:
     return max(plan.total - plan.limit for plan in plans) + (1e12 if any(plan.notes for plan in plans) else 0)
 
 
-def layouts(arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int) -> Iterator[Layout]:
-    """Every layout worth a look: tensor parallelism inside a node, pieces of a stage up to four."""
+def layouts(
+    arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int
+) -> Iterator[list[Layout]]:
+    """Every layout worth a look, those that differ only in what is recomputed or offloaded together: tensor parallelism
+    inside a node, pieces of a stage up to four."""
     for training, engine_gpus in [(gpus, 0), *((gpus - gpus // part, gpus // part) for part in SPLITS)]:
         if training < 1 or (engine_gpus == 0 and training != gpus):
             continue
@@ -132,7 +138,8 @@ def layouts(arch: Architecture, gpus: int, machine: Machine, workload: Workload,
 
 
 def _cuts(arch: Architecture, training: int, machine: Machine) -> Iterator[tuple[int, int, int, int, int]]:
-    stages = [size for size in range(1, min(training, arch.layers, 32) + 1) if arch.layers % size == 0]
+    most = min(training, arch.layers, 32)
+    stages = [size for size in range(1, most + 1) if arch.layers % size == 0 or size in POWERS]
     experts = [size for size in POWERS if arch.experts and arch.experts % size == 0] or [1]
     for tensor in POWERS:
         if tensor > machine.node or arch.groups % tensor:
@@ -141,24 +148,24 @@ def _cuts(arch: Architecture, training: int, machine: Machine) -> Iterator[tuple
             for context in (1, 2, 4, 8):
                 if training % (tensor * pipeline * context):
                     continue
-                pieces = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and arch.layers % (pipeline * v) == 0)]
+                pieces = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and pipeline * v <= arch.layers)]
                 for expert in experts:
                     if training % (expert * pipeline):
                         continue
                     yield from ((tensor, pipeline, virtual, context, expert) for virtual in pieces)
 
 
-def _variants(base: Layout, machine: Machine) -> Iterator[Layout]:
-    """Recompute, offload, and the engine's size and share of memory."""
+def _variants(base: Layout, machine: Machine) -> Iterator[list[Layout]]:
+    """For each size of an engine and its share of memory: recompute and offload, the quickest first."""
     shares = ENGINE_SHARES if base.colocated else (0.0,)
     for engine in POWERS[:4]:
         if engine > machine.node or (base.engine_gpus or base.gpus) % engine:
             continue
-        for recompute in ("none", "selective", "full"):
-            for share in shares:
-                for sleeps in (False, True) if base.colocated else (False,):
-                    for host in (False, True):
-                        yield dataclasses.replace(
-                            base, engine_tensor=engine, recompute=recompute, engine_memory=share, engine_sleeps=sleeps,
-                            shadow_on_host=host,
-                        )  # fmt: skip
+        for share in shares:
+            for sleeps in (False, True) if base.colocated else (False,):
+                given = {"engine_tensor": engine, "engine_memory": share, "engine_sleeps": sleeps}
+                yield [
+                    dataclasses.replace(base, recompute=recompute, shadow_on_host=host, **given)
+                    for recompute in ("none", "selective", "full")
+                    for host in (False, True)
+                ]

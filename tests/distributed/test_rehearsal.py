@@ -14,6 +14,7 @@ from megatron_srpo.config.load import to_toml_value
 from tests.distributed_harness import run_distributed
 from tests.tiny_models import make_tiny_model
 
+ROOT = Path(__file__).resolve().parents[2]
 PARALLEL = {
     "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2,
     "sequence_parallel": True,
@@ -55,8 +56,16 @@ def _rehearsed_alone(model, file):
     """Every rank's shapes, and what `plan --check` says of a folder whose index names another tensor."""
     import torch.distributed as dist
 
+    from megatron_srpo.mcore.model import uneven_layout
+    from megatron_srpo.plan.layout import Layout, stage_layers
     from megatron_srpo.planning import check
 
+    for layers, pipeline, virtual in ((94, 8, 1), (94, 4, 2), (9, 4, 1), (36, 4, 3), (7, 2, 2)):
+        pieces = uneven_layout(layers, pipeline, virtual)
+        if pieces is not None:
+            counts = [piece.count("decoder") for piece in pieces]
+            stages = [sum(counts[stage::pipeline]) for stage in range(pipeline)]
+            assert stage_layers(layers, Layout(pipeline, 1, pipeline, virtual)) == stages
     dist.destroy_process_group()  # the harness's own world
     found = _rehearsed(model)
     assert check(file, 4, [], None) == 0
@@ -97,14 +106,10 @@ def test_a_configuration_that_does_not_divide_is_refused_before_anything_is_buil
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "parallel"), [("Qwen3-32B", (8, 4)), ("Qwen3-8B", (4, 2))])
-def test_a_shipped_model_on_512_gpus_is_checked(tmp_path, model, parallel):
-    file = tmp_path / "run.toml"
-    file.write_text(
-        '[model]\npath = "absent"\n[data]\ntrain = "rows.jsonl"\n[parallel]\nsequence_parallel = true\n'
-        f"tensor_model_parallel_size = {parallel[0]}\npipeline_model_parallel_size = {parallel[1]}\n"
-    )
+@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B"])
+def test_the_papers_configurations_are_checked_on_512_gpus(model):
+    file = ROOT / "examples/science" / f"srpo_{model.lower().replace('-', '_')}.toml"
     command = [sys.executable, "-m", "megatron_srpo", "plan", model, "--gpus", "512", "--check", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "exported, as config.json implies" in done.stdout
