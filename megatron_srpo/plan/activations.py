@@ -63,12 +63,13 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
 
 
 def _expert_bytes(arch: Architecture, layout: Layout) -> float:
-    """Of a token's experts: the router's scores, the copies that travel, and each expert's gated MLP."""
+    """Of a token's experts, with tokens spread evenly: the router's scores and choices, each copy of the token, and what
+    its expert's gated MLP keeps."""
     if not arch.experts:
         return 0.0
     w, copies = layout.dtype_bytes, arch.experts_per_token
-    router = 3 * 4 * arch.experts + 8 * copies
-    return router + copies * (2 * w * arch.hidden + 5 * w * arch.expert_ffn / layout.expert_tensor)
+    router = 5 * arch.experts + 28 * copies
+    return router + copies * (w * arch.hidden + 5 * w * arch.expert_ffn / layout.expert_tensor)
 
 
 def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, ids: int, logits_mib: int) -> float:

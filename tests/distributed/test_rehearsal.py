@@ -101,8 +101,7 @@ def test_rehearsed_ranks_have_the_parameters_of_real_ones_and_all_stages_export_
 def test_a_configuration_that_does_not_divide_is_refused_before_anything_is_built(tmp_path, capfd):
     file = write_run(tmp_path, make_tiny_model(tmp_path / "model", layers=6))
     assert cli.main(["plan", "--gpus", "6", "--check", str(file)]) == 2
-    message = capfd.readouterr().err
-    assert "6 ranks were started" in message and "virtual_pipeline_model_parallel_size = 2" in message
+    assert "6 ranks were started" in capfd.readouterr().err
 
 
 @pytest.mark.slow
