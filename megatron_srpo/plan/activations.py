@@ -63,7 +63,7 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
 
 
 def _expert_bytes(arch: Architecture, layout: Layout) -> float:
-    """Of a token's experts, with tokens spread evenly: the router's scores and choices, each copy of the token, and what
+    """Of a token's experts, with tokens spread evenly: the router's scores and choices, each copy of it, and what
     its expert's gated MLP keeps."""
     if not arch.experts:
         return 0.0
