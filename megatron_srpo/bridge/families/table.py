@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_srpo.bridge.errors import BridgeError, nearest
@@ -77,12 +78,16 @@ class Line:
     hf: tuple[str, ...]
     rule: Callable[[Dims], Rule]
 
-    def match(self, name: str) -> dict[str, int] | None:
-        """The numbers in `name` ("layer", "expert", as far as there are any) when it is this line's, else None."""
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
         pattern = re.escape(self.megatron)
         for number in (LAYER, EXPERT):
             pattern = pattern.replace(re.escape(number), rf"(?P<{number[1:-1]}>\d+)")
-        found = re.fullmatch(pattern, name)
+        return re.compile(pattern)
+
+    def match(self, name: str) -> dict[str, int] | None:
+        """The numbers in `name` ("layer", "expert", as far as there are any) when it is this line's, else None."""
+        found = self._pattern.fullmatch(name)
         return None if found is None else {number: int(digits) for number, digits in found.groupdict().items()}
 
 
@@ -106,11 +111,18 @@ class Mapped:
     expert: int | None = None  # the expert it belongs to: split over expert tensor-parallel ranks, not over all
 
 
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
 class WeightTable:
     """The table of one model: its family, with its layer numbers and dimensions filled in."""
 
     def __init__(self, family: Family, dims: Dims) -> None:
         self.family, self.dims = family, dims
+        self._alike: dict[str, list[Line]] = {}  # large models have 10⁵ names: only lines that may match are tried
+        for line in family.lines:
+            self._alike.setdefault(_without_numbers(line.megatron.format(layer=0, expert=0)), []).append(line)
 
     def lookup(self, name: str) -> Mapped:
         """The rule of a Megatron parameter (global layer and expert numbers in its name). Raises BridgeError when there
@@ -134,7 +146,7 @@ class WeightTable:
 
     def _line(self, name: str) -> tuple[Line, dict[str, int]]:
         counts = {"layer": self.dims.layers, "expert": self.dims.experts}
-        for line in self.family.lines:
+        for line in self._alike.get(_without_numbers(name), ()):
             numbers = line.match(name)
             if numbers is not None and all(number < counts[kind] for kind, number in numbers.items()):
                 return line, numbers
