@@ -356,7 +356,10 @@ def _scored(row: Row, scores: Sequence[TokenScores | None] | None, layout: _Layo
     fill = -math.log(width + 1)
     return {
         "old_logprobs": _gather(by_name["logprob"], layout, every_sample=True),
-        "reference_logprobs": _gather(by_name["reference_logprob"], layout, every_sample=True),
+        # A KL term asks every row, also one without samples on a rank that has fewer than the others.
+        "reference_logprobs": _gather(by_name["reference_logprob"], layout, every_sample=True)
+        if mine
+        else layout.spread(torch.zeros(0)),
         "topk_ids": _gather(by_name["topk_ids"], layout),
         "teacher_logprobs": _gather(by_name["teacher_logprobs"], layout, fill=fill),
         "teacher_logits": _gather(by_name["teacher_logits"], layout),

@@ -135,6 +135,36 @@ def _patch_dispatcher() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move_or_stay
 
 
+def _patch_uneven_collectives() -> None:
+    # Ranks that share an expert bring different numbers of tokens to it, and gloo wants one number.
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(values: torch.Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes = kwargs.pop("output_split_sizes", sizes)
+        if sizes is None or group.size() == 1:
+            return gather(values, group, sizes, *args, **kwargs)
+        filled = values.new_zeros(max(sizes), *values.shape[1:])
+        filled[: len(values)] = values
+        parts = [torch.empty_like(filled) for _ in sizes]
+        torch.distributed.all_gather(parts, filled, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter_uneven(
+        values: torch.Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        sizes = kwargs.pop("input_split_sizes", sizes)
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(values, group, sizes, *args, **kwargs)
+        total = values.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
+
+
 def install() -> None:
     """Patch torch once, and only where there is no CUDA. Call it before building a Megatron model."""
     global _installed
@@ -146,3 +176,4 @@ def install() -> None:
     _patch_rng()
     _patch_tensors()
     _patch_dispatcher()
+    _patch_uneven_collectives()

@@ -303,6 +303,8 @@ def test_an_empty_row_is_one_sequence_that_contributes_nothing(multiple):
         assert row.cu_seqlens.tolist() == [0, row.input_ids.numel()]
         assert row.loss_mask.sum() == 0 and row.input_ids.sum() == 0
     assert pack_student(Row((), 0), [], padding=Padding(1, multiple)).input_ids.numel() == multiple
+    scored = pack_student(Row((), 0), [], [], padding=Padding(1, multiple))
+    assert scored.reference_logprobs.tolist() == [0.0] * multiple  # the loss asks every row, if it has a KL term
 
 
 def test_the_teachers_row_has_the_same_responses_after_other_prompts():
