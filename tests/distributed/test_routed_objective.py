@@ -90,7 +90,7 @@ LAYOUTS = {
 }
 MOE_LAYOUTS = {
     "moe ep2": Layout(dp=2, ep=2),
-    "moe serial": Layout(),
+    "moe serial, recompute": Layout(recompute="full"),
     "moe ep2 tp2 sp": Layout(tp=2, sp=True, ep=2),  # the experts of one token are on the ranks that share its layers
     "moe ep2 etp2 tp2 sp": Layout(tp=2, sp=True, dp=2, ep=2, etp=2),
     "moe ep2 tp2 sp dp2, recompute": Layout(tp=2, sp=True, dp=2, ep=2, recompute="full"),  # and copies of the experts
@@ -99,6 +99,7 @@ MOE_LAYOUTS = {
     "moe pp2 ep2": Layout(pp=2, dp=2, ep=2),
     "moe pp2 interleaved ep2": Layout(pp=2, pieces=2, dp=2, ep=2),
     "moe cp2 ep2": Layout(cp=2, ep=2),
+    "moe bf16 ep2 tp2 sp": Layout(tp=2, sp=True, ep=2, dtype="bfloat16"),
 }
 LAYOUTS |= MOE_LAYOUTS
 MOE_VARIANTS = ["srpo", "srpo in two steps", "srpo one distilled sample", "sdpo full vocabulary, trust region"]
@@ -288,7 +289,7 @@ def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of
     "layout", [name if name == "moe ep2" else pytest.param(name, marks=pytest.mark.slow) for name in MOE_LAYOUTS]
 )
 def test_a_routed_step_of_a_mixture_of_experts_equals_float64(models_of, layout):
-    student, teacher = models_of("qwen3_moe", "float32")
+    student, teacher = models_of("qwen3_moe", LAYOUTS[layout].dtype)
     samples_of = {variant: make_samples(student, variant) for variant in MOE_VARIANTS}
     found = run_distributed(run_variants, LAYOUTS[layout].ranks, MOE_VARIANTS, layout, student, teacher, samples_of)[0]
     for variant in MOE_VARIANTS:
@@ -306,7 +307,7 @@ def check_steps(steps, samples, student, teacher, variant, layout):
         routed = {name: logged.pop(name) for name in list(logged) if name.startswith("moe/")}
         expected_routed = {name: value for name, value in metrics.items() if name.startswith("moe/")}
         metrics = {name: value for name, value in metrics.items() if name not in expected_routed}
-        if not LAYOUTS[layout].sp and LAYOUTS[layout].cp == 1:  # otherwise rows are padded, which is routed too
+        if not LAYOUTS[layout].sp and LAYOUTS[layout].cp == 1:  # rows are not padded, which would be routed too
             assert {name: routed.get(name) for name in expected_routed} == pytest.approx(expected_routed), where
         assert step["gradients"].keys() == expected.keys()
         if LAYOUTS[layout].dtype == "bfloat16":
