@@ -307,7 +307,8 @@ def check_steps(steps, samples, student, teacher, variant, layout):
         routed = {name: logged.pop(name) for name in list(logged) if name.startswith("moe/")}
         expected_routed = {name: value for name, value in metrics.items() if name.startswith("moe/")}
         metrics = {name: value for name, value in metrics.items() if name not in expected_routed}
-        if not LAYOUTS[layout].sp and LAYOUTS[layout].cp == 1:  # rows are not padded, which would be routed too
+        cut = LAYOUTS[layout]
+        if not cut.sp and cut.cp == cut.pieces == 1:  # rows are not padded, which would be routed too
             assert {name: routed.get(name) for name in expected_routed} == pytest.approx(expected_routed), where
         assert step["gradients"].keys() == expected.keys()
         if LAYOUTS[layout].dtype == "bfloat16":
