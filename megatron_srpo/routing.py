@@ -306,6 +306,7 @@ class RoutingReport:
     truncated: int = 0  # teacher prompts whose demonstration was shortened
     unfit: int = 0  # rollouts whose teacher prompt did not fit at any length
     nonfinite: list[str] = field(default_factory=list)  # rollouts left out as the engine's log-probs are not finite
+    failed: list[str] = field(default_factory=list)  # rollouts whose reward could not be had, and why
     _members: list[_Member] = field(default_factory=list)
     _available: int = 0
     _all_wrong: int = 0
@@ -320,6 +321,9 @@ class RoutingReport:
         self._all_right += all(member.correct for member in members)
         bad = [s for s in samples if not _all_finite(s.rollout_logprobs)]
         self.nonfinite += [f"{s.uid} sample {s.sample}" for s in bad]
+        for sample, member in zip(samples, members, strict=True):
+            if member.reward.error is not None:
+                self.failed.append(f"{sample.uid} sample {sample.sample}: {member.reward.error}")
 
     def metrics(self) -> dict[str, float]:
         """Values for the log. Names ending in _fraction are shares of rollouts (of loss tokens for
@@ -358,7 +362,8 @@ class RoutingReport:
             / max(1, tokens),
             "critic/advantages/max": max(advantages),
             "critic/advantages/min": min(advantages),
-            "reward/errors": sum(member.reward.error is not None for member in self._members),
+            "reward/errors": len(self.failed),
+            "reward/error_fraction": len(self.failed) / len(self.samples),
         }
         formed = [member.reward.well_formed for member in self._members if member.reward.well_formed is not None]
         if formed:

@@ -1,18 +1,21 @@
 """How a run is asked to stop: Ctrl-C (SIGINT) and SIGTERM, and SIGUSR1 for a stop that a cluster goes on from.
 
-Outside the loop the first two end the process at once, by the system's own action: nothing is lost, and there is no
-traceback. Inside it, the first one asks for a clean stop at the end of the iteration and another one ends the process
-at once. SIGUSR1 asks for the same clean stop, and the run then ends with exit_codes.REQUEUE. It never ends a process
-by itself: it is held back (`hold_requeue`), and the loop looks whether one has come. So a request during the start is
-kept, and a cluster's manager may send it to every process of a job, helpers included, as often as it likes.
+Outside the loop the first two end the process at once: nothing is lost, and there is no traceback. Inside it, the
+first one asks for a clean stop at the end of the iteration and another one ends the process at once. SIGUSR1 asks for
+the same clean stop, and the run then ends with exit_codes.REQUEUE. It never ends a process by itself: it is held back
+(`hold_requeue`), and the loop looks whether one has come. So a request during the start is kept, and a cluster's
+manager may send it to every process of a job, helpers included, as often as it likes.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import Any
+
+from megatron_srpo import exit_codes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEUE = signal.SIGUSR1
@@ -23,6 +26,44 @@ TORCHRUN_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's variable, sec
 def hold_requeue() -> None:
     """SIGUSR1 stays pending, in this thread, in those that it starts, and in every process started from it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {REQUEUE})
+
+
+class EarlyStop:
+    """A `with` block around a run: SIGINT and SIGTERM before its loop are one line, and the end of the process with
+    exit_codes.STOPPED, wherever it is.
+
+    Python's own handlers run between two instructions of the main thread, which may be inside a library for minutes.
+    The system's part of them writes into a pipe at once, and a thread that waits there ends the process.
+    """
+
+    def __init__(self, *, speaks: bool) -> None:
+        self._speaks = speaks
+
+    def __enter__(self) -> EarlyStop:
+        self._ears, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
+        signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, lambda *unused: None) for number in taken}
+        self._thread = threading.Thread(target=self._wait, name="early stop", daemon=True)
+        self._thread.start()
+        return self
+
+    def _wait(self) -> None:
+        while heard := os.read(self._ears, 1):
+            if heard[0] not in SIGNALS:
+                continue
+            if self._speaks:
+                os.write(2, b"\nstopped before the first iteration: there is nothing to save\n")
+            os._exit(exit_codes.STOPPED)
+
+    def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._mouth)
+        self._thread.join()
+        os.close(self._ears)
 
 
 class StopRequest:
@@ -47,6 +88,7 @@ class StopRequest:
 
     def install(self) -> None:
         """Take the signals over; from here on the loop answers them."""
+        signal.set_wakeup_fd(-1)  # the end of EarlyStop's part
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 

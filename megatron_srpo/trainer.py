@@ -80,21 +80,31 @@ class Trainer:
                 with self._timed("eval"):
                     metrics.update(parts.evaluate() or {})
             self._log(metrics)
-            broken = 0 < self.config.train.max_skipped_steps <= self._skipped_in_a_row
-            stop = parts.control.any(parts.should_stop()) or broken
+            broken = self._broken(metrics)
+            stop = parts.control.any(parts.should_stop()) or bool(broken)
             last = stop or self.iteration == total
             parts.checkpoints.poll()
             if last or (self.config.checkpoint.every and self.iteration % self.config.checkpoint.every == 0):
                 self._save(metrics, last=last)
             if broken:
-                raise UserError(
-                    f"stopped after iteration {self.iteration}: {self._skipped_in_a_row} optimiser steps in a row had "
-                    "no finite gradient (train.max_skipped_steps). The weights of the last good step are saved; the "
-                    "warnings above name what was not finite"
-                )
+                raise UserError(f"stopped after iteration {self.iteration}: {broken}")
             if stop and self.iteration < total:
                 return False
         return True
+
+    def _broken(self, metrics: dict[str, float]) -> str:
+        """Why going on would be a waste, or ""; the same on all ranks."""
+        if 0 < self.config.train.max_skipped_steps <= self._skipped_in_a_row:
+            return (
+                f"{self._skipped_in_a_row} optimiser steps in a row had no finite gradient (train.max_skipped_steps). "
+                "The weights of the last good step are saved; the warnings above name what was not finite"
+            )
+        if metrics.get("reward/error_fraction") == 1:
+            return (
+                "not one of its rewards could be had, and a warning above says why. Mend the reward function "
+                "(reward.functions, reward.timeout_seconds); the same command goes on from here"
+            )
+        return ""
 
     def _iterate(self) -> dict[str, float]:
         self._timing = {}
@@ -116,7 +126,7 @@ class Trainer:
             self.parts.engine.wake()  # if it sleeps
             self.parts.engine.publish(self.parts.weights, self.iteration + 1)
         steps = [step for step in steps if step is not None]
-        for name in {name for step in steps for name in step.metrics}:
+        for name in sorted({name for step in steps for name in step.metrics}):
             values = [step.metrics[name] for step in steps if name in step.metrics]
             metrics[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
         metrics["actor/grad_norm"] = sum(step.grad_norm for step in steps) / max(1, len(steps))
@@ -148,6 +158,11 @@ class Trainer:
                     padding=parts.policy.padding, seed=config.run.seed + self.iteration,
                     drop_zero_advantage=config.drops_zero_advantage,
                 )  # fmt: skip
+            if report.failed:
+                parts.observer.warn(
+                    f"iteration {self.iteration + 1}: {len(report.failed)} of {len(samples)} rewards failed, and count "
+                    f"as reward.failure_score; the first: {report.failed[0]}"
+                )
             if report.nonfinite:
                 parts.observer.warn(
                     f"iteration {self.iteration + 1}: the rollout engine's log-probs are not finite: "
@@ -159,6 +174,7 @@ class Trainer:
             metrics["perf/total_tokens"] = sum(sample.student_length for sample in samples)
             metrics["rollout/weight_version"] = max(rollout.weight_version for rollout in groups.rollouts)
             metrics["data/epoch"] = parts.loader.epoch
+            parts.observer.record(self.iteration + 1, groups.prompts, groups.rollouts, groups.rewards, samples)
             routed.append((samples, plan))
             return metrics
 

@@ -189,6 +189,7 @@ class PackedBatch:
     teacher_logits: torch.Tensor | None = None  # [T, v]
     teacher_entropy: torch.Tensor | None = None  # fp32
     initial_hidden: torch.Tensor | None = None  # [T, H]
+    first_token: torch.Tensor | None = None  # fp32, 1 where the target is the first token of a counted response
     context_group: Any = None  # ranks with the other parts of every sequence; None: the row is whole
 
 

@@ -23,6 +23,8 @@ NAMES = {
     "distill_loss": "srpo/distill_loss",
     "distill_ratio": "srpo/distill_ratio",
     "teacher_entropy": "srpo/teacher_entropy",
+    "first_token_entropy": "actor/first_token_entropy",
+    "teacher_first_token_entropy": "srpo/teacher_first_token_entropy",
 }
 
 
@@ -177,6 +179,7 @@ class Reference:
             log("pg_loss", gain, on_policy)
             log("pg_clipfrac", clipped, on_policy)
             log("entropy", entropy)
+            log("first_token_entropy", entropy[:1])
             log("ppo_kl", old - at)
             log("gap", (old - rollout).abs())
             log("kl", rollout - old)
@@ -196,6 +199,7 @@ class Reference:
                 log("distill_loss", d)
                 log("distill_ratio", ratio)
                 log("teacher_entropy", entropies[i])
+                log("teacher_first_token_entropy", entropies[i][:1])
                 tops["distill_weight"] = max(tops["distill_weight"], float(w.max()))
         loss = total / loss_tokens
         return loss, self._named(means, tops, float(loss.detach()))

@@ -391,8 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not hasattr(error, "format_message"):  # typer's own complaints about the command line
             raise
         typer.echo(f"prepare_data: {error.format_message()}", err=True)
-        return 2
-    return 1
+    return 2
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="srpo")
     parser.add_argument("--seed", type=int, default=0, help="of the training run; the warm start is the same for all")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs/quickstart", help="folder of the run")
+    parser.add_argument("--output", type=Path, help="folder of the run; by default one for each algorithm")
     known, extra = parser.parse_known_args(arguments)
-    return Options(known.algorithm, known.seed, shown_path(known.output, ROOT), tuple(extra))
+    name = "quickstart" if known.algorithm == "srpo" else f"quickstart-{known.algorithm}"
+    output = known.output or ROOT / "runs" / name
+    return Options(known.algorithm, known.seed, shown_path(output, ROOT), tuple(extra))
 
 
 def accuracies(folder: Path, rows: list[dict[str, str]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,22 @@ def shortened(row: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "prompt": [*SHOWN, {"role": "user", "content": question}]}
 
 
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The prepared rows of a file; SystemExit that names the line which is none."""
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["prompt"].replace  # noqa: B018 - a text
+        except (ValueError, TypeError, KeyError, AttributeError):
+            sys.exit(f'{file}, line {number}: expected a JSON object with a text "prompt" (tools/prepare_data.py)')
+        yield row
+
+
 def convert(source: Path, out: Path) -> None:
     """Write train.jsonl and test.jsonl of `source` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("train.jsonl", "test.jsonl"):
-        rows = [json.loads(line) for line in (source / name).read_text().splitlines()]
+        rows = list(read_rows(source / name))
         (out / name).write_text("".join(json.dumps(shortened(row), ensure_ascii=False) + "\n" for row in rows))
         print(f"{out / name}: {len(rows)} questions")
 

@@ -145,7 +145,8 @@ def warm_started_model(task: Task, settings: WarmStart, cache: Path, report: Cal
     if (folder / "warm_start.json").exists():
         return folder
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(4, len(os.sched_getaffinity(0)))))  # more threads slow so small a model down
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(4, len(os.sched_getaffinity(0)))))  # more slow so small a model down
     try:
         model, facts = train(task, settings, report)
     finally:

@@ -246,8 +246,17 @@ def _files(config: Config, splits: Iterable[str]) -> Iterator[str]:
             problem = _data_file(Path(name).expanduser()) if name else None
             if problem:
                 yield f'data.{split} = "{name}": {problem}'
+    if splits:
+        yield from _reward_files(config)
     if "train" in splits:
         yield from _output_folder(config.run.output_dir)
+
+
+def _reward_files(config: Config) -> Iterator[str]:
+    for kind, reference in config.reward.functions.items():
+        file = Path(reference.rpartition(":")[0]).expanduser()
+        if file.suffix == ".py" and not os.path.isfile(file):
+            yield f'reward.functions.{kind} = "{reference}": no such file (looked from {Path.cwd()})'
 
 
 def _data_file(file: Path) -> str | None:

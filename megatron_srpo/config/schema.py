@@ -32,7 +32,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     name: str = "srpo"  # shown in the log and in the trackers
     output_dir: Folder = "runs/srpo"  # metrics, checkpoints, the trained model in hf/
-    seed: int = Field(0, ge=0)  # of data order, sampling and routing
+    seed: int = Field(0, ge=0, lt=2**31)  # of data order, sampling and routing
     iterations: int = Field(100, ge=1)  # generate, score, train, publish: once each
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
     control_timeout_minutes: float = Field(120, gt=0)  # how long ranks wait for the driver
@@ -172,7 +172,7 @@ class TeacherConfig(Section):
 
 class RewardConfig(Section):
     functions: dict[str, str] = {}  # kind -> "module:function" or "path/file.py:function"; adds to the built-in ones
-    workers: int = Field(2, ge=1)  # processes that score responses
+    workers: int = Field(2, ge=1, le=1024)  # processes that score responses: of all ranks, at least one an engine
     timeout_seconds: float = Field(10.0, gt=0)  # for one response
     memory_mib: int = Field(2048, ge=0)  # address space of a worker above its start; 0 = no limit
     failure_score: float = 0.0  # score of a time-out or crash
@@ -223,6 +223,7 @@ class ObserveConfig(Section):
     wandb: bool = False  # Weights & Biases
     wandb_project: str = "megatron-srpo"
     wandb_mode: Literal["online", "offline"] = "offline"
+    rollout_texts: int = Field(1, ge=0)  # prompts an iteration whose responses are kept whole in rollouts.jsonl
     progress: Literal["auto", "live", "plain", "off"] = "auto"  # auto: live in a terminal, else lines
 
 

@@ -102,6 +102,8 @@ def _distillation(
         "srpo/teacher_entropy": _sum(entropy, weight),
         "srpo/distill_weight_max": (dynamic * weight).max().detach(),
     }
+    if batch.first_token is not None:
+        metrics["srpo/teacher_first_token_entropy"] = _sum(entropy, batch.first_token * weight)
     return dynamic * ratio * divergence, metrics
 
 
@@ -109,7 +111,10 @@ def _distillation(
 def _policy_metrics(row: _Row, entropy: Tensor, loss: Tensor, clipped: Tensor, weights: Tensor) -> dict[str, Tensor]:
     policy = row.mask * (row.batch.policy_weight > 0)
     gap = row.behaviour - row.rollout
-    return {
+    first = {}
+    if row.batch.first_token is not None:
+        first["actor/first_token_entropy"] = _sum(entropy, row.batch.first_token)
+    return first | {
         "actor/entropy": _sum(entropy, row.mask),
         "actor/pg_loss": _sum(loss, policy),
         "actor/pg_clipfrac": _sum(clipped.to(row.mask.dtype), policy),

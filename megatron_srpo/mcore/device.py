@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,13 @@ class DevicePath:
 
     def __str__(self) -> str:
         return f"{self.device.type} ({self.reason})"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that this process has had at a time: of tensors on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def choose_device(requested: str, local_rank: int) -> DevicePath:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.config import Config, ParallelConfig
-from megatron_srpo.mcore.device import DevicePath
+from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
 from megatron_srpo.mcore.experts import router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import build_model, model_shards
@@ -102,7 +102,8 @@ class Policy:
         skipped = not math.isfinite(norm)
         if not skipped and "teacher" in self.shadows:
             self.shadows["teacher"].update(self._teacher_config.update_rate)
-        reduced = self._reduce(metrics)
+        memory = torch.tensor(peak_memory_gib(self.topology.device), dtype=torch.float64)
+        reduced = self._reduce([*metrics, {"perf/memory_gib_max": memory}])
         reduced["actor/lr"] = lr
         reduced |= router_metrics(self.model, self.topology, self.runner.config)
         return StepStats(reduced, norm, skipped)

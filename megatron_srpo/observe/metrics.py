@@ -27,9 +27,13 @@ def json_line(step: int, metrics: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number as JSON has it; 0-d tensors and numpy numbers become Python's."""
+    """A value as JSON has it; 0-d tensors and numpy numbers become Python's."""
     if isinstance(value, str | bool) or value is None:
         return value
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, int):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config import Config
 from megatron_srpo.observe.metrics import METRICS_FILE, JsonlWriter
 from megatron_srpo.observe.progress import open_progress
+from megatron_srpo.observe.rollouts import groups_record
 from megatron_srpo.observe.trackers import Trackers
+from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
 
+ROLLOUTS_FILE = "rollouts.jsonl"
 MISMATCH = "rollout_corr/logprob_diff_mean"  # mean |log π_trainer − log π_engine| of the sampled tokens, nats
 
 
 class Observer:
-    """Logs to metrics.jsonl, the trackers and the terminal. Nothing that goes wrong here stops training.
+    """Logs to metrics.jsonl, rollouts.jsonl, the trackers and the terminal. Nothing that goes wrong here stops
+    training.
 
     `start_step`: iterations that an earlier process has finished; what was logged after them is dropped.
     """
@@ -27,8 +31,13 @@ class Observer:
             config.observe.progress, name=config.run.name, total=config.run.iterations, start=start_step
         )
         try:
-            self._jsonl = JsonlWriter(Path(config.run.output_dir) / METRICS_FILE, self.warn)
+            folder = Path(config.run.output_dir)
+            self._jsonl, self._rollouts = (
+                JsonlWriter(folder / name, self.warn) for name in (METRICS_FILE, ROLLOUTS_FILE)
+            )
+            self._texts = config.observe.rollout_texts
             self._jsonl.resume(start_step)
+            self._rollouts.resume(start_step)
             self._trackers = Trackers(config, start_step=start_step, say=self.message)
         except BaseException:
             self._progress.close()  # or the terminal stays without a cursor
@@ -49,6 +58,13 @@ class Observer:
         """Go on as the run did that `state` was taken from."""
         self._mismatch_warned = bool(state.get("mismatch_warned", False))
 
+    def record(
+        self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Sequence[Reward],
+        samples: Sequence[RoutedSample],
+    ) -> None:  # fmt: skip
+        """Record what became of every response of one iteration."""
+        self._rollouts.log(step, {"groups": groups_record(prompts, rollouts, rewards, samples, self._texts)})
+
     def message(self, text: str) -> None:
         """A line for the user that does not disturb the display."""
         self._progress.message(text)
@@ -59,6 +75,7 @@ class Observer:
     def close(self) -> None:
         """Flush and close; a second call does nothing."""
         self._jsonl.close()
+        self._rollouts.close()
         self._trackers.close()
         self._progress.close()
 

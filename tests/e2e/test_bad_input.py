@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from megatron_srpo import exit_codes
+from megatron_srpo.config import load_config
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -192,12 +193,13 @@ def test_a_broken_row_is_told_with_file_and_line(folder):
 # ---- interrupted -----------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_during_the_start_ends_it_at_once_and_quietly(folder):
+def test_ctrl_c_during_the_start_ends_it_at_once_in_one_line(folder):
     run = Started(ranks("train", str(folder / "run.toml"), "--run.output_dir", str(folder / "early")))
     run.wait_for("data: 8 train prompts")
     run.interrupt()
     assert run.end() == 130
-    assert "Traceback" not in run.text and "iteration" not in run.text
+    assert "Traceback" not in run.text and "iteration 1" not in run.text
+    assert run.text.count("stopped before the first iteration: there is nothing to save") == 1
     assert not (folder / "early/checkpoints").exists()
 
 
@@ -242,3 +244,8 @@ def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c
     newest = sorted((out / "checkpoints").glob("step_*"))[-1]
     assert int(newest.name[5:]) == int(later.name[5:]) + 1  # one iteration: the request had waited for the loop
     assert f"last checkpoint: {newest}" in "\n".join(requeued.said[-2:]) and "Traceback" not in requeued.text
+
+    used = load_config(out / "config.toml")
+    assert (used.data.train, used.data.on_bad_row) == (str(folder / "mixed.jsonl"), "skip")
+    assert "is of another run" in refused(*command, "--algorithm.name", "grpo")
+    assert load_config(out / "config.toml") == used  # the run's, not the refused command's

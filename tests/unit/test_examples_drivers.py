@@ -172,7 +172,8 @@ def test_a_signal_to_the_driver_stops_the_trainer_and_is_named_an_interruption(t
 def test_the_quickstart_passes_unknown_options_on_and_refuses_unknown_algorithms(capsys):
     options = quickstart.parse(["--algorithm", "mix", "--seed", "4", "--run.iterations", "3"])
     assert (options.algorithm, options.seed, options.extra) == ("mix", 4, ("--run.iterations", "3"))
-    assert options.output == Path("runs/quickstart")
+    assert options.output == Path("runs/quickstart-mix")
+    assert quickstart.parse([]).output == Path("runs/quickstart")
     with pytest.raises(SystemExit):
         quickstart.parse(["--algorithm", "ppo"])
     assert "srpo" in capsys.readouterr().err

@@ -256,6 +256,7 @@ def test_the_report_measures_what_was_routed():
             "critic/advantages/max": 2 * third,
             "critic/advantages/min": -third,
             "reward/errors": 1,
+            "reward/error_fraction": 0.25,
             "srpo/well_formed_fraction": 0.5,
             "response_length/mean": 5,
             "response_length/max": 8,

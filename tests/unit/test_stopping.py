@@ -44,6 +44,33 @@ def installed(monkeypatch, *, torchrun, speaks=True):
     return stop
 
 
+STARTING = """
+import os, sys, time
+from megatron_srpo.stopping import EarlyStop
+with EarlyStop(speaks=sys.argv[1] == "1"):
+    os.write(1, b".")
+    os.read(0, 1)  # where no instruction of Python's comes until the pipe is written to
+"""
+
+
+@pytest.mark.parametrize(("number", "speaks"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 0)])
+def test_a_signal_during_the_start_ends_the_process_at_once_in_one_line(number, speaks):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", STARTING, str(speaks)], **pipes) as process:
+        process.stdout.read(1)
+        process.send_signal(number)
+        assert process.wait() == 130
+        assert process.stderr.read() == speaks * b"\nstopped before the first iteration: there is nothing to save\n"
+
+
+def test_after_the_block_signals_are_what_they_were(clock):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with stopping.EarlyStop(speaks=False):
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_for_a_stop_and_goes_on(clock, monkeypatch, capfd, number):
     stop = installed(monkeypatch, torchrun=True)

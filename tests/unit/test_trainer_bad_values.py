@@ -86,6 +86,16 @@ def test_many_skipped_steps_in_a_row_end_the_run_with_a_checkpoint():
     assert saved == [(3, True)]
 
 
+def test_a_run_of_which_no_reward_can_be_had_ends_with_a_checkpoint_and_one_of_which_some_can_goes_on():
+    saved, shares = [], iter([0.0, 0.75, 1.0, 0.0])
+    trainer = trainer_of(Scores, [], run={"iterations": 9}, checkpoint={"every": 0})
+    trainer._iterate = lambda: {"reward/error_fraction": next(shares)}
+    trainer._save = lambda metrics, last: saved.append((trainer.iteration, last))
+    with pytest.raises(UserError, match="stopped after iteration 3: not one of its rewards could be had"):
+        trainer.run()
+    assert saved == [(3, True)]
+
+
 def test_a_good_step_starts_the_count_again():
     skip, good = SimpleNamespace(skipped=True), SimpleNamespace(skipped=False)
     assert consecutive_skips(2, [skip, None, skip]) == 4
