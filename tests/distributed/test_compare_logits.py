@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.test_conversion_megatron import _convert
@@ -47,6 +49,15 @@ def test_two_ranks_agree_with_transformers_on_prompts_of_any_length(model, tmp_p
         assert "Megatron: agrees" in said and "DIFFERS" not in said
 
 
+def _damaged(model: Path, copy: Path, tensor: str) -> Path:
+    """A copy of the folder in which one row of one tensor is off."""
+    shutil.copytree(model, copy)
+    held = load_file(copy / "model.safetensors")
+    held[tensor][7] += 0.3
+    save_file(held, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
 @pytest.mark.parametrize(
     ("tensor", "where"),
     [
@@ -56,13 +67,7 @@ def test_two_ranks_agree_with_transformers_on_prompts_of_any_length(model, tmp_p
     ],
 )
 def test_a_fault_in_one_tensor_is_traced_to_its_layer(model, tmp_path, tensor, where):
-    faulty = tmp_path / "faulty"
-    faulty.mkdir()
-    for file in model.iterdir():
-        (faulty / file.name).write_bytes(file.read_bytes())
-    held = load_file(faulty / "model.safetensors")
-    held[tensor][7] += 0.3
-    save_file(held, faulty / "model.safetensors", metadata={"format": "pt"})
+    faulty = _damaged(model, tmp_path / "faulty", tensor)
     with fresh_process() as process:
         process.submit(_convert, faulty, tmp_path / "megatron", {"tensor_model_parallel_size": 2}).result()
         arguments = ["--hf", str(model), "--megatron", str(tmp_path / "megatron"), "--no-vllm", "--token-ids", "7,5,6"]
@@ -80,3 +85,19 @@ def test_a_comparison_without_prompts_or_ranks_is_refused(model, tmp_path):
         ):
             assert process.submit(_compare, tmp_path / "said", ["--hf", str(model), *more]).result() == 2
             assert message in (tmp_path / "said").read_text()
+
+
+@pytest.mark.slow
+def test_vllm_agrees_and_a_fault_in_it_is_traced_to_its_layer(model, tmp_path):
+    from megatron_srpo.comparison.engine import engine_traces
+    from megatron_srpo.comparison.reference import reference_traces
+    from megatron_srpo.comparison.trace import HEAD, compare
+
+    prompts = [[7, 5, 6, 30, 31], [8]]
+    faulty = _damaged(model, tmp_path / "faulty", "model.layers.3.mlp.up_proj.weight")
+    expected = reference_traces(model, prompts, torch.float32)
+    for ours, theirs in zip(expected, engine_traces(model, prompts, "float32", "cpu"), strict=True):
+        found = compare(ours, theirs, 1e-4)
+        assert found.worst < 1e-4 and found.where == HEAD
+    for ours, theirs in zip(expected, engine_traces(faulty, prompts, "float32", "cpu"), strict=True):
+        assert compare(ours, theirs, 1e-4).where == "layer 3"
