@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def _standing_in(parallel: ParallelConfig, rank: int) -> Iterator[groups.Topolog
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     path = choose_device("auto", 0)
-    real = dist.new_group
+    real, excepthook = dist.new_group, sys.excepthook
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         return real(*args, **{**kwargs, "backend": "fake"})
@@ -93,3 +94,4 @@ def _standing_in(parallel: ParallelConfig, rank: int) -> Iterator[groups.Topolog
             yield dataclasses.replace(topology, device=torch.device("meta"))
     finally:
         groups.shutdown()
+        sys.excepthook = excepthook  # torch has put the rank's number into it
