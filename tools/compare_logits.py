@@ -9,6 +9,7 @@ Exit codes: 0 all agree, 1 they do not, 2 a mistake. See docs/conversion.md.
 
 from __future__ import annotations
 
+import math
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_srpo.bridge import read_config
 from megatron_srpo.cli import run_tool
 from megatron_srpo.config import Config, ConfigError, UserError, layout_problems, listed, unsupported
+from megatron_srpo.config.model_folder import expert_count
 
 # Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's.
 TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (0.5, 0.05)}
@@ -42,7 +45,9 @@ def compare(
     tensor_model_parallel_size: Annotated[int, typer.Option(min=1, help="Of Megatron.")] = 1,
     pipeline_model_parallel_size: Annotated[int, typer.Option(min=1, help="Of Megatron.")] = 1,
     expert_model_parallel_size: Annotated[int, typer.Option(min=1, help="Of Megatron.")] = 1,
-    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Of Megatron.")] = False,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Of Megatron; always, where experts meet tensor parallelism.")
+    ] = False,
     dtype: Annotated[DType, typer.Option(help="In which all compute.")] = DType.float32,
     tolerance: Annotated[float | None, typer.Option(min=0, help="Largest |Δ log-prob| that agrees, in nats.")] = None,
     layer_tolerance: Annotated[
@@ -57,9 +62,12 @@ def compare(
         "expert_model_parallel_size": expert_model_parallel_size,
     }
     parallel: dict[str, Any] = {name: size for name, size in sizes.items() if size > 1}
+    experts = expert_count(read_config(hf)) > 0
     config = Config(
         model={"path": str(hf), "dtype": dtype.value}, data={"train": "none"},
-        parallel={**parallel, "sequence_parallel": sequence_parallel},
+        parallel={
+            **parallel, "sequence_parallel": sequence_parallel or (experts and tensor_model_parallel_size > 1)
+        },
     )  # fmt: skip
     _refuse(hf, config)
     usual, usual_layer = TOLERANCES[dtype.value]
@@ -81,12 +89,12 @@ def compare(
 
 
 def _refuse(hf: Path, config: Config) -> None:
-    from megatron_srpo.bridge import read_config
-
     found = read_config(hf)
     problems = unsupported(found) or list(layout_problems(config.parallel, found))
     parallel = config.parallel
-    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    needed = parallel.pipeline_model_parallel_size * math.lcm(
+        parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if not problems and started % needed:
         problems = [f"the layout takes {needed} ranks and {started} started: torchrun --nproc-per-node {needed} …"]
@@ -98,9 +106,9 @@ def _tokens(hf: Path, texts: list[str], file: Path | None, ids: list[str]) -> tu
     texts = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
     tokenizer = None
     if texts:
-        from transformers import AutoTokenizer
+        from megatron_srpo.data import tokenizer_from
 
-        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+        tokenizer = tokenizer_from(hf)
     tokens = [tokenizer.encode(text) for text in texts]
     try:
         tokens += [[int(number) for number in given.split(",")] for given in ids]

@@ -13,7 +13,7 @@ from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows
 from megatron_srpo.data.loader import PromptLoader
 from megatron_srpo.data.prompts import render_prompts
 from megatron_srpo.data.teacher_prompt import TeacherPrompt, TeacherPromptBuilder, strip_thinking
-from megatron_srpo.data.tokenizer import load_tokenizer
+from megatron_srpo.data.tokenizer import load_tokenizer, tokenizer_from
 
 __all__ = [
     "DataError",
@@ -27,4 +27,5 @@ __all__ = [
     "read_records",
     "render_prompts",
     "strip_thinking",
+    "tokenizer_from",
 ]

@@ -26,7 +26,7 @@ def load_tokenizer(path: str) -> Any:
         )
     if not any((folder / name).is_file() for name in _FILES):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy it from the model's repository")
-    tokenizer = _from_folder(folder)
+    tokenizer = tokenizer_from(folder)
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer in {folder} has no chat template: use the instruct model's, or put its chat_template.jinja "
@@ -39,7 +39,8 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def _from_folder(folder: Path) -> Any:
+def tokenizer_from(folder: Path) -> Any:
+    """The tokenizer of a folder, chat template or not. DataError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     if (folder / MODEL).is_file() and not any((folder / name).is_file() for name in _DESCRIBED):

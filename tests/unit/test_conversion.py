@@ -143,8 +143,12 @@ def test_several_files_come_with_an_index_that_transformers_reads(folders, to_me
 def test_two_processes_make_the_same_checkpoint_and_folder_as_one(folders, to_megatron, to_hf, tmp_path):
     source = folders("qwen3 untied bf16")
     to_megatron(source, tmp_path / "alone", *layout(2, 2))
+    (tmp_path / ".shared.writing").mkdir()  # what a killed conversion has left
+    (tmp_path / ".shared.writing/__7_0.distcp").touch()
     arguments = ["--hf", str(source), "--out", str(tmp_path / "shared"), *layout(2, 2)]
     assert run_as_torchrun_does(_run_alone, 2, free_port(), "convert_hf_to_megatron", arguments) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "shared"}
+    assert {file.name for file in (tmp_path / "alone").iterdir()} == {f.name for f in (tmp_path / "shared").iterdir()}
     for file in (tmp_path / "alone").glob("*.distcp"):
         assert file.read_bytes() == (tmp_path / "shared" / file.name).read_bytes()
     arguments = ["--megatron", str(tmp_path / "shared"), "--out", str(tmp_path / "back")]
