@@ -165,7 +165,7 @@ def test_logprobs_equal_transformers_on_each_sequence_of_a_packed_row(serial):
 def test_training_on_two_ranks_equals_one_process(serial, layout, tmp_path):
     model, expected, checkpoint = serial
     for found in run_distributed(_train_and_report, 2, model, LAYOUTS[layout], tmp_path / "checkpoint", checkpoint):
-        assert found["norms"] == pytest.approx(expected["norms"], rel=2e-5)
+        assert found["norms"] == pytest.approx(expected["norms"], rel=4e-5)
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["exported"].keys() == expected["exported"].keys()
         for name, value in expected["exported"].items():
