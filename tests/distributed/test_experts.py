@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megatron_srpo.config.model_folder import expert_layers
 from tests.distributed.test_policy import VOCAB, _policy, _rows, _train_and_report, logprobs, scored
 from tests.distributed_harness import run_distributed
 from tests.routed_reference import count_choices, hub_names, load
@@ -169,3 +171,13 @@ def test_the_load_balancing_loss_and_the_load_equal_float64_whatever_the_layout(
         assert metrics["moe/load_max_over_mean_max"] == pytest.approx(max(ratios))
         assert metrics["moe/dropped_fraction"] == 0
         assert metrics["moe/balance_loss"] == pytest.approx(balance, rel=1e-5)
+
+
+@pytest.mark.parametrize(("step", "dense"), [(1, []), (2, []), (3, [5]), (1, [0, 6])])
+def test_the_layers_with_experts_are_transformers(step, dense):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8}
+    sizes |= {"num_hidden_layers": 7, "intermediate_size": 16, "moe_intermediate_size": 8, "num_experts": 4}
+    config = Qwen3MoeConfig(**sizes, num_experts_per_tok=2, decoder_sparse_step=step, mlp_only_layers=dense)
+    with torch.device("meta"):
+        layers = Qwen3MoeForCausalLM(config).model.layers
+    assert expert_layers(config.to_dict()) == [hasattr(layer.mlp, "experts") for layer in layers]

@@ -83,6 +83,17 @@ def test_an_expert_parallel_rank_loads_its_own_experts_whole(folders, transforme
     assert torch.equal(down, weights[f"{expert}down_proj.weight"])
 
 
+def test_the_hubs_name_for_the_number_of_experts_is_read_too(folders, tmp_path):
+    shutil.copytree(folders("qwen3_moe"), tmp_path / "hub")
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts")  # as transformers writes it
+    (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    shards = empty_shards(read_config(folders("qwen3_moe")))
+    load_hf_weights(shards, tmp_path / "hub")
+    expected = loaded(folders("qwen3_moe"))
+    assert all(torch.equal(value, expected.parameters[name]) for name, value in shards.parameters.items())
+
+
 def test_every_parameter_is_written_and_padding_is_zero(folders):
     shards = loaded(folders(), tp_rank=1, tp_size=2, pad_to=16)  # 64 rows for 37: rank 1 has 5 real ones
     assert all(parameter.isfinite().all() for parameter in shards.parameters.values())
