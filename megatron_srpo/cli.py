@@ -8,6 +8,7 @@ Ctrl-C or SIGTERM (exit_codes.py). torchrun itself ends with 0 or 1.
 from __future__ import annotations
 
 import dis
+import errno
 import json
 import os
 import re
@@ -202,8 +203,9 @@ def _open_output(config: Config) -> OutputLock:
         return OutputLock(Path(config.run.output_dir))
     except OSError as error:
         raise ConfigError(
-            f'run.output_dir = "{config.run.output_dir}": cannot be written: {error.strerror}. Make room or choose '
-            "another folder: --run.output_dir FOLDER"
+            f'run.output_dir = "{config.run.output_dir}": cannot be written: {error.strerror}. '
+            f"{'Make room or choose' if error.errno in (errno.ENOSPC, errno.EDQUOT) else 'Choose'} another folder: "
+            "--run.output_dir FOLDER"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import re
 import socket
@@ -37,6 +38,9 @@ def prepare_environment(device: str) -> None:
         os.environ.setdefault(name, value)
     if device != "cpu":
         return
+    # It says once a rank that Triton cannot compile for CPUs, which nothing here asks for.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and where it binds memory
     if os.environ["TORCHDYNAMO_DISABLE"] == "1" and "torch._dynamo.config" in sys.modules:
         sys.modules["torch._dynamo.config"].disable = True  # it reads the variable when it is imported
     if "OMP_NUM_THREADS" not in os.environ:
