@@ -4,7 +4,8 @@
     python -m tools.scaling_study OUT --model Qwen3-8B --gpus 8 --gpus 64 --gpu h200
 
 Weak scaling by default: the batch grows with the GPUs, --prompts-per-gpu each; --prompts N holds it. Every line is the
-best layout that `python -m megatron_srpo plan` finds: a prediction under its assumptions. --measured adds points of
+best layout that `python -m megatron_srpo plan` finds: a prediction under its assumptions. Lines that OUT/table.csv has
+are kept: delete it to search again. --measured adds points of
 real runs (csv: model, gpus, gpu, response_mean, seconds, source) to table and figure.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,20 +118,42 @@ def draw(lines: list[dict[str, Any]], points: list[dict[str, str]], gpu: str, ta
 
 
 def study(
-    models: list[str], counts: list[int], lengths: list[int], gpu: str, *, per_gpu: float, prompts: int, iterations: int
-) -> list[dict[str, Any]]:
-    """A line for each combination: the best layout, or why there is none."""
-    machine, lines = machine_of(gpu), []
+    models: list[str], counts: list[int], lengths: list[int], gpu: str, known: dict[tuple, dict], *, per_gpu: float,
+    prompts: int, iterations: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """A line for each combination, from `known` or searched: the best layout, or why there is none."""
+    machine = machine_of(gpu)
     for model in models:
         arch, _ = read_architecture(model)
         for gpus in counts:
             for length in lengths:
+                if (model, gpus, length) in known:
+                    yield known[model, gpus, length]
+                    continue
                 workload = workload_of(prompts or max(1, round(per_gpu * gpus)), length, iterations)
                 found = search(arch, gpus, machine, workload, show=1)
                 place = {"model": model, "gpus": gpus, "response_mean": length}
-                lines.append(line_of(found.best[0], model, workload) if found.best else place | {"why": "nothing fits"})
-                print(f"{model}, {gpus} GPUs, {length} tokens: {lines[-1].get('layout', 'nothing fits')}", flush=True)
+                yield line_of(found.best[0], model, workload) if found.best else place | {"why": "nothing fits"}
+
+
+def read_lines(file: Path) -> dict[tuple, dict[str, Any]]:
+    """Lines of an earlier table.csv by model, GPUs and length."""
+    if not file.is_file():
+        return {}
+    lines = {}
+    for row in csv.DictReader(file.open(encoding="utf-8")):
+        texts = {name: row[name] for name in ("model", "layout", "why") if row[name]}
+        numbers = {name: float(value) for name, value in row.items() if value and name not in texts}
+        whole = {name: int(numbers[name]) for name in ("gpus", "response_mean", "rollouts") if name in numbers}
+        lines[row["model"], whole["gpus"], whole["response_mean"]] = numbers | whole | texts
     return lines
+
+
+def write_lines(lines: list[dict[str, Any]], file: Path) -> None:
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, [*COLUMNS, "why"])
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def main(
@@ -146,14 +170,14 @@ def main(
     """Write the study."""
     out.mkdir(parents=True, exist_ok=True)
     points = list(csv.DictReader(measured.open(encoding="utf-8"))) if measured else []
-    lines = study(
-        model or list(SHIPPED), gpus or list(COUNTS), response or list(LENGTHS), gpu,
+    lines = []
+    for line in study(
+        model or list(SHIPPED), gpus or list(COUNTS), response or list(LENGTHS), gpu, read_lines(out / "table.csv"),
         per_gpu=prompts_per_gpu, prompts=prompts, iterations=iterations,
-    )  # fmt: skip
-    with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "why"])
-        writer.writeheader()
-        writer.writerows(lines)
+    ):  # fmt: skip
+        lines.append(line)
+        write_lines(lines, out / "table.csv")
+        print(f"{line['model']}, {line['gpus']} GPUs, {line['response_mean']} tokens: {line.get('layout')}", flush=True)
     notes = assumptions(machine_of(gpu), workload_of(prompts or 32, lines[0]["response_mean"], iterations))
     million = driver_seconds(Workload(prompts=125_000, samples=8))
     text = markdown(lines) + "\n" + "\n".join(f"- {note}" for note in notes)
