@@ -111,7 +111,8 @@ def stage_activations(
         head = head_bytes(arch, layout, tokens, path=path, ids=ids, logits_mib=logits_mib)
     if stage == 0:
         held += in_flight(layout, stage, rows) * tokens * 8  # token ids, for the embedding
-    if again:  # one layer is whole again while its backward pass runs; the head's are gone by then
+    if again:  # one layer is whole again while its backward pass runs; the head's, and later layers', are gone by then
         working = tokens * (layer.whole if layout.recompute == "full" else layer.mlp)
-        held += max(0.0, working - head)
+        gone = head + (layers - again) / layout.virtual * tokens * layer.whole
+        held += max(0.0, working - gone)
     return held, head
