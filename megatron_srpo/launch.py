@@ -299,7 +299,9 @@ def _assemble(
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.checkpoints.saving import Checkpoints
     from megatron_srpo.mcore import checkpoint
+    from megatron_srpo.mcore.device import device_name
     from megatron_srpo.objective import Objective
+    from megatron_srpo.plan import Architecture, Meter
     from megatron_srpo.trainer import Parts
 
     control = session.control
@@ -339,6 +341,7 @@ def _assemble(
         checkpoints=checkpoints,
         should_stop=stop,
         watchdog=watchdog,
+        meter=Meter(Architecture.from_hf(hf), session.topology.world_size, device_name(session.topology.device)),
         loader=loader,
         scorer=scorer,
         teacher_prompt=driver and driver.teacher_prompt,

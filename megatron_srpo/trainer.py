@@ -47,6 +47,7 @@ class Parts:
     checkpoints: Any  # checkpoints.Checkpoints
     should_stop: Callable[[], bool]  # this rank was asked to stop
     watchdog: Any  # watchdog.Watchdog
+    meter: Callable[[float, float, float, float], dict[str, float]]  # plan.Meter
     scorer: Any  # scoring.RewardScorer
     loader: Any  # (driver) data.PromptLoader
     teacher_prompt: Callable | None  # (driver) data.TeacherPromptBuilder
@@ -137,6 +138,11 @@ class Trainer:
         metrics.update({f"timing_s/{name}": seconds for name, seconds in self._timing.items()})
         metrics["timing_s/step"] = elapsed
         metrics["perf/tokens_per_second"] = metrics["perf/total_tokens"] / elapsed
+        tokens = {name: count for name, count in self._forwarded.items() if name.endswith("_tokens")}
+        trained = tokens.pop("forward/train_tokens", 0)
+        seconds = sum(self._timing[name] for name in ("score", "teacher", "train"))
+        length = metrics["perf/total_tokens"] / metrics["perf/sequences"]
+        metrics.update(self.parts.meter(trained, sum(tokens.values()), length, seconds))
         return metrics
 
     def _collect(self) -> tuple[list[RoutedSample], BatchPlan, dict[str, float]]:
@@ -172,6 +178,7 @@ class Trainer:
             metrics["perf/packing_efficiency"] = plan.efficiency
             metrics["perf/imbalance"] = plan.imbalance
             metrics["perf/total_tokens"] = sum(sample.student_length for sample in samples)
+            metrics["perf/sequences"] = len(samples)
             metrics["rollout/weight_version"] = max(rollout.weight_version for rollout in groups.rollouts)
             metrics["data/epoch"] = parts.loader.epoch
             parts.observer.record(self.iteration + 1, groups.prompts, groups.rollouts, groups.rewards, samples)

@@ -97,5 +97,5 @@ def train(*arguments: str | Path, **options) -> str:
 def records(out: Path) -> list[dict]:
     """The iterations of metrics.jsonl, without what a clock or a machine decides on."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    unsteady = ("timing_s/", "perf/tokens_per_second", "perf/memory")
+    unsteady = ("timing_s/", "perf/tokens_per_second", "perf/memory", "perf/tflops")
     return [{name: value for name, value in line.items() if not name.startswith(unsteady)} for line in lines]

@@ -24,6 +24,11 @@ class DevicePath:
         return f"{self.device.type} ({self.reason})"
 
 
+def device_name(device: torch.device) -> str:
+    """torch's name of a GPU; "" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most that this process has had at a time: of tensors on a GPU, resident on a CPU."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@
     activations.py    saved bytes of a row                         memory.py      a GPU's memory, line by line
     duration.py       an iteration's time, line by line            search.py      all layouts, the best first
     report.py         tables and JSON                              configuration.py  the configuration of a layout
+    meter.py          what a run really reached
 
 Everything that it says of a GPU is a prediction under assumptions that are printed with it (docs/planning.md).
 """
@@ -12,6 +13,7 @@ Everything that it says of a GPU is a prediction under assumptions that are prin
 from megatron_srpo.plan.architecture import SHIPPED, Architecture, read_architecture
 from megatron_srpo.plan.hardware import MACHINES, Machine, machine_of
 from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.meter import Meter
 from megatron_srpo.plan.search import Candidate, Found, evaluate, search
 from megatron_srpo.plan.workload import Workload
 
@@ -23,6 +25,7 @@ __all__ = [
     "Found",
     "Layout",
     "Machine",
+    "Meter",
     "Workload",
     "evaluate",
     "machine_of",

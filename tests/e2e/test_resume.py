@@ -46,7 +46,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder / "out/tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    unsteady = ("timing_s/", "perf/tokens_per", "perf/memory")
+    unsteady = ("timing_s/", "perf/tokens_per", "perf/memory", "perf/tflops")
     names = [tag for tag in events.Tags()["scalars"] if not tag.startswith(unsteady)]
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
