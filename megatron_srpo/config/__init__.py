@@ -3,6 +3,7 @@
     schema.py        the models: keys, types, defaults, meanings
     load.py          TOML file + overrides → Config; Config → TOML file
     check.py         what the types cannot say: contradictions, also with the model and the number of ranks
+    check_files.py   whether the data and the rewards' files are there, and the output folder can be
     model_folder.py  whether the model is there, whole, and supported
     reference.py     the table of all keys for docs/configuration.md
 

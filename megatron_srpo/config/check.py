@@ -7,16 +7,14 @@ it cannot be, and the cure.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+from megatron_srpo.config.check_files import file_problems
 from megatron_srpo.config.model_folder import expert_count, expert_layers, unsupported
 from megatron_srpo.config.schema import Config, ConfigError, ParallelConfig
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
 
@@ -46,7 +44,7 @@ def contradictions(
     must exist ("train", "test").
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *_objective(config), *_schedule(config)]
-    problems += [*_layout(config), *_servers(config), *_files(config, splits)]
+    problems += [*_layout(config), *_servers(config), *file_problems(config, splits)]
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:
@@ -234,54 +232,6 @@ def _servers(config: Config) -> Iterator[str]:
             f"rollout.max_staleness = {rollout.max_staleness}: stale samples are biased without importance weights; "
             'set algorithm.rollout_correction = "truncate", or max_staleness = 0'
         )
-
-
-def _files(config: Config, splits: Iterable[str]) -> Iterator[str]:
-    for split in splits:
-        given = getattr(config.data, split)
-        files = [given] if isinstance(given, str) else given
-        if not [name for name in files if name]:
-            yield f"data.{split}: is empty; name the {split} split's .jsonl or .parquet file"
-        for name in files:
-            problem = _data_file(Path(name).expanduser()) if name else None
-            if problem:
-                yield f'data.{split} = "{name}": {problem}'
-    if splits:
-        yield from _reward_files(config)
-    if "train" in splits:
-        yield from _output_folder(config.run.output_dir)
-
-
-def _reward_files(config: Config) -> Iterator[str]:
-    for kind, reference in config.reward.functions.items():
-        file = Path(reference.rpartition(":")[0]).expanduser()
-        if file.suffix == ".py" and not os.path.isfile(file):
-            yield f'reward.functions.{kind} = "{reference}": no such file (looked from {Path.cwd()})'
-
-
-def _data_file(file: Path) -> str | None:
-    if os.path.isdir(file):  # Path.is_dir raises where a name is too long
-        return "is a folder; name its .jsonl or .parquet files"
-    if file.suffix.lower() not in DATA_SUFFIXES:
-        return "expected a .jsonl or .parquet file; tools/prepare_data.py makes them from other data"
-    if not os.path.exists(file):
-        return f"no such file (looked from {Path.cwd()}); see tools/prepare_data.py"
-    if file.stat().st_size == 0:
-        return "is empty; expected a row a line"
-    return None
-
-
-def _output_folder(given: str) -> Iterator[str]:
-    if not given.strip():
-        yield f'run.output_dir = "{given}": is empty; name a folder, which may not exist yet'
-        return
-    folder = Path(given).absolute()
-    found = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not found.is_dir():
-        what = "is a file" if found == folder else f"{found} is a file"
-        yield f'run.output_dir = "{given}": {what}; name a folder, which may not exist yet'
-    elif not os.access(found, os.W_OK | os.X_OK):
-        yield f'run.output_dir = "{given}": no permission to write in {found}; name another folder'
 
 
 def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
