@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.job import Job
+from slurm.job import BrokenJob, Job
 
 NODE = "{node}"
+TOKEN = "MEGATRON_SRPO_ENGINE_TOKEN"  # rollout.guard's: with it a server takes weights from us, and from nobody else
 CLOSING_SECONDS = 600  # from the first node's planned end to the last one's
 
 
@@ -27,8 +29,12 @@ class Step:
 
 
 def check_step(job: Job) -> Step:
-    """The configuration's own checks, with the number of ranks that will train; prints a line of JSON."""
-    command = (job.python, "-m", "slurm.settings", str(job.world_size), job.config, *trainer_overrides(job))
+    """The configuration's own checks, with the number of ranks that will train; prints a line of JSON.
+
+    How many ranks an engine has is not known before: here each engine node has one.
+    """
+    overrides = (*trainer_overrides(job), *_placement(job, job.ranks_per_node))
+    command = (job.python, "-m", "slurm.settings", str(job.world_size), job.config, *overrides)
     return _step(job, "check of the configuration", job.nodes[:1], command, ())
 
 
@@ -44,10 +50,33 @@ def health_step(job: Job, *, device: str, output: str) -> Step:
     return _step(job, "health of the nodes", job.nodes, _on_node(job, "health", command), ())
 
 
-def train_step(job: Job) -> Step:
-    command = _torchrun(
-        job, job.training_nodes, job.port + 1, "megatron_srpo", "train", job.config, *trainer_overrides(job)
-    )
+def serve_step(job: Job, engine_ranks: int) -> Step:
+    """Engine servers on the last nodes, for as long as training runs."""
+    hosts = ",".join(map(job.address_of, job.rollout_hosts))
+    where = (f"--hosts={hosts}", f"--port={job.port + 2}", f"--gpus={job.ranks_per_node}", f"--size={engine_ranks}")
+    # The configuration's layout is that of the ranks which train: the server's check has to know how many.
+    server = ("env", f"WORLD_SIZE={job.world_size}", job.python, "-m", "megatron_srpo", "serve", job.config)
+    serve = (job.python, "-m", "slurm.serve", *where, f"--logs={job.logs}", "--")
+    command = (*serve, *server, *job.overrides)
+    return _step(job, "engine servers", job.rollout_hosts, _on_node(job, "serve", command), ())
+
+
+def server_urls(job: Job, engine_ranks: int) -> list[str]:
+    """The addresses of all servers, as slurm.serve chooses them. Raises BrokenJob for an engine larger than a node."""
+    count = job.ranks_per_node // engine_ranks
+    if job.rollout_nodes and count == 0:
+        raise BrokenJob(
+            f"rollout.tensor_parallel_size = {engine_ranks}: an engine server lives on one node, which has "
+            f"{job.ranks_per_node} ranks; lower it, or leave --rollout-nodes out"
+        )
+    hosts = enumerate(map(job.address_of, job.rollout_hosts))
+    return [f"http://{host}:{job.port + 2 + node * count + i}" for node, host in hosts for i in range(count)]
+
+
+def train_step(job: Job, engine_ranks: int) -> Step:
+    overrides = (*trainer_overrides(job), *_placement(job, engine_ranks))
+    port = job.port + 1
+    command = _torchrun(job, job.training_nodes, port, "megatron_srpo", "train", job.config, *overrides)
     logged = (f"--output={job.logs}/node-%n.log", "--open-mode=append")
     return _step(job, "training", job.training_nodes, _on_node(job, "train", command), logged)
 
@@ -55,6 +84,12 @@ def train_step(job: Job) -> Step:
 def trainer_overrides(job: Job) -> tuple[str, ...]:
     """The user's, and for a job that was requeued: go on, even where the first start was to begin anew."""
     return (*job.overrides, "--checkpoint.resume", "true") if job.restarts else job.overrides
+
+
+def _placement(job: Job, engine_ranks: int) -> tuple[str, ...]:
+    if not job.rollout_nodes:
+        return ()
+    return ("--rollout.placement", "servers", "--rollout.servers", json.dumps(server_urls(job, engine_ranks)))
 
 
 def record(job: Job, kind: str, node: int | str) -> Path:

@@ -114,8 +114,6 @@ def parse(arguments: Sequence[str]) -> Options:
 def job_from(options: Options, environment: Mapping[str, str]) -> Job:
     """The job that Slurm's variables and the site's settings describe. Raises BrokenJob."""
     nodes = _nodes(options, environment)
-    if options.rollout_nodes:
-        raise BrokenJob("--rollout-nodes: engines on nodes of their own are not there yet; leave it out")
     if not 0 <= options.rollout_nodes < len(nodes):
         raise BrokenJob(
             f"--rollout-nodes {options.rollout_nodes}: the job has {_count(len(nodes), 'node')}, and training needs at "

@@ -29,20 +29,23 @@ def main(arguments: Sequence[str]) -> int:
         if environment.get("DRY_RUN", "0") not in ("", "0"):
             options = Options(**{**vars(options), "dry_run": True})
         job = job_from(options, environment)
+        if not options.dry_run:
+            return Supervisor(job).run()
+        print("\n".join(dry_run(job)))
     except BrokenJob as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return MISTAKE
-    if options.dry_run:
-        print("\n".join(dry_run(job)))
-        return DONE
-    return Supervisor(job).run()
+    return DONE
 
 
 def dry_run(job: Job) -> list[str]:
     """Every command of the job, in order."""
     exports = [f"export {name}={value}" for name, value in sorted(commands.environment(job).items())]
     health = commands.health_step(job, device="auto", output="OUTPUT_DIR")
-    steps = [commands.check_step(job), health, commands.train_step(job)]
+    size = engine_ranks(job) if job.rollout_nodes else 1
+    engines = [commands.serve_step(job, size)] if job.rollout_nodes else []
+    train = commands.train_step(job, size)
+    steps = [commands.check_step(job), health, *engines, train]
     head = f"# {len(job.nodes)} × {job.ranks_per_node} GPUs, {job.world_size} ranks train {job.config}"
     shown = [line for step in steps for line in ("", *commands.shown(step))]
     return [head, *exports, *shown, "", *(f"# {line}" for line in plan(job))]
@@ -57,6 +60,26 @@ def plan(job: Job) -> list[str]:
     except OSError as error:
         return [f"no plan: {job.python} cannot be started here ({error.strerror})"]
     return (found.stdout or found.stderr).strip().splitlines()[-20:]
+
+
+def engine_ranks(job: Job) -> int:
+    """rollout.tensor_parallel_size, without the project's own reader, which a login node may lack."""
+    import tomllib
+
+    given = dict(part.removeprefix("--").split("=", 1) for part in joined(job.overrides))
+    from_file = tomllib.loads(Path(job.config).read_text()).get("rollout", {}).get("tensor_parallel_size", 1)
+    return int(given.get("rollout.tensor_parallel_size", from_file))
+
+
+def joined(overrides: Sequence[str]) -> list[str]:
+    """Every override as --section.key=VALUE."""
+    parts: list[str] = []
+    for part in overrides:
+        if parts and "=" not in parts[-1]:
+            parts[-1] += f"={part}"
+        else:
+            parts.append(part)
+    return [part for part in parts if "=" in part]
 
 
 if __name__ == "__main__":

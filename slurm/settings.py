@@ -26,7 +26,12 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.MISTAKE
-    print(json.dumps({"output": str(Path(settings.run.output_dir).absolute()), "device": settings.run.device}))
+    found = {
+        "output": str(Path(settings.run.output_dir).absolute()),
+        "device": settings.run.device,
+        "engine_ranks": settings.rollout.tensor_parallel_size,
+    }
+    print(json.dumps(found))
     return exit_codes.DONE
 
 

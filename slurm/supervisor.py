@@ -11,11 +11,12 @@ import datetime
 import json
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_srpo import exit_codes
@@ -45,6 +46,7 @@ class Supervisor:
         self._job, self._clock = job, clock
         self._stop_asked = False  # SIGUSR1: the time limit is near, or somebody wants the nodes
         self._ended = False  # SIGTERM: the job was cancelled or preempted
+        self._engines_lost = False
         self._environment = {**os.environ, **commands.environment(job)}
 
     def run(self) -> int:
@@ -54,9 +56,10 @@ class Supervisor:
         settings = self._check()
         if settings is None:
             return exit_codes.STOPPED if self._ended else exit_codes.MISTAKE
+        train = commands.train_step(self._job, settings["engine_ranks"])
         attempts = Attempts(Path(settings["output"]), self._job.max_attempts, self._job.job_id)
         attempts.begin()
-        code = self._attempt(settings)
+        code = self._attempt(settings, train)
         if code != exit_codes.DONE and (self._ended or code == exit_codes.STOPPED):
             # A job that was told to end and still runs has been preempted, with a period of grace.
             code = exit_codes.REQUEUE if job_state(self._job.job_id) == "RUNNING" else exit_codes.STOPPED
@@ -84,7 +87,7 @@ class Supervisor:
             say(f"the configuration was not accepted (exit code {found.returncode}); the job is not started again")
             return None
 
-    def _attempt(self, settings: dict) -> int:
+    def _attempt(self, settings: dict, train: Step) -> int:
         self._job.logs.mkdir(parents=True, exist_ok=True)
         if self._stop_asked:
             return exit_codes.REQUEUE
@@ -95,19 +98,49 @@ class Supervisor:
         if code != exit_codes.DONE:
             return code if code == exit_codes.STOPPED else exit_codes.UNHEALTHY
         say(f"logs of the nodes: {self._job.logs}/node-*.log")
-        return self._execute(commands.train_step(self._job), "train")
+        with self._engines(settings["engine_ranks"]) as engines:
+            code = self._execute(train, "train", engines=engines)
+        told = [commands.record(self._job, "serve", number) for number in range(self._job.rollout_nodes)]
+        return exit_codes.MISTAKE if exit_codes.MISTAKE in map(_read, told) else code
 
-    def _execute(self, step: Step, kind: str, *, seconds: float = math.inf) -> int:
+    @contextlib.contextmanager
+    def _engines(self, engine_ranks: int) -> Iterator[subprocess.Popen | None]:
+        """The step of the engine servers, if the job has any; it ends with the block."""
+        if not self._job.rollout_nodes:
+            yield None
+            return
+        self._environment[commands.TOKEN] = secrets.token_urlsafe(32)  # the servers', and the trainer's to them
+        say(f"engine servers on {', '.join(self._job.rollout_hosts)}; their logs: {self._job.logs}/engine-*.log")
+        for number in range(self._job.rollout_nodes):
+            commands.record(self._job, "serve", number).unlink(missing_ok=True)
+        srun = self._start(commands.serve_step(self._job, engine_ranks))
+        try:
+            yield srun
+        finally:
+            srun.terminate()
+            try:
+                srun.wait(timeout=KILL_SECONDS)
+            except subprocess.TimeoutExpired:
+                srun.kill()
+
+    def _start(self, step: Step) -> subprocess.Popen:
+        return subprocess.Popen(step.argv, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def _execute(
+        self, step: Step, kind: str, *, seconds: float = math.inf, engines: subprocess.Popen | None = None
+    ) -> int:
         """Run a step to its end, or for `seconds`; returns what it came to."""
         files = [commands.record(self._job, kind, number) for number in range(len(step.nodes))]
         for file in files:
             file.unlink(missing_ok=True)
         say(f"{step.title}: {len(step.nodes)} × {self._job.ranks_per_node} ranks")
-        srun = subprocess.Popen(step.argv, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        if not self._wait(srun, seconds):
+        srun = self._start(step)
+        if not self._wait(srun, seconds, engines):
             return exit_codes.REQUEUE
         codes = [_read(file) for file in files]
         code = outcome(srun.returncode, codes)
+        if self._engines_lost and code == exit_codes.STOPPED:
+            code = CRASHED
         if code not in (exit_codes.DONE, exit_codes.REQUEUE):
             ends = [f"{name} {ending(codes[number])}" for number, name in enumerate(step.nodes)]
             say(f"{step.title} ended: {', '.join(ends)}")
@@ -115,8 +148,9 @@ class Supervisor:
                 print("".join(f"    {line}\n" for line in self._last_words(codes)), end="", file=sys.stderr, flush=True)
         return code
 
-    def _wait(self, srun: subprocess.Popen, seconds: float) -> bool:
-        """Until the step ends, by itself or after `seconds`: True; or until the job's own end is too near: False."""
+    def _wait(self, srun: subprocess.Popen, seconds: float, engines: subprocess.Popen | None) -> bool:
+        """Until the step ends, by itself, after `seconds` or without its engines: True; or until the job's own end is
+        too near: False."""
         now = self._clock()
         deadline, ask_at, end = now + seconds, now + START_SECONDS, None
         while srun.poll() is None:
@@ -127,10 +161,11 @@ class Supervisor:
             if end is not None and now > end - RESERVE_SECONDS:
                 say("no checkpoint in time: the job will go on from its last one")
                 return False  # the requeue ends the step
-            if now > deadline:
-                say(f"not ended after {seconds:.0f} s")
+            lost = not self._engines_lost and engines is not None and engines.poll() is not None
+            if lost or now > deadline:
+                say("the engine servers have ended" if lost else f"not ended after {seconds:.0f} s")
                 srun.terminate()
-                deadline = now + KILL_SECONDS
+                deadline, self._engines_lost = now + KILL_SECONDS, lost or self._engines_lost
             with contextlib.suppress(subprocess.TimeoutExpired):
                 srun.wait(timeout=0.5)
         return True

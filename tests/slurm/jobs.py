@@ -63,7 +63,7 @@ class SubmittedJob:
 
     def __init__(
         self, cluster: Cluster, inputs: Inputs, name: str, changes: dict[str, str] | None = None, *,
-        sbatch: Sequence[str] = (), site: str = "",
+        sbatch: Sequence[str] = (), site: str = "", script: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._cluster = cluster
         self.output = inputs.folder / name
@@ -73,7 +73,8 @@ class SubmittedJob:
         settings.write_text((inputs.folder / "site.env").read_text() + site)
         told = cluster.run(
             "sbatch", "--parsable", "--nodes=2", "--time=60", f"--output={inputs.folder}/{name}-%j.log", *sbatch,
-            f"--export=ALL,SRPO_SITE={settings}", "slurm/srpo_qwen3_8b.sh", *arguments, cwd=ROOT,
+            f"--export=ALL,SRPO_SITE={settings}", "slurm/srpo_qwen3_8b.sh", *script, *arguments,
+            cwd=ROOT,
         )  # fmt: skip
         self.id = told.strip()
         assert self.id, "sbatch did not take the job"

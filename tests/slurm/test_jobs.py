@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -107,3 +108,16 @@ def test_a_crash_ends_the_job_where_no_attempt_is_left(cluster, inputs):
     job.kill_launcher(0)
     assert job.wait_for_end() == CRASH_LOOP
     assert "1 attempts in a row ended without a new checkpoint" in job.log and job.facts()["Restarts"] == "0"
+
+
+def test_engine_servers_on_the_second_node_generate_for_the_training_on_the_first(cluster, inputs):
+    one_rank = {"parallel.tensor_model_parallel_size": "1", "parallel.sequence_parallel": "false"}
+    changes = one_rank | {"run.iterations": "3", "bridge.verify_every": "1"}
+    job = SubmittedJob(cluster, inputs, "split", changes, script=["--rollout-nodes", "1"])
+    assert job.wait_for_end() == exit_codes.DONE, job.report()
+    assert job.iterations() == [1, 2, 3]
+    assert "engine servers on nodeb" in job.log and "training: 1 × 1 ranks" in job.log
+    assert (job.node_logs / "engine-0-0.log").exists() and not (job.node_logs / "node-1.log").exists()
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["rollout/weight_version"] for line in lines] == [0, 1, 2]
+    assert max(line["rollout_corr/logprob_diff_max"] for line in lines) < 1e-4

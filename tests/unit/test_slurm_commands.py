@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.config import load_config
-from slurm import commands
+from megatron_srpo.rollout.guard import TOKEN_VARIABLE
+from slurm import commands, serve
 from slurm.job import BrokenJob, Job, job_from, parse
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,40 @@ def test_a_dry_run_without_the_projects_environment_says_that_there_is_no_plan()
     assert dry_run("srpo_qwen3_8b.sh", SRPO_PYTHON="/absent/python")[-1].startswith("# no plan: /absent/python cannot")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "ports"),
+    [((), range(8)), (("--rollout.tensor_parallel_size", "4"), range(2)), (("--rollout.tensor_parallel_size=8",), [0])],
+)
+def test_the_last_nodes_serve_and_the_trainer_learns_every_servers_address(overrides, ports):
+    lines = dry_run("srpo_qwen3_8b.sh", "--nodes=4", "--rollout-nodes=2", *overrides)
+    check, health, serve, train = (shlex.split(line) for line in lines if line.startswith("srun"))
+    assert "--nodelist=node0,node1,node2,node3" in health
+    assert "--nodelist=node2,node3" in serve and "--hosts=node2,node3" in serve
+    assert "--nodelist=node0,node1" in train and "--nnodes=2" in train
+    assert check[check.index("slurm.settings") + 1] == "16"  # ranks that train
+    urls = json.loads(train[train.index("--rollout.servers") + 1])
+    first = int(next(part for part in serve if part.startswith("--port=")).removeprefix("--port="))
+    assert urls == [
+        f"http://node{2 + node}:{first + node * len(ports) + port}" for node in range(2) for port in ports
+    ]  # fmt: skip
+    assert train[train.index("--rollout.placement") + 1] == "servers"
+
+
+def test_a_nodes_servers_listen_where_the_trainer_looks_for_them():
+    job = Job(CONFIG, (), ("a", "b", "c"), rollout_nodes=2, ranks_per_node=8, address="{node}.net", job_id="31")
+    for size in (1, 2, 8):
+        command = commands.serve_step(job, size).command
+        options, server = serve.parse(command[command.index("slurm.serve") + 1 :])
+        assert server[-3:] == ["megatron_srpo", "serve", CONFIG]
+        found = [address for node in (0, 1) for address in serve.node_addresses(options, node)]
+        assert [f"http://{host}:{port}" for host, port in found] == commands.server_urls(job, size)
+        assert len(found) == 16 // size
+
+
+def test_the_servers_token_is_the_one_that_they_ask_for():
+    assert commands.TOKEN == TOKEN_VARIABLE
+
+
 def test_a_site_sets_interface_scratch_container_and_address_in_its_file(tmp_path):
     site = tmp_path / "site.env"
     site.write_text(
@@ -107,9 +143,9 @@ def test_every_setting_that_is_read_is_in_the_example_and_in_nothing_else():
     read = set()
     for path in (ROOT / "slurm").iterdir():
         if path.suffix in (".py", ".sh"):
-            read |= set(re.findall(r"SRPO_[A-Z_]+", path.read_text()))
+            read |= set(re.findall(r"\bSRPO_[A-Z_]+", path.read_text()))
     example = (ROOT / "slurm/site.env.example").read_text()
-    assert read == set(re.findall(r"SRPO_[A-Z_]+", example))
+    assert read == set(re.findall(r"\bSRPO_[A-Z_]+", example))
     assert not [
         line for line in example.splitlines() if line and not line.startswith("#")
     ]  # nothing until it is edited
@@ -149,7 +185,7 @@ def test_a_mistake_in_the_arguments_is_one_message(arguments, told, monkeypatch)
     ("arguments", "environment", "told"),
     [
         ([], {}, "this is not a Slurm job"),
-        (["--dry-run", "--nodes=2", "--rollout-nodes=1"], {}, "--rollout-nodes: engines on nodes of their own"),
+        (["--dry-run", "--nodes=2", "--rollout-nodes=2"], {}, "--rollout-nodes 2: the job has 2 nodes"),
         (["--dry-run"], {"SRPO_MAX_ATTEMPTS": "many"}, 'SRPO_MAX_ATTEMPTS = "many"'),
         (["--nodes=2"], {"SLURM_JOB_NODELIST": "a"}, "it is sbatch's"),
     ],

@@ -118,7 +118,9 @@ def test_the_batch_host_learns_output_folder_and_device_from_a_sound_configurati
         "[rollout]\nmax_response_length = 8\n[algorithm]\ndistillation_topk = 20\n"
     )
     found = settings("2", f"{tmp_path}/c.toml", "--run.output_dir", f"{tmp_path}/out", "--run.device", "cpu")
-    assert json.loads(found.stdout) == {"output": f"{tmp_path}/out", "device": "cpu"}, found.stderr
+    assert json.loads(found.stdout) == {
+        "output": f"{tmp_path}/out", "device": "cpu", "engine_ranks": 1
+    }, found.stderr  # fmt: skip
     refused = settings("3", f"{tmp_path}/c.toml", "--parallel.tensor_model_parallel_size", "2")
     assert refused.returncode == exit_codes.MISTAKE and refused.stdout == ""
     assert refused.stderr.startswith("error: ") and "3 ranks were started" in refused.stderr

@@ -19,21 +19,33 @@ from slurm.supervisor import CRASH_LOOP, CRASHED, outcome
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/science/srpo_qwen3_8b.toml"
 # Each node leaves the exit code that $HEALTH or $TRAIN has for it, "-" for none; a checkpoint appears if $SAVES is set.
+# Engine servers run until they are ended, or end with $SERVE.
 SRUN = """#!/bin/bash
 kind=
 for part in "$@"; do
   case $part in
     slurm.settings)
       [ -z "$REFUSED" ] || exit 2
-      echo "{\\"output\\": \\"$OUTPUT\\", \\"device\\": \\"cpu\\"}"
+      echo "{\\"output\\": \\"$OUTPUT\\", \\"device\\": \\"cpu\\", \\"engine_ranks\\": ${ENGINE:-1}}"
       exit 0 ;;
     --record=*) file=${part#--record=}; kind=$(basename "$file"); kind=${kind%%-*} ;;
   esac
 done
+if [ $kind = serve ]; then
+  if [ -n "$SERVE" ]; then
+    until [ -e "$OUTPUT.trains" ]; do sleep 0.05; done
+    echo $SERVE > "${file/\\{node\\}/0}"
+    exit 0
+  fi
+  trap 'echo "servers ended"; kill $!; exit 0' TERM
+  sleep 60 & echo "servers run"
+  wait
+fi
 [ $kind = health ] && codes=$HEALTH || codes=$TRAIN
 if [ $kind = train ] && [ -n "$WAITS" ]; then
   trap 'echo "$WAITS heard"' "$WAITS"
   sleep 60 & echo ready
+  touch "$OUTPUT.trains"
   wait $!
   kill $!
 fi
@@ -62,12 +74,12 @@ def start(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def start(**does: str) -> subprocess.Popen:
+    def start(*arguments: str, **does: str) -> subprocess.Popen:
         environment = {
             "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "run"), "SRPO_LOGS": str(tmp_path),
             "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": "7", "HEALTH": "0 0", "TRAIN": "0 0", **does,
         }  # fmt: skip
-        command = [sys.executable, "-m", "slurm.launch", CONFIG]
+        command = [sys.executable, "-m", "slurm.launch", CONFIG, *arguments]
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -79,9 +91,9 @@ def start(tmp_path):
 def attempt(start, tmp_path):
     """One attempt to its end: (exit code, was Slurm asked to start the job again, what was said)."""
 
-    def attempt(**does: str) -> tuple[int, bool, str]:
+    def attempt(*arguments: str, **does: str) -> tuple[int, bool, str]:
         (tmp_path / "run.requeues").unlink(missing_ok=True)
-        job = start(**does)
+        job = start(*arguments, **does)
         said, _ = job.communicate(timeout=60)
         return job.returncode, (tmp_path / "run.requeues").exists(), said
 
@@ -140,6 +152,27 @@ def test_the_request_to_stop_reaches_the_training_step(start):
     rest = "".join(said)
     assert "USR1 heard" in rest and "asked to stop (SIGUSR1)" in rest
     assert job.wait(timeout=60) == exit_codes.REQUEUE
+
+
+SPLIT = ("--rollout-nodes", "1")
+
+
+def test_engine_servers_run_beside_the_training_and_end_with_it(attempt):
+    code, requeued, said = attempt(*SPLIT, TRAIN="0")
+    assert (code, requeued) == (exit_codes.DONE, False)
+    assert said.index("servers run") < said.index("servers ended") and "training: 1 × 8 ranks" in said
+
+
+@pytest.mark.parametrize(("serve", "code", "requeued"), [("1", CRASHED, True), ("2", exit_codes.MISTAKE, False)])
+def test_without_its_engine_servers_the_training_is_ended(attempt, serve, code, requeued):
+    ended = attempt(*SPLIT, TRAIN="143", WAITS="TERM", SERVE=serve, STATE="RUNNING")
+    assert "TERM heard" in ended[2] and "the engine servers have ended" in ended[2]
+    assert ended[:2] == (code, requeued)
+
+
+def test_an_engine_that_is_larger_than_a_node_is_refused(attempt):
+    code, requeued, said = attempt(*SPLIT, ENGINE="16")
+    assert (code, requeued) == (exit_codes.MISTAKE, False) and "an engine server lives on one node" in said
 
 
 @pytest.mark.parametrize(
