@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_srpo import exit_codes
 
 RESTARTS = 3
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 END_SECONDS = 20
 
 
