@@ -250,6 +250,25 @@ def converted(folders, to_megatron, tmp_path):
     return tmp_path / "megatron"
 
 
+def test_a_runs_newest_checkpoint_is_found_and_its_model_folder_too(folders, converted, to_hf, tmp_path):
+    source = folders("qwen3 tied fp32")
+    shutil.rmtree(converted / "hf")  # checkpoints of training have none
+    newest = tmp_path / "run/checkpoints/step_00000012"
+    newest.parent.mkdir(parents=True)
+    converted.rename(newest)
+    (newest / "manifest.json").write_text("{}")
+    (newest / "config.json").write_text(json.dumps({"model": {"path": str(source)}}))
+    (newest.parent / "step_00000004").mkdir()
+    for given in (tmp_path / "run", newest.parent, newest):
+        code, *said = to_hf(given, tmp_path / "back", "--verify-against", source)
+        assert code == 0, said
+        shutil.rmtree(tmp_path / "back")
+    (newest / "config.json").write_text(json.dumps({"model": {"path": "models/moved"}}))
+    code, _, said = to_hf(newest, tmp_path / "back")
+    assert code == 2 and "models/moved" in said and "--hf DIR" in said
+    assert to_hf(newest, tmp_path / "back", "--hf", source, "--verify-against", source)[0] == 0
+
+
 def flip_a_byte(folder: Path) -> None:
     file = folder / "__0_0.distcp"
     content = bytearray(file.read_bytes())
