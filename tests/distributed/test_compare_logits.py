@@ -1,4 +1,4 @@
-"""The comparison tool as users run it: agreement at a layout of two ranks, and a fault traced to its layer."""
+"""The comparison tool as users run it: agreement at layouts of two ranks, and a fault traced to its layer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.fresh_process import fresh_process, run_as_torchrun_does
 from tests.tiny_models import make_tiny_model
 
 LAYERS = 5
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _compare(said: Path, arguments: list[str]) -> int:
@@ -32,6 +33,28 @@ def _compare(said: Path, arguments: list[str]) -> int:
     return code
 
 
+def _compare_alone(said: Path, arguments: list[str]) -> int:
+    """Without torchrun, whatever an earlier comparison has left in this process's environment."""
+    for name in TORCHRUN:
+        os.environ.pop(name, None)
+    return _compare(said, arguments)
+
+
+def _compare_layouts(folder: Path, layouts: dict[str, list[str]], ports: list[int]) -> int:
+    """One after the other on the same ranks; the largest exit code."""
+    codes = []
+    for (name, arguments), port in zip(layouts.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        codes.append(_compare(folder / name, arguments))
+    return max(codes)
+
+
+@pytest.fixture(scope="module")
+def process():
+    with fresh_process() as pool:
+        yield pool
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model") / "hf", "qwen3", layers=LAYERS, tied=False)
@@ -39,12 +62,14 @@ def model(tmp_path_factory):
 
 def test_two_ranks_agree_with_transformers_on_prompts_of_any_length(model, tmp_path):
     arguments = ["--hf", str(model), "--no-vllm", "--prompt", "What is 17 + 25?", "--token-ids", "5,6,7"]
-    for layout in (
-        ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
-        ["--pipeline-model-parallel-size", "2"],
-    ):
-        codes = run_as_torchrun_does(_compare, 2, free_port(), tmp_path / "said", [*arguments, *layout])
-        said = (tmp_path / "said").read_text()
+    layouts = {
+        "tp": [*arguments, "--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        "pp": [*arguments, "--pipeline-model-parallel-size", "2"],
+    }
+    ports = [free_port(), free_port()]
+    codes = run_as_torchrun_does(_compare_layouts, 2, ports[0], tmp_path, layouts, ports)
+    for name in layouts:
+        said = (tmp_path / name).read_text()
         assert codes == [0, 0], said
         assert "Megatron: agrees" in said and "DIFFERS" not in said
 
@@ -66,25 +91,23 @@ def _damaged(model: Path, copy: Path, tensor: str) -> Path:
         ("lm_head.weight", "the final norm or the head (every layer agrees)"),
     ],
 )
-def test_a_fault_in_one_tensor_is_traced_to_its_layer(model, tmp_path, tensor, where):
+def test_a_fault_in_one_tensor_is_traced_to_its_layer(model, process, tmp_path, tensor, where):
     faulty = _damaged(model, tmp_path / "faulty", tensor)
-    with fresh_process() as process:
-        process.submit(_convert, faulty, tmp_path / "megatron", {"tensor_model_parallel_size": 2}).result()
-        arguments = ["--hf", str(model), "--megatron", str(tmp_path / "megatron"), "--no-vllm", "--token-ids", "7,5,6"]
-        assert process.submit(_compare, tmp_path / "said", arguments).result() == 1
+    process.submit(_convert, faulty, tmp_path / "megatron", {"tensor_model_parallel_size": 2}).result()
+    arguments = ["--hf", str(model), "--megatron", str(tmp_path / "megatron"), "--no-vllm", "--token-ids", "7,5,6"]
+    assert process.submit(_compare_alone, tmp_path / "said", arguments).result() == 1
     said = (tmp_path / "said").read_text()
     assert "Megatron: DIFFERS" in said and f"first that differs: {where}" in said, said
 
 
-def test_a_comparison_without_prompts_or_ranks_is_refused(model, tmp_path):
-    with fresh_process() as process:
-        for more, message in (
-            ([], "nothing to compare on"),
-            (["--token-ids", "1,a"], "expected numbers like 1,2,3"),
-            (["--token-ids", "1", "--pipeline-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
-        ):
-            assert process.submit(_compare, tmp_path / "said", ["--hf", str(model), *more]).result() == 2
-            assert message in (tmp_path / "said").read_text()
+def test_a_comparison_without_prompts_or_ranks_is_refused(model, process, tmp_path):
+    for more, message in (
+        ([], "nothing to compare on"),
+        (["--token-ids", "1,a"], "expected numbers like 1,2,3"),
+        (["--token-ids", "1", "--pipeline-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
+    ):
+        assert process.submit(_compare_alone, tmp_path / "said", ["--hf", str(model), *more]).result() == 2
+        assert message in (tmp_path / "said").read_text()
 
 
 @pytest.mark.slow
