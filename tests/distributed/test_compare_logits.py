@@ -40,15 +40,6 @@ def _compare_alone(said: Path, arguments: list[str]) -> int:
     return _compare(said, arguments)
 
 
-def _compare_layouts(folder: Path, layouts: dict[str, list[str]], ports: list[int]) -> int:
-    """One after the other on the same ranks; the largest exit code."""
-    codes = []
-    for (name, arguments), port in zip(layouts.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        codes.append(_compare(folder / name, arguments))
-    return max(codes)
-
-
 @pytest.fixture(scope="module")
 def process():
     with fresh_process() as pool:
@@ -60,18 +51,20 @@ def model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model") / "hf", "qwen3", layers=LAYERS, tied=False)
 
 
-def test_two_ranks_agree_with_transformers_on_prompts_of_any_length(model, tmp_path):
-    arguments = ["--hf", str(model), "--no-vllm", "--prompt", "What is 17 + 25?", "--token-ids", "5,6,7"]
-    layouts = {
-        "tp": [*arguments, "--tensor-model-parallel-size", "2", "--sequence-parallel"],
-        "pp": [*arguments, "--pipeline-model-parallel-size", "2"],
-    }
-    ports = [free_port(), free_port()]
-    codes = run_as_torchrun_does(_compare_layouts, 2, ports[0], tmp_path, layouts, ports)
-    for name in layouts:
-        said = (tmp_path / name).read_text()
-        assert codes == [0, 0], said
-        assert "Megatron: agrees" in said and "DIFFERS" not in said
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        pytest.param(["--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow),
+    ],
+    ids=["tp2", "pp2"],
+)
+def test_two_ranks_agree_with_transformers_on_prompts_of_any_length(model, tmp_path, layout):
+    arguments = ["--hf", str(model), "--no-vllm", "--prompt", "What is 17 + 25?", "--token-ids", "5,6,7", *layout]
+    codes = run_as_torchrun_does(_compare, 2, free_port(), tmp_path / "said", arguments)
+    said = (tmp_path / "said").read_text()
+    assert codes == [0, 0], said
+    assert "Megatron: agrees" in said and "DIFFERS" not in said
 
 
 def _damaged(model: Path, copy: Path, tensor: str) -> Path:
