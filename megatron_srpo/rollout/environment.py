@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import glob
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
+SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets; an address has 107 characters at most
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "msrpo"
 
@@ -36,6 +40,7 @@ def prepare_environment(device: str) -> None:
     """
     for name, value in (COMMON | CPU if device == "cpu" else COMMON).items():
         os.environ.setdefault(name, value)
+    _own_socket_folder()
     if device != "cpu":
         return
     # It says once a rank that Triton cannot compile for CPUs, which nothing here asks for.
@@ -50,6 +55,18 @@ def prepare_environment(device: str) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
         torch.set_num_threads(max(1, cores // ranks))
     remove_leftovers()
+
+
+def _own_socket_folder() -> None:
+    """vLLM leaves a socket in the temporary folder at every start: it gets one there that goes with the process."""
+    temporary = Path(tempfile.gettempdir())
+    remove_leftovers(temporary)
+    if SOCKETS in os.environ:
+        return
+    folder = temporary / f"{shared_memory_name(os.getpid())}-sockets"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.environ[SOCKETS] = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def shared_memory_name(pid: int) -> str:
@@ -67,9 +84,9 @@ def _machine() -> str:
 
 
 def remove_leftovers(folder: Path = SHARED_MEMORY) -> list[str]:
-    """Unlink shared memory of our dead processes; returns the names.
+    """Unlink shared memory (or, in another folder, what else has such a name) of our dead processes; returns the names.
 
-    Only blocks that carry our own name, belong to this user, were made in this process namespace, and whose process is
+    Only what carries our own name, belongs to this user, was made in this process namespace, and whose process is
     gone. Whatever else lies there, vLLM's own names included, may be in use by somebody.
     """
     ours = re.compile(rf".?{PREFIX}\.{re.escape(_machine())}\.(\d+)-.*")
@@ -78,7 +95,7 @@ def remove_leftovers(folder: Path = SHARED_MEMORY) -> list[str]:
         found = ours.fullmatch(path.name)
         with contextlib.suppress(OSError):
             if found and path.stat().st_uid == os.getuid() and not Path(f"/proc/{found[1]}").exists():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path.name)
     return removed
 

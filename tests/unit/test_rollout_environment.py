@@ -7,26 +7,32 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import ColocatedEngine, RolloutError, environment, prepare_environment
-from megatron_srpo.rollout.environment import COMMON, CPU, remove_leftovers, shared_memory_name, unlink_blocks
+from megatron_srpo.rollout.environment import COMMON, CPU, SOCKETS, remove_leftovers, shared_memory_name, unlink_blocks
 from megatron_srpo.rollout.vllm_engine import check_model
 from tests.tiny_engines import GREEDY, VOCAB, tiny_engine, tiny_requests
 from tests.tiny_models import make_tiny_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def clean(monkeypatch, tmp_path):
     """None of the variables is set, leftovers are sought in an empty folder, and torch's threads are put back."""
-    for name in (*COMMON, *CPU, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+    for name in (*COMMON, *CPU, SOCKETS, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what a test sets
         monkeypatch.delenv(name)
-    monkeypatch.setattr(environment, "remove_leftovers", partial(remove_leftovers, tmp_path))
+    monkeypatch.setattr(environment, "remove_leftovers", lambda folder=tmp_path: remove_leftovers(folder))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     threads = torch.get_num_threads()
     yield monkeypatch
     torch.set_num_threads(threads)
@@ -109,11 +115,27 @@ def test_a_machine_without_shared_memory_has_no_leftovers(tmp_path):
 
 
 def test_preparing_a_cpu_removes_leftovers(clean, tmp_path, dead):
-    blocks(tmp_path, f"{shared_memory_name(dead)}-tp:0")
+    blocks(tmp_path, name := f"{shared_memory_name(dead)}-tp:0")
     prepare_environment("cuda")
-    assert left(tmp_path)
+    assert name in left(tmp_path)
     prepare_environment("cpu")
-    assert not left(tmp_path)
+    assert name not in left(tmp_path)
+
+
+def test_vllms_sockets_are_in_a_folder_that_goes_with_the_process_or_with_the_next_start(tmp_path):
+    program = (
+        "import os, sys, tempfile; from megatron_srpo.rollout.environment import SOCKETS, prepare_environment;"
+        f"tempfile.tempdir = {str(tmp_path)!r}; prepare_environment('cuda');"
+        "open(os.path.join(os.environ[SOCKETS], 'socket'), 'w').close(); print(os.environ[SOCKETS], flush=True);"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != SOCKETS}
+    run = partial(subprocess.run, capture_output=True, text=True, env=environment, cwd=ROOT)
+    ended = run([sys.executable, "-c", program], check=True).stdout.strip()
+    assert Path(ended).parent == tmp_path and not any(tmp_path.iterdir())
+    killed = run([sys.executable, "-c", program + "os.kill(os.getpid(), 9)"]).stdout.strip()
+    assert Path(killed, "socket").exists()
+    run([sys.executable, "-c", program], check=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_unlinking_takes_the_blocks_of_one_engine_alone(tmp_path):
