@@ -272,9 +272,18 @@ def make_models(tmp_path_factory, family, dtype):
 
 
 DENSE = [*(("qwen3", name) for name in LAYOUTS if name not in MOE_LAYOUTS), ("llama", "tp2 sp pp2")]
+# What another layout of the default suite contains too.
+LONG = {"tp2", "pp2", "tp4 sp", "cp2", "cp4, recompute", "cp2 dp2", "pp2 interleaved", "bf16", "bf16 cp2 pp2"}
 
 
-@pytest.mark.parametrize(("family", "layout"), DENSE)
+def unhurried(cases, long):
+    """The cases, those in `long` for the slow suite alone."""
+    return [pytest.param(*case, marks=[pytest.mark.slow] if case in long else []) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), unhurried(DENSE, {("qwen3", name) for name in LONG} | {("llama", "tp2 sp pp2")})
+)
 def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of, family, layout):
     dtype = LAYOUTS[layout].dtype
     student, teacher = models_of(family, dtype)
