@@ -129,6 +129,8 @@ class RewardedGroups:
         self._rest = groups
 
     def _contrasts(self, group: _Group) -> bool:
+        if not any(may_count(rollout, self._algorithm) for rollout, _ in group.members):
+            return False
         correct = [reward.score >= self._algorithm.success_reward_threshold for _, reward in group.members]
         if any(correct):
             return not all(correct)
@@ -158,6 +160,12 @@ class RewardedGroups:
     def metrics(self) -> dict[str, float]:
         """Groups generated and groups without a contrast that were dropped, where groups are chosen."""
         return {f"rollout/{name}_groups": count for name, count in self._counts.items()} if self._choose else {}
+
+
+def may_count(rollout: Rollout, algorithm: AlgorithmConfig) -> bool:
+    """Whether it may be in the loss at all; its reward is part of the group's mean in any case."""
+    truncated = algorithm.mask_truncated and rollout.finish_reason == "length"
+    return not truncated and not rollout.stale and _all_finite(rollout.logprobs)
 
 
 @dataclass
@@ -252,7 +260,8 @@ class _GroupRouter:
         while True:
             group = [Standing(member.correct, member.teachable) for member in members]
             weights = self._routing(group, self._algorithm)
-            weights = [w if self._counts(m) else LEFT_OUT for m, w in zip(members, weights, strict=True)]
+            counts = [may_count(member.rollout, self._algorithm) for member in members]
+            weights = [weight if counted else LEFT_OUT for weight, counted in zip(weights, counts, strict=True)]
             untaught = [m for m, w in zip(members, weights, strict=True) if w.distill > 0 and m.teacher is None]
             if not untaught:
                 return weights
@@ -260,11 +269,6 @@ class _GroupRouter:
                 assert member.teachable, f"routing {self._algorithm.name} distils a rollout that has no teacher"
                 self._find_teacher(prompt, member, used)
                 member.teachable = member.teacher is not None
-
-    def _counts(self, member: _Member) -> bool:
-        """Whether the rollout may be in the loss at all; its reward is part of the group's mean in any case."""
-        truncated = self._algorithm.mask_truncated and member.rollout.finish_reason == "length"
-        return not truncated and not member.rollout.stale and _all_finite(member.rollout.logprobs)
 
     def _find_teacher(self, prompt: Prompt, member: _Member, used: Counter[int]) -> None:
         sibling = self._choose(prompt, member, used) if member.siblings else None

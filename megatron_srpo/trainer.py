@@ -97,7 +97,7 @@ class Trainer:
         """Why going on would be a waste, or ""; the same on all ranks."""
         if 0 < self.config.train.max_skipped_steps <= self._skipped_in_a_row:
             return (
-                f"{self._skipped_in_a_row} optimiser steps in a row had no finite gradient (train.max_skipped_steps). "
+                f"{self._skipped_in_a_row} optimiser steps in a row had nothing finite (train.max_skipped_steps). "
                 "The weights of the last good step are saved; the warnings above name what was not finite"
             )
         if metrics.get("reward/error_fraction") == 1:
@@ -123,6 +123,8 @@ class Trainer:
         with self._timed("train"):
             steps = [self._train(samples, mini, scores) for mini in plan.mini_batches]
         self._skipped_in_a_row = consecutive_skips(self._skipped_in_a_row, steps)
+        if metrics["rollout/nonfinite_samples"] == metrics["perf/sequences"]:
+            self._skipped_in_a_row += 1  # there was no step to take
         with self._timed("publish"):
             self.parts.engine.wake()  # if it sleeps
             self.parts.engine.publish(self.parts.weights, self.iteration + 1)

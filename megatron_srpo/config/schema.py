@@ -251,5 +251,6 @@ class Config(Section):
     @property
     def drops_zero_advantage(self) -> bool:
         """Whether policy samples of advantage 0 need no pass: no other term gives them a gradient."""
-        regularised = self.algorithm.kl_loss_coef > 0 or self.algorithm.entropy_coef > 0
+        algorithm = self.algorithm
+        regularised = algorithm.kl_loss_coef > 0 or algorithm.entropy_coef > 0 or self.train.moe_aux_loss_coef > 0
         return self.train.skip_zero_advantage and not regularised

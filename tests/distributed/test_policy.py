@@ -169,7 +169,7 @@ def test_training_on_two_ranks_equals_one_process(serial, layout, tmp_path):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["exported"].keys() == expected["exported"].keys()
         for name, value in expected["exported"].items():
-            # Adam divides a gradient by its own size: where it is nearly zero, rounding decides which way the weight goes.
+            # Adam divides a gradient by its own size: where that is nearly zero, rounding decides where a weight goes.
             difference = (found["exported"][name] - value).abs()
             assert difference.max() <= 1e-3 and (difference > 1e-4).float().mean() <= 1e-3, name
             # From the one process's checkpoint the same step differs by rounding alone.

@@ -33,6 +33,14 @@ def uids(groups):
     return [prompt.uid for prompt in groups.prompts]
 
 
+def test_a_group_of_which_nothing_may_be_in_the_loss_has_no_contrast():
+    cut, whole = batch(MIXED), batch(MIXED, first=1)
+    for rollout in cut[1]:
+        rollout.finish_reason = "length"
+    assert uids(groups_of(1, cut, whole, mask_truncated=True)) == ["train:1"]
+    assert uids(groups_of(1, cut, whole)) == ["train:0"]
+
+
 def test_without_a_choice_a_batch_stays_as_it_is():
     groups = groups_of(3, batch(MIXED, RIGHT, WRONG), choose=False)
     assert groups.full and uids(groups) == ["train:0", "train:1", "train:2"] and groups.metrics() == {}

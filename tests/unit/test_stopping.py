@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_without_torchrun_any_second_signal_ends_the_process(clock, monkeypatch,
 
 def test_a_requeue_is_kept_until_the_loop_asks_however_often_it_came_and_is_told_from_a_stop(clock, held, monkeypatch):
     for _ in range(3):
-        os.kill(os.getpid(), REQUEUE)
+        signal.pthread_kill(threading.main_thread().ident, REQUEUE)  # other tests have left threads
     late = installed(monkeypatch, torchrun=True)
     assert late() and late.requeue
 
