@@ -23,7 +23,7 @@ RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
 
 FEEDBACK_LIMIT = 8192  # characters; feedback is read by the teacher, whose prompt is bounded anyway
 PREDICTION_LIMIT = 1000  # characters
-_PLUMBING = {"pool", "process", "registry", "tags", "worker"}  # files of this folder that are no kinds
+_PLUMBING = {"pool", "process", "registry", "tags", "worker", "gym_guard"}  # files of this folder that are no kinds
 _FUNCTIONS: dict[str, RewardFunction] = {}
 
 

@@ -25,7 +25,7 @@ if attempt == 0 and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else os._exit(int(how))
 value = torch.ones(1)
 dist.all_reduce(value, group=more)
-print("sum", int(value), flush=True)
+os.write(1, f"sum {int(value)}\\n".encode())  # in one piece: the ranks share the pipe
 """
 
 
