@@ -41,6 +41,7 @@ VARIANTS = {
     "sdpo full vocabulary, trust region": (BASE | {"name": "sdpo", "distillation_topk": 0}, 200, 0, 1.0),
     "gspo": (REGULARISED | GSPO | {"name": "grpo"}, 160, 2, 1.0),
 }  # fmt: skip
+HARD_EDGED = ("grpo", "gspo")  # whole responses in or out by a threshold, on whose either side bf16 may come to stand
 TRUST_REGION = {"mode": "trust_region", "update_rate": 0.3}
 TEACHERS = {  # the others have the EMA teacher
     "sdpo two steps, forward": {"mode": "frozen"},
@@ -288,7 +289,7 @@ def unhurried(cases, long):
 def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of, family, layout):
     dtype = LAYOUTS[layout].dtype
     student, teacher = models_of(family, dtype)
-    variants = list(VARIANTS)
+    variants = [name for name in VARIANTS if dtype == "float32" or name not in HARD_EDGED]
     samples_of = {variant: make_samples(student, variant) for variant in variants}
     found = run_distributed(run_variants, LAYOUTS[layout].ranks, variants, layout, student, teacher, samples_of)[0]
     for variant in variants:
