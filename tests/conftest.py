@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 for _name, _value in {
     "OMP_NUM_THREADS": "1",  # more threads than cores are slower by an order of magnitude
     "TOKENIZERS_PARALLELISM": "false",
@@ -18,3 +20,11 @@ for _name, _value in {
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A command that runs in the test's process holds SIGUSR1 back, which processes started later would inherit."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
