@@ -14,6 +14,7 @@ from typing import Any
 from megatron_srpo.config.check_files import file_problems
 from megatron_srpo.config.model_folder import expert_count, expert_layers, unsupported
 from megatron_srpo.config.schema import Config, ConfigError, ParallelConfig
+from megatron_srpo.config.templates import template_problems
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
@@ -44,7 +45,8 @@ def contradictions(
     must exist ("train", "test").
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *_objective(config), *_schedule(config)]
-    problems += [*_layout(config), *_servers(config), *file_problems(config, splits)]
+    problems += [*_layout(config), *_servers(config), *template_problems(config.teacher)]
+    problems += file_problems(config, splits)
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import Any
 
 from megatron_srpo.config import DataConfig, TeacherConfig
+from megatron_srpo.config.templates import Piece, template_pieces
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.prompts import encode, render_chat
 from megatron_srpo.types import Prompt
 
 _THINKING = re.compile("</?think>")
-
-Piece = tuple[str, str]  # ("text", literal) or ("field", name)
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class TeacherPrompt:
 class TeacherPromptBuilder:
     """Callable: (prompt, solution, feedback) → TeacherPrompt, or None where there is nothing to teach or no room.
 
-    `max_prompt_length` counts tokens of the whole teacher prompt. Templates are checked here: DataError for an unknown,
-    missing or repeated placeholder.
+    `max_prompt_length` counts tokens of the whole teacher prompt. The templates are those that the configuration's check
+    has let through.
     """
 
     def __init__(self, tokenizer: Any, teacher: TeacherConfig, data: DataConfig, max_prompt_length: int) -> None:
@@ -43,13 +41,10 @@ class TeacherPromptBuilder:
         self._kwargs = data.chat_template_kwargs
         self._limit = max_prompt_length
         self._instruction = teacher.instruction
-        self._template = parse_template(
-            "teacher.template", teacher.template, {"question", "solution", "feedback", "instruction"},
-            needed={"question", "solution"},
-        )  # fmt: skip
+        self._template = template_pieces("template", teacher.template)
         self._sections = {
-            "solution": parse_template("teacher.solution_section", teacher.solution_section, {"solution"}),
-            "feedback": parse_template("teacher.feedback_section", teacher.feedback_section, {"feedback"}),
+            name: template_pieces(f"{name}_section", getattr(teacher, f"{name}_section"))
+            for name in ("solution", "feedback")
         }
         self._untrusted = _UntrustedText(tokenizer)
         self._check_chat_template()
@@ -141,31 +136,6 @@ def strip_thinking(text: str) -> str:
     if not thinking:
         kept.append(text[start:])
     return "".join(kept).strip()
-
-
-def parse_template(key: str, template: str, known: set[str], *, needed: set[str] | None = None) -> list[Piece]:
-    """A template as pieces. DataError (naming `key`) for an unknown or repeated placeholder, or one of `needed` (else
-    all of `known`) that is missing; {{ and }} are braces."""
-    expected = ", ".join(f"{{{name}}}" for name in sorted(known))
-    try:
-        parsed = list(Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(f"{key}: {error}; placeholders are {expected}, and {{{{ stands for a brace") from None
-    pieces: list[Piece] = []
-    for literal, name, specification, conversion in parsed:
-        if literal:
-            pieces.append(("text", literal))
-        if name is None:
-            continue
-        if name not in known or specification or conversion:
-            raise DataError(f"{key}: unknown placeholder {{{name}}}; expected {expected}, and {{{{ stands for a brace")
-        if ("field", name) in pieces:
-            raise DataError(f"{key}: {{{name}}} stands there twice; expected once")
-        pieces.append(("field", name))
-    for name in sorted(known if needed is None else needed):
-        if ("field", name) not in pieces:
-            raise DataError(f"{key}: {{{name}}} is missing, without it the teacher cannot see it")
-    return pieces
 
 
 def _fill(pieces: Sequence[Piece], fields: dict[str, str]) -> str:

@@ -83,6 +83,7 @@ class WeightsAndBiases:
             silent=True, console="off", init_timeout=WANDB_TIMEOUT_SECONDS, login_timeout=WANDB_TIMEOUT_SECONDS,
             finish_timeout=WANDB_UPLOAD_SECONDS,
         )  # fmt: skip
+        wandb.setup(settings)  # the settings of init do not silence what init says after it (of libraries it detects)
         online = config.observe.wandb_mode == "online"
         run_id = self._run_id(folder, start_step)
         self._recorded = set(offline_steps(folder, run_id)) if start_step else set()

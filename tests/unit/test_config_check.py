@@ -420,3 +420,24 @@ def test_an_unfinished_download_is_told(folder):
     assert "1 of the 2 weight files" in refused(folder) and "model-00002-of-00002.safetensors" in refused(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "is not an index" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"template": "{question}{solution}{hint}"}, r"teacher.template: unknown placeholder \{hint\}"),
+        ({"template": "{question}{0}{solution}"}, "unknown placeholder"),
+        ({"template": "{question.__class__}{solution}"}, "unknown placeholder"),
+        ({"template": "{question!r}{solution}"}, "unknown placeholder"),
+        ({"template": "{question:>9}{solution}"}, "unknown placeholder"),
+        ({"template": "{question}"}, r"\{solution\} is missing"),
+        ({"template": "{solution}"}, r"\{question\} is missing"),
+        ({"template": "{question}{solution}{solution}"}, "twice"),
+        ({"template": "{question}{solution} {"}, "placeholders are"),
+        ({"solution_section": "here"}, r"teacher.solution_section: \{solution\} is missing"),
+        ({"feedback_section": "{solution}"}, "teacher.feedback_section: unknown"),
+    ],
+)
+def test_a_wrong_template_is_refused(changes, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        check(configured(**{f"teacher__{key}": value for key, value in changes.items()}))

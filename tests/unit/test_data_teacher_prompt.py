@@ -157,27 +157,6 @@ def test_over_length_the_demonstration_is_cut_then_the_feedback_and_never_the_qu
     assert len(result.ids) <= limit and (len(result.ids) == limit or not result.truncated)
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"template": "{question}{solution}{hint}"}, r"teacher.template: unknown placeholder \{hint\}"),
-        ({"template": "{question}{0}{solution}"}, "unknown placeholder"),
-        ({"template": "{question.__class__}{solution}"}, "unknown placeholder"),
-        ({"template": "{question!r}{solution}"}, "unknown placeholder"),
-        ({"template": "{question:>9}{solution}"}, "unknown placeholder"),
-        ({"template": "{question}"}, r"\{solution\} is missing"),
-        ({"template": "{solution}"}, r"\{question\} is missing"),
-        ({"template": "{question}{solution}{solution}"}, "twice"),
-        ({"template": "{question}{solution} {"}, "placeholders are"),
-        ({"solution_section": "here"}, r"teacher.solution_section: \{solution\} is missing"),
-        ({"feedback_section": "{solution}"}, "teacher.feedback_section: unknown"),
-    ],
-)
-def test_a_wrong_template_is_refused_before_anything_runs(changes, complaint):
-    with pytest.raises(DataError, match=complaint):
-        builder(TeacherConfig(**changes))
-
-
 def test_doubled_braces_are_braces():
     teacher = TeacherConfig(template="{{q}} {question}{solution}", solution_section=" {{{solution}}}")
     assert text_of(builder(teacher)(prompt(), "s", None)) == f"{HEAD}{{q}} Q {{s}}{TAIL}"
