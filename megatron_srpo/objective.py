@@ -49,18 +49,26 @@ class Objective:
             self._initial_weight = given.weight.detach().clone()
         return {"initial_hidden": given.hidden}
 
-    def _teacher_head(self, given: HeadInput, row: PackedBatch) -> LinearHead:
-        """In a trust region, (1 − μ)·initial + μ·current logits: one head over both models' hidden states, joined."""
-        if row.initial_hidden is None:
-            return self._head(given)
-        hidden = torch.cat([(1 - self._rate) * row.initial_hidden, self._rate * given.hidden], -1)
-        weight = torch.cat([self._initial_weight, given.weight], -1)
-        return self._head(replace(given, hidden=hidden, weight=weight))
+    def teacher_scores(self) -> Callable[[HeadInput, PackedBatch], dict[str, torch.Tensor]]:
+        """The score function of one teacher pass, in which the weights stay as they are: teacher log-probs at the
+        student's ids and the entropy over the full vocabulary; for the full-vocabulary divergence this rank's shard of
+        the logits instead of the former.
 
-    def score_teacher(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
-        """Teacher log-probs at the student's ids and the entropy over the full vocabulary; for the full-vocabulary
-        divergence this rank's shard of the logits instead of the former."""
-        head = self._teacher_head(given, row)
+        In a trust region, (1 − μ)·initial + μ·current logits: one head over both models' hidden states, joined.
+        """
+        joined: list[torch.Tensor] = []  # [initial weight, current weight], made once a pass
+
+        def score_teacher(given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
+            if row.initial_hidden is not None:
+                if not joined:
+                    joined.append(torch.cat([self._initial_weight, given.weight], -1))
+                hidden = torch.cat([(1 - self._rate) * row.initial_hidden, self._rate * given.hidden], -1)
+                given = replace(given, hidden=hidden, weight=joined[0])
+            return self._score_teacher(self._head(given), row)
+
+        return score_teacher
+
+    def _score_teacher(self, head: LinearHead, row: PackedBatch) -> dict[str, torch.Tensor]:
         # An empty row, which only keeps this rank in step with the others, has no top-k: any id will do.
         ids = row.targets[:, None] if row.topk_ids is None else row.topk_ids
         logprobs, entropy = head.gather_logprobs(ids)

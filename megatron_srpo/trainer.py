@@ -260,9 +260,10 @@ class Trainer:
                     rows = self._rows("initial", mini)
                     self._score(rows, samples, scores, objective.score_initial, teacher=True)
         with policy.teacher():
+            score_teacher = objective.teacher_scores()
             for mini in plan.mini_batches:
                 rows = self._rows("teacher", mini)
-                self._score(rows, samples, scores, objective.score_teacher, teacher=True)
+                self._score(rows, samples, scores, score_teacher, teacher=True)
         for score in scores:
             score.initial_hidden = None  # the training rows need it no more
 

@@ -127,7 +127,7 @@ class AlgorithmConfig(Section):
     distillation_tail: bool = True  # one more bucket for the mass outside the top-k; false: renormalise
     divergence_alpha: float = Field(0.5, ge=0, le=1)  # 0 forward KL(q‖p), 1 reverse KL(p‖q)
     distill_ratio_clip: float = Field(2.0, ge=0)  # 0 = no ratio
-    entropy_beta: float = Field(-1.0)  # β of the dynamic weighting; -1 = the method's own: 1 srpo, else 0
+    entropy_beta: float = Field(-1.0, le=50)  # β of the dynamic weighting; -1 = the method's own: 1 srpo, else 0
     mix_lambda: float = Field(0.9, ge=0, le=1)  # λ: the reward's share of the advantage, for mix
     # both
     mask_truncated: bool = False  # leave responses that were cut at max_response_length out of the loss

@@ -32,8 +32,7 @@ class TeacherPrompt:
 class TeacherPromptBuilder:
     """Callable: (prompt, solution, feedback) → TeacherPrompt, or None where there is nothing to teach or no room.
 
-    `max_prompt_length` counts tokens of the whole teacher prompt. The templates are those that the configuration's check
-    has let through.
+    `max_prompt_length` counts tokens of the whole teacher prompt. The configuration's check has seen the templates.
     """
 
     def __init__(self, tokenizer: Any, teacher: TeacherConfig, data: DataConfig, max_prompt_length: int) -> None:

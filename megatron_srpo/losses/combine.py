@@ -89,12 +89,14 @@ def _distillation(
     distilled = row.on & (batch.distill_weight > 0)
     weight = distilled.to(row.logp.dtype)
     if batch.teacher_logits is not None:
-        divergence = full_divergence(head.logits(), batch.teacher_logits, settings.alpha, group=head.group)
+        divergence = full_divergence(
+            head.logits(), batch.teacher_logits, settings.alpha, group=head.group, temperature=head.temperature
+        )
     else:
         divergence = topk_divergence(topk_logprobs, batch.teacher_logprobs, settings.alpha, tail=settings.tail)
     divergence = torch.where(distilled, divergence, torch.zeros_like(divergence))
     entropy = torch.where(distilled, batch.teacher_entropy, torch.zeros_like(batch.teacher_entropy))
-    dynamic = dynamic_weights(entropy, settings.beta) / mean
+    dynamic = (dynamic_weights(entropy.double(), settings.beta) / mean).to(entropy.dtype)  # fp32 has no exp(−104)
     ratio = distill_ratio(row.logp, row.old, settings.distill_ratio_clip)
     metrics = {
         "srpo/distill_loss": _sum(divergence, weight),
@@ -132,9 +134,9 @@ def routed_loss(
     """This row's part of the objective (scalar), and metrics: [sum, count] pairs, scalars for names in "_max" (maxima)
     and "_total" (sums).
 
-    `head` has the student's distributions, `batch` is the same on all tensor-parallel ranks; teacher logits have the
-    temperature applied. A row without any counted token gives an exact 0 that is connected to the model, so that every
-    rank runs its backward.
+    `head` has the student's distributions, `batch` is the same on all tensor-parallel ranks; its teacher logits are
+    still to be divided by the temperature. A row without any counted token gives an exact 0 that is connected to the
+    model, so that every rank runs its backward.
     """
     ids = batch.targets[:, None]
     if batch.topk_ids is not None:

@@ -8,14 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_srpo.losses.linear import iterate_logits, linear_gather_logprobs, product
+from megatron_srpo.losses.linear import iterate_logits, linear_gather_logprobs
 from megatron_srpo.losses.vocab_parallel import gather_logprobs, local_candidates, merge_candidates, topk
 
 
 class Head(Protocol):
-    """Distributions of T positions over a vocabulary that is split over `group`; the temperature is applied."""
+    """Distributions softmax(logits ÷ temperature) of T positions over a vocabulary that is split over `group`."""
 
     group: Any
+    temperature: float
 
     def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs at global ids [T, M] and entropies [T], fp32, over the whole vocabulary; differentiable."""
@@ -24,19 +25,22 @@ class Head(Protocol):
         """Global ids of the k most probable tokens [T, k], the same on every rank; no gradient."""
 
     def logits(self) -> Tensor:
-        """This rank's logits [T, v]; differentiable."""
+        """This rank's logits [T, v], not yet divided by the temperature; differentiable."""
 
 
 @dataclass(frozen=True)
 class LogitsHead:
-    """Logits [T, v] that exist already, temperature applied."""
+    """Logits [T, v] that exist already."""
 
     values: Tensor
     vocab_start: int = 0
     group: Any = None
+    temperature: float = 1.0
 
     def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return gather_logprobs(self.values, ids, vocab_start=self.vocab_start, group=self.group)
+        return gather_logprobs(
+            self.values, ids, vocab_start=self.vocab_start, group=self.group, temperature=self.temperature
+        )
 
     def topk(self, k: int) -> Tensor:
         return topk(self.values, k, vocab_start=self.vocab_start, group=self.group)
@@ -66,14 +70,9 @@ class LinearHead:
     def topk(self, k: int) -> Tensor:
         found = [
             local_candidates(logits, k, self.vocab_start)
-            for logits in iterate_logits(
-                self.hidden, self.weight, width=self.width, temperature=1.0, budget_bytes=self.budget_bytes
-            )
-        ]  # the temperature changes no order
+            for logits in iterate_logits(self.hidden, self.weight, width=self.width, budget_bytes=self.budget_bytes)
+        ]
         return merge_candidates(torch.cat(found), k, self.group)
 
     def logits(self) -> Tensor:
-        if not torch.is_grad_enabled():
-            return product(self.hidden, self.weight[: self.width], self.temperature)
-        logits = self.hidden @ self.weight[: self.width].T
-        return logits if self.temperature == 1.0 else logits / self.temperature
+        return self.hidden @ self.weight[: self.width].T

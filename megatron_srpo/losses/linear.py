@@ -32,19 +32,13 @@ def pieces(tokens: int, width: int, itemsize: int, budget_bytes: int) -> list[sl
     return [slice(start, min(tokens, start + size)) for start in range(0, tokens, size)]
 
 
-def product(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits ÷ temperature [T, v] in the dtype of the hidden states."""
-    logits = hidden @ weight.T
-    return logits if temperature == 1.0 else logits.div_(temperature)
-
-
 class _LinearGatherLogprobs(torch.autograd.Function):
-    """`gather_logprobs(hidden @ weight.T / temperature)`: the same two collectives forward, none backward."""
+    """`gather_logprobs(hidden @ weight.T)`: the same two collectives forward, none backward."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, width: int, vocab_start: int, group: Any,
-        temperature: float, budget_bytes: int,
+        scale: float, budget_bytes: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         work, head = _work_dtype(hidden), weight[:width]
@@ -54,12 +48,12 @@ class _LinearGatherLogprobs(torch.autograd.Function):
         sums = torch.zeros(hidden.size(0), 2 + ids.size(1), dtype=work, device=hidden.device)
         logits = None
         for part in parts:
-            logits = product(hidden[part], head, temperature)
-            mine[part] = local_statistics(logits, columns[part], here[part], sums[part])
+            logits = hidden[part] @ head.T
+            mine[part] = local_statistics(logits, columns[part], here[part], sums[part], scale)
         normaliser, entropy, logprobs = combine_statistics(mine, sums, here, group)
         kept = logits if len(parts) == 1 and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) else None
         ctx.save_for_backward(hidden, weight, normaliser, entropy, columns, here, logprobs, kept)
-        ctx.width, ctx.temperature, ctx.parts = width, temperature, parts
+        ctx.width, ctx.scale, ctx.parts = width, scale, parts
         return logprobs, entropy
 
     @staticmethod
@@ -71,12 +65,12 @@ class _LinearGatherLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = _WeightGradient(weight, ctx.width) if ctx.needs_input_grad[1] else None
         for part in ctx.parts:
-            logits = product(hidden[part], head, ctx.temperature) if kept is None else kept
+            logits = hidden[part] @ head.T if kept is None else kept
             write_logits_gradient(  # in place: the logits are not needed any more
                 logits, logits, *(value[part] for value in known),
                 None if grad_logprobs is None else grad_logprobs[part],
                 None if grad_entropy is None else grad_entropy[part],
-                1 / ctx.temperature,
+                ctx.scale,
             )  # fmt: skip
             if grad_hidden is not None:
                 torch.mm(logits, head, out=grad_hidden[part])
@@ -118,13 +112,11 @@ def linear_gather_logprobs(
     `hidden` is this rank's part: the caller's graph sums it over tensor-parallel ranks. `budget_bytes` bounds the
     logits that exist at a time, in the dtype of `hidden`.
     """
-    return _LinearGatherLogprobs.apply(hidden, weight, ids, width, vocab_start, group, temperature, budget_bytes)
+    return _LinearGatherLogprobs.apply(hidden, weight, ids, width, vocab_start, group, 1 / temperature, budget_bytes)
 
 
-def iterate_logits(
-    hidden: Tensor, weight: Tensor, *, width: int, temperature: float, budget_bytes: int
-) -> Iterator[Tensor]:
+def iterate_logits(hidden: Tensor, weight: Tensor, *, width: int, budget_bytes: int) -> Iterator[Tensor]:
     """The logits of consecutive tokens, a piece at a time; without gradient."""
     with torch.no_grad():
         for part in pieces(hidden.size(0), width, hidden.element_size(), budget_bytes):
-            yield product(hidden[part], weight[:width], temperature)
+            yield hidden[part] @ weight[:width].T

@@ -6,6 +6,9 @@ for one process.
 
 Everything is computed from the logits in fp32 (fp64 stays fp64), a chunk of tokens at a time, so that no fp32 copy of
 [T, v] exists beside the logits; what is saved for backward is the logits in their own dtype and O(T·M).
+
+Logits are the head's own product. The temperature τ divides them in fp32, as vLLM's sampler does: divided in bf16 they
+would be rounded twice, and trainer and engine would differ. `scale` is 1/τ, and x below stands for `scale` · logit.
 """
 
 from __future__ import annotations
@@ -39,12 +42,17 @@ def _all_reduce(values: Tensor, operation: Any, group: Any) -> None:
         dist.all_reduce(values, operation, group=group)
 
 
-def _row_max(logits: Tensor, group: Any) -> Tensor:
-    """[T] largest logit over the whole vocabulary; 0 where all are −inf, so that x − max stays defined."""
-    if logits.size(1):
-        top = logits.amax(1).to(_work_dtype(logits))
-    else:
-        top = torch.full((logits.size(0),), -math.inf, dtype=_work_dtype(logits), device=logits.device)
+def _row_max(logits: Tensor) -> Tensor:
+    """[T] this rank's largest logit; 0 where all are −inf or there is none, so that x − max stays defined."""
+    if not logits.size(1):
+        return torch.zeros(logits.size(0), dtype=_work_dtype(logits), device=logits.device)
+    top = logits.amax(1).to(_work_dtype(logits))
+    return top.masked_fill(top == -math.inf, 0.0)
+
+
+def _common_max(mine: Tensor, mass: Tensor, group: Any) -> Tensor:
+    """The largest of the ranks' row maxima, of those that have any mass there; 0 where none has."""
+    top = mine.masked_fill(mass == 0, -math.inf)
     _all_reduce(top, dist.ReduceOp.MAX, group)
     return top.masked_fill(top == -math.inf, 0.0)
 
@@ -56,27 +64,32 @@ def _local(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
     return columns.clamp(0, max(0, width - 1)), here
 
 
+def _less(logits: Tensor, base: Tensor, scale: float) -> Tensor:
+    """x − base [T, v], in the dtype of `base` [T]."""
+    return torch.add(-base[:, None], logits, alpha=scale)
+
+
 def _times(weight: Tensor, values: Tensor) -> Tensor:
     """weight · values, with 0 · ±inf = 0 (a logit of −inf has probability 0 and adds nothing)."""
     return torch.where(weight == 0, torch.zeros_like(weight), weight * values)
 
 
-def local_statistics(logits: Tensor, columns: Tensor, here: Tensor, sums: Tensor) -> Tensor:
-    """This rank's row maxima m [T], and Σ e^(x−m), Σ e^(x−m)·(x−m) and x − m at the columns that are here into `sums`
-    [T, 2 + M]."""
+def local_statistics(logits: Tensor, columns: Tensor, here: Tensor, sums: Tensor, scale: float = 1.0) -> Tensor:
+    """This rank's row maxima m [T] of x, and Σ e^(x−m), Σ e^(x−m)·(x−m) and x − m at the columns that are here into
+    `sums` [T, 2 + M]."""
     if kernels.serve(logits):
         from megatron_srpo.losses.kernels.softmax import statistics
 
-        mine = statistics(logits, sums)
+        mine = statistics(logits, sums, scale)
     else:
-        mine = _row_max(logits, None)
+        mine = _row_max(logits).mul_(scale)
         for part in _chunks(logits):
-            shifted = (logits[part].to(sums.dtype) - mine[part, None]).clamp_(min=FLOOR)
+            shifted = _less(logits[part], mine[part], scale).clamp_(min=FLOOR)
             weights = shifted.exp()
             sums[part, 0] = weights.sum(1)
             sums[part, 1] = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0]
     if logits.size(1) and columns.size(1):
-        found = logits.gather(1, columns).to(sums.dtype) - mine[:, None]
+        found = _less(logits.gather(1, columns), mine, scale)
         sums[:, 2:] = torch.where(here, found, torch.zeros_like(found))
     return mine
 
@@ -87,8 +100,7 @@ def combine_statistics(mine: Tensor, sums: Tensor, here: Tensor, group: Any) -> 
     Each rank's sums are relative to its own maximum m and move to the common one m*: MAX, then one SUM of [T, 2 + M].
         Σ e^(x−m*) = e^d · S₀        Σ e^(x−m*)·(x−m*) = e^d · (S₁ + d·S₀)        d = m − m*
     """
-    top = mine.clone()
-    _all_reduce(top, dist.ReduceOp.MAX, group)
+    top = _common_max(mine, sums[:, 0], group)
     distance = torch.where(sums[:, 0] > 0, mine - top, torch.zeros_like(top))  # no mass here: nothing to move
     sums[:, 1] = distance.exp() * (sums[:, 1] + distance * sums[:, 0])
     sums[:, 0] *= distance.exp()
@@ -102,7 +114,7 @@ def write_logits_gradient(
     logits: Tensor, out: Tensor, normaliser: Tensor, entropy: Tensor, columns: Tensor, here: Tensor, logprobs: Tensor,
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """`scale` · gradient of the logits [T, v] into `out`, which may be the logits, from those of log-probs [T, M] and
+    """The gradient of the logits [T, v] into `out`, which may be the logits, from those of log-probs [T, M] and
     entropy [T]. The other arguments are what the forward pass knew. With z = Σ exp(x), p = exp(x)/z, H = log z − Σ p·x:
         ∂ log p_i / ∂x_j = 1[i = j] − p_j          ∂H / ∂x_j = −p_j (log p_j + H)
     """
@@ -116,7 +128,7 @@ def write_logits_gradient(
     for part in _chunks(logits):
         same = out.dtype == normaliser.dtype
         gradient = out[part] if same else torch.empty_like(out[part], dtype=normaliser.dtype)
-        torch.sub(logits[part], normaliser[part, None], out=gradient)
+        torch.add(-normaliser[part, None], logits[part], alpha=scale, out=gradient)
         if grad_entropy is None:
             gradient.exp_().mul_(-slopes[part, None])
         else:
@@ -133,12 +145,15 @@ class _GatherLogprobs(torch.autograd.Function):
     """Log-probs at ids, and the entropy: two collectives forward, none in backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, vocab_start: int, group: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, vocab_start: int, group: Any, scale: float
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         columns, here = _local(ids, vocab_start, logits.size(1))
         sums = torch.zeros(logits.size(0), 2 + ids.size(1), dtype=_work_dtype(logits), device=logits.device)
-        mine = local_statistics(logits, columns, here, sums)
+        mine = local_statistics(logits, columns, here, sums, scale)
         normaliser, entropy, logprobs = combine_statistics(mine, sums, here, group)
+        ctx.scale = scale
         ctx.save_for_backward(logits, normaliser, entropy, columns, here, logprobs)
         return logprobs, entropy
 
@@ -146,28 +161,48 @@ class _GatherLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         logits, *known = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None
+            return (None,) * 5
         gradient = torch.empty_like(logits)
-        write_logits_gradient(logits, gradient, *known, grad_logprobs, grad_entropy)
-        return gradient, None, None, None
+        write_logits_gradient(logits, gradient, *known, grad_logprobs, grad_entropy, ctx.scale)
+        return gradient, None, None, None, None
 
 
-def gather_logprobs(logits: Tensor, ids: Tensor, *, vocab_start: int, group: Any) -> tuple[Tensor, Tensor]:
-    """Log-probs at global ids and the entropy of the softmax, both over the whole vocabulary and differentiable.
+def gather_logprobs(
+    logits: Tensor, ids: Tensor, *, vocab_start: int, group: Any, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs at global ids and the entropy of softmax(logits ÷ temperature), both over the whole vocabulary and
+    differentiable.
 
     logits [T, v], ids [T, M] int64 → ([T, M], [T]) fp32, nats. Two collectives forward, none backward.
     """
-    return _GatherLogprobs.apply(logits, ids, vocab_start, group)
+    return _GatherLogprobs.apply(logits, ids, vocab_start, group, 1 / temperature)
 
 
 def local_candidates(logits: Tensor, k: int, vocab_start: int) -> Tensor:
-    """This rank's k best of its own columns as [T, k, 2]: logit and global id; −inf where it has fewer."""
+    """This rank's k best of its own columns as [T, k, 2]: logit and global id; −inf where it has fewer. Of equal logits
+    the lowest ids are taken: in bf16 there are many, and torch.topk's choice depends on the width of the shard."""
     best = min(k, logits.size(1))
     values, columns = logits.topk(best, dim=1)
+    if best:
+        _lowest_of_equals(logits, values, columns)
     candidates = torch.full((logits.size(0), k, 2), -math.inf, dtype=torch.float64, device=logits.device)
     candidates[:, :best, 0] = values.double()  # exact for every logit dtype, and for ids below 2^53
     candidates[:, :best, 1] = (columns + vocab_start).double()
     return candidates
+
+
+def _lowest_of_equals(logits: Tensor, values: Tensor, columns: Tensor) -> None:
+    """Where more logits equal the k-th than there is room for, write the lowest columns of them into `columns` [T, k],
+    which belong to `values` [T, k], largest first."""
+    k, cut = values.size(1), values[:, -1:]
+    reaching = torch.cat([(logits[part] >= cut[part]).sum(1) for part in _chunks(logits)])
+    for rows in (reaching > k).nonzero()[:, 0].split(max(1, CHUNK_BYTES // (8 * logits.size(1)))):
+        equal = logits[rows] == cut[rows]
+        order = torch.arange(logits.size(1), 0, -1, dtype=torch.int32, device=logits.device)
+        lowest = torch.where(equal, order, 0).topk(k, dim=1).indices  # columns of equals, ascending
+        above = (values[rows] > cut[rows]).sum(1, keepdim=True)
+        place = torch.arange(k, device=logits.device) - above
+        columns[rows] = torch.where(place >= 0, lowest.gather(1, place.clamp(min=0)), columns[rows])
 
 
 def merge_candidates(candidates: Tensor, k: int, group: Any) -> Tensor:
@@ -190,8 +225,7 @@ def merge_candidates(candidates: Tensor, k: int, group: Any) -> Tensor:
 def topk(logits: Tensor, k: int, *, vocab_start: int, group: Any) -> Tensor:
     """Global ids of the k largest logits, largest first and lower ids first among equals, the same on every rank.
 
-    logits [T, v] → [T, k] int64. One gather of the ranks' own candidates. Which of several equal logits make the cut is
-    torch.topk's choice.
+    logits [T, v] → [T, k] int64. One gather of the ranks' own candidates.
     """
     return merge_candidates(local_candidates(logits, k, vocab_start), k, group)
 
@@ -210,28 +244,29 @@ def _divergence_terms(logp: Tensor, logq: Tensor, alpha: float) -> tuple[Tensor,
     return alpha * _times(q, from_q) + (1 - alpha) * _times(p, from_p), (1 - alpha) * _times(p, from_p)
 
 
-def _log_normalisers(student: Tensor, teacher: Tensor, group: Any) -> Tensor:
+def _log_normalisers(student: Tensor, teacher: Tensor, group: Any, scale: float) -> Tensor:
     """log Σ e^x of both over the whole vocabulary, [2, T]: MAX, then one SUM."""
     nothing = torch.zeros(student.size(0), 0, dtype=torch.long, device=student.device)
     sums = torch.zeros(2, student.size(0), 2, dtype=_work_dtype(student), device=student.device)
-    mine = torch.stack([local_statistics(x, nothing, nothing, sums[i]) for i, x in enumerate((student, teacher))])
-    tops = mine.clone()
-    _all_reduce(tops, dist.ReduceOp.MAX, group)
+    mine = torch.stack(
+        [local_statistics(x, nothing, nothing, sums[i], scale) for i, x in enumerate((student, teacher))]
+    )
+    tops = _common_max(mine, sums[..., 0], group)
     mass = torch.where(sums[..., 0] > 0, sums[..., 0] * (mine - tops).exp(), torch.zeros_like(tops))
     _all_reduce(mass, dist.ReduceOp.SUM, group)
     return tops + mass.log()
 
 
-def _divergence_sums(student: Tensor, teacher: Tensor, normalisers: Tensor, alpha: float) -> Tensor:
+def _divergence_sums(student: Tensor, teacher: Tensor, normalisers: Tensor, alpha: float, scale: float) -> Tensor:
     """[T, 2]: this rank's part of D and of Σ p · ∂D/∂p."""
     if kernels.serve(student):
         from megatron_srpo.losses.kernels.divergence import divergence_sums
 
-        return divergence_sums(student, teacher, normalisers, alpha)
+        return divergence_sums(student, teacher, normalisers, alpha, scale)
     totals = torch.zeros(student.size(0), 2, dtype=normalisers.dtype, device=student.device)
     for part in _chunks(student):
-        logp = student[part].to(totals.dtype) - normalisers[0, part, None]
-        logq = teacher[part].to(totals.dtype) - normalisers[1, part, None]
+        logp = _less(student[part], normalisers[0, part], scale)
+        logq = _less(teacher[part], normalisers[1, part], scale)
         value, slope = _divergence_terms(logp, logq, alpha)
         totals[part] = torch.stack([value.sum(1), slope.sum(1)], 1)
     return totals
@@ -244,11 +279,11 @@ class _FullDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, alpha: float, group: Any) -> Tensor:
-        normalisers = _log_normalisers(student, teacher, group)
-        totals = _divergence_sums(student, teacher, normalisers, alpha)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, alpha: float, group: Any, scale: float) -> Tensor:
+        normalisers = _log_normalisers(student, teacher, group, scale)
+        totals = _divergence_sums(student, teacher, normalisers, alpha, scale)
         _all_reduce(totals, dist.ReduceOp.SUM, group)
-        ctx.alpha = alpha
+        ctx.alpha, ctx.scale = alpha, scale
         ctx.save_for_backward(student, teacher, normalisers, totals[:, 1])
         return totals[:, 0].clamp_min(0.0)
 
@@ -258,22 +293,23 @@ class _FullDivergence(torch.autograd.Function):
         if kernels.serve(student):
             from megatron_srpo.losses.kernels.divergence import divergence_gradient
 
-            return divergence_gradient(student, teacher, normalisers, slope_sum, grad, ctx.alpha), None, None, None
-        work = normalisers.dtype
+            gradient = divergence_gradient(student, teacher, normalisers, slope_sum, grad, ctx.alpha, ctx.scale)
+            return gradient, None, None, None, None
         gradient = torch.empty_like(student)
         for part in _chunks(student):
-            logp = student[part].to(work) - normalisers[0, part, None]
-            logq = teacher[part].to(work) - normalisers[1, part, None]
+            logp = _less(student[part], normalisers[0, part], ctx.scale)
+            logq = _less(teacher[part], normalisers[1, part], ctx.scale)
             _, slope = _divergence_terms(logp, logq, ctx.alpha)
             piece = slope - logp.exp() * slope_sum[part, None]
-            gradient[part] = (piece * grad[part, None]).to(student.dtype)
-        return gradient, None, None, None
+            gradient[part] = (piece * (ctx.scale * grad[part, None])).to(student.dtype)
+        return gradient, None, None, None, None
 
 
-def full_divergence(student: Tensor, teacher: Tensor, alpha: float, *, group: Any) -> Tensor:
+def full_divergence(student: Tensor, teacher: Tensor, alpha: float, *, group: Any, temperature: float = 1.0) -> Tensor:
     """Generalised Jensen–Shannon divergence of the teacher q and the student p over the whole vocabulary.
 
-    student, teacher [T, v] logits → [T] fp32, nats; differentiable in the student. α = 0: KL(q‖p); α = 1: KL(p‖q);
-    between: α·KL(q‖m) + (1−α)·KL(p‖m), m = (1−α)·p + α·q (SDPO's divergence; algorithm of SRPO §2.2).
+    student, teacher [T, v] logits, both divided by the temperature here → [T] fp32, nats; differentiable in the
+    student. α = 0: KL(q‖p); α = 1: KL(p‖q); between: α·KL(q‖m) + (1−α)·KL(p‖m), m = (1−α)·p + α·q (SDPO's divergence;
+    algorithm of SRPO §2.2).
     """
-    return _FullDivergence.apply(student, teacher.detach(), alpha, group)
+    return _FullDivergence.apply(student, teacher.detach(), alpha, group, 1 / temperature)

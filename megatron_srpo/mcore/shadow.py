@@ -8,7 +8,7 @@ whatever happens inside.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -34,33 +34,34 @@ class WeightShadow:
             if here is not mine:
                 mine.copy_(here)
 
-    @torch.no_grad()
-    def _enter(self) -> None:
-        for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
-            if _same_memory(shard):
-                _exchange(mine, shard.main.data)
-            else:
-                shard.model.copy_(mine)
-        self._optimizer.gather_model()
-
-    @torch.no_grad()
-    def _leave(self) -> None:
-        for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
-            if _same_memory(shard):
-                _exchange(mine, shard.main.data)
-            else:
-                shard.model.copy_(shard.main)
-        self._optimizer.gather_model()
-
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside the block the model computes with these weights; afterwards the student is back, bit for bit
-        (the model's parameters are always its main parameters rounded to the model's dtype)."""
-        self._enter()
-        try:
+        (the model's parameters are always its main parameters rounded to the model's dtype), whatever fails inside or
+        on the way there."""
+        with ExitStack() as leaving:
+            leaving.callback(self._optimizer.gather_model)  # the last of the callbacks
+            for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
+                _show(mine, shard)
+                leaving.callback(_restore, mine, shard)
+            self._optimizer.gather_model()
             yield
-        finally:
-            self._leave()
+
+
+@torch.no_grad()
+def _show(mine: torch.Tensor, shard: ParameterShard) -> None:
+    if _same_memory(shard):
+        _exchange(mine, shard.main.data)
+    else:
+        shard.model.copy_(mine)
+
+
+@torch.no_grad()
+def _restore(mine: torch.Tensor, shard: ParameterShard) -> None:
+    if _same_memory(shard):
+        _exchange(mine, shard.main.data)
+    else:
+        shard.model.copy_(shard.main)
 
 
 def _same_memory(shard: ParameterShard) -> bool:
@@ -70,10 +71,11 @@ def _same_memory(shard: ParameterShard) -> bool:
 
 def _exchange(some: torch.Tensor, others: torch.Tensor) -> None:
     """Swap the values of two flat tensors, a piece at a time: no second copy of either exists."""
+    held = torch.empty_like(others[:EXCHANGED])  # before anything has moved: there may be no memory for it
     for one, other in zip(some.split(EXCHANGED), others.split(EXCHANGED), strict=True):
-        held = other.clone()
+        held[: other.numel()].copy_(other)
         other.copy_(one)
-        one.copy_(held)
+        one.copy_(held[: other.numel()])
 
 
 def _copy(weights: torch.Tensor, offload: bool) -> torch.Tensor:

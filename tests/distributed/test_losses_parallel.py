@@ -80,6 +80,27 @@ def test_the_head_joined_with_the_loss_equals_the_reference_on_two_ranks():
     run_distributed(_linear_head_on_ranks, 2)
 
 
+def _a_rank_without_columns():
+    """Its maximum is none, not 0: the others' mass would underflow beside it."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) - 300
+    ids = torch.tensor([[0, 5]] * 5)
+    mine = logits[:, :0] if rank == 0 else logits
+    logp, entropy = gather_logprobs(mine, ids, vocab_start=0, group=group)
+    exact = logits.double().log_softmax(-1)
+    torch.testing.assert_close(logp.double(), exact[:, [0, 5]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-5, atol=1e-5)
+    other = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) - 300
+    found = full_divergence(mine, other[:, : mine.size(1)], 0.5, group=group)
+    expected = full_divergence(logits.double(), other.double(), 0.5, group=None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(topk(mine, 3, vocab_start=0, group=group), topk(logits, 3, vocab_start=0, group=None))
+
+
+def test_a_rank_without_a_column_of_the_vocabulary():
+    run_distributed(_a_rank_without_columns, 2)
+
+
 def _count_collectives():
     calls = []
 
@@ -117,6 +138,18 @@ def _count_collectives():
         head = LinearHead(hidden, weight, mine.size(1), cut.start, dist.group.WORLD, 1.0, budget)
         logp, entropy = measure(label, lambda head=head: head.gather_logprobs(ids))
         measure(f"{label} backward", lambda pair=(logp, entropy): (pair[0].sum() + pair[1].sum()).backward())
+    for label, row in (("loss, top-k", {"k": 3}), ("loss, full", {"k": 3, "full": True})):
+        full, teacher, batch, _ = random_row(1, VOCAB, **row)
+        if batch.teacher_logits is not None:
+            batch.teacher_logits = teacher[:, cut]
+        head = LogitsHead(full[:, cut].clone().requires_grad_(), cut.start, dist.group.WORLD)
+        loss, _ = measure(
+            label,
+            lambda head=head, batch=batch: routed_loss(
+                head, batch, LossSettings(entropy_coef=0.1), loss_tokens=9, distill_weight_mean=0.4
+            ),
+        )
+        measure(f"{label} backward", lambda loss=loss: loss.backward())
     value = measure("full", lambda: full_divergence(mine, teacher[:, cut], 0.5, group=dist.group.WORLD))
     measure("full backward", lambda: value.sum().backward())
     return found
@@ -130,5 +163,10 @@ def test_logprob_and_entropy_take_two_collectives_and_backward_none():
         assert found["linear in pieces"] == found["linear"]
         assert found["backward"] == found["linear backward"] == found["linear in pieces backward"] == []
         assert found["topk"] == [("all_gather", tokens * k * 2 * 8)]
-        assert [name for name, _ in found["full"]] == ["all_reduce"] * 3
-        assert found["full backward"] == []
+        full = [("all_reduce", 2 * tokens * 8), ("all_reduce", 2 * tokens * 8), ("all_reduce", tokens * 2 * 8)]
+        assert found["full"] == full and found["full backward"] == []
+        # the whole objective, both branches: the log-probs' two, and for the full vocabulary the divergence's three
+        both = [("all_reduce", tokens * 8), ("all_reduce", tokens * (2 + 1 + k) * 8)]
+        assert found["loss, top-k"] == both and found["loss, top-k backward"] == []
+        both[1] = ("all_reduce", tokens * (2 + 1) * 8)
+        assert found["loss, full"] == both + full and found["loss, full backward"] == []

@@ -35,7 +35,7 @@ def _rows(dp_rank: int, dp_size: int) -> list:
     return rows[dp_rank::dp_size]
 
 
-def _policy(model: Path, parallel: dict, **sections: dict):
+def _policy(model: Path, parallel: dict, dtype: str = "float32", **sections: dict):
     from megatron_srpo.bridge import load_hf_weights, read_config
     from megatron_srpo.config import Config
     from megatron_srpo.mcore import groups
@@ -43,7 +43,7 @@ def _policy(model: Path, parallel: dict, **sections: dict):
     from megatron_srpo.mcore.policy import Policy
 
     config = Config(
-        model={"path": str(model), "dtype": "float32"}, data={"train": "unused"}, optimizer={"lr": 1e-3},
+        model={"path": str(model), "dtype": dtype}, data={"train": "unused"}, optimizer={"lr": 1e-3},
         parallel=parallel, algorithm={"kl_loss_coef": 0.1}, **sections,
     )  # fmt: skip
     path = choose_device("auto", 0)
@@ -62,6 +62,33 @@ def logprobs(given, row):
 def scored(policy, rows):
     """The log-probs of whole rows; [] before the last pipeline stage."""
     return [result["logprob"] for result in policy.score(rows, lambda *given: {"logprob": logprobs(*given)})]
+
+
+def swaps_hold(policy):
+    """The student is back bit for bit from the teacher's pass, from a failure in it, and from one on the way there."""
+    held = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
+    main = [shard.main.detach().clone() for shard in policy.optimizer.shards()]
+
+    def is_back():
+        assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
+        assert all(torch.equal(a, b.main) for a, b in zip(main, policy.optimizer.shards(), strict=True))
+
+    with policy.teacher():
+        assert any(not torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
+    is_back()
+    with pytest.raises(RuntimeError, match="in the teacher pass"), policy.teacher():
+        raise RuntimeError("in the teacher pass")
+    is_back()
+    gather = policy.optimizer.gather_model
+
+    def fails_once():
+        policy.optimizer.gather_model = gather
+        raise RuntimeError("on the way there")
+
+    policy.optimizer.gather_model = fails_once
+    with pytest.raises(RuntimeError, match="on the way there"), policy.teacher():
+        pass
+    is_back()
 
 
 def _train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | None = None) -> dict:
@@ -88,11 +115,8 @@ def _train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | 
     with policy.teacher():
         for name, value in policy.shards.parameters.items():
             torch.testing.assert_close(value.detach().double(), average[name], rtol=0, atol=1e-6, msg=name)
+    swaps_hold(policy)
     held = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
-    with pytest.raises(RuntimeError, match="in the teacher pass"), policy.teacher():
-        assert any(not torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
-        raise RuntimeError("in the teacher pass")
-    assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
 
     def bad_on_one_rank(given, row):
         value, metrics = loss(given, row)
@@ -177,3 +201,22 @@ def test_training_on_two_ranks_equals_one_process(serial, layout, tmp_path):
             torch.testing.assert_close(
                 found["resharded_teacher"][name], expected["teacher"][name], rtol=0, atol=1e-6, msg=name
             )
+
+
+def _swap_bf16(model, parallel):
+    policy = _policy(model, parallel, "bfloat16")
+    rows = _rows(policy.topology.dp_rank, policy.topology.dp_size)
+
+    def loss(given, row):
+        return -logprobs(given, row).sum() / 96, {}
+
+    for _ in range(2):
+        policy.train_step(rows, loss)
+    swaps_hold(policy)
+    policy.train_step(rows, loss)
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "dp2"])
+def test_a_bf16_student_is_back_bit_for_bit(tmp_path, layout):
+    model = make_tiny_model(tmp_path / "model", "qwen3", tied=True, vocab=VOCAB, layers=2, dtype=torch.bfloat16)
+    run_distributed(_swap_bf16, 2, model, LAYOUTS[layout])

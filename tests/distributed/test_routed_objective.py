@@ -12,7 +12,7 @@ import torch
 from megatron_srpo.config import Config
 from megatron_srpo.packing import plan_batch, share_of
 from megatron_srpo.routing import route
-from megatron_srpo.types import Prompt, Reward, Rollout
+from megatron_srpo.types import Prompt, Reward, Rollout, Row
 from tests.distributed_harness import run_distributed
 from tests.routed_reference import Reference, count_choices, hub_names, load, put_weights, response_logprobs
 from tests.tiny_models import make_tiny_model
@@ -26,6 +26,7 @@ REGULARISED = BASE | {"kl_loss_coef": 0.05, "entropy_coef": 0.02, "dual_clip": 1
 VARIANTS = {
     "srpo": (BASE, 400, 0, 1.0),
     "srpo, short rows": (BASE, 96, 0, 1.0),
+    "srpo, one sample a row": (BASE, 400, 0, 1.0),
     "srpo, another order of samples": (BASE, 300, 0, 1.0),
     "srpo in two steps": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, logits in pieces": (REGULARISED, 160, 3, 0.8),
@@ -167,6 +168,25 @@ def make_samples(model, variant):
     return samples
 
 
+def unpacked(plan, samples, padding):
+    """The plan with a row for every sample: packing off."""
+
+    def alone(ranks, length):
+        rows = [[Row((i,), length(samples[i])) for row in rank for i in row.samples] for rank in ranks]
+        count = -(-max(map(len, rows)) // padding.rows) * padding.rows
+        return [rank + [Row((), 0)] * (count - len(rank)) for rank in rows]
+
+    minis = [
+        dataclasses.replace(
+            mini,
+            student=alone(mini.student, lambda sample: sample.student_length),
+            teacher=alone(mini.teacher, lambda sample: sample.teacher_length),
+        )
+        for mini in plan.mini_batches
+    ]
+    return dataclasses.replace(plan, mini_batches=minis)
+
+
 def gradients(policy, hf_config):
     """The summed gradient of every parameter under its Hugging Face name, on every rank."""
     import torch.distributed as dist
@@ -218,6 +238,8 @@ def run_variants(variants, layout, student, teacher, samples_of):
             samples, dp_size=topology.dp_size, max_tokens=budget, prompts_per_mini_batch=prompts,
             padding=policy.padding, seed=5, drop_zero_advantage=config.drops_zero_advantage,
         )  # fmt: skip
+        if "one sample a row" in variant:
+            plan = unpacked(plan, samples, policy.padding)
         exporter = Exporter(policy.shards, hf_config)
         seen = {}
 

@@ -35,7 +35,7 @@ def test_value_and_gradients_equal_the_plain_product(tokens_at_once, temperature
     torch.testing.assert_close(value, plain, rtol=0, atol=1e-11)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
-    torch.testing.assert_close(head.logits(), hidden @ weight.T / temperature)
+    torch.testing.assert_close(head.logits(), hidden @ weight.T)
     assert torch.equal(head.topk(7), LogitsHead(hidden @ weight.T).topk(7))
 
 

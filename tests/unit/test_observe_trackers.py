@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from types import ModuleType
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Triton kernels of the divergence of two logit shards [T, v]: its local sums in one read of both, its gradient in one
-read of both and one write. One program a row; fp32. The formulas stand in vocab_parallel.py.
+"""Triton kernels of the divergence of two logit shards [T, v], both × `scale`: its local sums in one read of both, its
+gradient in one read of both and one write. One program a row; fp32. The formulas stand in vocab_parallel.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _terms(logp, logq, alpha, log_alpha, log_rest, KIND: tl.constexpr):
 @triton.jit
 def _sums(
     student, student_stride, teacher, teacher_stride, width, normalisers, tokens, totals,
-    alpha, log_alpha, log_rest, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    scale, alpha, log_alpha, log_rest, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     norm_p, norm_q = tl.load(normalisers + row), tl.load(normalisers + tokens + row)
@@ -48,8 +48,8 @@ def _sums(
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < width
-        x = tl.load(student + row * student_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32)
-        y = tl.load(teacher + row * teacher_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32)
+        x = tl.load(student + row * student_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32) * scale
+        y = tl.load(teacher + row * teacher_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32) * scale
         value, slope = _terms(x - norm_p, y - norm_q, alpha, log_alpha, log_rest, KIND)
         total += tl.sum(tl.where(inside, value, 0.0), 0)
         slopes += tl.sum(tl.where(inside, slope, 0.0), 0)
@@ -60,7 +60,7 @@ def _sums(
 @triton.jit
 def _gradient(
     student, student_stride, teacher, teacher_stride, out, out_stride, width, normalisers, tokens, slope_sums, given,
-    alpha, log_alpha, log_rest, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    scale, alpha, log_alpha, log_rest, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     norm_p, norm_q = tl.load(normalisers + row), tl.load(normalisers + tokens + row)
@@ -68,18 +68,19 @@ def _gradient(
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < width
-        x = tl.load(student + row * student_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32)
-        y = tl.load(teacher + row * teacher_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32)
+        x = tl.load(student + row * student_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32) * scale
+        y = tl.load(teacher + row * teacher_stride + at, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32) * scale
         logp = x - norm_p
         _value, slope = _terms(logp, y - norm_q, alpha, log_alpha, log_rest, KIND)
-        gradient = (slope - tl.exp(logp) * slope_sum) * grad
+        gradient = (slope - tl.exp(logp) * slope_sum) * (grad * scale)
         tl.store(out + row * out_stride + at, gradient.to(out.dtype.element_ty), mask=inside)
 
 
-def _constants(alpha: float) -> dict[str, float | int]:
+def _constants(alpha: float, scale: float) -> dict[str, float | int]:
     kind = {0.0: 0, 1.0: 1}.get(alpha, 2)
     between = kind == 2
     return {
+        "scale": scale,
         "alpha": alpha,
         "log_alpha": math.log(alpha) if between else 0.0,
         "log_rest": math.log1p(-alpha) if between else 0.0,
@@ -89,26 +90,27 @@ def _constants(alpha: float) -> dict[str, float | int]:
     }
 
 
-def divergence_sums(student: Tensor, teacher: Tensor, normalisers: Tensor, alpha: float) -> Tensor:
+def divergence_sums(student: Tensor, teacher: Tensor, normalisers: Tensor, alpha: float, scale: float) -> Tensor:
     """[T, 2] fp32: this shard's part of the divergence and of Σ p·∂D/∂p. normalisers [2, T]: log Σ e^x of student and
-    teacher over the whole vocabulary."""
+    teacher, × scale, over the whole vocabulary."""
     tokens, width = student.shape
     totals = torch.empty(tokens, 2, dtype=torch.float32, device=student.device)
     _sums[(tokens,)](
         student, student.stride(0), teacher, teacher.stride(0), width, normalisers.contiguous(), tokens, totals,
-        **_constants(alpha),
+        **_constants(alpha, scale),
     )  # fmt: skip
     return totals
 
 
 def divergence_gradient(
-    student: Tensor, teacher: Tensor, normalisers: Tensor, slope_sums: Tensor, given: Tensor, alpha: float
-) -> Tensor:
+    student: Tensor, teacher: Tensor, normalisers: Tensor, slope_sums: Tensor, given: Tensor, alpha: float,
+    scale: float,
+) -> Tensor:  # fmt: skip
     """Gradient of the student's logits [T, v] in their dtype; `slope_sums` [T] summed over all shards, `given` [T]."""
     tokens, width = student.shape
     out = torch.empty_like(student)
     _gradient[(tokens,)](
         student, student.stride(0), teacher, teacher.stride(0), out, out.stride(0), width, normalisers.contiguous(),
-        tokens, slope_sums.contiguous(), given.contiguous(), **_constants(alpha),
+        tokens, slope_sums.contiguous(), given.contiguous(), **_constants(alpha, scale),
     )  # fmt: skip
     return out

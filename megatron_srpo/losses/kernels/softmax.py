@@ -16,14 +16,14 @@ NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _statistics(logits, stride, width, tops, sums, sums_stride, BLOCK: tl.constexpr):
+def _statistics(logits, stride, width, tops, sums, sums_stride, scale, BLOCK: tl.constexpr):
     """Online: when the maximum moves from m to m', Σe and Σe·(x−m) move with it (see `combine_statistics`)."""
     row = tl.program_id(0).to(tl.int64)
     top = NEGATIVE_INFINITY
     mass, weighted = 0.0, 0.0
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * stride + at, mask=at < width, other=NEGATIVE_INFINITY).to(tl.float32)
+        x = tl.load(logits + row * stride + at, mask=at < width, other=NEGATIVE_INFINITY).to(tl.float32) * scale
         new_top = tl.maximum(top, tl.max(x, 0))
         base = tl.where(new_top == NEGATIVE_INFINITY, 0.0, new_top)
         moved = tl.where(mass > 0, top - base, 0.0)
@@ -40,11 +40,12 @@ def _statistics(logits, stride, width, tops, sums, sums_stride, BLOCK: tl.conste
     tl.store(sums + row * sums_stride + 1, weighted)
 
 
-def statistics(logits: Tensor, sums: Tensor) -> Tensor:
-    """Each row's largest logit m [T] fp32 (0 where all are −inf), and Σ e^(x−m), Σ e^(x−m)·(x−m) into sums[:, :2]."""
+def statistics(logits: Tensor, sums: Tensor, scale: float) -> Tensor:
+    """Each row's largest x = scale · logit, m [T] fp32 (0 where all are −inf), and Σ e^(x−m), Σ e^(x−m)·(x−m) into
+    sums[:, :2]."""
     tokens, width = logits.shape
     tops = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-    _statistics[(tokens,)](logits, logits.stride(0), width, tops, sums, sums.stride(0), BLOCK=BLOCK, num_warps=8)
+    _statistics[(tokens,)](logits, logits.stride(0), width, tops, sums, sums.stride(0), scale, BLOCK=BLOCK, num_warps=8)
     return tops
 
 
@@ -60,7 +61,7 @@ def _softmax_gradient(
     entropy_slope = tl.load(entropy_slopes + row)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * stride + at, mask=at < width, other=NEGATIVE_INFINITY).to(tl.float32)
+        x = tl.load(logits + row * stride + at, mask=at < width, other=NEGATIVE_INFINITY).to(tl.float32) * scale
         logp = x - normaliser
         p = tl.exp(logp)
         gradient = tl.where(p == 0, 0.0, -p * (slope + entropy_slope * (logp + entropy)))
@@ -93,7 +94,7 @@ def write_gradient(
     logits: Tensor, out: Tensor, normaliser: Tensor, entropy: Tensor, columns: Tensor, here: Tensor, logprobs: Tensor,
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, scale: float,
 ) -> None:  # fmt: skip
-    """`scale` · gradient of the logits [T, v] into `out` [T, v], which may be the logits themselves.
+    """The gradient of the logits [T, v] into `out` [T, v], which may be the logits themselves.
 
     normaliser, entropy [T], columns, here, logprobs [T, M] as the forward pass left them; grad_logprobs [T, M] or None,
     grad_entropy [T] or None.
