@@ -83,6 +83,8 @@ class Converted:
 
 def read_source(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, record) of every row of a file, of all files in a folder, or of a data set saved by `datasets`."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder (looked from {Path.cwd()})")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _read_saved(path)
     elif path.is_dir():
@@ -93,15 +95,18 @@ def read_source(path: Path) -> Iterator[tuple[str, Any]]:
             yield from read_source(file)
     elif path.suffix.lower() == ".json":
         yield from _read_json(path)
-    else:
+    elif path.suffix.lower() in READABLE:
         yield from read_records(path)
+    else:
+        raise UserError(
+            f"{path}: expected {', '.join(READABLE)}; of another kind of table, pandas writes them: "
+            'pandas.read_csv("x.csv").to_parquet("x.parquet")'
+        )
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"file not found: {path}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, list):
@@ -292,11 +297,13 @@ class Wanted:
             raise UserError("--test-fraction and --test-size exclude each other: give one")
         if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
             raise UserError(f"--test-fraction: expected a number from 0 to below 1, got {self.test_fraction}")
+        if self.test_size is not None and self.test_size < 0:
+            raise UserError(f"--test-size: expected a number of rows, 0 or more, got {self.test_size}")
 
     def test_rows(self, count: int) -> int:
         if self.test_size is None:
             return round(count * (0.1 if self.test_fraction is None else self.test_fraction))
-        if not 0 <= self.test_size < count:
+        if self.test_size >= count:
             raise UserError(f"--test-size {self.test_size} leaves nothing to train on: there are {count} rows")
         return self.test_size
 
@@ -310,9 +317,10 @@ def prepare(
         converted.add(read_source(source), convert)
     test, repeated_test = unique(held_out.rows)
     train, repeated = unique(main.rows, map(prompt_key, test))
-    if not train:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in main.skipped.most_common(5))
-        raise UserError(f"nothing to convert in {', '.join(map(str, sources))}{': ' if reasons else ''}{reasons}")
+    for rows, given, part in ((train, sources, main), (test or not test_sources, test_sources, held_out)):
+        if not rows:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in part.skipped.most_common(5))
+            raise UserError(f"nothing to convert in {', '.join(map(str, given))}{': ' if reasons else ''}{reasons}")
     if not test_sources:
         train, test = split(train, wanted.test_rows(len(train)), wanted.seed)
     for row_number, row in enumerate([*train, *test]):
@@ -320,6 +328,8 @@ def prepare(
     splits = {name: [{"idx": row["idx"], **row} for row in rows] for name, rows in (("train", train), ("test", test))}
     write_splits(wanted.out, splits)
     typer.echo(f"{wanted.out}: {len(train)} train rows, {len(test)} test rows; {repeated + repeated_test} duplicates")
+    if not test:
+        typer.echo("  no test split: set eval.every = 0, or give --test-size or --test-source")
     for reason, count in (main.skipped + held_out.skipped).most_common(10):
         typer.echo(f"  skipped {count}: {reason}")
 
@@ -372,9 +382,13 @@ def convert(
         if ours not in fields or not theirs:
             raise UserError(f"--map: expected OURS=THEIRS with OURS one of {', '.join(fields)}, got {pair!r}")
         fields[ours] = theirs
+    kept = [name.strip() for name in keep.split(",") if name.strip()]
+    if reserved := [name for name in kept if name in ("idx", *_row("", "", None, "", ""))]:
+        raise UserError(
+            f"--keep: {', '.join(reserved)} would overwrite our own field; rename it in the source, or --map it"
+        )
     rows = mapped_rows(
-        fields, kind=kind, dataset=dataset or sources[0].stem, system=system,
-        keep=[name.strip() for name in keep.split(",") if name.strip()],
+        fields, kind=kind, dataset=dataset or sources[0].stem, system=system, keep=kept,
     )  # fmt: skip
     prepare(sources, test_source, rows, Wanted(out, test_fraction, test_size, seed))
 

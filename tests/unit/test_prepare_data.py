@@ -229,11 +229,14 @@ def test_chat_messages_and_saved_hugging_face_data_sets_are_read(tmp_path, capsy
 
 def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
     source = write(tmp_path / "s.jsonl", [{"q": "x", "a": "y"}, {"q": "z"}])
+    (tmp_path / "s.csv").write_text("q,a\nx,y\n")
+    empty = write(tmp_path / "e.jsonl", [{"q": "z"}])
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "object.json").write_text("{}")
     out = ["--out", tmp_path / "out"]
     for arguments, complaint in [
-        (["sciknoweval", tmp_path / "absent.jsonl", *out], "not found"),
+        (["sciknoweval", tmp_path / "absent.jsonl", *out], "no such file or folder"),
+        (["sciknoweval", tmp_path / "absent", *out], "no such file or folder"),
         (["sciknoweval", source, "--domain", "law", *out], "expected some of biology"),
         (["sciknoweval", source, *out], "nothing to convert"),
         (["toolalpaca", tmp_path / "bad.json", *out], "is not JSON"),
@@ -245,7 +248,13 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
         (["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-size", 5, *out], "leaves nothing"),
         (["convert", source, "--test-size", 1, "--test-fraction", 0.5, *out], "give one"),
         (["convert", source, "--test-fraction", 1.5, *out], "--test-fraction"),
-        (["convert", tmp_path / "s.csv", *out], "expected a .jsonl"),
+        (["convert", tmp_path / "s.csv", *out], "pandas writes them"),
+        (["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-size", -1, *out], "0 or more"),
+        (["convert", source, "--keep", "level,dataset", *out], "--keep: dataset would overwrite"),
+        (
+            ["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-source", empty, *out],
+            "nothing to convert in " + str(empty),
+        ),
         (["convert", source], "--out"),
         (["convert", source, "--tset-size", 1, *out], "--tset-size"),
     ]:
