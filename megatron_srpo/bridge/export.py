@@ -6,12 +6,18 @@ embed, layers 0…   layers …, norm, head    ─►  bucket: broadcast the own
 
 Buckets of experts are gathered over all ranks that share a stage's experts: what stands at the same place on each of
 them is one expert's shard, or another expert's.
+
+While the consumer has one bucket, the next is on its way:
+
+    gathered    │ 0 │ 1 │ 2 │ 3 │
+    consumed        │ 0 │ 1 │ 2 │ 3 │
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +29,7 @@ from megatron_srpo.bridge.families import Mapped, weight_table
 from megatron_srpo.types import ModelShards
 
 ALIGNMENT = 16  # bytes; every tensor in a flat buffer starts at a multiple, so that it can be viewed in its dtype
-DEFAULT_BUCKET_BYTES = 256 * 2**20
+DEFAULT_BUCKET_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ class Exporter:
     """Exports a model again and again. Making one is collective over the pipeline group, and so is every export.
 
     `shards` is read at export time: it must hold the live parameters. `bucket_bytes` bounds the full tensors that are
-    gathered at once; a larger tensor is a bucket of its own. Beyond the model, an export holds at most the gathered
-    bucket, this rank's part of it, and the full tensors of one parameter. `dtype` converts on the way (None: as is).
+    gathered at once; a larger tensor is a bucket of its own. Beyond the model, an export holds at most two buckets, one
+    that is consumed and one that is on its way, this rank's part of each, and the full tensors of one parameter.
+    `dtype` converts on the way (None: as is).
     """
 
     def __init__(
@@ -98,21 +105,23 @@ class Exporter:
         A tensor is never overwritten by the exporter, but without any parallelism it is a view of the parameter and
         changes with it: use it before the next optimiser step, or copy it. It may keep its whole bucket alive.
         """
-        for bucket in self._buckets:
-            if bucket[0].copies == 1 and self._shards.pp_size == 1:
-                gathered = [[self._shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
-            else:
-                gathered = self._gather(bucket)
+        on_the_way = None
+        for bucket, following in itertools.zip_longest(self._buckets, self._buckets[1:]):
+            gathered = (on_the_way or self._start(bucket))()
+            on_the_way = following and self._start(following)
             for part, parts in zip(bucket, gathered, strict=True):
                 split = part.copies // len(part.mapped)  # ranks that share one expert, or the layer
                 for i, mapped in enumerate(part.mapped):
                     full = mapped.rule.from_shards(parts[i * split : (i + 1) * split])
                     yield from zip(mapped.hf_names, full, strict=True)
-            del gathered, parts, full  # before the next bucket is allocated
+            del gathered, parts, full  # before another bucket is allocated
 
-    def _gather(self, bucket: list[Part]) -> list[list[torch.Tensor]]:
-        """For each part, the shards of all ranks that share it. Bytes travel, so that any dtype does, bit for bit."""
+    def _start(self, bucket: list[Part]) -> Callable[[], list[list[torch.Tensor]]]:
+        """Start the exchange of a bucket. The result waits for it: for each part, the shards of all ranks that share
+        it. Bytes travel, so that any dtype does, bit for bit."""
         shards = self._shards
+        if bucket[0].copies == 1 and shards.pp_size == 1:
+            return lambda: [[shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
         copies, group = bucket[0].copies, shards.expert_group if bucket[0].expert else shards.tp_group
         stage, size = bucket[0].stage, sum(part.nbytes for part in bucket)
         device = next(iter(shards.parameters.values())).device
@@ -120,14 +129,22 @@ class Exporter:
         if stage == shards.pp_rank:
             for part, view in zip(bucket, _views(flat, bucket), strict=True):
                 view.copy_(shards.parameters[part.name])
+        work, full = None, flat
         if shards.pp_size > 1:
-            dist.broadcast(flat, dist.get_global_rank(shards.pp_group, stage), group=shards.pp_group)
-        if copies == 1:
-            return [[view] for view in _views(flat, bucket)]
-        full = torch.empty(copies * size, dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(full, flat, group=group)
-        by_rank = [_views(flat, bucket) for flat in full.chunk(copies)]
-        return [list(parts) for parts in zip(*by_rank, strict=True)]
+            source = dist.get_global_rank(shards.pp_group, stage)
+            work = dist.broadcast(flat, source, group=shards.pp_group, async_op=True)
+        if copies > 1:
+            if work is not None:
+                work.wait()  # with NCCL the stream waits; with gloo this process does, and the gather alone overlaps
+            full = torch.empty(copies * size, dtype=torch.uint8, device=device)
+            work = dist.all_gather_into_tensor(full, flat, group=group, async_op=True)
+
+        def finish() -> list[list[torch.Tensor]]:
+            work.wait()
+            by_rank = [_views(mine, bucket) for mine in full.chunk(copies)]
+            return [list(parts) for parts in zip(*by_rank, strict=True)]
+
+        return finish
 
 
 def _views(flat: torch.Tensor, bucket: list[Part]) -> list[torch.Tensor]:

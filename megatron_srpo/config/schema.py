@@ -107,7 +107,7 @@ class RolloutConfig(Section):
 
 
 class BridgeConfig(Section):
-    bucket_mib: int = Field(256, ge=1)  # of weights gathered at a time for a publish; a larger tensor is gathered alone
+    bucket_mib: int = Field(32, ge=1)  # of weights gathered at a time; two are held, and a larger tensor is one alone
     verify_every: int = Field(50, ge=0)  # publishes from one verification by checksums to the next; 1 = all, 0 = none
 
 

@@ -96,13 +96,15 @@ def _distillation(
         divergence = topk_divergence(topk_logprobs, batch.teacher_logprobs, settings.alpha, tail=settings.tail)
     divergence = torch.where(distilled, divergence, torch.zeros_like(divergence))
     entropy = torch.where(distilled, batch.teacher_entropy, torch.zeros_like(batch.teacher_entropy))
-    dynamic = (dynamic_weights(entropy.double(), settings.beta) / mean).to(entropy.dtype)  # fp32 has no exp(−104)
+    # fp32 has no exp(−104); the others' weight of 1 may be infinite beside such a mean.
+    dynamic = (dynamic_weights(entropy.double(), settings.beta) / mean).to(entropy.dtype)
+    dynamic = torch.where(distilled, dynamic, torch.zeros_like(dynamic))
     ratio = distill_ratio(row.logp, row.old, settings.distill_ratio_clip)
     metrics = {
         "srpo/distill_loss": _sum(divergence, weight),
         "srpo/distill_ratio": _sum(ratio, weight),
         "srpo/teacher_entropy": _sum(entropy, weight),
-        "srpo/distill_weight_max": (dynamic * weight).max().detach(),
+        "srpo/distill_weight_max": dynamic.max().detach(),
     }
     if batch.first_token is not None:
         metrics["srpo/teacher_first_token_entropy"] = _sum(entropy, batch.first_token * weight)

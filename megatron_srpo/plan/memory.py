@@ -7,7 +7,7 @@ optimizer    fp32 main parameters (bf16 models only: fp32 ones are views of the 
 shadow       the teacher's fp32 average, in the optimizer's own sharding
 activations  activations.py          head          hidden states, logits and log-probs of the last stage
 engine …     a colocated vLLM's share of the GPU: weights, KV cache, its own activations
-publish      one bucket gathered, this rank's part of it, and the full tensors of one parameter (bridge/export.py)
+publish      two buckets gathered, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.workload import Workload
 
-BUCKET_BYTES = 256 * 2**20  # of a publish
+BUCKET_BYTES = 32 * 2**20  # of a publish
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ def kv_bytes_a_token(arch: Architecture, layout: Layout) -> float:
 
 
 def publish_bytes(arch: Architecture, layout: Layout) -> float:
-    """A bucket gathered and this rank's part of it; the embedding, if larger, is a bucket of its own; then the full
+    """Two buckets gathered, and this rank's part of each; the embedding, if larger, is one of them; then the full
     tensors of one parameter. Without tensor and pipeline parallelism tensors are views."""
     if layout.tensor == layout.pipeline == layout.expert == 1:
         return 0.0
     largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn)) * layout.dtype_bytes
-    gathered = max(BUCKET_BYTES, largest)
+    gathered = max(BUCKET_BYTES, largest) + BUCKET_BYTES
     return gathered * (1 + 1 / layout.tensor) + largest
 
 

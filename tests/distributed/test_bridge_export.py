@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -83,20 +85,28 @@ def _check_live(folder: str) -> None:
 
 
 def _check_memory(folder: str, place: dict, bucket_bytes: int) -> None:
-    """What is gathered at once is bounded by the bucket."""
+    """What is gathered at once is bounded by the bucket, and while one is consumed one more is there."""
     gathered: list[int] = []
+    alive: list[weakref.ref] = []
     gather = dist.all_gather_into_tensor
 
-    def record(full, flat, group):
+    def record(full, flat, group, async_op):
         gathered.append(full.numel())
-        return gather(full, flat, group=group)
+        alive.append(weakref.ref(full.untyped_storage()))
+        return gather(full, flat, group=group, async_op=async_op)
 
     dist.all_gather_into_tensor = record
     shards, times = _loaded(folder, place), []
     for size in (bucket_bytes, 10**9):
         gathered.clear()
-        list(Exporter(shards, read_config(folder), bucket_bytes=size).items())
+        exporter = Exporter(shards, read_config(folder), bucket_bytes=size)
+        buckets = [bucket for bucket in exporter._buckets if bucket[0].copies > 1]
+        begun = []
+        for _ in exporter.items():
+            assert sum(storage() is not None for storage in alive) <= 2
+            begun.append(len(gathered))
         assert max(gathered) <= size
+        assert len(buckets) == len(gathered) and begun[0] == min(2, len(exporter._buckets), len(buckets))
         times.append(len(gathered))
     assert times[0] > times[1]
     dist.all_gather_into_tensor = gather
