@@ -106,7 +106,22 @@ class Reference:
     def __init__(self, config, behaviour, teacher, reference):
         self.a, self.temperature = config.algorithm, config.rollout.temperature
         self.behaviour, self.teacher, self.reference = behaviour, teacher, reference
+        self.chosen = None
         self.trust = config.teacher.update_rate if config.teacher.mode == "trust_region" else 0.0
+
+    def choose(self, ids, slack):
+        """Take top-k ids as they are given: (group, sample) → [R, K]; none may be `slack` nats below the k-th."""
+        self.chosen, self.slack = ids, slack
+
+    def _topk(self, behaviour, sample):
+        top = behaviour.topk(self.a.distillation_topk, -1)
+        if self.chosen is None:
+            return top.indices
+        ids = self.chosen[sample.group, sample.sample]
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+        below = float((top.values[:, -1:] - behaviour.gather(1, ids)).max())
+        assert below <= self.slack, f"{sample.uid}: an id {below} nats below the k-th was chosen"
+        return ids
 
     def _logp(self, model, prompt, sample):
         return response_logprobs(model, prompt, sample.response_ids, self.temperature)
@@ -188,7 +203,7 @@ class Reference:
             if i in taught:
                 p, q = logp, taught[i]
                 if a.distillation_topk:
-                    ids = behaviour.topk(a.distillation_topk, -1).indices
+                    ids = self._topk(behaviour, s)
                     p, q = reduced(p, ids, a.distillation_tail), reduced(q, ids, a.distillation_tail)
                 d = divergence(p, q, a.divergence_alpha)
                 ratio = torch.ones_like(at)

@@ -107,10 +107,12 @@ LAYOUTS |= MOE_LAYOUTS
 MOE_VARIANTS = ["srpo", "srpo in two steps", "srpo one distilled sample", "sdpo full vocabulary, trust region"]
 # Float32 passes against float64 ones; a gradient error is measured against the largest entry of its tensor's kind.
 METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
-# bf16 (8 bits of mantissa): metrics within 10 %, and the gradient's error (root of its sum of squares) at most this
-# multiple of the one that the same objective makes on transformers' bf16 models.
-BF16_METRIC_BOUND, BF16_ERROR_RATIO = 1e-1, 2.0
-BF16_FLIP = 0.15  # or this part of the gradient, where rounding took another id into the top-k
+# bf16 (8 bits of mantissa): the gradient's error (root of its sum of squares) is at most this multiple of the one that
+# the same objective makes on transformers' bf16 models. All are given the top-k ids that the trainer chose: rounding
+# decides between near equals, one of which may be the teacher's favourite (0.13 of a gradient was seen to hang on one).
+BF16_METRIC_BOUND, BF16_METRIC_LEAST, BF16_ERROR_RATIO = 5e-2, 2e-2, 2.0
+BF16_TOKEN = 0.1  # nats, of the worst token's log-prob
+BF16_NEAR = 0.3  # nats that a chosen id may lie below the k-th, of one bf16 model beside another
 
 
 def make_config(model, variant, layout="serial"):
@@ -252,6 +254,7 @@ def run_variants(variants, layout, student, teacher, samples_of):
         scores = trainer._score_students(mine, share)
         trainer._score_teacher(mine, share, scores)
         trainer._score_reference(mine, share, scores)
+        chosen = chosen_ids(mine, scores) if layout.startswith(("bf16", "moe bf16")) else None
         results[variant] = []
         for whole, mini in zip(plan.mini_batches, share.mini_batches, strict=True):
             before = {name: value.clone() for name, value in exporter.items()}
@@ -261,6 +264,7 @@ def run_variants(variants, layout, student, teacher, samples_of):
                 {
                     "samples": indices,
                     "loss_tokens": mini.loss_tokens,
+                    "chosen": chosen,
                     "weights": before,
                     "metrics": stats.metrics,
                     "norm": stats.grad_norm,
@@ -268,6 +272,16 @@ def run_variants(variants, layout, student, teacher, samples_of):
                 }
             )
     return results if topology.rank == 0 else None
+
+
+def chosen_ids(samples, scores):
+    """(group, sample) → top-k ids [R, K] of all ranks' distilled samples; None of the full vocabulary."""
+    import torch.distributed as dist
+
+    mine = {(s.group, s.sample): score.topk_ids for s, score in zip(samples, scores, strict=True)}
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {place: ids for place, ids in mine.items() if ids is not None})
+    return {place: ids for part in parts for place, ids in part.items()} or None
 
 
 @pytest.fixture(scope="module")
@@ -348,9 +362,11 @@ def check_steps(steps, samples, student, teacher, variant, layout):
             assert {name: routed.get(name) for name in expected_routed} == pytest.approx(expected_routed), where
         assert step["gradients"].keys() == expected.keys()
         if LAYOUTS[layout].dtype == "bfloat16":
-            assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=BF16_METRIC_BOUND), where
+            one_token = "rollout_corr/logprob_diff_max"
+            assert logged.pop(one_token) == pytest.approx(metrics.pop(one_token), abs=BF16_TOKEN), where
+            assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=BF16_METRIC_LEAST), where
             _, rough = expected_step(*given, torch.bfloat16)
-            bound = max(BF16_ERROR_RATIO * distance(rough, expected), BF16_FLIP * length(expected))
+            bound = BF16_ERROR_RATIO * distance(rough, expected)
             assert distance(step["gradients"], expected) <= bound + 1e-12, where
             continue
         assert logged == pytest.approx(metrics, rel=METRIC_BOUND, abs=METRIC_BOUND), where
@@ -366,7 +382,7 @@ first_steps = {}  # of the reference: every layout starts from the same weights
 
 def expected_step(step, samples, student, teacher, variant, number, dtype):
     """Metrics and gradients of the plain objective on transformers' models in `dtype`."""
-    if number > 0:
+    if number > 0 or step["chosen"]:
         return reference_step(step, samples, student, teacher, variant, number, dtype)
     key = student, variant, tuple(step["samples"]), dtype
     if key not in first_steps:
@@ -381,6 +397,7 @@ def reference_step(step, samples, student, teacher, variant, number, dtype):
     judge = load(teacher, dtype)
     reference = Reference(make_config(student, variant), load(student, dtype), judge, judge)
     forwarded = [samples[i] for i in step["samples"]]
+    reference.choose(step["chosen"], BF16_NEAR)
     loss, metrics = reference.step(model, forwarded, loss_tokens=step["loss_tokens"], moved=number > 0)
     loss.backward()
     if choices:
