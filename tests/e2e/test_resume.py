@@ -14,6 +14,8 @@ from megatron_srpo.checkpoints.folder import damage, published, read_manifest
 from tests import tiny_run
 
 RANKS = 2  # data parallel: the distributed optimizer's shards differ between the ranks
+STOP_SECONDS = 30  # what Slurm gives between the signal and SIGKILL
+SERVERS = ("--rollout.placement=servers", "--rollout.num_servers=2", "--checkpoint.every=3", "--checkpoint.keep=9")
 DROPOUT = ("--model.hidden_dropout=0.1", "--model.attention_dropout=0.1")  # draws from every rank's generators
 OVERRIDES = (
     "--observe.tensorboard=true",
@@ -84,6 +86,33 @@ def test_a_run_killed_at_a_random_moment_and_started_again_equals_the_straight_o
 
 
 @pytest.mark.slow
+def test_with_engine_servers_a_killed_run_goes_on_from_the_same_tokens(tmp_path):
+    """Two servers share out the prompts, and batch them, as they come to be free; log-probs therefore differ in their
+    last bits, and the tokens do not."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for folder in (straight, killed):
+        folder.mkdir()
+    tiny_run.train(tiny_run.make_run(straight), *SERVERS, ranks=RANKS)
+    config = tiny_run.make_run(killed)
+    process = tiny_run.start(config, *SERVERS, ranks=RANKS)
+    moment = random.SystemRandom().randint(4, 5)
+    for line in process.stdout:
+        if line.startswith(f"iteration {moment}/"):
+            break
+    kill_everything(process)
+    assert "going on from" in tiny_run.train(config, *SERVERS, ranks=RANKS)
+    texts = [(folder / "out/rollouts.jsonl").read_text() for folder in (straight, killed)]
+    assert texts[0] == texts[1] and '"responses"' in texts[0]  # every text, score, branch and teacher
+    mine, theirs = (tiny_run.records(folder / "out") for folder in (killed, straight))
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs] == list(range(1, 9))
+    for found, expected in zip(mine, theirs, strict=True):
+        for name in ("critic/score/mean", "response_length/mean", "srpo/sdpo_fraction", "rollout/weight_version"):
+            assert found[name] == expected[name], (found["step"], name)
+        for name in ("actor/loss", "actor/grad_norm", "actor/entropy"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), (found["step"], name)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_ranks_and_another_layout(tmp_path):
     """Two data-parallel ranks straight; the same to iteration 4, then one rank, then two tensor-parallel ones."""
     tp2 = ("--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true")
@@ -128,7 +157,7 @@ def test_a_signal_to_the_launcher_is_a_checkpoint_an_exit_code_and_no_restart(st
         if line.startswith("iteration 2/"):
             break
     process.send_signal(number)
-    code, output = tiny_run.finish(process, 120)
+    code, output = tiny_run.finish(process, STOP_SECONDS)
     asked = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: exit_codes.REQUEUE}
     assert code == asked[number] and "last checkpoint:" in output, output
     assert "Traceback" not in output and "going on from" not in output
