@@ -3,7 +3,7 @@
 #   make setup  [DEVICE=cpu|gpu] [PYTHON=python3.12]     the environment alone, in .venv
 #   make test   [ARGS="-k routing"]                      set-up and the test suite
 #   make test-slurm [ARGS="-k crash"]                    the tests on a real Slurm, started here for them
-#   make quickstart [ALGORITHM=srpo|grpo|sdpo|mix] [SEED=0]
+#   make quickstart [ALGORITHM=srpo|grpo|sdpo|mix] [SEED=0] [ARGS="--run.iterations 20"]
 #   make compare    [SEEDS=3] [JOBS=1]                   four methods, several seeds, one figure
 #
 # Paths are relative, so that a checkout in a folder with a space in its name works.

@@ -51,6 +51,7 @@ def _quiet() -> None:
     """Silence what the libraries say of themselves at every start; nothing of ours goes through `warnings`."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with sequence parallelism
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM says where it binds memory as a warning of torch's
     for module in ("torch.*", "megatron.*", "transformers.*"):
         warnings.filterwarnings("ignore", module=module.replace(".*", r"\..*"))
 
@@ -83,8 +84,35 @@ class Prompting:
         examples, report = load_rows(files, self._config.data)
         prompts, dropped = render_prompts(examples, self.tokenizer, self._config.data, split)
         self._check_vocabulary(max(max(prompt.token_ids) for prompt in prompts))
+        self._check_kinds(prompts)
         say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")
+        for warning in self._warnings(prompts, split):
+            say(f"warning: {warning}")
         return prompts
+
+    def _check_kinds(self, prompts: list) -> None:
+        from megatron_srpo.rewards.registry import RewardError, unknown
+
+        for prompt in {prompt.kind: prompt for prompt in reversed(prompts)}.values():
+            problem = unknown(prompt.kind, self._config.reward.functions)
+            if problem:
+                raise RewardError(f"{prompt.source}: {problem}")
+
+    def _warnings(self, prompts: list, split: str) -> Iterator[str]:
+        from megatron_srpo.data import hides_system
+
+        batch = self._config.rollout.rollout_batch_size
+        if split == "train" and len(prompts) < batch:
+            yield (
+                f"rollout.rollout_batch_size = {batch} is more than the {len(prompts)} train prompts: a batch has some "
+                "of them more than once, as groups of their own"
+            )
+        hidden = [prompt for prompt in prompts if hides_system(self.tokenizer, prompt, self._config.data)]
+        if hidden:
+            yield (
+                f"the tokenizer's chat template leaves out the system message of {len(hidden)} {split} prompts, the "
+                f"first of them {hidden[0].source}: the model will not see it"
+            )
 
     def _check_vocabulary(self, largest: int) -> None:
         """A tokenizer of another model gives ids that the model has no embedding for."""
@@ -272,7 +300,8 @@ def _train(config: Config, session: Session, closing: ExitStack) -> int:
         with watchdog.phase("export"):
             _write_hf(config, parts.weights, folder, is_driver=control.is_driver)
     if driver:
-        driver.say(_ending(config, done, start, folder, parts.checkpoints.last))
+        saved = parts.checkpoints.last or (restored.folder if restored else None)
+        driver.say(_ending(config, done, start, folder, saved))
     requeue = control.any(stop.requeue)
     return exit_codes.DONE if done else exit_codes.REQUEUE if requeue else exit_codes.STOPPED
 

@@ -31,6 +31,7 @@ class Prompt:
     answer: Any  # what the reward function compares with
     kind: str  # which reward function scores it
     metadata: dict[str, Any] = field(default_factory=dict)  # the row's other fields
+    source: str = ""  # "file:line", for messages
 
 
 @dataclass

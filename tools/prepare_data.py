@@ -25,7 +25,7 @@ import typer
 
 from megatron_srpo.config import DataConfig, UserError
 from megatron_srpo.data import load_rows, read_records
-from megatron_srpo.rewards.registry import RewardError
+from megatron_srpo.rewards.registry import RewardError, unknown
 from megatron_srpo.rewards.tooluse import expected_calls
 
 MCQ_SYSTEM = (
@@ -44,6 +44,7 @@ TOOLUSE_FORMAT = (
     "Begin!"
 )
 DOMAINS = ("biology", "chemistry", "material", "physics")
+LEVELS = ("L1", "L2", "L3", "L4", "L5", "all")
 READABLE = (".jsonl", ".ndjson", ".parquet", ".json")
 LONGEST_CALL_SEQUENCE = 5  # ToolAlpaca's own limit for training instances
 
@@ -51,7 +52,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split
 
 
 class Skip(Exception):
-    """A source row that is not converted; the text is the reason that is counted."""
+    """A source row that is not converted: the reason, which is counted, and what is told of the first such row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 @dataclass
@@ -60,25 +65,36 @@ class Converted:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: Counter = field(default_factory=Counter)
+    places: dict[str, str] = field(default_factory=dict)  # reason → the first row that was skipped for it
 
     def add(self, records: Iterable[tuple[str, Any]], convert: Callable[[Any], Iterator[dict[str, Any]]]) -> None:
-        for _, record in records:
-            try:
-                if isinstance(record, Exception):
-                    raise Skip(str(record))
-                if not isinstance(record, dict):
-                    raise Skip("not an object")
-                for row in convert(record):
-                    if isinstance(row, Skip):
-                        self.skipped[str(row)] += 1
-                    else:
-                        self.rows.append(row)
-            except Skip as reason:
-                self.skipped[str(reason)] += 1
-            except KeyError as error:
-                self.skipped[f"no field {error}"] += 1
-            except (TypeError, AttributeError, IndexError, ValueError) as error:
-                self.skipped[f"not of the expected form ({error})"] += 1
+        for place, record in records:
+            for skip in self._convert(record, convert):
+                self.skipped[str(skip)] += 1
+                self.places.setdefault(str(skip), place + skip.detail)
+
+    def _convert(self, record: Any, convert: Callable[[Any], Iterator[dict[str, Any]]]) -> Iterator[Skip]:
+        """Keep the record's rows; yields those that are skipped."""
+        try:
+            if isinstance(record, Exception):
+                raise Skip(str(record))
+            if not isinstance(record, dict):
+                raise Skip("not an object")
+            for row in convert(record):
+                if isinstance(row, Skip):
+                    yield row
+                else:
+                    self.rows.append(row)
+        except Skip as skip:
+            yield skip
+        except KeyError as error:
+            yield Skip(f"no field {error}")
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            yield Skip(f"not of the expected form ({error})")
+
+    def why(self, most: int) -> list[str]:
+        """The commonest reasons: how often, and where first."""
+        return [f"{count}: {reason} (first {self.places[reason]})" for reason, count in self.skipped.most_common(most)]
 
 
 def read_source(path: Path) -> Iterator[tuple[str, Any]]:
@@ -212,10 +228,11 @@ def mapped_rows(
         values = {ours: _look_up(record, theirs) for ours, theirs in fields.items()}
         for name in ("prompt", "answer"):
             if values[name] is None or values[name] == "":
-                raise Skip(f"no {fields[name]!r}")
+                has = ", ".join(sorted(map(str, record)))
+                raise Skip(f"no {fields[name]!r}; --map {name}=FIELD names it", f", which has {has[:200]}")
         row_kind = values.get("kind") or kind
         if not row_kind:
-            raise Skip("no kind")
+            raise Skip("no kind; give --kind NAME, or --map kind=FIELD")
         row = _row(row_kind, dataset, values.get("system") or system or None, values["prompt"], values["answer"])
         yield {**row, **{name: _look_up(record, name) for name in keep}}
 
@@ -293,6 +310,8 @@ class Wanted:
     seed: int
 
     def __post_init__(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out}: is a file; name a folder, which may not exist yet")
         if self.test_fraction is not None and self.test_size is not None:
             raise UserError("--test-fraction and --test-size exclude each other: give one")
         if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
@@ -317,10 +336,12 @@ def prepare(
         converted.add(read_source(source), convert)
     test, repeated_test = unique(held_out.rows)
     train, repeated = unique(main.rows, map(prompt_key, test))
-    for rows, given, part in ((train, sources, main), (test or not test_sources, test_sources, held_out)):
-        if not rows:
-            reasons = ", ".join(f"{count} × {reason}" for reason, count in part.skipped.most_common(5))
-            raise UserError(f"nothing to convert in {', '.join(map(str, given))}{': ' if reasons else ''}{reasons}")
+    for given, part in ((sources, main), (test_sources, held_out)):
+        if given and not part.rows:
+            why = "; ".join(part.why(5)) or "there are no rows"
+            raise UserError(f"nothing to convert in {', '.join(map(str, given))}: {why}")
+    if not train:
+        raise UserError(f"all {repeated} rows are in the test split as well: nothing is left to train on")
     if not test_sources:
         train, test = split(train, wanted.test_rows(len(train)), wanted.seed)
     for row_number, row in enumerate([*train, *test]):
@@ -330,8 +351,8 @@ def prepare(
     typer.echo(f"{wanted.out}: {len(train)} train rows, {len(test)} test rows; {repeated + repeated_test} duplicates")
     if not test:
         typer.echo("  no test split: set eval.every = 0, or give --test-size or --test-source")
-    for reason, count in (main.skipped + held_out.skipped).most_common(10):
-        typer.echo(f"  skipped {count}: {reason}")
+    for reason in [*main.why(10), *held_out.why(10)]:
+        typer.echo(f"  skipped {reason}")
 
 
 Sources = Annotated[list[Path], typer.Argument(help="files, or folders that are searched for them")]
@@ -353,6 +374,8 @@ def sciknoweval(
     domains = {_domain(one) for one in domain} or set(DOMAINS)
     if domains - set(DOMAINS):
         raise UserError(f"--domain: expected some of {', '.join(DOMAINS)}, got {', '.join(domain)}")
+    if level not in LEVELS:
+        raise UserError(f"--level: expected one of {', '.join(LEVELS)}, got {level}")
     prepare(sources, test_source, sciknoweval_rows(domains, level), Wanted(out, test_fraction, test_size, seed))
 
 
@@ -391,6 +414,8 @@ def convert(
         fields, kind=kind, dataset=dataset or sources[0].stem, system=system, keep=kept,
     )  # fmt: skip
     prepare(sources, test_source, rows, Wanted(out, test_fraction, test_size, seed))
+    if kind and (problem := unknown(kind, {})):
+        typer.echo(f"  note: {problem}")
 
 
 def main(arguments: list[str] | None = None) -> int:

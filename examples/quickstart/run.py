@@ -21,6 +21,8 @@ from rich.table import Table
 from examples.quickstart.task import WARM_START, Ordering
 from examples.tiny.launch import ROOT, Interrupted, TrainingFailed, run_training, train_command
 from examples.tiny.runs import SUMMARY, cached_warm_start, open_run, place_inputs, request_of, shown_path
+from megatron_srpo import exit_codes
+from megatron_srpo.config import UserError, check, load_config
 
 CONFIG = Path("examples/quickstart/quickstart.toml")
 CACHE = Path("runs/cache")
@@ -38,7 +40,12 @@ class Options:
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="quickstart",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        epilog='Other options go to the trainer: --run.iterations 10; with make: ARGS="--run.iterations 10".',
+    )
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="srpo")
     parser.add_argument("--seed", type=int, default=0, help="of the training run; the warm start is the same for all")
     parser.add_argument("--output", type=Path, help="folder of the run; by default one for each algorithm")
@@ -90,6 +97,7 @@ def show_summary(console: Console, run: Path, summary: dict[str, object]) -> Non
 def quickstart(options: Options, console: Console) -> None:
     """The whole job; leaves everything in `options.output`."""
     started, task, run = time.monotonic(), Ordering(), options.output
+    check(load_config(CONFIG, options.extra), world_size=RANKS)  # a mistake is told before the warm start
     console.print(f"quickstart: {options.algorithm}, seed {options.seed} → {run}", highlight=False)
 
     console.print("[1/3] a tiny Qwen3, warm-started to be right about one time in four")
@@ -139,7 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         console.print(f"quickstart stopped; {again}")
         return 130
-    except (TrainingFailed, ValueError, OSError) as error:
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.MISTAKE
+    except TrainingFailed as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return error.status
+    except (ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
     return 0

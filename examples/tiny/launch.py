@@ -24,7 +24,11 @@ ENVIRONMENT = {
 
 
 class TrainingFailed(RuntimeError):
-    """The trainer ended with an error, which it has printed."""
+    """The trainer ended with an error, which it has printed. `status`: its exit code."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Interrupted(RuntimeError):
@@ -134,4 +138,4 @@ def run_training(command: Sequence[str], log: Path) -> None:
             training.stop()
             raise Interrupted("stopped") from None
     if status != 0:
-        raise TrainingFailed(f"the trainer ended with status {status}; its messages are above and in {log}")
+        raise TrainingFailed(f"the trainer ended with status {status}; its messages are above and in {log}", status)

@@ -35,6 +35,7 @@ ANEW = "Choose another run.output_dir, or start anew: checkpoint.resume = false"
 class Restored:
     """What came with a checkpoint's weights. `restore_generators` is called last, when everything else is built."""
 
+    folder: Path
     iteration: int
     state: dict[str, Any]
     restore_generators: Callable[[], None]
@@ -181,7 +182,7 @@ class Checkpoints:
         self._storage.load(policy, found)
         self.last = found
         state = self._control.share(lambda: json.loads((found / folders.STATE).read_text()))
-        return Restored(manifest["iteration"], state, lambda: self._restore_generators(found, manifest, policy))
+        return Restored(found, manifest["iteration"], state, lambda: self._restore_generators(found, manifest, policy))
 
     def _newest_whole(self) -> Path | None:
         """The newest checkpoint whose every byte is right; damaged ones are renamed, so that nothing takes them."""
@@ -281,6 +282,7 @@ class Checkpoints:
         while (aside := self.root.with_name(f"checkpoints.previous.{number}")).exists():
             number += 1
         self.root.rename(aside)
+        self._say(f"checkpoint.resume = false: an earlier run's checkpoints are now in {aside}")
 
 
 def versions() -> dict[str, str]:

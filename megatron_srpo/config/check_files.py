@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,7 +42,10 @@ def _data_file(file: Path) -> str | None:
     if file.suffix.lower() not in DATA_SUFFIXES:
         return "expected a .jsonl or .parquet file; tools/prepare_data.py makes them from other data"
     if not os.path.exists(file):
-        return f"no such file (looked from {Path.cwd()}); see tools/prepare_data.py"
+        beside = [one.name for one in file.parent.glob("*") if one.suffix.lower() in DATA_SUFFIXES]
+        nearest = difflib.get_close_matches(file.name, beside, n=1)
+        hint = f"did you mean {file.parent / nearest[0]}?" if nearest else "see tools/prepare_data.py"
+        return f"no such file (looked from {Path.cwd()}); {hint}"
     if file.stat().st_size == 0:
         return "is empty; expected a row a line"
     return None

@@ -20,8 +20,10 @@ HEADER = """# Configuration
 Written by `python -m megatron_srpo.config.reference > docs/configuration.md` from `megatron_srpo/config/schema.py`.
 
 A run is one TOML file; `path` in `[model]` and `train` in `[data]` are required. Every key can be set on the command
-line as well, `--section.key VALUE`, which wins over the file. Unknown keys, wrong types and contradictions are refused
-before anything is loaded. Each run writes what it really used to `config.toml` in its output folder.
+line as well, `--section.key VALUE`, which wins over the file (the last one does, where a key is given twice). Unknown
+keys, wrong types and contradictions are refused before anything is loaded; a bad row of the data, or a device that is
+not there, once the libraries are loaded and before any model or engine. Each run writes what it really used to
+`config.toml` in its output folder.
 """
 
 

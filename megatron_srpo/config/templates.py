@@ -34,7 +34,11 @@ def template_pieces(key: str, template: str) -> list[Piece]:
             pieces.append(("text", literal))
         if name is None:
             continue
-        if name not in known or specification or conversion:
+        if name in known and (specification or conversion):
+            raise ValueError(
+                f"{{{name}}} has a format or a conversion; write the name alone: texts are put in as they are"
+            )
+        if name not in known:
             raise ValueError(f"unknown placeholder {{{name}}}; expected {expected}, and {{{{ stands for a brace")
         if ("field", name) in pieces:
             raise ValueError(f"{{{name}}} stands there twice; expected once")

@@ -11,7 +11,7 @@ A user's mistake is a DataError: what was expected, what came, the cure.
 
 from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows, read_records
 from megatron_srpo.data.loader import PromptLoader
-from megatron_srpo.data.prompts import render_prompts
+from megatron_srpo.data.prompts import hides_system, render_prompts
 from megatron_srpo.data.teacher_prompt import TeacherPrompt, TeacherPromptBuilder, strip_thinking
 from megatron_srpo.data.tokenizer import load_tokenizer, tokenizer_from
 
@@ -22,6 +22,7 @@ __all__ = [
     "PromptLoader",
     "TeacherPrompt",
     "TeacherPromptBuilder",
+    "hides_system",
     "load_rows",
     "load_tokenizer",
     "read_records",

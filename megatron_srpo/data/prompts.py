@@ -54,7 +54,16 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def _prompt(example: Example, ids: list[int], split: str) -> Prompt:
     uid = f"{split}:{example.row}"
-    return Prompt(uid, example.messages, list(ids), example.answer, example.kind, example.metadata)
+    return Prompt(uid, example.messages, list(ids), example.answer, example.kind, example.metadata, example.source)
+
+
+def hides_system(tokenizer: Any, prompt: Prompt, config: DataConfig) -> bool:
+    """Whether the chat template leaves out the system message that this prompt has."""
+    first = prompt.messages[0] if prompt.messages else {"role": ""}
+    if first["role"] != "system":
+        return False
+    text = render_chat(tokenizer, prompt.messages, config.chat_template_kwargs, prompt.source)
+    return text == render_chat(tokenizer, prompt.messages[1:], config.chat_template_kwargs, prompt.source)
 
 
 def _overlong(too_long: list[tuple[Example, int]], count: int, config: DataConfig) -> str:

@@ -68,13 +68,16 @@ class JsonlWriter:
 
     def resume(self, step: int) -> None:
         """Make the file ready for a run that continues after `step`: later lines are dropped, in one rename. Step 0
-        starts afresh, and what an earlier run left moves to metrics.previous.jsonl."""
+        starts afresh, and what an earlier run left moves to metrics.previous.1.jsonl, or a higher number."""
         self.close()
         try:
             if not self._path.exists():
                 return
             if step == 0:
-                self._path.replace(self._path.with_name(f"{self._path.stem}.previous{self._path.suffix}"))
+                number = 1
+                while (aside := self._path.with_suffix(f".previous.{number}{self._path.suffix}")).exists():
+                    number += 1
+                self._path.replace(aside)
                 return
             kept = [json_line(record["step"], record) for record in read_records(self._path) if record["step"] <= step]
             aside = self._path.with_name(self._path.name + ".new")

@@ -79,7 +79,11 @@ def facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens/s", "perf/tokens_per_second", "{:,.0f}"),
         ("s/it", "timing_s/step", "{:.1f}"),
     )
-    return [(what, style.format(float(metrics[key]))) for what, key, style in shown if key in metrics]
+    found = [(what, style.format(float(metrics[key]))) for what, key, style in shown if key in metrics]
+    both = sum(float(metrics.get(key, 0)) for key in ("srpo/grpo_fraction", "srpo/sdpo_fraction")) > 1 + 1e-6
+    return [
+        ("and SDPO" if both and what == "SDPO" else what, value) for what, value in found
+    ]  # mix: a sample takes both
 
 
 def evaluation(metrics: Mapping[str, Any]) -> str:

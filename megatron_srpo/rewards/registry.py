@@ -118,6 +118,13 @@ def _import_built_in(name: str) -> None:
         ) from error
 
 
+def unknown(kind: str, functions: dict[str, str]) -> str | None:
+    """What is wrong with the name, without importing anything; None if it is known."""
+    if kind in functions or kind in _FUNCTIONS or kind.replace("-", "_") in known_kinds():
+        return None
+    return _unknown(kind, functions)
+
+
 def _unknown(kind: str, functions: dict[str, str]) -> str:
     known = sorted(set(known_kinds()) | set(functions))
     nearest = difflib.get_close_matches(kind.replace("-", "_"), known, n=1)

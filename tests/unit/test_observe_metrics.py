@@ -69,7 +69,7 @@ def test_a_fresh_start_keeps_an_earlier_runs_lines_under_another_name(tmp_path):
     log.log(0, {})
     log.close()
     assert lines(path) == [{"step": 0}]
-    assert lines(tmp_path / "metrics.previous.jsonl") == [{"step": 5}]
+    assert lines(tmp_path / "metrics.previous.1.jsonl") == [{"step": 5}]
 
 
 def test_readers_pass_over_what_is_no_record(tmp_path):

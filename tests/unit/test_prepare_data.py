@@ -231,6 +231,7 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
     source = write(tmp_path / "s.jsonl", [{"q": "x", "a": "y"}, {"q": "z"}])
     (tmp_path / "s.csv").write_text("q,a\nx,y\n")
     empty = write(tmp_path / "e.jsonl", [{"q": "z"}])
+    nothing = write(tmp_path / "n.jsonl", [])
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "object.json").write_text("{}")
     out = ["--out", tmp_path / "out"]
@@ -238,10 +239,17 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
         (["sciknoweval", tmp_path / "absent.jsonl", *out], "no such file or folder"),
         (["sciknoweval", tmp_path / "absent", *out], "no such file or folder"),
         (["sciknoweval", source, "--domain", "law", *out], "expected some of biology"),
+        (["sciknoweval", source, "--level", "L9", *out], "expected one of L1"),
+        (["sciknoweval", source, "--out", source], "is a file; name a folder"),
+        (["convert", nothing, *out], "there are no rows"),
+        (
+            ["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-source", source, *out],
+            "all 1 rows are in the test split as well",
+        ),
         (["sciknoweval", source, *out], "nothing to convert"),
         (["toolalpaca", tmp_path / "bad.json", *out], "is not JSON"),
         (["toolalpaca", tmp_path / "object.json", *out], "expected a list"),
-        (["convert", source, *out], "2 × no 'prompt'"),
+        (["convert", source, *out], f"2: no 'prompt'; --map prompt=FIELD names it (first {source}:1, which has a, q)"),
         (["convert", source, "--map", "prompt=q,answer=a", *out], "no kind"),
         (["convert", source, "--map", "prompt", *out], "expected OURS=THEIRS"),
         (["convert", source, "--map", "promt=q", *out], "expected OURS=THEIRS"),

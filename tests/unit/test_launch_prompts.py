@@ -1,0 +1,45 @@
+"""What the driver says of the data before anything is built."""
+
+import json
+
+import pytest
+
+from megatron_srpo.config import Config
+from megatron_srpo.launch import Prompting
+from megatron_srpo.rewards import RewardError
+from tests.tiny_models import make_tiny_model
+
+BLIND = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture
+def prompting(tmp_path):
+    """Makes the driver's prompting from rows, with the tiny model's tokenizer or one with another template."""
+
+    def make(rows, template=None, **sections):
+        model = make_tiny_model(tmp_path / "model")
+        if template:
+            (model / "chat_template.jinja").write_text(template)
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps({"answer": "1", "kind": "exact", **row}) + "\n" for row in rows))
+        return Prompting(Config(model={"path": str(model)}, data={"train": str(file)}, **sections))
+
+    return make
+
+
+def test_an_unknown_kind_is_refused_with_its_first_row_and_the_nearest_name(prompting):
+    rows = [{"prompt": "a"}, {"prompt": "b", "kind": "exakt"}, {"prompt": "c", "kind": "exakt"}]
+    with pytest.raises(RewardError, match=r"rows\.jsonl:2: unknown reward kind 'exakt'. Did you mean 'exact'"):
+        prompting(rows).prompts("train", print)
+    assert prompting(rows, reward={"functions": {"exakt": "m:f"}}).prompts("train", print)
+
+
+def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_told(prompting):
+    rows = [{"prompt": "a", "system": "be brief"}, {"prompt": "b"}]
+    said = []
+    prompting(rows, BLIND, rollout={"rollout_batch_size": 3}).prompts("train", said.append)
+    assert "rollout.rollout_batch_size = 3 is more than the 2 train prompts" in said[1]
+    assert "leaves out the system message of 1 train prompts" in said[2] and "rows.jsonl:1" in said[2]
+    said.clear()
+    prompting(rows, rollout={"rollout_batch_size": 2}).prompts("train", said.append)
+    assert len(said) == 1
