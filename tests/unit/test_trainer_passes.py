@@ -66,6 +66,9 @@ class Scores:
         n = row.input_ids.numel()
         return {"teacher_logprobs": torch.full((n, 2), -1.0), "teacher_entropy": torch.zeros(n)}
 
+    def teacher_scores(self):
+        return self.score_teacher
+
     def dynamic_weight_sum(self, scores):
         return torch.tensor(1.0)
 
