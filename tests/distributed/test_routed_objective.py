@@ -311,7 +311,19 @@ def make_models(tmp_path_factory, family, dtype):
 
 DENSE = [*(("qwen3", name) for name in LAYOUTS if name not in MOE_LAYOUTS), ("llama", "tp2 sp pp2")]
 # What another layout of the default suite contains too.
-LONG = {"tp2", "pp2", "dp2", "tp4 sp", "cp2", "cp4, recompute", "cp2 dp2", "pp2 interleaved", "bf16", "bf16 cp2 pp2"}
+LONG = {
+    "tp2",
+    "tp2 sp, recompute half",
+    "pp2",
+    "dp2",
+    "tp4 sp",
+    "cp2",
+    "cp4, recompute",
+    "cp2 dp2",
+    "pp2 interleaved",
+    "bf16",
+    "bf16 cp2 pp2",
+}
 
 
 def unhurried(cases, long):
