@@ -182,27 +182,28 @@ def local_candidates(logits: Tensor, k: int, vocab_start: int) -> Tensor:
     """This rank's k best of its own columns as [T, k, 2]: logit and global id; −inf where it has fewer. Of equal logits
     the lowest ids are taken: in bf16 there are many, and torch.topk's choice depends on the width of the shard."""
     best = min(k, logits.size(1))
-    values, columns = logits.topk(best, dim=1)
-    if best:
+    values, columns = logits.topk(min(k + 1, logits.size(1)), dim=1)
+    if best < values.size(1):
         _lowest_of_equals(logits, values, columns)
     candidates = torch.full((logits.size(0), k, 2), -math.inf, dtype=torch.float64, device=logits.device)
-    candidates[:, :best, 0] = values.double()  # exact for every logit dtype, and for ids below 2^53
-    candidates[:, :best, 1] = (columns + vocab_start).double()
+    candidates[:, :best, 0] = values[:, :best].double()  # exact for every logit dtype, and for ids below 2^53
+    candidates[:, :best, 1] = (columns[:, :best] + vocab_start).double()
     return candidates
 
 
 def _lowest_of_equals(logits: Tensor, values: Tensor, columns: Tensor) -> None:
-    """Where more logits equal the k-th than there is room for, write the lowest columns of them into `columns` [T, k],
-    which belong to `values` [T, k], largest first."""
-    k, cut = values.size(1), values[:, -1:]
-    reaching = torch.cat([(logits[part] >= cut[part]).sum(1) for part in _chunks(logits)])
-    for rows in (reaching > k).nonzero()[:, 0].split(max(1, CHUNK_BYTES // (8 * logits.size(1)))):
-        equal = logits[rows] == cut[rows]
-        order = torch.arange(logits.size(1), 0, -1, dtype=torch.int32, device=logits.device)
-        lowest = torch.where(equal, order, 0).topk(k, dim=1).indices  # columns of equals, ascending
-        above = (values[rows] > cut[rows]).sum(1, keepdim=True)
-        place = torch.arange(k, device=logits.device) - above
-        columns[rows] = torch.where(place >= 0, lowest.gather(1, place.clamp(min=0)), columns[rows])
+    """values, columns [T, k + 1]: each row's largest logits, and where. In rows whose k-th equals the next one, the
+    lowest of all columns with that value take the places from the first of them to the k-th."""
+    k = values.size(1) - 1
+    cut = values[:, k - 1]
+    tied = (cut == values[:, k]).nonzero()[:, 0]
+    for rows in tied.split(max(1, CHUNK_BYTES // logits.size(1))):
+        row, column = (logits[rows] == cut[rows, None]).nonzero(as_tuple=True)  # by row, then by column
+        first = torch.searchsorted(row, torch.arange(len(rows), device=row.device))
+        above = (values[rows, :k] > cut[rows, None]).sum(1)
+        place = above[row] + torch.arange(len(row), device=row.device) - first[row]
+        fits = place < k
+        columns[rows[row[fits]], place[fits]] = column[fits]
 
 
 def merge_candidates(candidates: Tensor, k: int, group: Any) -> Tensor:
