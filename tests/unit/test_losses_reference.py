@@ -27,7 +27,7 @@ CASES = {
     "reverse_kl": ({"alpha": 1.0}, {"old": True}),
     "skewed_mixture": ({"alpha": 0.25}, {}),
     "full_vocabulary": ({"alpha": 0.5}, {"full": True}),
-    "dual_clip_kl_and_entropy": ({"dual_clip": 1.5, "kl_loss_coef": 0.3, "entropy_coef": 0.2}, {"old": True}),
+    "dual_clip_kl_and_entropy": ({"dual_clip": 1.05, "kl_loss_coef": 0.3, "entropy_coef": 0.2}, {"old": True}),
     "no_correction_no_ratio": ({"rollout_correction": "off", "distill_ratio_clip": 0.0, "beta": 0.0}, {"old": True}),
     "token_mask": ({"rollout_correction": "mask", "rollout_correction_cap": 1.3}, {"old": True}),
     "sequence_mask": ({"rollout_correction": "sequence_mask", "rollout_correction_cap": 1.3}, {"old": True}),
