@@ -108,7 +108,8 @@ def random_row(seed, vocab, *, k, full=False, old=False, dtype=torch.float64):
     batch = PackedBatch(
         input_ids=targets.roll(1), targets=targets, position_ids=torch.arange(total),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), loss_mask=mask,
-        advantages=torch.tensor([0.7, -1.1, -0.4, 0.0])[sequences].double(),
+        # Signs alternate from token to token, which no sequence has: both clips of both signs then act in one row.
+        advantages=torch.tensor([0.7, -1.1, -0.4, 0.0])[sequences].double() * (-1.0) ** torch.arange(total),
         policy_weight=torch.tensor([1.0, 0.7, 0.0, 0.0])[sequences].double(), distill_weight=distill,
         rollout_logprobs=at + noise[0], old_logprobs=at + noise[1] if old else None,
         reference_logprobs=at + noise[2], topk_ids=None if full else ids,
