@@ -107,11 +107,12 @@ class Prompting:
                 f"rollout.rollout_batch_size = {batch} is more than the {len(prompts)} train prompts: a batch has some "
                 "of them more than once, as groups of their own"
             )
-        hidden = [prompt for prompt in prompts if hides_system(self.tokenizer, prompt, self._config.data)]
-        if hidden:
+        instructed = [prompt for prompt in prompts if prompt.messages[0]["role"] == "system"]
+        # One is enough: they share the template, and rendering all of a large data set again takes minutes.
+        if instructed and hides_system(self.tokenizer, instructed[0], self._config.data):
             yield (
-                f"the tokenizer's chat template leaves out the system message of {len(hidden)} {split} prompts, the "
-                f"first of them {hidden[0].source}: the model will not see it"
+                f"the tokenizer's chat template leaves out the system message, which {len(instructed)} {split} prompts "
+                f"have, the first of them {instructed[0].source}: the model will not see it"
             )
 
     def _check_vocabulary(self, largest: int) -> None:

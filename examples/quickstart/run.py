@@ -97,7 +97,9 @@ def show_summary(console: Console, run: Path, summary: dict[str, object]) -> Non
 def quickstart(options: Options, console: Console) -> None:
     """The whole job; leaves everything in `options.output`."""
     started, task, run = time.monotonic(), Ordering(), options.output
-    check(load_config(CONFIG, options.extra), world_size=RANKS)  # a mistake is told before the warm start
+    chosen = {"run.seed": str(options.seed), "algorithm.name": options.algorithm}
+    given = [f"--{key}={value}" for key, value in chosen.items()]
+    check(load_config(CONFIG, [*given, *options.extra]), world_size=RANKS)  # a mistake is told before the warm start
     console.print(f"quickstart: {options.algorithm}, seed {options.seed} → {run}", highlight=False)
 
     console.print("[1/3] a tiny Qwen3, warm-started to be right about one time in four")
@@ -113,8 +115,7 @@ def quickstart(options: Options, console: Console) -> None:
     console.print(
         f"[2/3] training on {RANKS} ranks; accuracy so far {before['sampled']:.3f}. Ctrl-C stops and keeps it"
     )
-    overrides |= {"run.seed": str(options.seed), "algorithm.name": options.algorithm}
-    command = train_command(CONFIG, RANKS, overrides)
+    command = train_command(CONFIG, RANKS, overrides | chosen)
     run_training([*command, *options.extra], run / "stderr.log")
     trained = time.monotonic()
 

@@ -58,10 +58,7 @@ def _prompt(example: Example, ids: list[int], split: str) -> Prompt:
 
 
 def hides_system(tokenizer: Any, prompt: Prompt, config: DataConfig) -> bool:
-    """Whether the chat template leaves out the system message that this prompt has."""
-    first = prompt.messages[0] if prompt.messages else {"role": ""}
-    if first["role"] != "system":
-        return False
+    """Whether the chat template leaves out the system message with which this prompt begins."""
     text = render_chat(tokenizer, prompt.messages, config.chat_template_kwargs, prompt.source)
     return text == render_chat(tokenizer, prompt.messages[1:], config.chat_template_kwargs, prompt.source)
 

@@ -42,6 +42,15 @@ def kill_everything(process) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
+def killed_after(config, iteration: int, *overrides: str) -> None:
+    """Start a run and kill all of it when it has said that `iteration` is done."""
+    process = tiny_run.start(config, *overrides, ranks=RANKS)
+    for line in process.stdout:
+        if line.startswith(f"iteration {iteration}/"):
+            break
+    kill_everything(process)
+
+
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows, but for what a clock decides on."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -63,12 +72,8 @@ def wandb_steps(folder) -> list[int]:
 def test_a_run_killed_at_a_random_moment_and_started_again_equals_the_straight_one_bit_for_bit(straight, tmp_path):
     config = tiny_run.make_run(tmp_path)
     assert (tmp_path / "model/model.safetensors").read_bytes() == (straight / "model/model.safetensors").read_bytes()
-    process = tiny_run.start(config, *OVERRIDES, ranks=RANKS)
     moment = random.SystemRandom().randint(5, 7)
-    for line in process.stdout:
-        if line.startswith(f"iteration {moment}/"):
-            break
-    kill_everything(process)
+    killed_after(config, moment, *OVERRIDES)
     output = tiny_run.train(config, *OVERRIDES, ranks=RANKS)
     assert "going on from" in output, f"killed after iteration {moment}:\n{output}"
     assert tiny_run.records(tmp_path / "out") == tiny_run.records(straight / "out"), f"killed after iteration {moment}"
@@ -94,12 +99,7 @@ def test_with_engine_servers_a_killed_run_goes_on_from_the_same_tokens(tmp_path)
         folder.mkdir()
     tiny_run.train(tiny_run.make_run(straight), *SERVERS, ranks=RANKS)
     config = tiny_run.make_run(killed)
-    process = tiny_run.start(config, *SERVERS, ranks=RANKS)
-    moment = random.SystemRandom().randint(4, 5)
-    for line in process.stdout:
-        if line.startswith(f"iteration {moment}/"):
-            break
-    kill_everything(process)
+    killed_after(config, random.SystemRandom().randint(4, 5), *SERVERS)
     assert "going on from" in tiny_run.train(config, *SERVERS, ranks=RANKS)
     texts = [(folder / "out/rollouts.jsonl").read_text() for folder in (straight, killed)]
     assert texts[0] == texts[1] and '"responses"' in texts[0]  # every text, score, branch and teacher

@@ -39,7 +39,7 @@ def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_t
     said = []
     prompting(rows, BLIND, rollout={"rollout_batch_size": 3}).prompts("train", said.append)
     assert "rollout.rollout_batch_size = 3 is more than the 2 train prompts" in said[1]
-    assert "leaves out the system message of 1 train prompts" in said[2] and "rows.jsonl:1" in said[2]
+    assert "leaves out the system message, which 1 train prompts have" in said[2] and "rows.jsonl:1" in said[2]
     said.clear()
     prompting(rows, rollout={"rollout_batch_size": 2}).prompts("train", said.append)
     assert len(said) == 1
