@@ -21,7 +21,7 @@ VENV_PYTHON := .venv/bin/python
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-slurm quickstart compare soak lint format doctor
+.PHONY: help setup test test-slow test-gpu test-slurm quickstart compare soak lint format doctor
 
 help:  ## this list
 	@echo "megatron_srpo. Start with: make quickstart"
@@ -42,6 +42,9 @@ test: setup  ## set-up, then all tests (ARGS="-k name" for some)
 
 test-slow: setup  ## the long proofs: more layouts, real servers killed, resumed runs (hours on two cores)
 	@$(VENV_PYTHON) -m pytest -q -m slow $(ARGS)
+
+test-gpu: setup  ## the tests of the GPU path: kernels, losses and policy on one GPU
+	@$(VENV_PYTHON) -m pytest -q -rs -m gpu tests/distributed $(ARGS)
 
 test-slurm: setup  ## tests on a real Slurm of two pretend nodes on this machine; installs Debian's packages where it may
 	@sh tools/install_slurm.sh

@@ -8,16 +8,19 @@ small model's real train step (Policy.train_step) after its products, attention 
 check is the prediction of another, larger model's step, measured the same way and reported with its error.
 
 On a CPU, computation is timed in CPU seconds of one thread, so that neighbours do not matter; collectives in seconds.
+On a GPU the models are shipped architectures with rows of 8,192 tokens, and their memory is compared with the plan's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,14 +32,25 @@ import typer
 
 from megatron_srpo.cli import run_alone
 from megatron_srpo.plan import Architecture, Layout, Machine, Workload, machine_of
+from megatron_srpo.plan.activations import stage_activations
+from megatron_srpo.plan.architecture import read_architecture
 from megatron_srpo.plan.duration import Pass, optimizer_seconds, pass_seconds
+from megatron_srpo.plan.memory import persistent_lines
 
 SIZES = {  # Qwen3 models: the first calibrates, the others are predicted
     "small": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384, "vocab_size": 2048},
     "wide": {"hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 1536, "vocab_size": 8192},
     "deep": {"hidden_size": 256, "num_hidden_layers": 12, "intermediate_size": 768, "vocab_size": 4096},
 }
-ROW, ROWS = 512, 2
+GPU_SIZES = {  # shipped architecture, and what is recomputed; 62 GB of weights, gradients, optimizer and teacher at 4B
+    "Qwen3-0.6B": "none",
+    "Qwen3-1.7B": "none",
+    "Qwen3-1.7B, full recompute": "full",
+    "Qwen3-4B, full recompute": "full",
+}
+ROW = 8192 if torch.cuda.is_available() else 512
+ROWS = 2
+LOGITS_MIB = 1024
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
@@ -115,11 +129,18 @@ def make_model(folder: Path, size: dict[str, int], dtype: torch.dtype) -> Path:
     return folder
 
 
-def train_step_seconds(folder: Path, dtype: str) -> float:
-    """Of the trainer's own policy on one rank: ROWS packed rows of two sequences, and the optimiser."""
-    from functools import partial
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A measured train step; bytes of what stays, and at the most before the optimiser and in it (0 on a CPU)."""
 
-    from megatron_srpo.bridge import load_hf_weights, read_config
+    seconds: float
+    stays: int = 0
+    peak: int = 0
+    optimizer_peak: int = 0
+
+
+def train_step(hf: dict[str, Any], load: Callable[[Any], None], dtype: str, recompute: str = "none") -> Step:
+    """Of the trainer's own policy on one rank: ROWS packed rows of two sequences, and the optimiser."""
     from megatron_srpo.config import Config
     from megatron_srpo.losses import LinearHead
     from megatron_srpo.mcore import groups
@@ -127,32 +148,72 @@ def train_step_seconds(folder: Path, dtype: str) -> float:
     from megatron_srpo.mcore.policy import Policy
     from megatron_srpo.types import PackedBatch
 
-    config = Config.model_validate({"model": {"path": str(folder), "dtype": dtype}, "data": {"train": "unused"}})
+    start = torch.cuda.memory_allocated()  # 0 on a CPU
+    model = {"path": "given", "dtype": dtype, "recompute": recompute}
+    config = Config.model_validate({"model": model, "data": {"train": "unused"}})
     path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=0, timeout_minutes=5)
-    policy = Policy(
-        config, read_config(folder), topology, path, partial(load_hf_weights, hf_dir=folder), total_steps=100
-    )
+    policy = Policy(config, hf, topology, path, load, total_steps=100)
     ids = torch.randint(0, 1000, (ROW,))
     bounds = torch.tensor([0, ROW // 2, ROW], dtype=torch.int32)
     zeros = torch.zeros(ROW)
     row = PackedBatch(ids, ids.roll(-1), torch.arange(ROW), bounds, torch.ones(ROW), zeros, zeros, zeros, zeros)
 
     def loss(head: Any, batch: PackedBatch) -> Any:
-        return -LinearHead(**vars(head)).gather_logprobs(batch.targets[:, None])[0].sum() / ROW, {}
+        whole = LinearHead(**vars(head), budget_bytes=LOGITS_MIB * 2**20)
+        return -whole.gather_logprobs(batch.targets[:, None])[0].sum() / ROW, {}
 
-    seconds = seconds_of(lambda: policy.train_step([row] * ROWS, loss))
-    groups.shutdown()
-    return seconds
+    def call() -> None:
+        policy.train_step([row] * ROWS, loss)
+
+    try:
+        seconds = seconds_of(call)
+        if path.device.type != "cuda":
+            return Step(seconds)
+        stays = torch.cuda.memory_allocated() - start
+        step, before = policy.optimizer.step, []
+
+        def watched(lr: float) -> float:
+            before.append(torch.cuda.max_memory_allocated() - start)
+            torch.cuda.reset_peak_memory_stats()
+            return step(lr)
+
+        policy.optimizer.step = watched
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return Step(seconds, stays, before[0], torch.cuda.max_memory_allocated() - start)
+    finally:
+        groups.shutdown()
 
 
-def predicted(arch: Architecture, machine: Machine, itemsize: int, path: str) -> float:
+def predicted(arch: Architecture, machine: Machine, layout: Layout, path: str) -> float:
     """The same step by the planner's formulas."""
-    layout = Layout(1, max_tokens=ROW, dtype_bytes=itemsize)
     workload = Workload(packing=1.0, imbalance=0.0)
     work = Pass(ROW * ROWS, ROW / 2, backward=True)
     adam = sum(optimizer_seconds(arch, layout, machine))
-    return pass_seconds(arch, layout, machine, workload, work, path=path)[0] + adam
+    return pass_seconds(arch, layout, machine, workload, work, path=path, logits_mib=LOGITS_MIB)[0] + adam
+
+
+def predicted_memory(arch: Architecture, layout: Layout, path: str) -> tuple[float, float]:
+    """Bytes of what stays, and with the activations of the fullest moment."""
+    stays = sum(persistent_lines(arch, layout, 0).values())
+    return stays, stays + sum(stage_activations(arch, layout, 0, ROW, ROWS, path=path, logits_mib=LOGITS_MIB))
+
+
+def models(dtype: str, scratch: Path) -> Iterator[tuple[str, Architecture, str, Callable[[], Step]]]:
+    """Name, numbers, recompute setting and the measurement of each model."""
+    from megatron_srpo.bridge import load_hf_weights, read_config
+
+    if torch.cuda.is_available():  # weights as Megatron initialises them
+        for name, recompute in GPU_SIZES.items():
+            arch, hf = read_architecture(name.partition(",")[0])
+            yield name, arch, recompute, functools.partial(train_step, hf, lambda shards: None, dtype, recompute)
+        return
+    for name, size in SIZES.items():
+        folder = make_model(scratch / name, size, getattr(torch, dtype))
+        load = functools.partial(load_hf_weights, hf_dir=folder)
+        hf = read_config(folder)
+        yield name, Architecture.from_hf(hf, name), "none", functools.partial(train_step, hf, load, dtype)
 
 
 def main(
@@ -170,30 +231,44 @@ def main(
     if ranks > 1:
         found |= collectives(ranks, port)
     machine = _machine(found, gpu if cuda else None)
-    itemsize, path = torch.finfo(getattr(torch, dtype)).bits // 8, "te" if _has_te(cuda) else "local"
+    itemsize = torch.finfo(getattr(torch, dtype)).bits // 8
+    path = ("te" if _has_te() else "gpu") if cuda else "local"
     run_alone()
     report = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, size in SIZES.items():
-            folder = make_model(Path(scratch) / name, size, getattr(torch, dtype))
-            arch = Architecture.from_hf(json.loads((folder / "config.json").read_text()), name)
-            measured = train_step_seconds(folder, dtype)
-            guess = predicted(arch, machine, itemsize, path)
-            if name == "small":  # a forward pass and a backward pass of two: three times a layer and row
-                overhead = max(0.0, (measured - guess) / (3 * ROWS * arch.layers))
+        for number, (name, arch, recompute, measure) in enumerate(models(dtype, Path(scratch))):
+            layout = Layout(1, max_tokens=ROW, dtype_bytes=itemsize, recompute=recompute)
+            step = measure()
+            gc.collect()  # the policy is one large cycle
+            guess = predicted(arch, machine, layout, path)
+            if number == 0:  # a forward pass and a backward pass of two: three times a layer and row
+                overhead = max(0.0, (step.seconds - guess) / (3 * ROWS * arch.layers))
                 machine = dataclasses.replace(machine, layer_overhead=overhead)
-                guess = predicted(arch, machine, itemsize, path)
-            report.append({"model": name, "parameters": arch.parameters, "measured_s": measured, "predicted_s": guess})
-            print(f"{name}: {arch.parameters / 1e6:.1f} M parameters, measured {measured:.3f} s, predicted {guess:.3f} "
-                  f"s ({guess / measured - 1:+.0%})" + (", calibrated on it" if name == "small" else ""))  # fmt: skip
+                guess = predicted(arch, machine, layout, path)
+            report.append(
+                {"model": name, "parameters": arch.parameters, "measured_s": step.seconds, "predicted_s": guess}
+            )
+            how = ", calibrated on it" if number == 0 else ""
+            print(
+                f"{name}: {arch.parameters / 1e6:.1f} M parameters, measured {step.seconds:.3f} s, "
+                f"predicted {guess:.3f} s ({guess / step.seconds - 1:+.0%}){how}"
+            )
+            if step.peak:
+                stays, peak = predicted_memory(arch, layout, path)
+                report[-1] |= dataclasses.asdict(step) | {"predicted_stays": stays, "predicted_peak": peak}
+                print(
+                    f"  stays {step.stays / 2**30:.2f} GiB (predicted {stays / step.stays - 1:+.1%}), at the most "
+                    f"{step.peak / 2**30:.2f} (predicted {peak / step.peak - 1:+.1%}); in Adam "
+                    f"{step.optimizer_peak / 2**30:.2f}"
+                )
     file.write_text(json.dumps({"machine": _changed(machine, gpu if cuda else None), "check": report}, indent=1))
     print(json.dumps(_changed(machine, gpu if cuda else None), indent=1))
 
 
-def _has_te(cuda: bool) -> bool:
+def _has_te() -> bool:
     import importlib.util
 
-    return cuda and importlib.util.find_spec("transformer_engine") is not None
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def _machine(found: dict[str, float], gpu: str | None) -> Machine:

@@ -1,6 +1,7 @@
 """What a publish costs, against what it cannot cost less than.
 
     python -m benchmarks.weight_sync --size 30M --tp 2 --bucket-mib 16,64,256 [--placement servers] [--model DIR]
+    python -m benchmarks.weight_sync --size 0.6B --placement none      # the export alone, where there is no vLLM
 
 Starts the ranks itself. Every figure is the median of `--repeats` publishes of the whole model into real vLLM engines.
 The floor is timed in the same run, in turns: for one rank a copy of all weights, for several the bare collective that
@@ -29,6 +30,7 @@ SIZES = {  # hidden, layers, heads, key-value heads, FFN, vocabulary
     "1M": (128, 4, 4, 2, 384, 512),
     "30M": (512, 8, 8, 4, 1408, 4096),
     "135M": (576, 30, 9, 3, 1536, 49152),
+    "0.6B": (1024, 28, 16, 8, 3072, 151936),
 }
 CONFIG = """
 [run]
@@ -63,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--placement", default="colocated", choices=("colocated", "servers"))
+    parser.add_argument("--placement", default="colocated", choices=("colocated", "servers", "none"))
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--bucket-mib", default="256", help="one or several, with commas")
     parser.add_argument("--repeats", type=int, default=7)
@@ -87,7 +89,17 @@ def make_model(size: str, dtype: str, folder: Path) -> Path:
 
 @contextmanager
 def peak_memory() -> Any:
-    """Bytes by which this process's resident memory went above where it was; filled in at the end."""
+    """Bytes by which this process's memory (the GPU's, where there is one) went above where it was; filled in at the
+    end."""
+    import torch
+
+    if torch.cuda.is_available():
+        found = SimpleNamespace(extra=0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield found
+        found.extra = torch.cuda.max_memory_allocated() - before
+        return
     Path("/proc/self/clear_refs").write_text("5")
     found = SimpleNamespace(extra=0)
     before = memory("VmRSS")
@@ -102,14 +114,20 @@ def memory(field: str) -> int:
 
 def seconds(action: Callable[[], Any], repeats: int) -> float:
     """Median, over all ranks together: they start at a barrier."""
+    import torch
     import torch.distributed as dist
+
+    def together() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        dist.barrier()
 
     taken = []
     for _ in range(repeats):
-        dist.barrier()
+        together()
         started = time.perf_counter()
         action()
-        dist.barrier()
+        together()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 
@@ -127,8 +145,8 @@ def floor_of(shards: Any, total: int) -> Callable[[], None]:
     if shards.pp_size > 1:
         sizes = [None] * shards.pp_size
         dist.all_gather_object(sizes, mine.numel(), group=shards.pp_group)
-    stages = [mine if i == shards.pp_rank else torch.empty(size, dtype=torch.uint8) for i, size in enumerate(sizes)]
-    full = [torch.empty(shards.tp_size * size, dtype=torch.uint8) for size in sizes]
+    stages = [mine if i == shards.pp_rank else mine.new_empty(size) for i, size in enumerate(sizes)]
+    full = [mine.new_empty(shards.tp_size * size) for size in sizes]
 
     def collective() -> None:
         for stage, (flat, whole) in enumerate(zip(stages, full, strict=True)):
@@ -174,6 +192,23 @@ def bare_broadcast(size: int, workers: int, times: int) -> Any:
         receiver.wait(60)
 
 
+class Memory:
+    """Stands where an engine does: takes every tensor into memory that is there already."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Any] = {}
+
+    def publish(self, exporter: Any, version: int) -> None:
+        for name, tensor in exporter:
+            if name not in self._held:
+                self._held[name] = tensor.clone()
+            else:
+                self._held[name].copy_(tensor)
+
+    def close(self) -> None:
+        self._held.clear()
+
+
 def measure(options: argparse.Namespace, config_file: str) -> None:
     """One rank."""
     from megatron_srpo import engines, launch
@@ -187,7 +222,7 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
         control, driver = session.control, SimpleNamespace(decode=str, say=print) if session.control.is_driver else None
         hf = launch.hf_config_of(config.model.path)
         policy = launch._build_policy(config, hf, session, total_steps=1, trainable=False)
-        engine = engines.build_engine(config, session, driver)
+        engine = Memory() if options.placement == "none" else engines.build_engine(config, session, driver)
         total = sum(t.nbytes for _, t in Exporter(policy.shards, hf).items())
         torch.set_num_threads(1)
         collective = floor_of(policy.shards, total)
@@ -241,7 +276,7 @@ def main() -> None:
         model = options.model or make_model(options.size, options.dtype, Path(scratch) / "model")
         text = CONFIG.format(
             out=scratch, model=model.resolve(), dtype=options.dtype, tp=options.tp, pp=options.pp,
-            placement=options.placement, servers=options.servers,
+            placement="colocated" if options.placement == "none" else options.placement, servers=options.servers,
         )  # fmt: skip
         file = Path(scratch) / "config.toml"
         file.write_text(text)

@@ -1,4 +1,4 @@
-"""Run a function on real gloo ranks, in processes of their own."""
+"""Run a function on real ranks, in processes of their own: gloo, and NCCL where there are GPUs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ def _rank_main(
     )  # fmt: skip
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(rank)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        )
         results[rank] = ("ok", func(*args))
         dist.barrier()
         dist.destroy_process_group()

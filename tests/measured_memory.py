@@ -70,7 +70,7 @@ def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, An
 
     given = {"model": {"path": str(model), **settings.get("model", {})}, "parallel": settings.get("parallel", {})}
     config = Config.model_validate({**given, "data": {"train": "unused"}})
-    path = choose_device("cpu", 0)
+    path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
     load = partial(load_hf_weights, hf_dir=model)
     policy = Policy(config, read_config(model), topology, path, load, total_steps=10)

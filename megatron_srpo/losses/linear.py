@@ -48,6 +48,7 @@ class _LinearGatherLogprobs(torch.autograd.Function):
         sums = torch.zeros(hidden.size(0), 2 + ids.size(1), dtype=work, device=hidden.device)
         logits = None
         for part in parts:
+            logits = None  # one piece at a time
             logits = hidden[part] @ head.T
             mine[part] = local_statistics(logits, columns[part], here[part], sums[part], scale)
         normaliser, entropy, logprobs = combine_statistics(mine, sums, here, group)
@@ -76,6 +77,7 @@ class _LinearGatherLogprobs(torch.autograd.Function):
                 torch.mm(logits, head, out=grad_hidden[part])
             if total is not None:
                 total.add(logits, hidden[part])
+            del logits
         return grad_hidden, None if total is None else total.result(), None, None, None, None, None, None
 
 
@@ -94,7 +96,12 @@ class _WeightGradient:
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self._sum.dtype == gradient.dtype:
             self._rows.addmm_(gradient.T, hidden)
-            return
+        elif gradient.is_cuda:  # cuBLAS adds a bf16 product to fp32 in its epilogue
+            torch.addmm(self._rows, gradient.T, hidden, out_dtype=self._sum.dtype, out=self._rows)
+        else:
+            self._add_in_pieces(gradient, hidden)
+
+    def _add_in_pieces(self, gradient: Tensor, hidden: Tensor) -> None:
         for part in pieces(self._rows.size(0), hidden.size(1), hidden.element_size(), PRODUCT_BYTES):
             self._rows[part] += gradient[:, part].T @ hidden
 

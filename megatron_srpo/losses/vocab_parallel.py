@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_srpo.losses import kernels
 
-CHUNK_BYTES = 4 * 2**20  # bound of one temporary [chunk, v] in fp32; it should stay in a CPU's cache
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # bound of one temporary [chunk, v] in fp32: a CPU's cache
 FLOOR = -1e4  # a log-ratio below has e^x = 0 in fp32 and in fp64: bounding it there makes 0 · −∞ a 0
 
 
@@ -33,7 +33,7 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
     """Slices of tokens whose fp32 copy stays below CHUNK_BYTES."""
-    size = max(1, CHUNK_BYTES // max(1, 4 * logits.size(1)))
+    size = max(1, CHUNK_BYTES[logits.device.type] // max(1, 4 * logits.size(1)))
     return (slice(start, start + size) for start in range(0, logits.size(0), size))
 
 
@@ -196,12 +196,16 @@ def _lowest_of_equals(logits: Tensor, values: Tensor, columns: Tensor) -> None:
     lowest of all columns with that value take the places from the first of them to the k-th."""
     k = values.size(1) - 1
     cut = values[:, k - 1]
-    tied = (cut == values[:, k]).nonzero()[:, 0]
-    for rows in tied.split(max(1, CHUNK_BYTES // logits.size(1))):
+    tied, above = cut == values[:, k], (values[:, :k] > cut[:, None]).sum(1)
+    if kernels.serve(logits):
+        from megatron_srpo.losses.kernels.topk import lowest_of_equals
+
+        lowest_of_equals(logits, cut, tied, above, columns, k)
+        return
+    for rows in tied.nonzero()[:, 0].split(max(1, CHUNK_BYTES[logits.device.type] // logits.size(1))):
         row, column = (logits[rows] == cut[rows, None]).nonzero(as_tuple=True)  # by row, then by column
         first = torch.searchsorted(row, torch.arange(len(rows), device=row.device))
-        above = (values[rows, :k] > cut[rows, None]).sum(1)
-        place = above[row] + torch.arange(len(row), device=row.device) - first[row]
+        place = above[rows][row] + torch.arange(len(row), device=row.device) - first[row]
         fits = place < k
         columns[rows[row[fits]], place[fits]] = column[fits]
 

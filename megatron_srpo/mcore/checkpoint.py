@@ -11,6 +11,7 @@ plans who writes what), `Snapshot.write` (this rank's files alone, from any thre
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import queue
 from collections.abc import Collection, Iterator
@@ -41,6 +42,9 @@ BACKEND = ("torch_dist", 1)
 COMMON = "common.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PREFIX = "optimizer."
+# Megatron Core 0.19 plans for the writer of another package (nvidia-resiliency-ext), unless told to use its own.
+_SAVE = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
+_OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in _SAVE else {}
 
 
 def needed(policy: Policy) -> set[str]:
@@ -155,7 +159,7 @@ def _sharded_state(policy: Policy, kinds: Collection[str], *, loading: bool) -> 
 class _Planner(TorchDistSaveShardedStrategy):
     """Megatron's strategy up to the plan: it would start processes to write, and this is done by a thread."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: tuple) -> tuple[Any, Any]:
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: tuple, *unused: Any) -> tuple[Any, Any]:
         _, index, _ = planned
         return writer, index
 
@@ -217,7 +221,7 @@ def snapshot(policy: Policy, directory: Path) -> Snapshot:
     filesystem_async._results_queue = queue.Queue()  # or Megatron starts a process for a queue that is not needed
     sharded, common = save_preprocess(state)
     planner = FullyParallelSaveStrategyWrapper(_Planner(*BACKEND, thread_count=1), policy.topology.dp_cp_group)
-    writer, index = planner.async_save(sharded, str(directory))
+    writer, index = planner.async_save(sharded, str(directory), **_OWN_WRITER)
     return Snapshot(directory, writer, index, common if policy.topology.is_driver else None)
 
 

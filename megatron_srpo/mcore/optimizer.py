@@ -70,6 +70,9 @@ class ShardedOptimizer:
             ),
             self.model,
         )
+        for group in self._megatron.param_groups:  # torch's Adam would have temporaries of all parameters at once
+            if "foreach" in group:
+                group["foreach"] = False
         megatron_config.grad_scale_func = self._megatron.scale_loss
         self._parts = getattr(self._megatron, "chained_optimizers", [self._megatron])
 

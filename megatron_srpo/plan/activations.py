@@ -1,8 +1,9 @@
 """Bytes of saved activations of one packed row on one rank.
 
-The terms are what autograd saves of `mcore/`'s layers, tensor by tensor, seen through saved-tensor hooks (Megatron Core
-0.16.1). Path "local", Megatron's own layers on torch SDPA, is checked against measured bytes in tests. Path "te",
-Transformer Engine's fused layers, is derived from what those keep for their backward pass and has not been measured.
+The terms are what autograd saves of `mcore/`'s layers, tensor by tensor, seen through saved-tensor hooks. Path "local",
+Megatron's own layers on torch SDPA on a CPU, is checked against measured bytes in tests (Megatron Core 0.16.1); "gpu",
+the same layers on a GPU, where torch's norm is fused, was equal to what an H200 held (0.19.2, benchmarks/RESULTS.md).
+"te", Transformer Engine's fused layers, is derived from what those keep for their backward pass and not measured.
 
 Legend, per token: H hidden, q queries, k keys (values are as many), f MLP width, w bytes of an element, t ranks of
 tensor parallelism, s ranks that split norms and residuals (t under sequence parallelism, else 1).
@@ -38,10 +39,13 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
     s = t if layout.sequence_parallel else 1
     q, k = arch.query / t, arch.key / t
     heads, groups = arch.heads / t, arch.groups / t
-    if path == "local":
-        # torch's RMSNorm keeps its fp32 input, its fp32 normalised value and one number a row
-        norm = 8 * arch.hidden + 4
-        small = (8 if w == 2 else 12) * (q + k) + 4 * (heads + groups) if arch.qk_norm else 0.0
+    if path in ("local", "gpu"):
+        # On a CPU torch's RMSNorm keeps its fp32 input, its fp32 normalised value and one number a row; the fused one
+        # its input and that number. The keys' is a view that keeps the whole QKV product.
+        fused = path == "gpu"
+        norm = (w if fused else 8) * arch.hidden + 4
+        kept = w * (2 * q + 2 * k) if fused else (8 if w == 2 else 12) * (q + k)
+        small = kept + 4 * (heads + groups) if arch.qk_norm else 0.0
         rope = 4 * w * arch.head_dim  # cosine and sine, for queries and keys
         attend = padding * (w * (2 * q + 2 * k) + 4 * heads + 9) + 8
         if layout.context > 1:  # keys and values of the whole row, and the mask against its longest sequence
@@ -73,13 +77,13 @@ def _expert_bytes(arch: Architecture, layout: Layout) -> float:
 
 
 def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, ids: int, logits_mib: int) -> float:
-    """Saved bytes of the final norm, the head and the loss on the last stage, for a row part of `tokens` tokens with
-    log-probs at `ids` ids each (losses/linear.py: the logits are kept where they fit, else made piece by piece)."""
+    """Bytes of the final norm, the head and the loss on the last stage, for a row part of `tokens` tokens with
+    log-probs at `ids` ids each (losses/linear.py: logits are kept where they fit, else a piece exists at a time)."""
     w, s = layout.dtype_bytes, layout.tensor if layout.sequence_parallel else 1
     norm = (8 if path == "local" else w) * arch.hidden + 4
     width = -(-arch.vocab // layout.tensor)
-    logits = w * width if w * width * tokens <= logits_mib * 2**20 else 0
-    return tokens * (norm / s + w * arch.hidden + logits + 13 * ids + 8)
+    logits = min(w * width * tokens, logits_mib * 2**20)
+    return logits + tokens * (norm / s + w * arch.hidden + 13 * ids + 8)
 
 
 def in_flight(layout: Layout, stage: int, rows: int) -> float:

@@ -125,9 +125,6 @@ def _stage_memory(
     held, head = stage_activations(
         arch, layout, stage, layout.max_tokens, rows, path=path, ids=ids, logits_mib=logits_mib
     )
-    width = math.ceil(arch.vocab / layout.tensor) * layout.dtype_bytes * layout.max_tokens
-    if stage == layout.pipeline - 1:  # logits in pieces exist in the backward pass; candidates of the top-k pass
-        head += min(width, logits_mib * 2**20) if width > logits_mib * 2**20 else 0
     stays = persistent_lines(arch, layout, stage)
     cache, notes, engine = 0.0, [], {}
     if layout.colocated:

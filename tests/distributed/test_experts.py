@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_srpo.config.model_folder import expert_layers
-from tests.distributed.test_policy import VOCAB, _policy, _rows, _train_and_report, logprobs, scored
+from tests.distributed.test_policy import VOCAB, _policy, _rows, logprobs, scored, train_and_report
 from tests.distributed_harness import run_distributed
 from tests.routed_reference import count_choices, hub_names, load
 from tests.tiny_models import make_tiny_model
@@ -59,7 +59,7 @@ def _on_two_ranks(model, scratch):
 
     found = {}
     for layout, parallel in LAYOUTS.items():
-        found[layout] = _train_and_report(model, parallel, scratch / layout.replace(" ", "-"))
+        found[layout] = train_and_report(model, parallel, scratch / layout.replace(" ", "-"))
         _alone(None)
     found["balancing"] = {layout: balancing_gradients(model, LAYOUTS[layout]) for layout in BALANCED}
     for writer, reader in itertools.pairwise([*LAYOUTS, "ep2"]):
@@ -74,7 +74,7 @@ def _on_two_ranks(model, scratch):
 
 
 def _serial(model, unweighted, scratch):
-    report = _train_and_report(model, {}, scratch)
+    report = train_and_report(model, {}, scratch)
     _alone(None)
     policy = _policy(unweighted, {})
     return report | {"unweighted": scored(policy, _rows(0, 1))}

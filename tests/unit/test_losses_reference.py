@@ -36,7 +36,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_equal_the_plain_reference(case, monkeypatch):
-    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", 4 * 13 * 4)  # several chunks, the last one shorter
+    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", {"cpu": 4 * 13 * 4})  # several chunks, the last one shorter
     settings, row = LossSettings(**CASES[case][0]), CASES[case][1]
     for seed in range(3):
         logits, teacher, batch, sequences = random_row(seed, 13, k=4, **row)
@@ -89,7 +89,7 @@ def test_topk_puts_the_lowest_id_first_among_equals_and_refuses_more_than_there_
 
 
 def test_of_equal_logits_at_the_cut_the_lowest_ids_are_taken_however_the_vocabulary_is_split(monkeypatch):
-    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", 7 * 300 * 4)
+    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", {"cpu": 7 * 300 * 4})
     logits = (torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 2).round()  # a tenth are equal
     logits[0] = 3.0
     logits[1, 5:] = -math.inf
