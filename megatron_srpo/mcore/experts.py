@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,15 @@ class CountingRouter(TopKRouter):
                 self.tokens += shares.shape[0]
         return probs, chosen
 
+    def attach_and_log_load_balancing_loss(
+        self, activation: torch.Tensor, aux_loss_coeff: float, aux_loss: torch.Tensor, *unused: Any,
+        valid_token_count: Any = None, **also_unused: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """Add a row's loss, times this rank's tokens of it, to the objective (`set_balancing` has the rest of the
+        factor). Megatron's own factor is another one in 0.16 and in 0.19."""
+        tokens = activation.shape[0] if valid_token_count is None else valid_token_count
+        return moe_utils.MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens)
+
     def take(self) -> tuple[torch.Tensor, int]:
         """What was counted on this rank ([2, E], and the number of tokens), and start anew."""
         seen, tokens = self.seen, self.tokens
@@ -72,7 +82,8 @@ def expert_layer_mlp(config: Any, *, transformer_engine: bool) -> Any:
     spec = get_moe_module_spec(
         use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
-    spec.submodules.router = CountingRouter
+    parts = spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # Megatron Core 0.19, 0.16
+    parts.router = CountingRouter
     return spec
 
 
@@ -97,7 +108,7 @@ def set_balancing(config: Any, coefficient: float, tokens: int, topology: Topolo
     """Make the next training step add `coefficient` · Σ row loss · row tokens / `tokens` to its objective.
 
     A row's loss is E · Σ_e f_e · p_e (f: share of choices, p: mean probability), summed over layers; `tokens` are those
-    of all rows. Megatron multiplies a row's loss by the tokens of one rank of those that share the row.
+    of all rows. The router multiplies a row's loss by the tokens of one rank of those that share the row.
     """
     sharing = topology.tp_size * topology.cp_size
     config.moe_aux_loss_coeff = coefficient * sharing / tokens
