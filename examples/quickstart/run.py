@@ -20,7 +20,7 @@ from rich.table import Table
 
 from examples.quickstart.task import WARM_START, Ordering
 from examples.tiny.launch import ROOT, Interrupted, TrainingFailed, run_training, train_command
-from examples.tiny.runs import SUMMARY, cached_warm_start, open_run, place_inputs, request_of, shown_path
+from examples.tiny.runs import SUMMARY, cached_warm_start, open_run, place_inputs, refuse_placed, request_of, shown_path
 from megatron_srpo import exit_codes
 from megatron_srpo.config import UserError, check, load_config
 
@@ -97,6 +97,7 @@ def show_summary(console: Console, run: Path, summary: dict[str, object]) -> Non
 def quickstart(options: Options, console: Console) -> None:
     """The whole job; leaves everything in `options.output`."""
     started, task, run = time.monotonic(), Ordering(), options.output
+    refuse_placed(options.extra, "--output DIR for another folder, or the trainer itself for another model")
     chosen = {"run.seed": str(options.seed), "algorithm.name": options.algorithm}
     given = [f"--{key}={value}" for key, value in chosen.items()]
     check(load_config(CONFIG, [*given, *options.extra]), world_size=RANKS)  # a mistake is told before the warm start

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from examples.tiny.task import Task, write_splits
 from examples.tiny.warm_start import WarmStart, warm_started_model
+from megatron_srpo.config import UserError
 
 REQUEST, SUMMARY = "request.json", "summary.json"
 
@@ -57,6 +59,17 @@ def read_request(folder: Path) -> dict[str, object]:
 
 def is_finished(folder: Path) -> bool:
     return (folder / SUMMARY).exists()
+
+
+PLACED = ("model.path", "data.train", "data.test", "run.output_dir")  # what `place_inputs` decides
+
+
+def refuse_placed(extra: Sequence[str], options: str) -> None:
+    """UserError if an option for the trainer is one that the driver itself decides; `options` are those to use."""
+    for part in extra:
+        key = part.removeprefix("--").partition("=")[0]
+        if part.startswith("--") and key in PLACED:
+            raise UserError(f"--{key} is set by this command, for its own model, data and folder. Use {options}.")
 
 
 def place_inputs(folder: Path, model: Path, task: Task, train: int, test: int) -> dict[str, str]:

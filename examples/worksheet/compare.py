@@ -25,11 +25,14 @@ from examples.tiny.runs import (
     open_run,
     place_inputs,
     read_request,
+    refuse_placed,
     request_of,
     shown_path,
 )
 from examples.worksheet.report import accuracy_curve, write_report
 from examples.worksheet.task import WARM_START, Worksheet
+from megatron_srpo import exit_codes
+from megatron_srpo.config import UserError, check, load_config
 
 CONFIG = Path("examples/worksheet/worksheet.toml")
 CACHE = Path("runs/cache")
@@ -170,6 +173,8 @@ def unfinished(cases: Sequence[Case], options: Options, model: Path) -> list[Cas
 
 
 def compare(options: Options, console: Console) -> int:
+    refuse_placed(options.extra, "--output DIR for another folder, or the trainer itself for another model")
+    check(load_config(CONFIG, list(options.extra)), world_size=1)  # a mistake is told before the warm start
     console.print("[1/3] a tiny Qwen3 that has misconceptions: right on about one worksheet in eight")
     model = cached_warm_start(Worksheet(), WARM_START, CACHE)
     inputs = place_inputs(options.output / "inputs", model, Worksheet(), TRAIN_ROWS, TEST_ROWS)
@@ -200,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("compare stopped; the same command goes on where it was")
         return 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.MISTAKE
     except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 1

@@ -30,6 +30,7 @@ VARIANTS = {
     "srpo, another order of samples": (BASE, 300, 0, 1.0),
     "srpo in two steps": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, logits in pieces": (REGULARISED, 160, 3, 0.8),
+    "srpo in two steps, head apart": (REGULARISED, 160, 3, 0.8),
     "srpo one distilled sample": (BASE, 100, 0, 1.0),
     "srpo all wrong": (BASE, 200, 0, 1.0),
     "sdpo full vocabulary": (BASE | {"name": "sdpo", "distillation_topk": 0, "divergence_alpha": 0.3}, 200, 0, 0.7),
@@ -79,6 +80,8 @@ LAYOUTS = {
     "tp2 sp pp2": Layout(tp=2, sp=True, pp=2, recompute="selective"),
     "tp2 dp2": Layout(tp=2, dp=2),
     "tp4 sp": Layout(tp=4, sp=True),
+    "tp4": Layout(tp=4),
+    "tp2 pp2": Layout(tp=2, pp=2),
     "cp2": Layout(cp=2),
     "cp4, recompute": Layout(cp=4, recompute="full"),
     "cp2 tp2 sp": Layout(cp=2, tp=2, sp=True),
@@ -209,6 +212,13 @@ def gradients(policy, hf_config):
     return {name: value.to("cpu", copy=True) for name, value in exporter.items()}
 
 
+def head_apart(fused, given):
+    from megatron_srpo.losses import LogitsHead
+
+    head = fused(given)
+    return LogitsHead(head.logits(), head.vocab_start, head.group, head.temperature)
+
+
 def run_variants(variants, layout, student, teacher, samples_of):
     """What each optimiser step of each variant saw and did: samples, weights before it, gradients, metrics."""
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
@@ -234,6 +244,8 @@ def run_variants(variants, layout, student, teacher, samples_of):
         objective = Objective(config)
         if "in pieces" in variant:
             objective._budget = 7 * VOCAB * 4  # bytes: a MiB would hold all logits of a tiny model
+        if "head apart" in variant:  # the product is autograd's, and all logits exist
+            objective._head = functools.partial(head_apart, objective._head)
         trainer = Trainer(SimpleNamespace(config=config, policy=policy, objective=objective))
         samples = samples_of[variant]
         plan = plan_batch(
@@ -317,6 +329,8 @@ LONG = {
     "pp2",
     "dp2",
     "tp4 sp",
+    "tp4",
+    "tp2 pp2",
     "cp2",
     "cp4, recompute",
     "cp2 dp2",

@@ -17,6 +17,7 @@ from examples.tiny.runs import open_run, place_inputs, request_of, shown_path
 from examples.tiny.warm_start import WarmStart, warm_started_model
 from examples.worksheet import compare, report
 from examples.worksheet.task import Worksheet
+from megatron_srpo import exit_codes
 
 REQUEST = {"algorithm": "srpo", "seed": 0}
 
@@ -177,6 +178,19 @@ def test_the_quickstart_passes_unknown_options_on_and_refuses_unknown_algorithms
     with pytest.raises(SystemExit):
         quickstart.parse(["--algorithm", "ppo"])
     assert "srpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("driver", [quickstart, compare])
+@pytest.mark.parametrize("given", [["--run.output_dir", "elsewhere"], ["--model.path=elsewhere"]])
+def test_what_a_driver_decides_is_not_passed_on(driver, given, capsys):
+    assert driver.main(given) == exit_codes.MISTAKE
+    said = capsys.readouterr().err
+    assert "is set by this command" in said and "--output DIR" in said
+
+
+def test_a_wrong_option_of_compare_is_told_before_the_warm_start(capsys):
+    assert compare.main(["--run.iteratons", "3"]) == exit_codes.MISTAKE
+    assert "iterations" in capsys.readouterr().err
 
 
 def test_the_number_of_iterations_is_read_from_the_metrics(tmp_path):
