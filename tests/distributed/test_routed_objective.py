@@ -333,6 +333,7 @@ LONG = {
     "tp2 pp2",
     "cp2",
     "cp4, recompute",
+    "cp2 pp2",
     "cp2 dp2",
     "pp2 interleaved",
     "bf16",

@@ -203,9 +203,9 @@ def test_ctrl_c_during_the_start_ends_it_at_once_in_one_line(folder):
     assert not (folder / "early/checkpoints").exists()
 
 
-def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c_sigterm_and_sigusr1(folder):
+def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c(folder):
     """One run for all of it, because a start takes seconds: bad rows and long prompts counted, the log's disk gone,
-    Ctrl-C, on from the checkpoint until SIGTERM, and on again until a cluster's SIGUSR1."""
+    Ctrl-C, and another algorithm refused in the same folder."""
     out = folder / "run"
     out.mkdir()
     (out / "metrics.jsonl").symlink_to(folder / "unmounted/metrics.jsonl")
@@ -229,23 +229,29 @@ def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c
     assert f"stopped; last checkpoint: {last}" in "\n".join(run.said[-2:])
     assert "Traceback" not in run.text
 
-    again = Started([*command, "--checkpoint.every", "1"])
-    again.wait_for(f"iteration {iteration + 3}/1000")  # it has saved: the writer's helper is in reach
-    again.terminate()
-    assert again.end() == 128 + signal.SIGTERM
-    later = sorted((out / "checkpoints").glob("step_*"))[-1]
-    assert later.name > last.name and f"last checkpoint: {later}" in "\n".join(again.said[-2:])
-    assert "Traceback" not in again.text
+    used = load_config(out / "config.toml")
+    assert (used.data.train, used.data.on_bad_row) == (str(folder / "mixed.jsonl"), "skip")
+    assert "is of another run" in refused(*command, "--algorithm.name", "grpo")
+    assert load_config(out / "config.toml") == used  # the run's, not the refused command's
+
+
+@pytest.mark.slow
+def test_a_run_stops_cleanly_at_sigterm_and_goes_on_until_sigusr1(folder):
+    out = folder / "signalled"
+    command = ranks("train", str(folder / "run.toml"), "--run.output_dir", str(out))
+
+    run = Started([*command, "--checkpoint.every", "1"])
+    run.wait_for("iteration 3/1000")  # it has saved: the writer's helper is in reach
+    run.terminate()
+    assert run.end() == 128 + signal.SIGTERM
+    last = sorted((out / "checkpoints").glob("step_*"))[-1]
+    assert f"last checkpoint: {last}" in "\n".join(run.said[-2:])
+    assert "Traceback" not in run.text
 
     requeued = Started(command)
     requeued.wait_for("data: 8 train prompts")  # the ranks load still
     requeued.requeue()
     assert requeued.end() == exit_codes.REQUEUE, requeued.text
     newest = sorted((out / "checkpoints").glob("step_*"))[-1]
-    assert int(newest.name[5:]) == int(later.name[5:]) + 1  # one iteration: the request had waited for the loop
+    assert int(newest.name[5:]) == int(last.name[5:]) + 1  # one iteration: the request had waited for the loop
     assert f"last checkpoint: {newest}" in "\n".join(requeued.said[-2:]) and "Traceback" not in requeued.text
-
-    used = load_config(out / "config.toml")
-    assert (used.data.train, used.data.on_bad_row) == (str(folder / "mixed.jsonl"), "skip")
-    assert "is of another run" in refused(*command, "--algorithm.name", "grpo")
-    assert load_config(out / "config.toml") == used  # the run's, not the refused command's
