@@ -39,7 +39,10 @@ def read_iterations(run: Path, skip: int) -> list[dict]:
     path = run / "metrics.jsonl"
     if not path.exists():
         raise typer.BadParameter(f"{path} is not there: expected the output folder of a training run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise typer.BadParameter(f"{path} is not a log of the trainer's ({error})") from None
     lines = [line for line in lines if "timing_s/step" in line]
     if len(lines) <= skip:
         raise typer.BadParameter(f"{path} has {len(lines)} iterations, expected more than the {skip} left out")

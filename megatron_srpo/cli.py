@@ -128,19 +128,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for pr
 def plan(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A Hugging Face folder or a name.")] = None,
-    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of all nodes.")] = 8,
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs of all nodes.")] = 8,
     gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, b200, gb200, h20, a100.")] = "h100",
-    batch: Annotated[int, typer.Option(help="Prompts an iteration.")] = 32,
-    samples: Annotated[int, typer.Option(help="Responses a prompt.")] = 8,
-    steps: Annotated[int, typer.Option(help="Optimiser steps an iteration.")] = 1,
-    prompt_mean: Annotated[int, typer.Option(help="Tokens.")] = 400,
-    prompt_max: Annotated[int, typer.Option(help="Tokens.")] = 2048,
-    response_mean: Annotated[int, typer.Option(help="Tokens.")] = 2000,
-    response_max: Annotated[int, typer.Option(help="Tokens.")] = 8192,
-    teacher_prompt_max: Annotated[int, typer.Option(help="Tokens of the teacher's prompt.")] = 10240,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts an iteration.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Responses a prompt.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps an iteration.")] = 1,
+    prompt_mean: Annotated[int, typer.Option(min=1, help="Tokens.")] = 400,
+    prompt_max: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
+    response_mean: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2000,
+    response_max: Annotated[int, typer.Option(min=1, help="Tokens.")] = 8192,
+    teacher_prompt_max: Annotated[int, typer.Option(min=1, help="Tokens of the teacher's prompt.")] = 10240,
     distilled: Annotated[float, typer.Option(help="Share of samples that the teacher scores.")] = 0.3,
-    iterations: Annotated[int, typer.Option(help="Of the run, for GPU-hours.")] = 475,
-    top: Annotated[int, typer.Option(help="Layouts that are shown.")] = 5,
+    iterations: Annotated[int, typer.Option(min=1, help="Of the run, for GPU-hours.")] = 475,
+    top: Annotated[int, typer.Option(min=1, help="Layouts that are shown.")] = 5,
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Of python -m benchmarks.calibrate.")] = None,
     write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the best layout's configuration.")] = None,
     check: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Build a configuration's ranks instead.")] = None,
@@ -154,6 +154,8 @@ def plan(
     from megatron_srpo.plan import Workload
 
     if check is not None:
+        if write is not None or as_json:
+            raise UserError("plan: --check prints a table; --write and --json belong to a search")
         return planning.check(check, gpus, list(context.obj), model)
     if model is None:
         raise UserError("plan: expected MODEL (a Hugging Face folder, or a name like Qwen3-8B), or --check CONFIG")
@@ -360,6 +362,7 @@ def _run(command: Callable[[], int]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     stopping.hold_requeue()
+    stopping.end_with_launcher()
     own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
 

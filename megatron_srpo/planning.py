@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_srpo.config import UserError
-from megatron_srpo.plan import Architecture, Workload, machine_of, read_architecture, search
+from megatron_srpo.plan import SHIPPED, Architecture, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.configuration import as_toml, configuration
 from megatron_srpo.plan.report import as_json, assumptions, show
 
@@ -24,7 +24,9 @@ def plan(
     """Search, print, and write the best layout's configuration; returns 1 where nothing fits."""
     arch, hf = read_architecture(model)
     machine = machine_of(gpu, calibration)
-    _check(arch.max_positions, gpus, workload)
+    _check(arch.max_positions, workload)
+    if write is not None and (write.is_dir() or not write.parent.is_dir()):
+        raise UserError(f"plan: --write {write}: expected a file's name in a folder that exists")
     found = search(arch, gpus, machine, workload, show=top)
     if json_output:
         print(json.dumps(as_json(found, arch, machine, workload), indent=1))
@@ -54,9 +56,14 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
-def _check(positions: int, gpus: int, workload: Workload) -> None:
-    if gpus < 1:
-        raise UserError(f"plan: --gpus {gpus}: expected at least 1")
+def _check(positions: int, workload: Workload) -> None:
+    if not 0 <= workload.distilled <= 1:
+        raise UserError(f"plan: --distilled {workload.distilled}: expected a share, from 0 to 1")
+    if workload.prompts % workload.steps:
+        raise UserError(
+            f"plan: --steps {workload.steps} of --batch {workload.prompts} prompts: expected a divisor, so that every "
+            "optimiser step has as many prompts"
+        )
     if workload.longest_row > positions:
         raise UserError(
             f"plan: the longest sequence has {workload.longest_row} tokens (--prompt-max, --teacher-prompt-max, "
@@ -74,6 +81,12 @@ def check(config_file: Path, gpus: int, overrides: list[str], model: str | None)
     from megatron_srpo.config import contradictions, listed, load_config
 
     config = load_config(config_file, overrides)
+    name = Path(config.model.path).name
+    if model is None and name in SHIPPED and not (Path(config.model.path).expanduser() / "config.json").is_file():
+        print(f"{config.model.path} is not there: taken from the shipped numbers of {name}")
+        model = name
+    elif model is not None and Path(model).name != name:
+        print(f"note: {config_file} trains {config.model.path}; its ranks are built for {model}")
     arch, hf = read_architecture(model or config.model.path)
     problems = contradictions(config, hf, gpus)
     if problems:

@@ -9,8 +9,10 @@ manager may send it to every process of a job, helpers included, as often as it 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -20,12 +22,20 @@ from megatron_srpo import exit_codes
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEUE = signal.SIGUSR1
 SAME_REQUEST_SECONDS = 2.0
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 TORCHRUN_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's variable, seconds; or its option --shutdown-timeout
 
 
 def hold_requeue() -> None:
     """SIGUSR1 stays pending, in this thread, in those that it starts, and in every process started from it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {REQUEUE})
+
+
+def end_with_launcher() -> None:
+    """Ask this rank to stop when torchrun is gone (Linux): one that was killed leaves ranks that train on unseen, and
+    hold GPUs, ports and the run's folder."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class EarlyStop:

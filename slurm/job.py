@@ -91,6 +91,8 @@ def parse(arguments: Sequence[str]) -> Options:
             if not value.isdigit():
                 raise BrokenJob(f'{name}: expected a whole number, got "{value}"')
             numbers[name] = int(value)
+            if name == "--nodes" and not numbers[name]:
+                raise BrokenJob("--nodes: expected at least 1")
         elif token == "--dry-run":
             dry_run = True
         elif name.startswith("--") and "." in name:

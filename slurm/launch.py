@@ -52,14 +52,18 @@ def dry_run(job: Job) -> list[str]:
 
 
 def plan(job: Job) -> list[str]:
-    """What the planner says, where the job's Python and the project's environment are at hand."""
+    """What the planner says, where the job's Python and the project's environment are at hand. BrokenJob if the
+    trainer would refuse the configuration."""
     sizes = (len(job.nodes), job.rollout_nodes, job.ranks_per_node)
     command = [job.python, "-m", "slurm.plan", job.gpu, *map(str, sizes), job.config, *job.overrides]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         return [f"no plan: {job.python} cannot be started here ({error.strerror})"]
-    return (found.stdout or found.stderr).strip().splitlines()[-20:]
+    said = (found.stdout or found.stderr).strip()
+    if found.returncode == MISTAKE:
+        raise BrokenJob(said)
+    return said.splitlines()[-20:]
 
 
 def engine_ranks(job: Job) -> int:

@@ -8,27 +8,36 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_srpo import exit_codes
-from megatron_srpo.config import Config, UserError, load_config
+from megatron_srpo.config import Config, UserError, contradictions, listed, load_config
 from megatron_srpo.plan import SHIPPED, Architecture, Layout, Workload, evaluate, machine_of, read_architecture
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Prints; exit_codes.MISTAKE if the trainer would refuse the configuration."""
     gpu, nodes, rollout_nodes, ranks, config, *overrides = arguments
     try:
         settings = load_config(Path(config), overrides)
-        layout = layout_of(settings, int(nodes) * int(ranks), int(rollout_nodes) * int(ranks))
-        print("\n".join(lines(settings, layout, gpu)))
     except UserError as error:
-        print(f"no plan: {error}")
+        print(error)
         return exit_codes.MISTAKE
+    layout = layout_of(settings, int(nodes) * int(ranks), int(rollout_nodes) * int(ranks))
+    try:
+        arch, hf = architecture_of(settings)
+        problems = contradictions(settings, hf, layout.training_gpus)
+        if problems:
+            print(listed(f"{config} on {layout.training_gpus} ranks", problems))
+            return exit_codes.MISTAKE
+        print("\n".join(lines(settings, arch, layout, gpu)))
+    except UserError as error:  # a model or a GPU that is not known here
+        print(f"no plan: {error}")
     return exit_codes.DONE
 
 
-def lines(config: Config, layout: Layout, gpu: str) -> Iterator[str]:
+def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Iterator[str]:
     """Memory and time of the configuration on such GPUs, in words. Raises UserError."""
-    arch = architecture_of(config)
     found = evaluate(arch, layout, machine_of(gpu), workload_of(config))
     yield f"plan (a prediction): {arch.name} on {layout.gpus} {gpu}, {layout.name()}"
     for role, memory in (("a training GPU", found.memory), ("an engine's GPU", found.engine)):
@@ -77,11 +86,12 @@ def workload_of(config: Config) -> Workload:
     )
 
 
-def architecture_of(config: Config) -> Architecture:
-    """Of the model's folder, or of a shipped model whose name the folder has. Raises UserError."""
+def architecture_of(config: Config) -> tuple[Architecture, dict[str, Any]]:
+    """(numbers, config.json) of the model's folder, or of a shipped model whose name the folder has. Raises
+    UserError."""
     name = Path(config.model.path).name
     there = (Path(config.model.path) / "config.json").is_file()
-    return read_architecture(name if name in SHIPPED and not there else config.model.path)[0]
+    return read_architecture(name if name in SHIPPED and not there else config.model.path)
 
 
 def _sum(parts: Mapping[str, float], unit: float) -> str:

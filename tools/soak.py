@@ -118,6 +118,8 @@ class Job:
         ranks = self.ranks()
         with suppress(psutil.NoSuchProcess, IndexError):
             if fault == "kill the job":
+                psutil.Process(self.process.pid).suspend()  # it might start further ranks meanwhile
+                self.ranks()
                 for member in [psutil.Process(self.process.pid), *self.family.values()]:
                     with suppress(psutil.NoSuchProcess):
                         if not any("resource_tracker" in word for word in member.cmdline()):

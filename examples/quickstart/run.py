@@ -29,6 +29,10 @@ CACHE = Path("runs/cache")
 ALGORITHMS = ("srpo", "grpo", "sdpo", "mix")
 TRAIN_ROWS, TEST_ROWS = 4096, 500
 RANKS = 2
+OPTIONS = {
+    "run.seed": "Use --seed N, or make quickstart SEED=N.",
+    "algorithm.name": "Use --algorithm NAME, or make quickstart ALGORITHM=NAME.",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def show_summary(console: Console, run: Path, summary: dict[str, object]) -> Non
 def quickstart(options: Options, console: Console) -> None:
     """The whole job; leaves everything in `options.output`."""
     started, task, run = time.monotonic(), Ordering(), options.output
-    refuse_placed(options.extra, "--output DIR for another folder, or the trainer itself for another model")
+    refuse_placed(options.extra, OPTIONS)
     chosen = {"run.seed": str(options.seed), "algorithm.name": options.algorithm}
     given = [f"--{key}={value}" for key, value in chosen.items()]
     check(load_config(CONFIG, [*given, *options.extra]), world_size=RANKS)  # a mistake is told before the warm start

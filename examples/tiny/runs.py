@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.tiny.task import Task, write_splits
@@ -61,15 +61,18 @@ def is_finished(folder: Path) -> bool:
     return (folder / SUMMARY).exists()
 
 
-PLACED = ("model.path", "data.train", "data.test", "run.output_dir")  # what `place_inputs` decides
+PLACED = dict.fromkeys(("model.path", "data.train", "data.test"), "Train another model with the trainer itself.")
+PLACED["run.output_dir"] = "Use --output DIR."
 
 
-def refuse_placed(extra: Sequence[str], options: str) -> None:
-    """UserError if an option for the trainer is one that the driver itself decides; `options` are those to use."""
+def refuse_placed(extra: Sequence[str], more: Mapping[str, str]) -> None:
+    """UserError if an option for the trainer is one that the driver decides: `place_inputs` does, or one of `more`,
+    which maps keys to the cure."""
+    cures = {**PLACED, **more}
     for part in extra:
         key = part.removeprefix("--").partition("=")[0]
-        if part.startswith("--") and key in PLACED:
-            raise UserError(f"--{key} is set by this command, for its own model, data and folder. Use {options}.")
+        if part.startswith("--") and key in cures:
+            raise UserError(f"--{key} is set by this command. {cures[key]}")
 
 
 def place_inputs(folder: Path, model: Path, task: Task, train: int, test: int) -> dict[str, str]:

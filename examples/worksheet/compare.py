@@ -40,6 +40,7 @@ TRAIN_ROWS, TEST_ROWS = 4096, 300
 # Each method's best of 2e-4, 3e-4 and 5e-4 on this task (docs of the task: README.md beside this file).
 LEARNING_RATES = {"grpo": 2e-4, "sdpo": 2e-4, "srpo": 5e-4, "mix": 2e-4}
 POLL_SECONDS = 0.5
+OPTIONS = {"run.seed": "Use --seeds N: 0, 1, …", "algorithm.name": "Use --methods grpo,srpo."}
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def unfinished(cases: Sequence[Case], options: Options, model: Path) -> list[Cas
 
 
 def compare(options: Options, console: Console) -> int:
-    refuse_placed(options.extra, "--output DIR for another folder, or the trainer itself for another model")
+    refuse_placed(options.extra, OPTIONS)
     check(load_config(CONFIG, list(options.extra)), world_size=1)  # a mistake is told before the warm start
     console.print("[1/3] a tiny Qwen3 that has misconceptions: right on about one worksheet in eight")
     model = cached_warm_start(Worksheet(), WARM_START, CACHE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_srpo.checkpoints import folder as folders
@@ -14,6 +15,10 @@ def show(path: Path, *, verify: bool, prune: int, best: str) -> int:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folders.published(root):
         raise UserError(f"no checkpoint in {path}: expected a run, or a folder with step_NNNNNNNN in it")
+    if best and folders.best(folders.published(root), best) is None:
+        raise UserError(
+            f"--best {best}: no checkpoint in {path} has that metric. They have {', '.join(_metrics(root)) or 'none'}"
+        )
     if prune:
         for removed in folders.prune(root, prune, best):
             print(f"removed {removed.name}")
@@ -31,6 +36,15 @@ def show(path: Path, *, verify: bool, prune: int, best: str) -> int:
     if bad:
         print(f"{bad} of {len(found)} damaged; a resumed run passes them over", file=sys.stderr)
     return int(bool(bad))
+
+
+def _metrics(root: Path) -> list[str]:
+    """Names of the metrics that the checkpoints were written with."""
+    names: set[str] = set()
+    for checkpoint in folders.published(root):
+        with suppress(OSError, ValueError, KeyError):
+            names |= set(folders.read_manifest(checkpoint)["metrics"])
+    return sorted(names)
 
 
 def _facts(checkpoint: Path, metric: str) -> str:

@@ -120,7 +120,7 @@ def unsupported(hf: dict[str, Any]) -> list[str]:
     if moe and not expert_count(hf):
         missing.append("num_experts")
     if missing:
-        return [f"model.path: its config.json has no {_all(missing)}; expected the file of a {name}"]
+        return [f"model.path: its config.json has no number for {_all(missing)}; expected the file of a {name}"]
     problems = []
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))

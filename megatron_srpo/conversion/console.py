@@ -63,6 +63,8 @@ def converted(out: Path, convert: Callable[[Tell | None], Report], *, dry_run: b
             f"peak host memory {_mb(report.peak)} above the start of the conversion; one layer and the largest tensor "
             f"are {_mb(report.bound)}"
         )
+        if report.equal_to:
+            print(f"every tensor equals that of {report.equal_to}, bit for bit")
     return 0
 
 

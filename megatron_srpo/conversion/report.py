@@ -26,6 +26,7 @@ class Report:
     largest: int = 0  # parameter
     layers: dict[str, int] = field(default_factory=dict)  # by number
     peak: int = 0  # host memory above the start, of the process that took most
+    equal_to: str = ""  # the folder that the result was compared with, bit for bit
     lines: list[str] = field(default_factory=list)  # of a dry run
 
     def add(self, name: str, nbytes: int) -> None:

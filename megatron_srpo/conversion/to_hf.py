@@ -67,6 +67,7 @@ def megatron_to_hf(
             copy_files(source, aside)
             if verify_against:
                 require_equal(aside, verify_against)
+                report.equal_to = str(verify_against)
     return report
 
 

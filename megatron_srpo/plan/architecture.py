@@ -157,8 +157,21 @@ def read_architecture(model: str) -> tuple[Architecture, dict[str, Any]]:
         )
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
-        return Architecture.from_hf(hf, Path(model).name), hf
+        arch = Architecture.from_hf(hf, Path(model).name)
+        _require_sound(arch)
+        return arch, hf
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"plan: {file} does not describe a decoder ({error!r}). Expected a model's config.json."
         ) from None
+
+
+def _require_sound(arch: Architecture) -> None:
+    """ValueError if the numbers cannot be a decoder's."""
+    mlp = ("experts", "experts_per_token", "expert_ffn") if arch.experts else ("ffn",)
+    for name in ("layers", "hidden", "heads", "groups", "head_dim", "vocab", "max_positions", *mlp):
+        value = getattr(arch, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {value!r}, expected a whole number above 0")
+    if arch.heads % arch.groups:
+        raise ValueError(f"{arch.heads} attention heads do not divide into {arch.groups} key-value heads")

@@ -403,6 +403,8 @@ def test_the_command_lists_marks_and_verifies(tmp_path, capsys):
 
 def test_the_command_prunes_but_spares_the_best(tmp_path, capsys):
     run = saved(tmp_path, 1, 2, 3, 4, metrics={2: {"m": 3.0}}, checkpoint={"keep": 4})
+    assert cli.main(["checkpoints", str(tmp_path), "--prune", "1", "--best", "n"]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err  # and nothing is removed
     assert cli.main(["checkpoints", str(tmp_path), "--prune", "1", "--best", "m"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["removed step_00000001", "removed step_00000003"]
     assert names(run.root) == ["latest", "step_00000002", "step_00000004"]

@@ -203,7 +203,7 @@ def test_what_only_resembles_a_contradiction_passes(changes):
             "is for MambaForCausalLM; supported are Qwen3",
         ),
         ({}, {}, "is for no architecture"),
-        ({"architectures": ["LlamaForCausalLM"]}, {}, "has no num_hidden_layers, hidden_size"),
+        ({"architectures": ["LlamaForCausalLM"]}, {}, "has no number for num_hidden_layers, hidden_size"),
         ({**QWEN3_8B, "rope_scaling": {"type": "yarn", "factor": 4}}, {}, 'rotary embedding "yarn"'),
         ({**QWEN3_8B, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, {}, 'rotary embedding "llama3"'),
         ({**QWEN3_8B, "rope_parameters": {"partial_rotary_factor": 0.5}}, {}, "partial_rotary_factor"),
@@ -227,7 +227,7 @@ def test_what_only_resembles_a_contradiction_passes(changes):
         (
             {**QWEN3_30B_A3B, "num_experts": None, "moe_intermediate_size": None},
             {},
-            "has no moe_intermediate_size and num_experts",
+            "has no number for moe_intermediate_size and num_experts",
         ),
         ({**QWEN3_30B_A3B, "num_experts_per_tok": 1}, {}, "leaves its router without a gradient"),
         ({**QWEN3_30B_A3B, "hidden_size": 2000}, {"run__device": "cpu"}, "multiples of 32 with experts"),

@@ -181,11 +181,15 @@ def test_the_quickstart_passes_unknown_options_on_and_refuses_unknown_algorithms
 
 
 @pytest.mark.parametrize("driver", [quickstart, compare])
-@pytest.mark.parametrize("given", [["--run.output_dir", "elsewhere"], ["--model.path=elsewhere"]])
-def test_what_a_driver_decides_is_not_passed_on(driver, given, capsys):
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [(["--run.output_dir", "elsewhere"], "--output DIR"), (["--model.path=elsewhere"], "trainer itself"),
+     (["--run.seed", "5"], "--seed"), (["--algorithm.name=grpo"], "Use --")],
+)  # fmt: skip
+def test_what_a_driver_decides_is_not_passed_on(driver, given, cure, capsys):
     assert driver.main(given) == exit_codes.MISTAKE
     said = capsys.readouterr().err
-    assert "is set by this command" in said and "--output DIR" in said
+    assert "is set by this command" in said and cure in said
 
 
 def test_a_wrong_option_of_compare_is_told_before_the_warm_start(capsys):

@@ -133,7 +133,15 @@ def test_nothing_that_fits_is_exit_code_1(capsys):
         (["plan"], "expected MODEL"),
         (["plan", "Qwen3-9B"], "Did you mean Qwen3-8B?"),
         (["plan", "Qwen3-8B", "--gpu", "h101"], "expected --gpu a100"),
-        (["plan", "Qwen3-8B", "--gpus", "0"], "expected at least 1"),
+        (["plan", "Qwen3-8B", "--gpus", "0"], "greater than or equal to 1"),
+        (["plan", "Qwen3-8B", "--steps", "0"], "greater than or equal to 1"),
+        (["plan", "Qwen3-8B", "--batch", "-5"], "greater than or equal to 1"),
+        (["plan", "Qwen3-8B", "--top", "0"], "greater than or equal to 1"),
+        (["plan", "Qwen3-8B", "--distilled", "nan"], "from 0 to 1"),
+        (["plan", "Qwen3-8B", "--distilled", "1.5"], "from 0 to 1"),
+        (["plan", "Qwen3-8B", "--steps", "64"], "expected a divisor"),
+        (["plan", "Qwen3-8B", "--write", "absent/run.toml"], "a folder that exists"),
+        (["plan", "Qwen3-8B", "--check", "run.toml", "--json"], "belong to a search"),
         (["plan", "Qwen3-8B", "--response-max", "40000"], "the model ends at 40960"),
         (["plan", "Qwen3-8B", "--response-mean", "9000"], "above its maximum"),
         (["plan", "Qwen3-8B", "--calibration", "absent.json"], "python -m benchmarks.calibrate"),
@@ -143,3 +151,15 @@ def test_a_mistake_is_told_in_one_message(capsys, arguments, told):
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err
     assert told in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [("hidden_size", "x", "hidden"), ("vocab_size", -3, "vocab"), ("num_attention_heads", 0, "does not describe"),
+     ("num_key_value_heads", 3, "do not divide"), ("num_hidden_layers", 0, "layers")],
+)  # fmt: skip
+def test_a_model_that_cannot_be_is_told_by_its_file(tmp_path, capsys, key, value, told):
+    (tmp_path / "config.json").write_text(json.dumps(SHIPPED["Qwen3-0.6B"] | {key: value}))
+    assert cli.main(["plan", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert told in message and str(tmp_path / "config.json") in message

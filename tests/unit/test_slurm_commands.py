@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.config import load_config
+from megatron_srpo.exit_codes import MISTAKE
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
-from slurm import commands, serve
+from slurm import commands, launch, serve
 from slurm.job import BrokenJob, Job, job_from, parse
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,19 @@ def test_a_dry_run_ends_with_what_the_planner_says_of_memory_and_time():
     assert time.startswith("# an iteration, s: ")
     tight = dry_run("srpo_qwen3_32b.sh", "--nodes=1", SRPO_PYTHON=sys.executable, SRPO_GPU="a100")
     assert "32 h100" not in "".join(tight) and "DOES NOT FIT" in tight[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(["--optimizer.lrr", "1"], "optimizer.lr"), (["--optimizer.lr=banana"], "optimizer.lr"),
+     (["--parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size"), (["--nodes=0"], "at least 1")],
+)  # fmt: skip
+def test_a_dry_run_of_what_the_trainer_would_refuse_is_one_message(given, told, capsys, monkeypatch):
+    monkeypatch.setenv("SRPO_PYTHON", sys.executable)
+    monkeypatch.chdir(ROOT)
+    assert launch.main(["examples/science/srpo_qwen3_8b.toml", "--dry-run", *given]) == MISTAKE
+    said = capsys.readouterr()
+    assert told in said.err and said.err.startswith("error: ") and not said.out
 
 
 def test_a_dry_run_without_the_projects_environment_says_that_there_is_no_plan():

@@ -38,7 +38,7 @@ def test_a_scripts_configuration_passes_all_checks_on_its_own_nodes_and_on_twice
 def test_by_the_planner_it_fits_gpus_of_80_gb(size):
     config = configuration(size)
     layout = plan.layout_of(config, 8 * nodes_of(size))
-    found = evaluate(plan.architecture_of(config), layout, machine_of("h100"), plan.workload_of(config))
+    found = evaluate(plan.architecture_of(config)[0], layout, machine_of("h100"), plan.workload_of(config))
     assert found.memory.fits, (found.memory.lines, found.memory.notes)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
 
 from megatron_srpo import stopping
@@ -143,3 +144,32 @@ def test_a_helper_that_a_rank_starts_survives_the_requeue_signal(held):
     helper.send_signal(REQUEUE)
     helper.communicate(b"go on\n", timeout=60)
     assert helper.returncode == 0
+
+
+LAUNCHER = """
+import os, subprocess, sys
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+print(rank.pid, rank.stdout.readline().decode().strip(), flush=True)
+rank.wait()
+"""
+RANK = """
+import signal, sys, time
+from megatron_srpo import stopping
+signal.signal(signal.SIGTERM, lambda *unused: sys.exit(0))
+stopping.end_with_launcher()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent's end")
+def test_a_rank_is_asked_to_stop_when_its_launcher_is_killed():
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE, text=True)
+    pid, ready = launcher.stdout.readline().split()
+    rank = psutil.Process(int(pid))
+    assert ready == "ready" and rank.is_running()
+    launcher.kill()
+    launcher.wait()
+    gone, _ = psutil.wait_procs([rank], timeout=30)
+    assert gone
