@@ -42,7 +42,7 @@ SIZES = {  # Qwen3 models: the first calibrates, the others are predicted
     "wide": {"hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 1536, "vocab_size": 8192},
     "deep": {"hidden_size": 256, "num_hidden_layers": 12, "intermediate_size": 768, "vocab_size": 4096},
 }
-GPU_SIZES = {  # shipped architecture, and what is recomputed; 62 GB of weights, gradients, optimizer and teacher at 4B
+GPU_SIZES = {  # shipped architecture, and what is recomputed; the last has 83 GiB that stay
     "Qwen3-0.6B": "none",
     "Qwen3-1.7B": "none",
     "Qwen3-1.7B, full recompute": "full",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_srpo.config import UserError
-from megatron_srpo.plan import SHIPPED, Architecture, Workload, machine_of, read_architecture, search
+from megatron_srpo.plan import Architecture, Workload, machine_of, read_architecture, search, shipped_if_absent
 from megatron_srpo.plan.configuration import as_toml, configuration
 from megatron_srpo.plan.report import as_json, assumptions, show
 
@@ -81,13 +81,12 @@ def check(config_file: Path, gpus: int, overrides: list[str], model: str | None)
     from megatron_srpo.config import contradictions, listed, load_config
 
     config = load_config(config_file, overrides)
-    name = Path(config.model.path).name
-    if model is None and name in SHIPPED and not (Path(config.model.path).expanduser() / "config.json").is_file():
-        print(f"{config.model.path} is not there: taken from the shipped numbers of {name}")
-        model = name
-    elif model is not None and Path(model).name != name:
+    found = shipped_if_absent(config.model.path)
+    if model is None and found != config.model.path:
+        print(f"{config.model.path} is not there: taken from the shipped numbers of {found}")
+    elif model is not None and Path(model).name != Path(config.model.path).name:
         print(f"note: {config_file} trains {config.model.path}; its ranks are built for {model}")
-    arch, hf = read_architecture(model or config.model.path)
+    arch, hf = read_architecture(model or found)
     problems = contradictions(config, hf, gpus)
     if problems:
         raise UserError(listed(f"{config_file} on {gpus} GPUs", problems))

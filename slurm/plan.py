@@ -8,11 +8,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_srpo import exit_codes
 from megatron_srpo.config import Config, UserError, contradictions, listed, load_config
-from megatron_srpo.plan import SHIPPED, Architecture, Layout, Workload, evaluate, machine_of, read_architecture
+from megatron_srpo.plan import (
+    Architecture,
+    Layout,
+    Workload,
+    evaluate,
+    machine_of,
+    read_architecture,
+    shipped_if_absent,
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         return exit_codes.MISTAKE
     layout = layout_of(settings, int(nodes) * int(ranks), int(rollout_nodes) * int(ranks))
     try:
-        arch, hf = architecture_of(settings)
+        arch, hf = read_architecture(shipped_if_absent(settings.model.path))
         problems = contradictions(settings, hf, layout.training_gpus)
         if problems:
             print(listed(f"{config} on {layout.training_gpus} ranks", problems))
@@ -84,14 +91,6 @@ def workload_of(config: Config) -> Workload:
         topk=config.algorithm.distillation_topk,
         iterations=config.run.iterations,
     )
-
-
-def architecture_of(config: Config) -> tuple[Architecture, dict[str, Any]]:
-    """(numbers, config.json) of the model's folder, or of a shipped model whose name the folder has. Raises
-    UserError."""
-    name = Path(config.model.path).name
-    there = (Path(config.model.path) / "config.json").is_file()
-    return read_architecture(name if name in SHIPPED and not there else config.model.path)
 
 
 def _sum(parts: Mapping[str, float], unit: float) -> str:

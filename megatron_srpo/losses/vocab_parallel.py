@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_srpo.losses import kernels
 
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # bound of one temporary [chunk, v] in fp32: a CPU's cache
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # of one temporary [chunk, v]; a CPU's stays in its cache
 FLOOR = -1e4  # a log-ratio below has e^x = 0 in fp32 and in fp64: bounding it there makes 0 · −∞ a 0
 
 

@@ -10,7 +10,7 @@
 Everything that it says of a GPU is a prediction under assumptions that are printed with it (docs/planning.md).
 """
 
-from megatron_srpo.plan.architecture import SHIPPED, Architecture, read_architecture
+from megatron_srpo.plan.architecture import SHIPPED, Architecture, read_architecture, shipped_if_absent
 from megatron_srpo.plan.hardware import MACHINES, Machine, machine_of
 from megatron_srpo.plan.layout import Layout
 from megatron_srpo.plan.meter import Meter
@@ -31,4 +31,5 @@ __all__ = [
     "machine_of",
     "read_architecture",
     "search",
+    "shipped_if_absent",
 ]

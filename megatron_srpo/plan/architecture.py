@@ -143,6 +143,14 @@ class Architecture:
         return self.attention_matrices + self.mlp_matrices + experts
 
 
+def shipped_if_absent(folder: str) -> str:
+    """What `read_architecture` takes for a configuration's model.path: the folder, or the shipped model that it is
+    named after where it is not there (not downloaded yet, or on another machine)."""
+    name = Path(folder).name
+    there = (Path(folder).expanduser() / "config.json").is_file()
+    return name if name in SHIPPED and not there else folder
+
+
 def read_architecture(model: str) -> tuple[Architecture, dict[str, Any]]:
     """(numbers, config.json) of a shipped name or a Hugging Face folder. Raises UserError when it is neither."""
     if model in SHIPPED:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.config import Config, check, load_config
-from megatron_srpo.plan import SHIPPED, evaluate, machine_of
+from megatron_srpo.plan import SHIPPED, evaluate, machine_of, read_architecture, shipped_if_absent
 from slurm import plan
 from tests.unit.test_examples_science import PAPER
 
@@ -38,7 +38,9 @@ def test_a_scripts_configuration_passes_all_checks_on_its_own_nodes_and_on_twice
 def test_by_the_planner_it_fits_gpus_of_80_gb(size):
     config = configuration(size)
     layout = plan.layout_of(config, 8 * nodes_of(size))
-    found = evaluate(plan.architecture_of(config)[0], layout, machine_of("h100"), plan.workload_of(config))
+    found = evaluate(
+        read_architecture(shipped_if_absent(config.model.path))[0], layout, machine_of("h100"), plan.workload_of(config)
+    )
     assert found.memory.fits, (found.memory.lines, found.memory.notes)
 
 
