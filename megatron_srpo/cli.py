@@ -109,7 +109,7 @@ def serve(
 ) -> int:
     """Be one rollout server for runs with rollout.servers, on this machine (docs/rollout-engines.md)."""
     settings = load_config(config, context.obj)
-    check_run(settings)
+    check_run(settings, ranks=False)
     from megatron_srpo import engines
 
     engines.serve(settings, host, port)
@@ -211,11 +211,14 @@ def _open_output(config: Config) -> OutputLock:
         ) from error
 
 
-def check_run(config: Config, *, train: bool = False, splits: tuple[str, ...] = ()) -> None:
-    """Every check that needs no model in memory; ConfigError lists all problems, the model folder's among them."""
+def check_run(config: Config, *, train: bool = False, splits: tuple[str, ...] = (), ranks: bool = True) -> None:
+    """Every check that needs no model in memory; ConfigError lists all problems, the model folder's among them.
+
+    `ranks`: whether this process is one of the ranks that the layout is for (an engine server is not).
+    """
     if train:
         splits = ("train", "test") if config.eval.every and config.data.test else ("train",)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if ranks else None
     hf, folder_problem = None, []
     try:
         hf = read_model_folder(config.model.path)

@@ -347,7 +347,7 @@ def _assemble(
     control.share(lambda: save_resolved(config, Path(config.run.output_dir) / "config.toml"))  # nothing refused it
     engine = build_engine(config, session, driver)
     closing.callback(engine.close)
-    if start:
+    if start or config.rollout.servers:  # what servers of somebody else hold is anybody's guess
         engine.publish(exporter, start)
     test = control.share(lambda: driver.prompts.get("test", []))
     requests = partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt)
@@ -394,8 +394,8 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
         folder = session.control.share(lambda: checkpoints.whole(checkpoint) if checkpoint else None)
         engine = build_engine(config, session, driver)
         closing.callback(engine.close)
-        if folder is not None:
-            engine.publish(_checkpoint_weights(config, session, folder), 1)
+        if folder is not None or config.rollout.servers:  # what servers of somebody else hold is anybody's guess
+            engine.publish(_evaluated_weights(config, session, folder), 1)
         prompts = session.control.share(lambda: driver.prompts[split])
         metrics = Evaluator(config, engine, prompts, scorer)()
         if driver:
@@ -403,12 +403,13 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
     return 0
 
 
-def _checkpoint_weights(config: Config, session: Session, folder: Path) -> Iterable:
-    """The weights of one of our checkpoints in Hugging Face names."""
+def _evaluated_weights(config: Config, session: Session, folder: Path | None) -> Iterable:
+    """The weights of one of our checkpoints, or of model.path, in Hugging Face names."""
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.mcore import checkpoint
 
     hf = hf_config_of(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=1, trainable=False)
-    checkpoint.load(policy, folder)
+    if folder is not None:
+        checkpoint.load(policy, folder)
     return Exporter(policy.shards, hf, bucket_bytes=config.bridge.bucket_mib * 2**20)

@@ -54,8 +54,7 @@ def serve_step(job: Job, engine_ranks: int) -> Step:
     """Engine servers on the last nodes, for as long as training runs."""
     hosts = ",".join(map(job.address_of, job.rollout_hosts))
     where = (f"--hosts={hosts}", f"--port={job.port + 2}", f"--gpus={job.ranks_per_node}", f"--size={engine_ranks}")
-    # The configuration's layout is that of the ranks which train: the server's check has to know how many.
-    server = ("env", f"WORLD_SIZE={job.world_size}", job.python, "-m", "megatron_srpo", "serve", job.config)
+    server = (job.python, "-m", "megatron_srpo", "serve", job.config)
     serve = (job.python, "-m", "slurm.serve", *where, f"--logs={job.logs}", "--")
     command = (*serve, *server, *job.overrides)
     return _step(job, "engine servers", job.rollout_hosts, _on_node(job, "serve", command), ())

@@ -32,6 +32,7 @@ RANKS = 2
 WARM_UP = 6  # iterations of a process that no slope is judged by
 END_SECONDS = 120  # for a clean end, on a busy machine
 STALL_SECONDS = 300  # without an iteration: the job hangs
+REFERENCE_SECONDS = 5  # an iteration of the run without faults, at most
 LARGEST_SLOPE = 0.5  # MiB an iteration
 MORE_DESCRIPTORS = 4
 ENDING = ("kill the job", "SIGTERM", "SIGUSR1", "SIGINT")
@@ -247,7 +248,8 @@ def compare(job: Job, folder: Path, iterations: int) -> list[str]:
     config = prepare(folder)
     if iterations == 0:
         return ["no iteration was done"]
-    tiny_run.train(config, f"--run.iterations={iterations}", ranks=RANKS)
+    seconds = 300 + REFERENCE_SECONDS * iterations
+    tiny_run.train(config, f"--run.iterations={iterations}", ranks=RANKS, seconds=seconds)
     with_faults, without = tiny_run.records(job.out), tiny_run.records(folder / "out")
     differ = [mine["step"] for mine, its in zip(with_faults, without, strict=False) if mine != its]
     steps = [line["step"] for line in with_faults]

@@ -15,7 +15,7 @@ import json
 import math
 import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_srpo.bridge.errors import BridgeError
 PACKED_BYTES = 4 * 2**20  # smaller tensors share a buffer of at most this size
 ALIGNMENT = 16  # bytes; every tensor in a buffer starts at a multiple, so that it can be viewed in its dtype
 END = "end"
+PATIENCE = 3  # a worker waits so many times as long as the driver: the driver may be waiting for another engine
 
 Named = tuple[str, torch.Tensor]
 
@@ -39,7 +40,7 @@ class Meeting:
     port: int
     prefix: str  # of the group's keys in the store
     size: int  # ranks, the driver included
-    timeout_s: float
+    timeout_s: float  # a worker's longest wait for the driver
     backend: str = "gloo"
 
 
@@ -229,12 +230,13 @@ class Sender:
         """Where the workers of `name` and this process meet next; goes to the workers, and to `join`."""
         self._meetings += 1
         rendezvous = self._rendezvous
-        prefix = f"{name}/{self._meetings}"
-        return asdict(Meeting(rendezvous.address, rendezvous.port, prefix, 1 + workers, self._timeout, self._backend))
+        prefix, patience = f"{name}/{self._meetings}", PATIENCE * self._timeout
+        return asdict(Meeting(rendezvous.address, rendezvous.port, prefix, 1 + workers, patience, self._backend))
 
     def join(self, name: str, meeting: dict[str, Any]) -> None:
         """Returns when all workers have come. Raises RuntimeError when they do not."""
-        self._groups[name] = Group(Meeting(**meeting), 0, self._device, self._rendezvous.store)
+        mine = replace(Meeting(**meeting), timeout_s=self._timeout)
+        self._groups[name] = Group(mine, 0, self._device, self._rendezvous.store)
 
     def leave(self, name: str) -> None:
         """A group in which something failed cannot be used again."""

@@ -106,8 +106,15 @@ def test_a_run_uses_a_server_that_somebody_else_started(prepared, monkeypatch):
         assert [line["rollout/weight_version"] for line in lines] == [0, 1, 2]
         assert max(line["rollout_corr/logprob_diff_max"] for line in lines) < 1e-4
         assert server.poll() is None  # it is not the run's to end
-        again = train(prepared, "again", given, "--run.iterations=2")  # it has another run's weights
+        evaluate = ["eval", str(prepared / "config.toml"), f"--hf={prepared / 'model'}", "--split=train"]
+        evaluate += ["--eval.temperature=1", "--eval.n_samples=8"]
+        answers = torchrun(*evaluate, "--rollout.placement=servers", given)  # the server has another run's weights
+        assert answers.returncode == 0, answers.stderr[-3000:]
+        expected = torchrun(*evaluate)
+        assert "eval/accuracy" in answers.stdout and answers.stdout == expected.stdout
+        again = train(prepared, "again", given, "--run.iterations=2")
         assert max(line["rollout_corr/logprob_diff_max"] for line in again) < 1e-4
+        assert again[0]["critic/score/mean"] == lines[0]["critic/score/mean"]
     finally:
         server.terminate()
         server.wait(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -55,9 +56,10 @@ def test_a_large_tensor_is_sent_without_a_copy():
 
 
 @pytest.fixture
-def engines():
+def engines(request):
     """A sender, and two engines of two workers each, whose ends `receive` takes."""
-    sender = Sender("127.0.0.1", timeout_s=PATIENCE, backend="gloo", device=CPU)
+    patience = getattr(request, "param", PATIENCE)
+    sender = Sender("127.0.0.1", timeout_s=patience, backend="gloo", device=CPU)
     with ThreadPoolExecutor(4) as pool:
         ends: dict[str, list[Future]] = {}
         for name in ("a", "b"):
@@ -106,6 +108,26 @@ def test_an_engine_that_leaves_half_way_is_named_and_the_other_gets_everything(e
     assert list(failed) == ["a"] and "peer" in failed["a"]
     assert results(leaving) == [None, None] and results(staying) == [True, True]
     assert not sender.joined("a") and sender.joined("b")
+
+
+@pytest.mark.parametrize("engines", [1.0], indirect=True, ids=["one second"])
+def test_an_engine_that_hangs_half_way_is_named_and_the_other_gets_everything(engines):
+    sender, receive, _ = engines
+    over = Event()
+
+    def hang(group: Group) -> None:
+        group.receive()
+        over.wait()
+
+    def count(group: Group) -> int:
+        return sum(1 for _ in receive_stream(group, CPU))
+
+    hanging, going_on = receive("a", hang), receive("b", count)
+    large = [(str(i), torch.zeros(16 * 2**20, dtype=torch.uint8)) for i in range(4)]  # more than sockets hold
+    failed = sender.send(["a", "b"], large)
+    over.set()
+    assert list(failed) == ["a"] and "imed out" in failed["a"]
+    assert results(hanging) == [None, None] and results(going_on) == [4, 4]
 
 
 def test_when_the_export_fails_every_worker_hears_why(engines):

@@ -216,6 +216,13 @@ def test_eval_refuses_what_it_cannot_do(run_file, launch, capfd, arguments, expe
 # ---- report, help, usage ---------------------------------------------------------------------------------------------
 
 
+def test_a_server_takes_a_configuration_for_any_number_of_ranks(run_file, monkeypatch, capfd):
+    served = []
+    monkeypatch.setattr("megatron_srpo.engines.serve", lambda config, host, port: served.append((host, port)))
+    assert cli.main(["serve", str(run_file), "--port=8001"]) == 0, capfd.readouterr().err
+    assert served == [("127.0.0.1", 8001)]
+
+
 def test_report_draws_the_curves_of_a_run(tmp_path, capfd):
     rows = [json.dumps({"step": step, "critic/score/mean": step / 3}) for step in range(3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
