@@ -213,14 +213,14 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
     """One rank."""
     from megatron_srpo import engines, launch
     from megatron_srpo.bridge import Exporter
-    from megatron_srpo.config import load_config
+    from megatron_srpo.config import load_config, read_model_folder
 
     config = load_config(Path(config_file), [])
     with launch._session(config) as session:
         import torch
 
         control, driver = session.control, SimpleNamespace(decode=str, say=print) if session.control.is_driver else None
-        hf = launch.hf_config_of(config.model.path)
+        hf = read_model_folder(config.model.path)
         policy = launch._build_policy(config, hf, session, total_steps=1, trainable=False)
         engine = Memory() if options.placement == "none" else engines.build_engine(config, session, driver)
         total = sum(t.nbytes for _, t in Exporter(policy.shards, hf).items())

@@ -9,7 +9,7 @@ from megatron_srpo.config import Config
 
 
 def build_engine(config: Config, session: Any, driver: Any) -> Any:
-    """The engine of rollout.placement. Collective; `session` is launch.Session, `driver` launch.DriverParts or None."""
+    """The engine of rollout.placement. Collective; `session` is launch.Session, `driver` driver.DriverParts or None."""
     from megatron_srpo.bridge import Verifier
     from megatron_srpo.rollout import ColocatedEngine
 

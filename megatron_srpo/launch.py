@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo import exit_codes
-from megatron_srpo.config import Config, ConfigError, save_resolved
+from megatron_srpo.config import Config, read_model_folder, save_resolved
+from megatron_srpo.driver import DriverParts
 from megatron_srpo.engines import build_engine
 from megatron_srpo.stopping import StopRequest
 from megatron_srpo.watchdog import Watchdog
@@ -54,122 +55,6 @@ def _quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM says where it binds memory as a warning of torch's
     for module in ("torch.*", "megatron.*", "transformers.*"):
         warnings.filterwarnings("ignore", module=module.replace(".*", r"\..*"))
-
-
-def hf_config_of(folder: str) -> dict[str, Any]:
-    """The model folder's config.json."""
-    return json.loads((Path(folder) / "config.json").read_text())
-
-
-class Prompting:
-    """The driver's tokenizer, prompts and teacher prompts."""
-
-    def __init__(self, config: Config) -> None:
-        from megatron_srpo.data import TeacherPromptBuilder, load_tokenizer
-
-        self._config = config
-        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        longest = config.teacher.max_prompt_length or (
-            config.data.max_prompt_length + config.rollout.max_response_length
-        )
-        self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, config.data, longest)
-
-    def prompts(self, split: str, say: Callable[[str], None]) -> list:
-        """The prompts of one split, those over length dropped or refused."""
-        from megatron_srpo.data import load_rows, render_prompts
-
-        files = self._config.data.train if split == "train" else self._config.data.test
-        if not files:
-            raise ConfigError(f"data.{split} is empty: name the file of the {split} split.")
-        examples, report = load_rows(files, self._config.data)
-        prompts, dropped = render_prompts(examples, self.tokenizer, self._config.data, split)
-        self._check_vocabulary(max(max(prompt.token_ids) for prompt in prompts))
-        self._check_kinds(prompts)
-        say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")
-        for warning in self._warnings(prompts, split):
-            say(f"warning: {warning}")
-        return prompts
-
-    def _check_kinds(self, prompts: list) -> None:
-        from megatron_srpo.rewards.registry import RewardError, unknown
-
-        for prompt in {prompt.kind: prompt for prompt in reversed(prompts)}.values():
-            problem = unknown(prompt.kind, self._config.reward.functions)
-            if problem:
-                raise RewardError(f"{prompt.source}: {problem}")
-
-    def _warnings(self, prompts: list, split: str) -> Iterator[str]:
-        from megatron_srpo.data import hides_system
-
-        batch = self._config.rollout.rollout_batch_size
-        if split == "train" and len(prompts) < batch:
-            yield (
-                f"rollout.rollout_batch_size = {batch} is more than the {len(prompts)} train prompts: a batch has some "
-                "of them more than once, as groups of their own"
-            )
-        instructed = [prompt for prompt in prompts if prompt.messages[0]["role"] == "system"]
-        # One is enough: they share the template, and rendering all of a large data set again takes minutes.
-        if instructed and hides_system(self.tokenizer, instructed[0], self._config.data):
-            yield (
-                f"the tokenizer's chat template leaves out the system message, which {len(instructed)} {split} prompts "
-                f"have, the first of them {instructed[0].source}: the model will not see it"
-            )
-
-    def _check_vocabulary(self, largest: int) -> None:
-        """A tokenizer of another model gives ids that the model has no embedding for."""
-        model = self._config.model
-        size = hf_config_of(model.path)["vocab_size"]
-        if largest >= size:
-            raise ConfigError(
-                f"the tokenizer in {model.tokenizer or model.path} gives token id {largest}, and the model in "
-                f"{model.path} has vocab_size = {size}: use the model's own tokenizer (model.tokenizer)"
-            )
-
-
-class DriverParts:
-    """What only the driver has: prompts and the log."""
-
-    def __init__(self, config: Config, *, splits: tuple[str, ...]) -> None:
-        self._config = config
-        self.observer: Any = None
-        prompting = Prompting(config)
-        self.teacher_prompt, self._tokenizer = prompting.teacher_prompt, prompting.tokenizer
-        self.prompts = {split: prompting.prompts(split, self.say) for split in splits}
-
-    def kinds(self) -> set[str]:
-        """The reward kinds of all prompts."""
-        return {prompt.kind for prompts in self.prompts.values() for prompt in prompts}
-
-    def say(self, text: str) -> None:
-        """A line for the user."""
-        if self.observer is None:
-            print(text, flush=True)
-        else:
-            self.observer.message(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """A response's text."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def loader(self) -> Any:
-        from megatron_srpo.data import PromptLoader
-
-        config = self._config
-        return PromptLoader(
-            self.prompts["train"], config.rollout.rollout_batch_size, seed=config.run.seed, shuffle=config.data.shuffle
-        )
-
-    def observe(self, start: int, state: dict[str, Any]) -> Any:
-        """Open the log, which continues at iteration `start` with the `state` that it had there."""
-        from megatron_srpo.observe import Observer
-
-        self.observer = Observer(self._config, start_step=start)
-        self.observer.load_state_dict(state)
-        return self.observer
-
-    def close(self) -> None:
-        if self.observer is not None:
-            self.observer.close()
 
 
 def _build_scorer(config: Config, session: Session, driver: DriverParts | None, closing: ExitStack) -> Any:
@@ -335,7 +220,7 @@ def _assemble(
     from megatron_srpo.trainer import Parts
 
     control = session.control
-    hf = hf_config_of(config.model.path)
+    hf = read_model_folder(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=_optimizer_steps(config), trainable=True)
     exporter = Exporter(policy.shards, hf, bucket_bytes=config.bridge.bucket_mib * 2**20)
     checkpoints = Checkpoints(config, control, checkpoint, driver.say if driver else str)
@@ -408,7 +293,7 @@ def _evaluated_weights(config: Config, session: Session, folder: Path | None) ->
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.mcore import checkpoint
 
-    hf = hf_config_of(config.model.path)
+    hf = read_model_folder(config.model.path)
     policy = _build_policy(config, hf, session, total_steps=1, trainable=False)
     if folder is not None:
         checkpoint.load(policy, folder)

@@ -21,6 +21,7 @@ ALLOWED = {
     "checkpoints": BASE | {"disk"},
     "torchrun": BASE | {"stopping", "exit_codes"},  # how a run ends
     "stopping": BASE | {"exit_codes"},
+    "driver": BASE | {"data", "rewards", "observe"},
     "scoring": BASE | {"rewards"},  # joins the rewards' workers to the ranks
     "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
     "conversion": BASE | {"bridge", "mcore", "checkpoints", "disk"},  # Hugging Face's names in Megatron's files

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_srpo.config import Config
-from megatron_srpo.launch import Prompting
+from megatron_srpo.driver import Prompting
 from megatron_srpo.rewards import RewardError
 from tests.tiny_models import make_tiny_model
 
