@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_srpo.config import UserError
-from megatron_srpo.plan import Architecture, Workload, machine_of, read_architecture, search, shipped_if_absent
+from megatron_srpo.plan import (
+    Architecture,
+    Layout,
+    Machine,
+    Workload,
+    machine_of,
+    read_architecture,
+    search,
+    shipped_if_absent,
+)
 from megatron_srpo.plan.configuration import as_toml, configuration
 from megatron_srpo.plan.report import as_json, assumptions, show
 
@@ -42,6 +51,7 @@ def plan(
             f"{arch.name} on {gpus} {machine.name}: {best.layout.name()}. Written by python -m megatron_srpo plan.",
             f"Start {best.layout.training_gpus} ranks. Predicted: {best.time.total:.1f} s an iteration, "
             f"{best.memory.total / 2**30:.0f} of {best.memory.limit / 2**30:.0f} GiB a GPU.",
+            *([] if best.layout.colocated else [f"Engines: {_engine_nodes(best.layout, machine)}"]),
             *assumptions(machine, workload),
             "data.train, data.kind and the learning rate are yours to set.",
         ]
@@ -49,6 +59,14 @@ def plan(
         if not json_output:
             print(f"wrote {write}")
     return 0
+
+
+def _engine_nodes(layout: Layout, machine: Machine) -> str:
+    nodes = -(-layout.engine_gpus // machine.node)
+    return (
+        f"{layout.engines} servers on GPUs of their own. On the last nodes of a Slurm job: --rollout-nodes {nodes} "
+        "after the batch script's name; without it the driver starts them on its own node."
+    )
 
 
 def _console() -> Console:

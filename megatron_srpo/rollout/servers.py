@@ -296,7 +296,11 @@ class ServersEngine:
 
     def _loaded(self, server: Server, delivery: Delivery) -> None:
         """What its workers say goes before what its HTTP says."""
-        failure = delivery.updates[server.name].exception()
+        patience = self._rollout.server_timeout_seconds
+        try:  # it has been sent everything: what is left is its last layer
+            failure = delivery.updates[server.name].exception(patience)
+        except TimeoutError:
+            raise RuntimeError(f"it has not loaded them {patience:g} s after the last was sent") from None
         reports = [self._sender.report(server.name, delivery.key, worker) for worker in range(server.world_size)]
         if failure is not None:
             raise failure

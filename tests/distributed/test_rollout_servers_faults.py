@@ -108,12 +108,19 @@ class Interrupted:
             yield item
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_lost_in_the_middle_of_a_publish_never_answers_with_mixed_weights(sound, how):
+def workers_of(server: Server) -> list[psutil.Process]:
+    return [process for process in family_of(server) if "Worker" in " ".join(process.cmdline())]
+
+
+@pytest.mark.parametrize(
+    ("how", "whom"), [(signal.SIGKILL, family_of), (signal.SIGSTOP, family_of), (signal.SIGSTOP, workers_of)]
+)
+def test_a_server_lost_in_the_middle_of_a_publish_never_answers_with_mixed_weights(sound, how, whom):
     engine, (first, second) = sound.engine, sound.engine._fleet.servers
+    assert whom(first)
 
     def strike() -> None:
-        for process in family_of(first):
+        for process in whom(first):
             process.send_signal(how)
 
     engine.publish(Interrupted(sound, strike), 2)

@@ -10,9 +10,12 @@ from megatron_srpo import cli
 from megatron_srpo.config import contradictions, load_config
 from megatron_srpo.plan import SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
+from megatron_srpo.plan.configuration import configuration
 from megatron_srpo.plan.duration import forward_flops, generate_seconds, iteration_time
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import stage_parameters
+from megatron_srpo.plan.search import evaluate
+from megatron_srpo.planning import _engine_nodes
 
 H100 = machine_of("h100")
 SMALL = Workload(prompts=4, samples=4, response_mean=300, response_max=1000, teacher_prompt_max=2000, prompt_max=500)
@@ -112,6 +115,16 @@ def test_the_written_configuration_passes_the_trainers_own_checks(tmp_path, caps
     assert contradictions(config, SHIPPED[model], gpus - best["layout"]["engine_gpus"]) == []
     assert config.parallel.tensor_model_parallel_size == best["layout"]["tensor"]
     assert sum(best["memory"]["lines"].values()) == pytest.approx(best["memory"]["total"])
+
+
+@pytest.mark.parametrize(("engine_gpus", "expected"), [(0, "colocated"), (8, "servers")])
+def test_engines_in_the_ranks_and_on_gpus_of_their_own_are_configurations_of_the_trainer(engine_gpus, expected):
+    layout = Layout(32, tensor=4, engine_tensor=4, engine_gpus=engine_gpus, engine_memory=0.3)
+    assert evaluate(read_architecture("Qwen3-8B")[0], layout, H100, Workload()).time
+    config = configuration(layout, Workload(), "runs/models/Qwen3-8B", SHIPPED["Qwen3-8B"])  # or raises
+    assert config.rollout.placement == expected
+    if engine_gpus:
+        assert config.rollout.num_servers == 2 and "--rollout-nodes 1 " in _engine_nodes(layout, H100)
 
 
 def test_the_report_names_assumptions_lines_and_reasons(capsys):
