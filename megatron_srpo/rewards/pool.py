@@ -24,6 +24,7 @@ from megatron_srpo.types import Reward
 
 CHUNKS_PER_WORKER = 4  # more balance better, fewer cost less
 LARGEST_CHUNK = 64
+STARTS = 3  # that may fail in a row: one process killed from outside is no reason to end a run
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class RewardPool:
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
         self._batch = _Batch()  # of `add` and `finish`
+        self._failed_starts = 0  # in a row
         self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())  # also at exit
         try:
             for _ in range(config.workers):
@@ -182,6 +184,7 @@ class RewardPool:
                 raise UserError(message["failed"])
             else:
                 worker.ready, worker.deadline = True, None
+                self._failed_starts = 0
 
     def _reward(
         self, score: float | None, feedback: str | None, well_formed: bool | None, prediction: str | None,
@@ -203,7 +206,11 @@ class RewardPool:
     def _died(self, worker: WorkerProcess, batch: _Batch | None) -> None:
         how = self._forget(worker).end()
         if not worker.ready:
-            raise UserError(f"a reward worker ended while it imported the reward functions ({how})")
+            self._failed_starts += 1
+            if self._failed_starts == STARTS:
+                raise UserError(f"a reward worker ended while it imported the reward functions ({how})")
+            self._start()
+            return
         rest = worker.pending
         if rest:
             first, *rest = rest

@@ -254,6 +254,23 @@ def test_a_reward_that_cannot_be_imported_is_refused_before_training(tmp_path, b
         RewardPool(RewardConfig(functions={"own": f"{path}:judge"}), ["own"])
 
 
+def test_workers_that_are_killed_while_they_start_are_started_again_but_not_for_ever(pool):
+    def kill_the_newest() -> None:
+        newest = pool._workers[-1]
+        os.kill(newest._process.pid, 9)
+        while newest in pool._workers:
+            pool._turn(None)
+
+    for _ in range(3):  # a ready one, then two while they start
+        kill_the_newest()
+    while not all(worker.ready for worker in pool._workers):
+        pool._turn(None)
+    for _ in range(3):
+        kill_the_newest()
+    with pytest.raises(UserError, match=r"ended while it imported the reward functions \(killed by SIGKILL\)"):
+        kill_the_newest()
+
+
 def test_an_unknown_kind_is_refused_before_training(pool):
     with pytest.raises(UserError, match=r"unknown reward kind 'mqc'. Did you mean 'mcq'"):
         RewardPool(RewardConfig(workers=1), ["mqc"])
