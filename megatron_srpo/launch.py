@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -230,8 +230,11 @@ def _assemble(
     if restored:
         control.share(lambda: checkpoints.restore_data(loader, restored.state["loader"]))
     control.share(lambda: save_resolved(config, Path(config.run.output_dir) / "config.toml"))  # nothing refused it
-    engine = build_engine(config, session, driver)
-    closing.callback(engine.close)
+    with policy.on_host() if config.train.offload_while_generating else nullcontext():
+        engine = build_engine(config, session, driver)
+        closing.callback(engine.close)
+        if config.rollout.sleep_while_training:
+            engine.sleep()
     if start or config.rollout.servers:  # what servers of somebody else hold is anybody's guess
         engine.publish(exporter, start)
     test = control.share(lambda: driver.prompts.get("test", []))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class Trainer:
         unless there is nothing to save: stopped before the first iteration."""
         parts, total = self.parts, self.config.run.iterations
         if self.iteration == 0 and self.config.eval.every:
-            self._log(parts.evaluate())
+            self._log(self._evaluate())
             if parts.control.any(parts.should_stop()):
                 return False
         while self.iteration < total:
@@ -79,7 +79,7 @@ class Trainer:
             every = self.config.eval.every
             if every and (self.iteration % every == 0 or self.iteration == total):
                 with self._timed("eval"):
-                    metrics.update(parts.evaluate() or {})
+                    metrics.update(self._evaluate() or {})
             self._log(metrics)
             broken = self._broken(metrics)
             stop = parts.control.any(parts.should_stop()) or bool(broken)
@@ -92,6 +92,20 @@ class Trainer:
             if stop and self.iteration < total:
                 return False
         return True
+
+    @contextmanager
+    def _engines_turn(self) -> Iterator[None]:
+        """Inside the block engines generate. By configuration the trainer's tensors are in host memory meanwhile, and
+        engines sleep afterwards, so that one has the device's memory at a time."""
+        offload = self.config.train.offload_while_generating
+        with self.parts.policy.on_host() if offload else nullcontext():
+            yield
+            if self.config.rollout.sleep_while_training:
+                self.parts.engine.sleep()
+
+    def _evaluate(self) -> dict[str, float] | None:
+        with self._engines_turn():
+            return self.parts.evaluate()
 
     def _broken(self, metrics: dict[str, float]) -> str:
         """Why going on would be a waste, or ""; the same on all ranks."""
@@ -112,9 +126,8 @@ class Trainer:
         self._forwarded = Counter()
         started = time.perf_counter()
         policy = self.parts.policy
-        samples, plan, metrics = self._collect()
-        if self.config.rollout.sleep_while_training:
-            self.parts.engine.sleep()
+        with self._engines_turn():
+            samples, plan, metrics = self._collect()
         with self._timed("score"):
             scores = self._score_students(samples, plan)
         with self._timed("teacher"):
@@ -126,7 +139,6 @@ class Trainer:
         if metrics["rollout/nonfinite_samples"] == metrics["perf/sequences"]:
             self._skipped_in_a_row += 1  # there was no step to take
         with self._timed("publish"):
-            self.parts.engine.wake()  # if it sleeps
             self.parts.engine.publish(self.parts.weights, self.iteration + 1)
         steps = [step for step in steps if step is not None]
         for name in sorted({name for step in steps for name in step.metrics}):

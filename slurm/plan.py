@@ -73,6 +73,7 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         engine_gpus=engine_gpus,
         engine_memory=rollout.gpu_memory_utilization,
         engine_sleeps=rollout.sleep_while_training,
+        trainer_leaves=config.train.offload_while_generating,
         shadow_on_host=config.teacher.offload,
         dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
     )

@@ -207,6 +207,16 @@ def _layout(config: Config) -> Iterator[str]:
 
 def _servers(config: Config) -> Iterator[str]:
     rollout = config.rollout
+    if config.train.offload_while_generating and rollout.placement == "servers":
+        yield (
+            "train.offload_while_generating = true: makes room for engines in the training ranks, and "
+            'rollout.placement is "servers"; set it to false'
+        )
+    elif config.train.offload_while_generating and not rollout.sleep_while_training:
+        yield (
+            "train.offload_while_generating = true: gains nothing while the engine keeps its memory during training; "
+            "set rollout.sleep_while_training = true beside it"
+        )
     if rollout.placement == "colocated":
         if rollout.max_staleness:
             yield (

@@ -88,7 +88,7 @@ class RolloutConfig(Section):
     cpu_kv_cache_gib: float = Field(1.0, gt=0)  # of an engine on a CPU
     max_num_seqs: int = Field(256, ge=1)  # responses that an engine works on at once
     enforce_eager: bool = False  # no CUDA graphs, no compilation
-    sleep_while_training: bool = False  # a colocated engine frees its GPU memory until the next publish
+    sleep_while_training: bool = False  # a colocated engine frees its GPU memory until it generates
     max_refills: int = Field(0, ge=0)  # batches drawn in place of groups all right or all wrong; 0 = train on those too
     mismatch_warning: float = Field(0.05, ge=0)  # mean |Δ log-prob| trainer vs engine that warns
     # placement = "servers"
@@ -193,11 +193,10 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)  # prompts an optimiser step; 0 = the whole batch
     max_tokens_per_gpu: int = Field(18432, ge=1)  # × context_parallel_size: a packed row; the longest teacher row fits
-    logits_memory_mib: int = Field(
-        2048, ge=1
-    )  # logits that exist at a time; rows that need more make them piecewise, twice
+    logits_memory_mib: int = Field(2048, ge=1)  # logits that exist at a time; rows that need more make them twice
     max_skipped_steps: int = Field(10, ge=0)  # so many steps in a row without a finite gradient end the run; 0 = never
     moe_aux_loss_coef: float = Field(0.0, ge=0)  # of the routers' load-balancing loss, by row; 0 = off, 0.001 is usual
+    offload_while_generating: bool = False  # the trainer leaves the GPU while engines have their turn
     skip_zero_advantage: bool = True  # do not forward samples whose gradient is exactly zero; the loss is the same
 
 

@@ -123,6 +123,18 @@ class ShardedOptimizer:
                 main = part.optimizer.param_groups[group]["params"][index]
                 yield ParameterShard(parameter, main, span.start, span.end, part.optimizer.state[main])
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Main parameters and Adam's state."""
+        for shard in self.shards():
+            yield shard.main.detach()
+            yield from shard.state.values()
+
+    def gradients(self) -> Iterator[torch.Tensor]:
+        """The buffers that all gradients are views of."""
+        for piece in self.model:
+            for buffer in [*piece.buffers, *piece.expert_parallel_buffers]:
+                yield buffer.grad_data
+
     def adam_steps(self) -> int:
         """How many steps Adam has taken."""
         steps = {int(shard.state["step"]) for shard in self.shards() if "step" in shard.state}

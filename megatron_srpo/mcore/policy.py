@@ -15,6 +15,7 @@ from megatron_srpo.mcore.experts import router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import build_model, model_shards
 from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
+from megatron_srpo.mcore.residence import HostResidence
 from megatron_srpo.mcore.shadow import WeightShadow
 from megatron_srpo.mcore.step import LossFunction, PipelineRunner, ScoreFunction
 from megatron_srpo.types import ModelShards, PackedBatch, Padding, StepStats
@@ -54,6 +55,7 @@ class Policy:
         self.runner = PipelineRunner(self.model, topology, vocab)
         self.shards = model_shards(self.model, topology, vocab)
         self.shadows = self._build_shadows(config) if trainable else {}
+        self._residence = HostResidence(topology.device)
         # 8-bit products want token counts in multiples of 16.
         self.padding = row_padding(topology, config.parallel, tokens=1 if config.model.fp8 == "off" else 16)
 
@@ -63,6 +65,13 @@ class Policy:
         if config.algorithm.kl_loss_coef > 0 or mode in ("frozen", "trust_region"):
             names.append("reference")
         return {name: WeightShadow(self.optimizer, offload=config.teacher.offload) for name in names}
+
+    def on_host(self) -> AbstractContextManager[None]:
+        """Inside this block weights, optimizer state and shadows are in host memory, and the device is free of them and
+        of the gradients; they are back in place afterwards, bit for bit. Nothing of the policy may be used inside."""
+        shadows = [piece for shadow in self.shadows.values() for piece in shadow.slices]
+        own = [tensor for piece in self.model for tensor in [*piece.parameters(), *piece.module.buffers()]]
+        return self._residence.on_host([*own, *self.optimizer.tensors(), *shadows], self.optimizer.gradients())
 
     @property
     def vocab_start(self) -> int:

@@ -56,6 +56,7 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
         "train": {
             "prompts_per_mini_batch": -(-workload.prompts // workload.steps),
             "max_tokens_per_gpu": layout.max_tokens,
+            "offload_while_generating": layout.trainer_leaves,
         },
     }
 

@@ -24,7 +24,7 @@ from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
-from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, stage_parameters
+from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, stage_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 MAX_SEQUENCES = 256  # rollout.max_num_seqs' default
@@ -242,6 +242,14 @@ def driver_seconds(workload: Workload) -> float:
     return workload.rollouts * DRIVER_ROLLOUT + tokens * DRIVER_TOKEN + gathered
 
 
+def offload_seconds(arch: Architecture, layout: Layout) -> float:
+    """The trainer's memory to the host and back; gradients are not kept."""
+    if not layout.trainer_leaves:
+        return 0.0
+    stages = [persistent_lines(arch, layout, stage) for stage in {0, layout.pipeline - 1}]
+    return max(2 * (sum(lines.values()) - lines["gradients"]) / HOST_LINK for lines in stages)
+
+
 def iteration_time(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, cache: float, *, path: str = "te",
     logits_mib: int = LOGITS_MIB,
@@ -262,6 +270,7 @@ def iteration_time(
         "teacher": 0.0,
         "train": workload.steps * (train + reduce + adam),
         "publish": publish_seconds(arch, layout, machine),
+        "offload": offload_seconds(arch, layout),
     }
     if workload.distilled > 0:
         lines["score"] = workload.steps * pass_seconds(arch, layout, machine, workload, scored, **given)[0]

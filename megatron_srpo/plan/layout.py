@@ -26,6 +26,7 @@ class Layout:
     engine_gpus: int = 0  # GPUs that only generate; 0: engines are in the training ranks
     engine_memory: float = 0.5  # a colocated engine's share of a GPU
     engine_sleeps: bool = False  # its memory is free while training
+    trainer_leaves: bool = False  # and the trainer's while the engine generates
     shadow_on_host: bool = False  # the teacher's average is in host memory
     dtype_bytes: int = 2  # of weights and activations
 
@@ -70,6 +71,7 @@ class Layout:
                  ("EP", self.expert), ("DP", self.data)]  # fmt: skip
         shown = " ".join(f"{key}{size}" for key, size in parts if size > 1 or key in ("TP", "DP"))
         where = "colocated" if self.colocated else f"on {self.engine_gpus} own GPUs"
+        where += ", in turns" if self.trainer_leaves else ""
         extras = [f"{self.recompute} recompute"] if self.recompute != "none" else []
         extras += ["shadow on host"] if self.shadow_on_host else []
         return ", ".join([shown, *extras, f"engines TP{self.engine_tensor} {where}"])

@@ -134,8 +134,11 @@ def _stage_memory(
         engine = parts | {"KV cache": max(0.0, cache)}
     training = stays | {"activations": held, "loss and logits": head, "publish": 0.0}
     publishing = stays | {"activations": 0.0, "loss and logits": 0.0, "publish": publish_bytes(arch, layout)}
-    # The engine is awake when it takes new weights.
-    phases = [(training, {} if layout.engine_sleeps else engine), (publishing, engine)]
+    idle = stays | {"activations": 0.0, "loss and logits": 0.0, "publish": 0.0}
+    generating = dict.fromkeys(idle, 0.0) if layout.trainer_leaves else idle
+    # An engine that has slept takes new weights before it has a cache again.
+    asleep, woken = ({}, engine | {"KV cache": 0.0}) if layout.engine_sleeps else (engine, engine)
+    phases = [(training, asleep), (publishing, woken if layout.colocated else {}), (generating, engine)]
     totals = [_with_overheads(ours, theirs, machine) for ours, theirs in phases]
     lines = max(totals, key=lambda phase: sum(phase.values()))
     return MemoryPlan(lines, machine.memory, max(0.0, cache), notes)

@@ -16,7 +16,8 @@ from megatron_srpo.plan.memory import MemoryPlan, engine_memory, training_memory
 from megatron_srpo.plan.workload import Workload
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
-ENGINE_SHARES = (0.3, 0.5, 0.7)  # of a GPU, for a colocated engine
+ENGINE_SHARES = (0.3, 0.5, 0.7, 0.85)  # of a GPU, for a colocated engine
+TURNS = ((False, False), (True, False), (True, True))  # who gives up a GPU's memory: the engine, the trainer
 SPLITS = (4, 2)  # a quarter or half of the GPUs generate
 
 
@@ -162,8 +163,9 @@ def _variants(base: Layout, machine: Machine) -> Iterator[list[Layout]]:
         if engine > machine.node or (base.engine_gpus or base.gpus) % engine:
             continue
         for share in shares:
-            for sleeps in (False, True) if base.colocated else (False,):
+            for sleeps, leaves in TURNS if base.colocated else TURNS[:1]:
                 given = {"engine_tensor": engine, "engine_memory": share, "engine_sleeps": sleeps}
+                given["trainer_leaves"] = leaves
                 yield [
                     dataclasses.replace(base, recompute=recompute, shadow_on_host=host, **given)
                     for recompute in ("none", "selective", "full")

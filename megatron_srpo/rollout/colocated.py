@@ -17,6 +17,8 @@ from megatron_srpo.rollout.guest import preserved_generators
 from megatron_srpo.rollout.vllm_engine import EngineSettings, check_model, start_engine, stop_engine
 from megatron_srpo.types import Rollout
 
+PARTS = ("weights", "kv_cache")  # vLLM's tags of what sleeps
+
 
 class ColocatedEngine:
     """A RolloutEngine on the training ranks: rollout.tensor_parallel_size consecutive ranks are one engine.
@@ -55,7 +57,8 @@ class ColocatedEngine:
         if size > 1:
             unlink_blocks(name)
         self._tokenizer = self._llm.get_tokenizer()
-        self._asleep, self._half_published = False, False
+        self._asleep: set[str] = set()  # of PARTS
+        self._half_published = False
         self._verifier = verifier
         self.weight_version = 0
 
@@ -70,10 +73,10 @@ class ColocatedEngine:
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout] | None:  # fmt: skip
         """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
-        self._must_be_awake("generate")
         if self._half_published:
             raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
         check_lengths(requests, sampling, self._max_model_len)
+        self._wake(*PARTS)
         mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
         try:
             answers, error = self._run(mine, sampling, on_rollout if self._speaks else None), None
@@ -146,8 +149,8 @@ class ColocatedEngine:
 
         Raises BridgeError when they are not the engine's model; nothing can then be generated before a whole publish.
         """
-        self._must_be_awake("publish")
         self._half_published = True
+        self._wake("weights")
         verify = self._verifier is not None and self._verifier.begin()
         items = self._verifier.record(weights) if verify else iter(weights)
         reports = self._llm.collective_rpc("publish_weights", args=(items, verify))
@@ -170,10 +173,6 @@ class ColocatedEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use and cannot be reset: requests are still running")
 
-    def _must_be_awake(self, what: str) -> None:
-        if self._asleep:
-            raise RuntimeError(f"the engine sleeps: call wake() before {what}()")
-
     def metrics(self) -> dict[str, float]:
         return {}
 
@@ -181,12 +180,14 @@ class ColocatedEngine:
         """Move the weights to the host and drop the cache; CUDA only, elsewhere nothing happens."""
         if self._device == "cuda" and not self._asleep:
             self._llm.sleep(level=1)
-            self._asleep = True
+            self._asleep = set(PARTS)
 
-    def wake(self) -> None:
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
+    def _wake(self, *parts: str) -> None:
+        """Give these parts their memory back; those that have it are left alone."""
+        sleeping = [part for part in parts if part in self._asleep]
+        if sleeping:
+            self._llm.wake_up(tags=sleeping)
+            self._asleep -= set(sleeping)
 
     def close(self) -> None:
         """Collective, like the constructor. The trainer's own process groups stay."""

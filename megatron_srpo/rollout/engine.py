@@ -88,10 +88,9 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the device's memory, where the device supports it; nothing may be asked for until `wake`."""
+        """Free the device's memory until it is needed, where the device supports it: a publish takes back the weights'
+        alone, `generate` all of it."""
         ...
-
-    def wake(self) -> None: ...
 
     def close(self) -> None:
         """Release everything; safe to call twice."""

@@ -312,8 +312,6 @@ class ServersEngine:
     def sleep(self) -> None:
         """Servers have devices of their own: nothing to free."""
 
-    def wake(self) -> None: ...
-
     def close(self) -> None:
         """End the servers that we started. Not collective."""
         if self._fleet is not None:

@@ -1,6 +1,7 @@
 """The policy on real gloo ranks: Hugging Face logits matched, parallel equals serial, swaps and checkpoints exact."""
 
 import itertools
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -91,6 +92,25 @@ def swaps_hold(policy):
     is_back()
 
 
+def returns_from_the_host(policy):
+    """Nothing has memory inside the block; everything is back bit for bit, views of one memory included."""
+
+    def everything():
+        state = [value for shard in policy.optimizer.shards() for value in (shard.main, *shard.state.values())]
+        shadows = [piece for shadow in policy.shadows.values() for piece in shadow.slices]
+        return [*policy.shards.parameters.values(), *state, *shadows]
+
+    device, held = policy.topology.device.type, [tensor.detach().clone() for tensor in everything()]
+    for fails in (False, True):
+        with pytest.raises(RuntimeError, match="while generating") if fails else nullcontext(), policy.on_host():
+            here = [*everything(), *policy.optimizer.gradients()]
+            assert not any(tensor.untyped_storage().nbytes() for tensor in here if tensor.device.type == device)
+            if fails:
+                raise RuntimeError("while generating")
+        assert all(torch.equal(a, b) for a, b in zip(held, everything(), strict=True))
+        assert not any(gradients.any() for gradients in policy.optimizer.gradients())
+
+
 def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | None = None) -> dict:
     """`other`: a checkpoint of another layout at the same point of training, to go on from at the end."""
     from megatron_srpo.bridge import Exporter, read_config
@@ -116,6 +136,7 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
         for name, value in policy.shards.parameters.items():
             torch.testing.assert_close(value.detach().double(), average[name], rtol=0, atol=1e-6, msg=name)
     swaps_hold(policy)
+    returns_from_the_host(policy)
     held = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
 
     def bad_on_one_rank(given, row):
@@ -219,7 +240,9 @@ def swap_bf16(model, parallel):
     for _ in range(2):
         policy.train_step(rows, loss)
     swaps_hold(policy)
+    returns_from_the_host(policy)
     policy.train_step(rows, loss)
+    swaps_hold(policy)
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "dp2"])

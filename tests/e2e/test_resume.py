@@ -171,3 +171,12 @@ def test_a_refused_run_is_not_started_again(tmp_path):
     process = tiny_run.start(config, "--parallel.tensor_model_parallel_size=3", launcher=("--max-restarts=3",))
     code, output = tiny_run.finish(process)
     assert code == exit_codes.MISTAKE and output.count("error:") == 1, output
+
+
+@pytest.mark.slow
+def test_a_run_whose_trainer_leaves_while_engines_generate_equals_the_straight_one(straight, tmp_path):
+    config = tiny_run.make_run(tmp_path)
+    leaves = ("--rollout.sleep_while_training=true", "--train.offload_while_generating=true")
+    tiny_run.train(config, *OVERRIDES, *leaves, ranks=RANKS)
+    assert tiny_run.records(tmp_path / "out") == tiny_run.records(straight / "out")
+    assert (tmp_path / "out/hf/model.safetensors").read_bytes() == (straight / "out/hf/model.safetensors").read_bytes()

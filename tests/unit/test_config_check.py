@@ -138,6 +138,16 @@ def test_a_sound_configuration_passes_all_checks():
             "rollout.sleep_while_training = true",
             "set it to false",
         ),
+        (
+            {"train__offload_while_generating": True},
+            "train.offload_while_generating = true",
+            "set rollout.sleep_while_training = true",
+        ),
+        (
+            {"train__offload_while_generating": True, "rollout__placement": "servers"},
+            "train.offload_while_generating = true",
+            "set it to false",
+        ),
     ],
 )
 def test_a_contradiction_is_told_with_key_value_and_cure(changes, key, cure):

@@ -82,6 +82,20 @@ def test_more_of_a_resource_is_never_slower_and_recompute_saves_memory():
     assert quick.lines["train"] < 0.6 * slow.lines["train"]
 
 
+def test_a_trainer_that_leaves_makes_room_for_the_engine_and_pays_for_the_way():
+    arch, _ = read_architecture("Qwen3-32B")
+    workload = Workload()
+    given = {"recompute": "full", "engine_tensor": 4, "engine_memory": 0.85, "engine_sleeps": True}
+    stays = Layout(32, 4, 4, max_tokens=18432, **given)
+    leaves = dataclasses.replace(stays, trainer_leaves=True)
+    crowded, free = (evaluate(arch, layout, H100, workload) for layout in (stays, leaves))
+    assert crowded.memory.total > H100.memory >= free.memory.total and crowded.time is None
+    parameters = stage_parameters(arch, leaves, 3).whole * (2 + 16 / 2)  # weights; main, moments and shadow over DP 2
+    assert free.time.lines["offload"] == pytest.approx(2 * parameters / 25e9, rel=0.05)
+    config = configuration(leaves, workload, "runs/models/Qwen3-32B", SHIPPED["Qwen3-32B"])
+    assert config.train.offload_while_generating and config.rollout.sleep_while_training
+
+
 def test_training_flops_are_six_a_parameter_and_token_where_sequences_are_short():
     arch, _ = read_architecture("Qwen3-8B")
     head_and_layers = arch.parameters - arch.vocab * arch.hidden - arch.layers * arch.small_vectors - arch.hidden

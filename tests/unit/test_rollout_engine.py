@@ -207,7 +207,23 @@ def test_rollouts_carry_the_version_of_the_last_publish(engine, folder, rollouts
 def test_sleeping_is_nothing_on_a_cpu(engine):
     engine.sleep()
     assert engine.generate(tiny_requests(1), SAMPLED)
-    engine.wake()
+
+
+def test_a_publish_wakes_the_weights_and_generating_the_rest(engine, folder, monkeypatch):
+    """The order alone: vLLM frees memory on GPUs only."""
+    did = []
+    monkeypatch.setattr(engine, "_device", "cuda")
+    monkeypatch.setattr(engine._llm, "sleep", lambda level: did.append(f"sleep {level}"))
+    monkeypatch.setattr(engine._llm, "wake_up", lambda tags: did.append(tags))
+    monkeypatch.setattr(engine, "_run", lambda *_: did.append("generate") or [])
+    engine.sleep()
+    engine.sleep()
+    engine.publish(iter(weights(folder).items()), 8)
+    engine.generate(tiny_requests(1), SAMPLED)
+    engine.publish(iter(weights(folder).items()), 9)
+    engine.sleep()
+    engine.generate(tiny_requests(1), SAMPLED)
+    assert did == ["sleep 1", ["weights"], ["kv_cache"], "generate", "sleep 1", ["weights", "kv_cache"], "generate"]
 
 
 def test_a_second_engine_in_the_same_process_is_refused(engine, folder):
