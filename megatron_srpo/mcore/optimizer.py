@@ -124,10 +124,9 @@ class ShardedOptimizer:
                 yield ParameterShard(parameter, main, span.start, span.end, part.optimizer.state[main])
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Main parameters and Adam's state."""
-        for shard in self.shards():
-            yield shard.main.detach()
-            yield from shard.state.values()
+        """Main parameters, then Adam's state, which comes with the first step."""
+        yield from (shard.main.detach() for shard in self.shards())
+        yield from (value for shard in self.shards() for value in shard.state.values())
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """The buffers that all gradients are views of."""

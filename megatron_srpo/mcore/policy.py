@@ -71,7 +71,7 @@ class Policy:
         of the gradients; they are back in place afterwards, bit for bit. Nothing of the policy may be used inside."""
         shadows = [piece for shadow in self.shadows.values() for piece in shadow.slices]
         own = [tensor for piece in self.model for tensor in [*piece.parameters(), *piece.module.buffers()]]
-        return self._residence.on_host([*own, *self.optimizer.tensors(), *shadows], self.optimizer.gradients())
+        return self._residence.on_host([*own, *shadows, *self.optimizer.tensors()], self.optimizer.gradients())
 
     @property
     def vocab_start(self) -> int:

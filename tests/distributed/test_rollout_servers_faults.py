@@ -24,6 +24,7 @@ LAYOUTS = {
     "untied-float32-tp2": ("llama", "float32", False, 2),
     "untied-bfloat16": ("llama", "bfloat16", False, 1),
     "tied-bfloat16-tp2": ("qwen3", "bfloat16", True, 2),
+    "experts-float32": ("qwen3_moe", "float32", False, 1),
 }
 
 
