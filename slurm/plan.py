@@ -75,6 +75,7 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         engine_sleeps=rollout.sleep_while_training,
         trainer_leaves=config.train.offload_while_generating,
         shadow_on_host=config.teacher.offload,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
     )
 

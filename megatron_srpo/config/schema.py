@@ -58,6 +58,7 @@ class ParallelConfig(Section):
     expert_model_parallel_size: int = Field(1, ge=1)  # ranks that share the experts of a layer; may span TP, CP and DP
     expert_tensor_parallel_size: int = Field(1, ge=1)  # ranks that share every expert
     sequence_parallel: bool = False  # norms and residuals split over tensor-parallel ranks
+    overlap_grad_reduce: bool = False  # gradients are summed over data-parallel ranks during the last backward pass
 
 
 class DataConfig(Section):

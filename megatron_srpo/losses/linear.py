@@ -60,11 +60,11 @@ class _LinearGatherLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         hidden, weight, *known, kept = ctx.saved_tensors
+        total = _WeightGradient(weight, ctx.width) if ctx.needs_input_grad[1] else None
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 8
+            return (None, total and total.result(), *(None,) * 6)
         head = weight[: ctx.width]
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = _WeightGradient(weight, ctx.width) if ctx.needs_input_grad[1] else None
         for part in ctx.parts:
             logits = hidden[part] @ head.T if kept is None else kept
             write_logits_gradient(  # in place: the logits are not needed any more
@@ -84,7 +84,8 @@ class _LinearGatherLogprobs(torch.autograd.Function):
 class _WeightGradient:
     """Σ dᵀ·h over the pieces in fp32: into `main_grad`, where Megatron's DDP keeps one, else into a tensor of its own.
 
-    With `main_grad` autograd gets nothing, so DDP's hook adds only what other uses of a tied weight give.
+    With `main_grad` autograd gets nothing, so DDP's hook adds only what other uses of a tied weight give. Or it gets
+    zeros: where DDP reduces during the backward pass it waits for a gradient (the weight's `awaited` is set).
     """
 
     def __init__(self, weight: Tensor, width: int) -> None:
@@ -106,7 +107,9 @@ class _WeightGradient:
             self._rows[part] += gradient[:, part].T @ hidden
 
     def result(self) -> Tensor | None:
-        return None if self._main is not None else self._sum.to(self._weight.dtype)
+        if self._main is None:
+            return self._sum.to(self._weight.dtype)
+        return torch.zeros_like(self._weight) if getattr(self._weight, "awaited", False) else None
 
 
 def linear_gather_logprobs(

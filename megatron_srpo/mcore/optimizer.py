@@ -50,11 +50,21 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 class ShardedOptimizer:
     """Adam over the shards of a wrapped model, which may come in pieces (interleaved pipeline)."""
 
-    def __init__(self, model: list[torch.nn.Module], config: OptimizerConfig) -> None:
+    def __init__(
+        self, model: list[torch.nn.Module], config: OptimizerConfig, *, overlap_grad_reduce: bool = False
+    ) -> None:
         megatron_config = get_model_config(model[0])
         self.config = config
-        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap_grad_reduce
+        )
         self.model = [DistributedDataParallel(megatron_config, reduction, piece) for piece in model]
+        if overlap_grad_reduce:
+            for piece in self.model:
+                for parameter in piece.parameters():
+                    parameter.awaited = True  # DDP counts the gradients of a bucket
+            waits = [piece.no_sync for piece in self.model]  # until the last row
+            megatron_config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self._megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",

@@ -50,7 +50,11 @@ class Policy:
         )
         load_weights(model_shards(model, topology, vocab))
         self.steps = 0  # optimiser steps asked for, skipped ones included
-        self.optimizer = ShardedOptimizer(model, config.optimizer) if trainable else None
+        self.optimizer = (
+            ShardedOptimizer(model, config.optimizer, overlap_grad_reduce=config.parallel.overlap_grad_reduce)
+            if trainable
+            else None
+        )
         self.model = self.optimizer.model if self.optimizer else model
         self.runner = PipelineRunner(self.model, topology, vocab)
         self.shards = model_shards(self.model, topology, vocab)

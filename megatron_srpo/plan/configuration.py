@@ -20,6 +20,7 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
         "virtual_pipeline_model_parallel_size": layout.virtual,
         "context_parallel_size": layout.context,
         "sequence_parallel": layout.sequence_parallel,
+        "overlap_grad_reduce": layout.overlap_grad_reduce,
     }
     if layout.expert * layout.expert_tensor > 1:
         parallel["expert_model_parallel_size"] = layout.expert

@@ -132,18 +132,18 @@ def pass_seconds(
     return slots * (layers * forward + head) + inside, inside, rows
 
 
-def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> tuple[float, float]:
-    """(communication, computation) of one optimiser step: gradients scattered in fp32, parameters gathered, Adam."""
+def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> tuple[float, float, float]:
+    """(gradients scattered in fp32, parameters gathered, Adam) of one optimiser step."""
     part = stage_parameters(arch, layout, layout.pipeline - 1)
-    seconds = 0.0
+    scatter = gather = 0.0
     for count, ranks in ((part.ordinary, layout.sharding), (part.experts, layout.expert_sharding)):
         if ranks > 1 and count:
             spread = machine.link_rate(ranks * (layout.tensor if count == part.ordinary else 1))
-            seconds += (ranks - 1) / ranks * count * (
-                4 + layout.dtype_bytes
-            ) / spread + 2 * machine.latency * ranks**0.5
+            share, wait = (ranks - 1) / ranks * count / spread, machine.latency * ranks**0.5
+            scatter += 4 * share + wait
+            gather += layout.dtype_bytes * share + wait
     shard = part.ordinary / layout.sharding + part.experts / layout.expert_sharding
-    return seconds, (4 * part.whole + 34 * shard) / machine.memory_rate
+    return scatter, gather, (4 * part.whole + 34 * shard) / machine.memory_rate
 
 
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
@@ -260,7 +260,10 @@ def iteration_time(
     taught = Pass(workload.teacher_tokens, workload.mean_context(teacher=True))
     given = {"path": path, "logits_mib": logits_mib}
     train, talk, rows = pass_seconds(arch, layout, machine, workload, students, **given)
-    reduce, adam = optimizer_seconds(arch, layout, machine)
+    scatter, gather, adam = optimizer_seconds(arch, layout, machine)
+    if layout.overlap_grad_reduce:  # behind the backward pass of the last row
+        scatter = max(0.0, scatter - 2 / 3 * train / rows)
+    reduce = scatter + gather
     lines = {
         "generate": generate_seconds(
             arch, machine, workload, layout.engines, layout.engine_tensor, layout.dtype_bytes, cache

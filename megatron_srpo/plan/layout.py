@@ -28,6 +28,7 @@ class Layout:
     engine_sleeps: bool = False  # its memory is free while training
     trainer_leaves: bool = False  # and the trainer's while the engine generates
     shadow_on_host: bool = False  # the teacher's average is in host memory
+    overlap_grad_reduce: bool = False  # gradients are scattered during the last backward pass
     dtype_bytes: int = 2  # of weights and activations
 
     @property

@@ -125,6 +125,8 @@ def _stage_memory(
     held, head = stage_activations(
         arch, layout, stage, layout.max_tokens, rows, path=path, ids=ids, logits_mib=logits_mib
     )
+    if layout.overlap_grad_reduce and stage == layout.pipeline - 1:  # losses/linear.py: zeros for DDP
+        head += layout.dtype_bytes * arch.vocab * arch.hidden / layout.tensor
     stays = persistent_lines(arch, layout, stage)
     cache, notes, engine = 0.0, [], {}
     if layout.colocated:

@@ -135,6 +135,7 @@ def layouts(
                 gpus, tensor, pipeline, virtual, context, expert, max_tokens=row, engine_gpus=engine_gpus,
                 dtype_bytes=dtype_bytes,
             )  # fmt: skip
+            base = dataclasses.replace(base, overlap_grad_reduce=base.sharding > 1)
             yield from _variants(base, machine)
 
 

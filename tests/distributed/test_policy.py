@@ -4,6 +4,7 @@ import itertools
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ LAYOUTS = {  # on two ranks
     "pp2_interleaved": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
     "dp2": {},
+    "dp2_overlapped": {"overlap_grad_reduce": True},
 }
 VOCAB = 101  # odd: padded for TP 2
 
@@ -39,7 +41,7 @@ def _rows(dp_rank: int, dp_size: int) -> list:
 def _policy(model: Path, parallel: dict, dtype: str = "float32", **sections: dict):
     from megatron_srpo.bridge import load_hf_weights, read_config
     from megatron_srpo.config import Config
-    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore import groups, optimizer
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
 
@@ -50,7 +52,12 @@ def _policy(model: Path, parallel: dict, dtype: str = "float32", **sections: dic
     path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
     load = partial(load_hf_weights, hf_dir=model)
-    return Policy(config, read_config(model), topology, path, load, total_steps=10)
+    small = partial(optimizer.DistributedDataParallelConfig, bucket_size=20_000)  # Megatron's would hold it all
+    with patch.object(optimizer, "DistributedDataParallelConfig", small):
+        policy = Policy(config, read_config(model), topology, path, load, total_steps=10)
+    buckets = [group for piece in policy.model for group in piece.bucket_groups]
+    assert (len(buckets) > 2) == config.parallel.overlap_grad_reduce  # one reduction, or several during the last pass
+    return policy
 
 
 def logprobs(given, row):

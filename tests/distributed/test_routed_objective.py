@@ -62,6 +62,7 @@ class Layout:
     ep: int = 1
     etp: int = 1
     sp: bool = False
+    overlap: bool = False  # gradients are reduced during the backward pass
     recompute: str = "none"
     recompute_layers: int = 0
     dtype: str = "float32"
@@ -78,7 +79,7 @@ LAYOUTS = {
     "pp2": Layout(pp=2),
     "dp2": Layout(dp=2),
     "tp2 sp pp2": Layout(tp=2, sp=True, pp=2, recompute="selective"),
-    "tp2 dp2": Layout(tp=2, dp=2),
+    "tp2 dp2": Layout(tp=2, dp=2, overlap=True),
     "tp4 sp": Layout(tp=4, sp=True),
     "tp4": Layout(tp=4),
     "tp2 pp2": Layout(tp=2, pp=2),
@@ -86,7 +87,7 @@ LAYOUTS = {
     "cp4, recompute": Layout(cp=4, recompute="full"),
     "cp2 tp2 sp": Layout(cp=2, tp=2, sp=True),
     "cp2 pp2": Layout(cp=2, pp=2),
-    "cp2 dp2": Layout(cp=2, dp=2),
+    "cp2 dp2": Layout(cp=2, dp=2, overlap=True),
     "pp2 interleaved": Layout(pp=2, pieces=2),
     "pp2 interleaved tp2 sp, recompute": Layout(pp=2, pieces=2, tp=2, sp=True, recompute="full"),
     "bf16": Layout(dtype="bfloat16"),
@@ -94,15 +95,17 @@ LAYOUTS = {
     "bf16 cp2 pp2": Layout(cp=2, pp=2, dtype="bfloat16"),
 }
 MOE_LAYOUTS = {
-    "moe ep2": Layout(dp=2, ep=2),
+    "moe ep2": Layout(dp=2, ep=2, overlap=True),
     "moe serial, recompute": Layout(recompute="full"),
     "moe ep2 tp2 sp": Layout(tp=2, sp=True, ep=2),  # the experts of one token are on the ranks that share its layers
     "moe ep2 etp2 tp2 sp": Layout(tp=2, sp=True, dp=2, ep=2, etp=2),
-    "moe ep2 tp2 sp dp2, recompute": Layout(tp=2, sp=True, dp=2, ep=2, recompute="full"),  # and copies of the experts
+    "moe ep2 tp2 sp dp2, recompute": Layout(
+        tp=2, sp=True, dp=2, ep=2, overlap=True, recompute="full"
+    ),  # and copies of the experts
     "moe tp2 sp": Layout(tp=2, sp=True),
     "moe ep4 tp2 sp": Layout(tp=2, sp=True, dp=2, ep=4),
     "moe pp2 ep2": Layout(pp=2, dp=2, ep=2),
-    "moe pp2 interleaved ep2": Layout(pp=2, pieces=2, dp=2, ep=2),
+    "moe pp2 interleaved ep2": Layout(pp=2, pieces=2, dp=2, ep=2, overlap=True),
     "moe cp2 ep2": Layout(cp=2, ep=2),
     "moe bf16 ep2 tp2 sp": Layout(tp=2, sp=True, ep=2, dtype="bfloat16"),
 }
@@ -130,7 +133,7 @@ def make_config(model, variant, layout="serial"):
         parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
                   "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
                   "expert_model_parallel_size": cut.ep, "expert_tensor_parallel_size": cut.etp,
-                  "sequence_parallel": cut.sp},
+                  "sequence_parallel": cut.sp, "overlap_grad_reduce": cut.overlap},
     )  # fmt: skip
 
 
