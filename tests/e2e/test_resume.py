@@ -17,6 +17,7 @@ RANKS = 2  # data parallel: the distributed optimizer's shards differ between th
 STOP_SECONDS = 30  # what Slurm gives between the signal and SIGKILL
 SERVERS = ("--rollout.placement=servers", "--rollout.num_servers=2", "--checkpoint.every=3", "--checkpoint.keep=9")
 DROPOUT = ("--model.hidden_dropout=0.1", "--model.attention_dropout=0.1")  # draws from every rank's generators
+TURNS = ("--rollout.sleep_while_training=true", "--train.offload_while_generating=true")
 OVERRIDES = (
     "--observe.tensorboard=true",
     "--observe.wandb=true",
@@ -174,9 +175,9 @@ def test_a_refused_run_is_not_started_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_trainer_leaves_while_engines_generate_equals_the_straight_one(straight, tmp_path):
+@pytest.mark.parametrize("options", [TURNS, ("--parallel.overlap_grad_reduce=true",)], ids=["in turns", "overlapped"])
+def test_a_run_that_spares_memory_or_time_equals_the_straight_one(straight, tmp_path, options):
     config = tiny_run.make_run(tmp_path)
-    leaves = ("--rollout.sleep_while_training=true", "--train.offload_while_generating=true")
-    tiny_run.train(config, *OVERRIDES, *leaves, ranks=RANKS)
+    tiny_run.train(config, *OVERRIDES, *options, ranks=RANKS)
     assert tiny_run.records(tmp_path / "out") == tiny_run.records(straight / "out")
     assert (tmp_path / "out/hf/model.safetensors").read_bytes() == (straight / "out/hf/model.safetensors").read_bytes()
