@@ -330,7 +330,8 @@ def _fail(text: str, *, secondary: bool = False) -> int:
         speaker = f"error (rank {os.environ['RANK']})"
         if secondary:
             return exit_codes.LOST
-    print(f"{speaker}: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # standard error may be a file on a full disk
+        print(f"{speaker}: {text}", file=sys.stderr, flush=True)
     _tell_torchrun(text)
     return exit_codes.LOST if secondary else exit_codes.MISTAKE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from megatron_srpo.config import Config, ConfigError, read_model_folder
@@ -90,7 +91,8 @@ class DriverParts:
     def say(self, text: str) -> None:
         """A line for the user."""
         if self.observer is None:
-            print(text, flush=True)
+            with suppress(OSError):  # a full disk behind standard output; whatever else is written will tell
+                print(text, flush=True)
         else:
             self.observer.message(text)
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 BETWEEN = "between phases"
 STUCK_FACTOR = 1.5  # of the limit: the C-level timer, for code that does not let Python's threads run
@@ -65,7 +65,8 @@ class Watchdog:
         while not self._stop.wait(min(self._limit / 4, 15.0)):
             text = self.check()
             if text:
-                print(text, file=sys.__stderr__, flush=True)
+                with suppress(OSError):  # a full disk must not end the watch
+                    print(text, file=sys.__stderr__, flush=True)
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
 
     def close(self) -> None:

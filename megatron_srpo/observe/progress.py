@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -188,9 +189,11 @@ class LiveDisplay:
 
 
 def _print(console: Console, text: str) -> None:
-    # No mark-up, colours or folding: these are other people's words, and a log file has no width.
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.file.flush()
+    # Standard output may be a file on a full disk. Training goes on; what could not be written rich tries again later.
+    with suppress(OSError):
+        # No mark-up, colours or folding: these are other people's words, and a log file has no width.
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.file.flush()
 
 
 def open_progress(

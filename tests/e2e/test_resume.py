@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import time
 
 import psutil
 import pytest
@@ -181,3 +182,26 @@ def test_a_run_that_spares_memory_or_time_equals_the_straight_one(straight, tmp_
     tiny_run.train(config, *OVERRIDES, *options, ranks=RANKS)
     assert tiny_run.records(tmp_path / "out") == tiny_run.records(straight / "out")
     assert (tmp_path / "out/hf/model.safetensors").read_bytes() == (straight / "out/hf/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_metrics(tmp_path):
+    """Standard output is a file there too."""
+    config, log = tiny_run.make_run(tmp_path), tmp_path / "log.txt"
+    command = tiny_run.command(config, "--run.iterations=40", "--checkpoint.every=3")
+    with log.open("a") as output:
+        run = psutil.Popen(command, cwd=tiny_run.ROOT, stdout=output, stderr=output)
+    while "iteration  4/" not in log.read_text():
+        assert run.poll() is None, log.read_text()
+        time.sleep(0.1)
+    (rank,) = [child for child in run.children() if "megatron_srpo" in child.cmdline()]
+    rank.rlimit(psutil.RLIMIT_FSIZE, (1000, psutil.RLIM_INFINITY))
+    time.sleep(3)
+    rank.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+    assert run.wait(120) == 0, log.read_text()[-3000:]
+    said = log.read_text()
+    missing = [number for number in range(1, 41) if f"iteration {number:2}/40 " not in said]
+    assert len(missing) <= 1, missing  # the line that the disk cut
+    assert "could not be written" in said and "metrics.jsonl: writing again" in said
+    assert [line["step"] for line in tiny_run.records(tmp_path / "out")] == list(range(1, 41))
+    assert damage(published(tmp_path / "out/checkpoints")[-1]) == []

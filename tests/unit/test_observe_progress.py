@@ -50,6 +50,24 @@ def test_plain_output_is_a_line_an_iteration():
     ]
 
 
+def test_a_terminal_that_is_a_file_on_a_full_disk_stops_nothing_and_gets_its_lines_later():
+    class Full(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            return super().write(text)
+
+    disk = Full()
+    progress = open_progress("plain", name="r", total=60, console=Console(file=disk, _environ={}))
+    progress.update(1, METRICS)
+    progress.message("a warning")
+    disk.full = False
+    progress.message("room again")
+    assert [line[:16] for line in disk.getvalue().splitlines()] == ["iteration  1/60 ", "a warning", "room again"]
+
+
 def test_live_output_shows_the_iteration_the_branches_the_speed_and_the_time_left():
     console, time = console_of(True), FakeTime()
     display = LiveDisplay(console, "quickstart", 60, 0, Clock(60, 0, time))
