@@ -36,6 +36,8 @@ def plan(
     _check(arch.max_positions, workload)
     if write is not None and (write.is_dir() or not write.parent.is_dir()):
         raise UserError(f"plan: --write {write}: expected a file's name in a folder that exists")
+    if write is not None and write.exists():
+        raise UserError(f"plan: {write} exists and is not replaced: remove it, or --write another")
     found = search(arch, gpus, machine, workload, show=top)
     if json_output:
         print(json.dumps(as_json(found, arch, machine, workload), indent=1))

@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str]) -> Options:
         if name in numbers:
             value = value if equals else rest.pop(0) if rest else ""
             if not value.isdigit():
-                raise BrokenJob(f'{name}: expected a whole number, got "{value}"')
+                raise BrokenJob(f'{name}: expected a number of nodes, got "{value}"')
             numbers[name] = int(value)
             if name == "--nodes" and not numbers[name]:
                 raise BrokenJob("--nodes: expected at least 1")

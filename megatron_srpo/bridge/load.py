@@ -26,7 +26,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BridgeError(
             f"{folder} has no config.json: expected a Hugging Face model folder (config.json, safetensors, tokenizer)."
         ) from None

@@ -50,6 +50,13 @@ def refuse_existing(out_dir: Path, *, dry_run: bool) -> None:
         raise UserError(f"{out_dir} exists and is not replaced: remove it, or choose another folder with --out")
 
 
+def _make(aside: Path, out_dir: Path) -> None:
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out_dir}: the folder cannot be made ({error.strerror}); choose another") from error
+
+
 @contextmanager
 def written_aside(out_dir: Path, team: Team) -> Iterator[Path]:
     """A folder to write into, which gets its name when all processes are through, and is removed on an error. What an
@@ -58,7 +65,7 @@ def written_aside(out_dir: Path, team: Team) -> Iterator[Path]:
     try:
         if team.leads:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            _make(aside, out_dir)
         team.collect(None)
         yield aside
         team.collect(None)

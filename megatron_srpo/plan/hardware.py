@@ -81,8 +81,9 @@ def machine_of(name: str, calibration: Path | None = None) -> Machine:
         try:
             measured = json.loads(calibration.read_text(encoding="utf-8"))["machine"]
         except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
             raise UserError(
-                f"plan: {calibration} is no calibration ({error}): make it with python -m benchmarks.calibrate FILE"
+                f"plan: {calibration} is no calibration ({why}): make it with python -m benchmarks.calibrate FILE"
             ) from None
         unknown = sorted(set(measured) - known)
         if unknown:

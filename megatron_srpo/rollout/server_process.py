@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -190,6 +191,19 @@ def visible_devices(server: int, tensor_parallel_size: int, given: list[int]) ->
     return ",".join(mine)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise RolloutError if nothing can listen there: vLLM itself says so after half a minute."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise RolloutError(f"--port {port}: another program listens on it at {host}; choose a free one") from error
+        raise RolloutError(
+            f"--host {host}: {error.strerror}; expected an address of this machine, as the run will reach it"
+        ) from error
+
+
 def become_server(config: Config, max_model_len: int, device: str, host: str, port: int) -> None:
     """Replace this process by a server for runs with this configuration. Raises RolloutError without a token."""
     token = os.environ.get(TOKEN_VARIABLE, "")
@@ -198,6 +212,7 @@ def become_server(config: Config, max_model_len: int, device: str, host: str, po
             f"{TOKEN_VARIABLE} is not set: set it to a long random text, and to the same one for the run that uses "
             "this server"
         )
+    check_address(host, port)
     check_model(config.model.path, config.rollout, max_model_len, device)
     tokenizer = config.model.tokenizer or config.model.path
     settings = EngineSettings(

@@ -125,6 +125,7 @@ def test_the_written_configuration_passes_the_trainers_own_checks(tmp_path, caps
     arguments = ["plan", model, "--gpus", str(gpus), "--gpu", gpu, "--write", str(file), "--json"]
     assert cli.main(arguments) == 0
     best = json.loads(capsys.readouterr().out)["layouts"][0]
+    assert cli.main(arguments) == 2 and "exists and is not replaced" in capsys.readouterr().err
     config = load_config(file)
     assert contradictions(config, SHIPPED[model], gpus - best["layout"]["engine_gpus"]) == []
     assert config.parallel.tensor_model_parallel_size == best["layout"]["tensor"]

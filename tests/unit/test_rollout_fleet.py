@@ -21,7 +21,7 @@ from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSetting
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from megatron_srpo.rollout.http import BadAnswer, ServerClient, read_answer
-from megatron_srpo.rollout.server_process import ServerProcess, become_server, server_environment
+from megatron_srpo.rollout.server_process import ServerProcess, become_server, check_address, server_environment
 from megatron_srpo.rollout.vllm_engine import EngineSettings
 from megatron_srpo.types import Rollout
 from tests.fake_server import answer, damaged
@@ -297,6 +297,17 @@ def test_servers_end_with_a_trainer_that_is_killed(tmp_path):
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.wait(PATIENCE)
     assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
+
+
+def test_a_server_that_cannot_listen_is_refused_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RolloutError, match=f"--port {port}: another program listens on it"):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", port)
+    for host in ("203.0.113.7", "no-such-host.invalid"):
+        with pytest.raises(RolloutError, match=f"--host {host}: .*expected an address of this machine"):
+            check_address(host, port)
 
 
 def test_a_server_for_others_needs_a_token(monkeypatch):

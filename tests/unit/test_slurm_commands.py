@@ -185,8 +185,8 @@ def test_jobs_that_share_a_host_do_not_share_ports():
         (["absent.toml"], "no such file"),
         ([CONFIG, "--bogus"], "--bogus: no such argument"),
         ([CONFIG, "another.toml"], "another.toml: no such argument"),
-        ([CONFIG, "--rollout-nodes"], "--rollout-nodes: expected a whole number"),
-        ([CONFIG, "--nodes=two"], '--nodes: expected a whole number, got "two"'),
+        ([CONFIG, "--rollout-nodes"], "--rollout-nodes: expected a number of nodes"),
+        ([CONFIG, "--nodes=two"], '--nodes: expected a number of nodes, got "two"'),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_message(arguments, told, monkeypatch):
