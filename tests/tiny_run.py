@@ -87,9 +87,9 @@ def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
     return process.returncode, output
 
 
-def train(*arguments: str | Path, seconds: float = 300, **options) -> str:
+def train(*arguments: str | Path, **options) -> str:
     """Run to the end, which must be a good one; returns the output."""
-    code, output = finish(start(*arguments, **options), seconds)
+    code, output = finish(start(*arguments, **options))
     assert code == 0, output[-5000:]
     return output
 

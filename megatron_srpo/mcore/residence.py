@@ -19,7 +19,7 @@ class HostResidence:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies: list[torch.Tensor] = []  # in the order of the storages, larger ones reused
+        self._copies: list[torch.Tensor] = []  # kept: page-locked memory is slow to get
 
     @contextmanager
     def on_host(self, kept: Iterable[torch.Tensor], dropped: Iterable[torch.Tensor]) -> Iterator[None]:
