@@ -1,8 +1,8 @@
 """The engine's half of a publish: new weights into a running vLLM worker.
 
-vLLM repacks weights after loading (on CPUs, and for quantisation), so that they cannot be loaded a second time as they
-are. Its layer-wise reload gives every layer its loading form back, loads, and repacks: an updated engine then equals an
-engine that was started on the new weights, bit for bit.
+A layer that computes with its weights as they were loaded is loaded again where it stands. Others are repacked by vLLM
+after loading (fp32 on CPUs, experts, quantisation): its layer-wise reload gives such a layer its loading form back,
+loads, and repacks. An updated engine then equals an engine that was started on the new weights, bit for bit.
 
 vLLM itself takes too much on trust: it cuts larger tensors to size, ignores what comes twice, and leaves memory
 uninitialised where a part of a fused layer does not come. So names and shapes are checked here.
@@ -31,6 +31,30 @@ def folder_shapes(folder: str) -> dict[str, tuple[int, ...]]:
         return {name: shape_of(weights.source(name)) for name in names}
 
 
+def is_loaded_in_place(layer: torch.nn.Module) -> bool:
+    """Whether its parameters are the very memory that it computes with, in the form in which they are loaded."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    method = getattr(layer, "quant_method", None)
+    if method is None:
+        return not hasattr(layer, "process_weights_after_loading") or not any(True for _ in layer.parameters())
+    # On a CPU a packed copy of the weights lives in the closure of the product that vLLM has chosen for this layer.
+    return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod) and not getattr(
+        getattr(layer, "cpu_linear", None), "__closure__", None
+    )
+
+
+class Repacked:
+    """Of a model the layers that are not loaded in place, as vLLM's layer-wise reload wants a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._layers = [layer for layer in model.modules() if not is_loaded_in_place(layer)]
+
+    def modules(self) -> list[torch.nn.Module]:
+        return self._layers
+
+
 def _forget_packed_experts(model: Any) -> None:
     """On a CPU vLLM packs experts when it makes their kernel, at the first load alone, and copies later weights as they
     are into the packed ones' place. Without a kernel it makes one, and packs, again."""
@@ -55,10 +79,11 @@ class WeightLoader:
 
     def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
         self._model, self._vllm_config = model, vllm_config
+        self._repacked: Any = Repacked(model)
         self._shapes = folder_shapes(vllm_config.model_config.model)
 
     def begin(self, *, verify: bool = False) -> None:
-        """Give every layer its loading form back. `verify`: keep the checksums that `report` gives."""
+        """Give the layers their loading form back. `verify`: keep the checksums that `report` gives."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
@@ -74,7 +99,9 @@ class WeightLoader:
         self._expected = {name: s for name, s in self._shapes.items() if name not in self._aliases.values()}
         _forget_packed_experts(model)
         with set_current_vllm_config(self._vllm_config):
-            initialize_layerwise_reload(model)
+            initialize_layerwise_reload(self._repacked)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._parted = {n: alias for n, alias in self._aliases.items() if parameters[n] is not parameters[alias]}
         self._awaited = {name for name, _ in model.named_parameters()}  # the engine's own, fused names
         self._ledger = Ledger(model, self._vllm_config.model_config.dtype, self._aliases) if verify else None
 
@@ -92,8 +119,8 @@ class WeightLoader:
             if self._ledger is not None:
                 self._ledger.receive(name, tensor)
             yield name, tensor
-            if name in self._aliases:
-                yield self._aliases[name], tensor
+            if name in self._parted:
+                yield self._parted[name], tensor
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         expected = self._expected.pop(name, None)
@@ -115,7 +142,7 @@ class WeightLoader:
                     f"the publish left {len(missing)} tensor(s) of the engine on old weights, the first is "
                     f"{missing[0]!r}. {CURE}"
                 )
-            finalize_layerwise_reload(self._model, self._vllm_config.model_config)
+            finalize_layerwise_reload(self._repacked, self._vllm_config.model_config)
 
     def report(self) -> Report | None:
         """The checksums of a finished publish, for Verifier.compare."""
@@ -134,13 +161,13 @@ class WeightLoader:
         except BaseException:
             if self._ledger is not None:
                 self._ledger.close()
-            for layer in self._model.modules():
+            for layer in self._repacked.modules():
                 info = get_layerwise_info(layer)
                 if info.can_load():
                     info.load_numel = 0
                     info.loaded_weights.clear()
             with set_current_vllm_config(self._vllm_config):
-                reload.finalize_layerwise_reload(self._model, self._vllm_config.model_config)
+                reload.finalize_layerwise_reload(self._repacked, self._vllm_config.model_config)
             raise
 
 

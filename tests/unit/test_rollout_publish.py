@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_srpo.bridge import BridgeError
-from megatron_srpo.bridge.worker import Ledger
+from megatron_srpo.bridge.worker import Ledger, Repacked, is_loaded_in_place
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest
 from tests.tiny_engines import (
     LONG,
@@ -38,8 +38,11 @@ class Running:
     fresh: dict[str, Any]
 
 
-def start(tmp_path_factory, family, tied, dtype):
-    """A Running, as a generator; two engines are started, one after the other."""
+def start(tmp_path_factory, family, tied, dtype, monkeypatch=None):
+    """A Running, as a generator; two engines are started, one after the other. With `monkeypatch` vLLM finds no oneDNN
+    and computes with weights as they were loaded."""
+    if monkeypatch is not None:
+        monkeypatch.setattr("vllm._custom_ops._supports_onednn", False)
     old, new = (
         make_tiny_model(
             tmp_path_factory.mktemp("model"), family, tied=tied, vocab=VOCAB, seed=seed, dtype=getattr(torch, dtype)
@@ -51,7 +54,16 @@ def start(tmp_path_factory, family, tied, dtype):
     assert not torch.distributed.is_initialized()  # a closed engine leaves nothing behind
     engine.close()  # and may be closed twice
     with tiny_engine(old, dtype) as engine:
+        assert (repacked(engine) == []) == (monkeypatch is not None) or dtype == "bfloat16"
         yield Running(engine, old, new, fresh)
+
+
+def engine_model(engine):
+    return engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+
+
+def repacked(engine):
+    return Repacked(engine_model(engine)).modules()
 
 
 def publish(running, items, version=5):
@@ -85,9 +97,17 @@ def test_an_updated_engine_with_experts_equals_a_fresh_one_bit_for_bit(tmp_path_
             assert largest_error(running.new, running.engine.generate(tiny_requests(), SAMPLED)) < 1e-4
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.mark.parametrize(("model", "in_place"), [("tied", True), ("untied", False)])
+def test_an_updated_engine_in_the_other_form_equals_a_fresh_one(tmp_path_factory, monkeypatch, model, in_place):
+    for running in start(tmp_path_factory, *MODELS[model], "float32", monkeypatch if in_place else None):
+        check_against_fresh(running)
+
+
+@pytest.fixture(scope="module", params=[("tied", False), ("untied", True)], ids=["tied, repacked", "untied, in place"])
 def running(tmp_path_factory, request):
-    yield from start(tmp_path_factory, *MODELS[request.param], "float32")
+    model, in_place = request.param
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield from start(tmp_path_factory, *MODELS[model], "float32", monkeypatch if in_place else None)
 
 
 @pytest.fixture
@@ -241,16 +261,18 @@ def test_a_failed_publish_leaves_every_tensor_either_old_or_new(running, whole):
     publish(running, weights(running.old).items())
     with pytest.raises(BridgeError):
         publish(running, [item for item in whole if item[0] != KEY])
-    model = running.engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+    model = engine_model(running.engine)
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     old, new = weights(running.old), weights(running.new)
     layer = model.model.layers[1].self_attn.qkv_proj
+    in_place = is_loaded_in_place(layer)
+
+    def held(kind):
+        names = [KEY.replace("k_proj", f"{part}_proj").replace("weight", kind) for part in "qkv"]
+        return torch.cat([(new if in_place and name != KEY else old)[name] for name in names])
+
     qkv, _ = layer(torch.eye(old[KEY].shape[1]))
-    parts = [KEY.replace("k_proj", f"{part}_proj") for part in "qkv"]
-    expected = torch.cat([old[name] for name in parts]).T
     if layer.bias is not None:
-        biases = [name.replace("weight", "bias") for name in parts]
-        assert any(torch.equal(layer.bias, torch.cat([which[name] for name in biases])) for which in (old, new))
-        expected = expected + layer.bias
-    assert torch.equal(qkv, expected)
+        assert torch.equal(layer.bias, held("bias"))
+    assert torch.equal(qkv, held("weight").T + (0 if layer.bias is None else layer.bias))
     assert torch.equal(model.model.norm.weight, new[NORM])
