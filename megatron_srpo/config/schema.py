@@ -88,6 +88,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)  # the engine's share of a GPU
     cpu_kv_cache_gib: float = Field(1.0, gt=0)  # of an engine on a CPU
     max_num_seqs: int = Field(256, ge=1)  # responses that an engine works on at once
+    max_num_batched_tokens: int = Field(0, ge=0)  # of one step of an engine, prompts included; 0: vLLM's own choice
     enforce_eager: bool = False  # no CUDA graphs, no compilation
     sleep_while_training: bool = False  # a colocated engine frees its GPU memory until it generates
     max_refills: int = Field(0, ge=0)  # batches drawn in place of groups all right or all wrong; 0 = train on those too

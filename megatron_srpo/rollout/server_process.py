@@ -60,12 +60,16 @@ def server_arguments(settings: EngineSettings, host: str, port: int) -> list[str
         arguments["kv-cache-memory-bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
     else:
         arguments["gpu-memory-utilization"] = rollout.gpu_memory_utilization
+    if rollout.max_num_batched_tokens:
+        arguments["max-num-batched-tokens"] = rollout.max_num_batched_tokens
     flags = [
         "--enable-scale-out",
         "--enable-prefix-caching",
         "--disable-uvicorn-access-log",
         "--no-enable-log-requests",
     ]
+    if cpu:
+        flags.append("--no-enable-chunked-prefill")  # see vllm_engine
     if rollout.enforce_eager or (cpu and os.environ.get("TORCHDYNAMO_DISABLE") == "1"):
         flags.append("--enforce-eager")
     named = [f"--{name}={value}" for name, value in arguments.items()]

@@ -59,6 +59,12 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
             f"attention heads and intermediate_size ({ffn}), and divide the {groups} key-value heads or be a multiple "
             "of them. Choose another."
         )
+    step, least = rollout.max_num_batched_tokens, max(rollout.max_num_seqs, max_model_len if device == "cpu" else 0)
+    if 0 < step < least:
+        raise RolloutError(
+            f"rollout.max_num_batched_tokens = {step}: expected 0 or at least {least}, which is rollout.max_num_seqs "
+            "or, on a CPU, what a prompt and its response can have. Raise it, or lower that."
+        )
     limit = config.get("max_position_embeddings")
     if limit and max_model_len > limit:
         raise RolloutError(
@@ -110,10 +116,14 @@ def _arguments(settings: EngineSettings) -> dict[str, Any]:
         "worker_extension_cls": EXTENSION,
         "use_tqdm_on_load": False,
     }
+    if rollout.max_num_batched_tokens:
+        arguments["max_num_batched_tokens"] = rollout.max_num_batched_tokens
     if dist.is_initialized():
         # Every rank is a worker already; it takes its device from LOCAL_RANK.
         arguments["distributed_executor_backend"] = "external_launcher"
     if cpu:
+        # After a part of a prompt vLLM takes back a step of the request's generator, which one on a CPU cannot do.
+        arguments["enable_chunked_prefill"] = False
         arguments["kv_cache_memory_bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
         arguments["worker_cls"] = "megatron_srpo.rollout.cpu_worker.NamedCPUWorker"
         arguments["additional_config"] = {"shared_memory_name": settings.shared_memory}

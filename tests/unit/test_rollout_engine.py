@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 
+from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, request_seed
+from megatron_srpo.rollout.vllm_engine import check_model
 from tests.tiny_engines import (
     EOS,
     GREEDY,
@@ -24,6 +26,7 @@ from tests.tiny_engines import (
 from tests.tiny_models import make_tiny_model, tiny_tokenizer
 
 MAX_MODEL_LEN = 160
+STEP = 320  # tokens of one step of the engine: all short prompts at once, not all long ones
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    with tiny_engine(folder, max_model_len=MAX_MODEL_LEN) as engine:
+    with tiny_engine(folder, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=STEP) as engine:
         yield engine
 
 
@@ -150,6 +153,30 @@ def test_a_seed_gives_the_same_response_whatever_else_is_in_the_batch(engine, ro
             assert rollout.token_ids == before.token_ids
             # Matrix products of another batch size may round otherwise.
             torch.testing.assert_close(rollout.logprobs, before.logprobs, rtol=0, atol=1e-5)
+
+
+def test_prompts_that_do_not_fit_into_one_step_of_the_engine_are_answered_as_if_they_were_alone(engine):
+    """vLLM would cut the last prompt of a step into parts, and then fail on a CPU's generator."""
+    asked = [
+        GenerateRequest(prompt, 0, LONG[prompt : prompt + 60], request_seed(0, 1, str(prompt), 0))
+        for prompt in range(12)
+    ]
+    assert sum(len(request.token_ids) for request in asked) > 2 * STEP
+    together = engine.generate(asked, SAMPLED)
+    assert tokens(together) == {
+        key: ids for one in asked for key, ids in tokens(engine.generate([one], SAMPLED)).items()
+    }
+
+
+@pytest.mark.parametrize(("device", "least"), [("cpu", MAX_MODEL_LEN), ("cuda", 64)])
+def test_a_step_that_is_too_small_is_refused(folder, device, least):
+    def check(tokens):
+        check_model(folder, RolloutConfig(max_num_seqs=64, max_num_batched_tokens=tokens), MAX_MODEL_LEN, device)
+
+    check(0)
+    check(least)
+    with pytest.raises(RolloutError, match=f"max_num_batched_tokens = {least - 1}: expected 0 or at least {least}, "):
+        check(least - 1)
 
 
 def test_seeds_use_all_63_bits_and_depend_on_every_part():
