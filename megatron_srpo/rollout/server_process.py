@@ -98,6 +98,8 @@ def server_environment(token: str, devices: str | None, threads: int) -> dict[st
         chosen["CUDA_VISIBLE_DEVICES"] = devices
     else:
         chosen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+        # An engine's only worker lives in its process; vLLM would start one, to choose its threads: done here.
+        chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return inherited | chosen
 
 
