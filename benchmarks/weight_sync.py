@@ -163,7 +163,7 @@ def packing_of(engine: Any, dtype: str) -> Callable[[], None] | None:
     """What vLLM's products on a CPU force: packing each weight of this rank's engine, from memory that is there."""
     import torch
     from vllm import _custom_ops as ops
-    from vllm.model_executor.model_loader.reload import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     from megatron_srpo.bridge.worker import Repacked
 
