@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,6 +32,7 @@ from megatron_srpo.types import ModelShards
 
 ALIGNMENT = 16  # bytes; every tensor in a flat buffer starts at a multiple, so that it can be viewed in its dtype
 DEFAULT_BUCKET_BYTES = 32 * 2**20
+IDLE_REFERENCES = 3  # to an array that only Buffers and the question itself refer to
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,28 @@ class Part:
     def expert(self) -> bool:
         """Whether it belongs to an expert."""
         return self.mapped[0].expert is not None
+
+
+class Buffers:
+    """Memory for the buckets of one export. On a CPU a buffer is taken again once no tensor is in it: pages that are
+    fresh cost more than the copy into them. A GPU's allocator does the same by itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: list[np.ndarray] = []  # a tensor on such an array holds a reference to it
+
+    def take(self, size: int) -> torch.Tensor:
+        """`size` bytes that no other tensor has."""
+        if self._device.type != "cpu":
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        idle = [memory for memory in self._memory if sys.getrefcount(memory) == IDLE_REFERENCES]
+        fitting = min((memory for memory in idle if memory.size >= size), key=len, default=None)
+        if fitting is None:
+            self._memory = [memory for memory in self._memory if all(memory is not other for other in idle)]
+            del idle
+            fitting = np.empty(size, np.uint8)
+            self._memory.append(fitting)
+        return torch.from_numpy(fitting)[:size]
 
 
 class Exporter:
@@ -105,18 +130,17 @@ class Exporter:
         A tensor is never overwritten by the exporter, but without any parallelism it is a view of the parameter and
         changes with it: use it before the next optimiser step, or copy it. It may keep its whole bucket alive.
         """
-        on_the_way = None
+        on_the_way, buffers = None, Buffers(next(iter(self._shards.parameters.values())).device)
         for bucket, following in itertools.zip_longest(self._buckets, self._buckets[1:]):
-            gathered = (on_the_way or self._start(bucket))()
-            on_the_way = following and self._start(following)
-            for part, parts in zip(bucket, gathered, strict=True):
-                split = part.copies // len(part.mapped)  # ranks that share one expert, or the layer
-                for i, mapped in enumerate(part.mapped):
-                    full = mapped.rule.from_shards(parts[i * split : (i + 1) * split])
-                    yield from zip(mapped.hf_names, full, strict=True)
-            del gathered, parts, full  # before another bucket is allocated
+            gathered = (on_the_way or self._start(bucket, buffers))()
+            on_the_way = None
+            for named in _full(bucket, gathered):
+                yield named
+                if following and on_the_way is None:  # now the consumer has let go of the bucket before
+                    on_the_way = self._start(following, buffers)
+            del gathered, named
 
-    def _start(self, bucket: list[Part]) -> Callable[[], list[list[torch.Tensor]]]:
+    def _start(self, bucket: list[Part], buffers: Buffers) -> Callable[[], list[list[torch.Tensor]]]:
         """Start the exchange of a bucket. The result waits for it: for each part, the shards of all ranks that share
         it. Bytes travel, so that any dtype does, bit for bit."""
         shards = self._shards
@@ -124,8 +148,7 @@ class Exporter:
             return lambda: [[shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
         copies, group = bucket[0].copies, shards.expert_group if bucket[0].expert else shards.tp_group
         stage, size = bucket[0].stage, sum(part.nbytes for part in bucket)
-        device = next(iter(shards.parameters.values())).device
-        flat = torch.empty(size, dtype=torch.uint8, device=device)
+        flat = buffers.take(size)
         if stage == shards.pp_rank:
             for part, view in zip(bucket, _views(flat, bucket), strict=True):
                 view.copy_(shards.parameters[part.name])
@@ -136,7 +159,7 @@ class Exporter:
         if copies > 1:
             if work is not None:
                 work.wait()  # with NCCL the stream waits; with gloo this process does, and the gather alone overlaps
-            full = torch.empty(copies * size, dtype=torch.uint8, device=device)
+            full = buffers.take(copies * size)
             work = dist.all_gather_into_tensor(full, flat, group=group, async_op=True)
 
         def finish() -> list[list[torch.Tensor]]:
@@ -145,6 +168,15 @@ class Exporter:
             return [list(parts) for parts in zip(*by_rank, strict=True)]
 
         return finish
+
+
+def _full(bucket: list[Part], gathered: list[list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The full tensors of a bucket by their Hugging Face names, from the shards of each of its parts."""
+    for part, parts in zip(bucket, gathered, strict=True):
+        split = part.copies // len(part.mapped)  # ranks that share one expert, or the layer
+        for i, mapped in enumerate(part.mapped):
+            full = mapped.rule.from_shards(parts[i * split : (i + 1) * split])
+            yield from zip(mapped.hf_names, full, strict=True)
 
 
 def _views(flat: torch.Tensor, bucket: list[Part]) -> list[torch.Tensor]:
