@@ -24,6 +24,9 @@ from slurm.supervisor import Supervisor  # noqa: E402
 
 def main(arguments: Sequence[str]) -> int:
     environment = dict(os.environ)
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(__doc__.strip())
+        return DONE
     try:
         options = parse(arguments)
         if environment.get("DRY_RUN", "0") not in ("", "0"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.config import load_config
-from megatron_srpo.exit_codes import MISTAKE
+from megatron_srpo.exit_codes import DONE, MISTAKE
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from slurm import commands, launch, serve
 from slurm.job import BrokenJob, Job, job_from, parse
@@ -79,6 +79,12 @@ def test_a_dry_run_ends_with_what_the_planner_says_of_memory_and_time():
     assert time.startswith("# an iteration, s: ")
     tight = dry_run("srpo_qwen3_32b.sh", "--nodes=1", SRPO_PYTHON=sys.executable, SRPO_GPU="a100")
     assert "32 h100" not in "".join(tight) and "DOES NOT FIT" in tight[-1]
+
+
+@pytest.mark.parametrize("given", [["-h"], ["--help"], ["absent.toml", "--help"]])
+def test_help_says_what_the_program_takes(given, capsys):
+    assert launch.main(given) == DONE
+    assert "--rollout-nodes K" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
