@@ -352,7 +352,7 @@ def _run(command: Callable[[], int]) -> int:
         return end.exit_code
     except KeyboardInterrupt:
         if is_driver():
-            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            print("stopped by Ctrl-C or SIGTERM", file=sys.stderr, flush=True)
         return exit_codes.STOPPED
     except Exception as error:
         text = _usage(error) if hasattr(error, "format_message") else message_for_user(error)
@@ -385,4 +385,8 @@ def run_tool(tool: typer.Typer, name: str, arguments: Sequence[str] | None = Non
         with command.make_context(name, list(sys.argv[1:] if arguments is None else arguments)) as context:
             return command.invoke(context)
 
-    return _run(invoke)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a tool as Ctrl-C does, tidied up
+    try:
+        return _run(invoke)
+    finally:
+        signal.signal(signal.SIGTERM, before)

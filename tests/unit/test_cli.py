@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -399,7 +400,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(run_file, launch, monkeypatch, cap
     as_ranks(monkeypatch, 2)
     launch.result = KeyboardInterrupt()
     assert cli.main(["train", str(run_file)]) == 130
-    assert capfd.readouterr().err.strip() == "stopped by Ctrl-C"
+    assert capfd.readouterr().err.strip() == "stopped by Ctrl-C or SIGTERM"
 
 
 def test_the_module_runs_as_a_program_and_loads_nothing_heavy_for_a_refusal():
@@ -429,3 +430,20 @@ def test_the_command_line_has_not_changed_unnoticed():
     assert surface() == FROZEN.read_text(), (
         f"commands, options, keys or defaults changed. If meant: {update}, and a line in CHANGELOG.md"
     )
+
+
+def test_sigterm_ends_a_tool_as_ctrl_c_does(capfd):
+    tool, tidied = typer.Typer(), []
+
+    @tool.command()
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            tidied.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run_tool(tool, "work.py", []) == exit_codes.STOPPED and tidied
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr().err.strip() == "stopped by Ctrl-C or SIGTERM"
