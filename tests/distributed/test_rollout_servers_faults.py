@@ -110,7 +110,8 @@ class Interrupted:
 
 
 def workers_of(server: Server) -> list[psutil.Process]:
-    return [process for process in family_of(server) if "Worker" in " ".join(process.cmdline())]
+    """The process of its only worker, which is the engine's; the one that answers HTTP goes on."""
+    return [process for process in family_of(server) if "EngineCore" in " ".join(process.cmdline())]
 
 
 @pytest.mark.parametrize(

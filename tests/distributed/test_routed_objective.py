@@ -338,6 +338,8 @@ LONG = {
     "cp4, recompute",
     "cp2 pp2",
     "cp2 dp2",
+    "cp2 tp2 sp",
+    "tp2 dp2",
     "pp2 interleaved",
     "bf16",
     "bf16 cp2 pp2",

@@ -97,6 +97,7 @@ def test_an_updated_engine_with_experts_equals_a_fresh_one_bit_for_bit(tmp_path_
             assert largest_error(running.new, running.engine.generate(tiny_requests(), SAMPLED)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "in_place"), [("tied", True), ("untied", False)])
 def test_an_updated_engine_in_the_other_form_equals_a_fresh_one(tmp_path_factory, monkeypatch, model, in_place):
     for running in start(tmp_path_factory, *MODELS[model], "float32", monkeypatch if in_place else None):
