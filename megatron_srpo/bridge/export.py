@@ -32,7 +32,6 @@ from megatron_srpo.types import ModelShards
 
 ALIGNMENT = 16  # bytes; every tensor in a flat buffer starts at a multiple, so that it can be viewed in its dtype
 DEFAULT_BUCKET_BYTES = 32 * 2**20
-IDLE_REFERENCES = 3  # to an array that only Buffers and the question itself refer to
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,14 @@ class Part:
         return self.mapped[0].expert is not None
 
 
+def references(arrays: list[np.ndarray]) -> list[int]:
+    """How often each is referred to, by the list and the question itself too."""
+    return [sys.getrefcount(array) for array in arrays]
+
+
+OURS_ALONE = references([np.empty(0)])[0]
+
+
 class Buffers:
     """Memory for the buckets of one export. On a CPU a buffer is taken again once no tensor is in it: pages that are
     fresh cost more than the copy into them. A GPU's allocator does the same by itself."""
@@ -69,7 +76,8 @@ class Buffers:
         """`size` bytes that no other tensor has."""
         if self._device.type != "cpu":
             return torch.empty(size, dtype=torch.uint8, device=self._device)
-        idle = [memory for memory in self._memory if sys.getrefcount(memory) == IDLE_REFERENCES]
+        counts = references(self._memory)
+        idle = [memory for memory, count in zip(self._memory, counts, strict=True) if count == OURS_ALONE]
         fitting = min((memory for memory in idle if memory.size >= size), key=len, default=None)
         if fitting is None:
             self._memory = [memory for memory in self._memory if all(memory is not other for other in idle)]
