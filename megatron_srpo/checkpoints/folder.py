@@ -48,9 +48,7 @@ def resolve(path: Path) -> Path:
     for candidate in (path, find_latest(path), find_latest(path / "checkpoints")):
         if candidate is not None and _NAME.fullmatch(candidate.name) and candidate.is_dir():
             return candidate
-    raise UserError(
-        f"no checkpoint in {path}: expected a run's, a folder step_NNNNNNNN or a run that holds checkpoints/step_*"
-    )
+    raise UserError(f"no checkpoint in {path}: expected one (a folder step_NNNNNNNN), or a run's output folder")
 
 
 def whole(path: Path) -> Path:

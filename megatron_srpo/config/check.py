@@ -131,6 +131,12 @@ def _share(tokens: int, cp: int) -> int:
 
 def _sampling(config: Config) -> Iterator[str]:
     rollout = config.rollout
+    if 0 < rollout.max_num_batched_tokens < rollout.max_num_seqs:
+        yield (
+            f"rollout.max_num_batched_tokens = {rollout.max_num_batched_tokens}: every one of rollout.max_num_seqs = "
+            f"{rollout.max_num_seqs} responses needs a token a step; raise it to at least that, lower "
+            "rollout.max_num_seqs, or 0 for vLLM's own choice"
+        )
     for key, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
         if value != off:
             yield (

@@ -151,8 +151,8 @@ class Fleet:
             except ServerError as error:
                 if asyncio.get_running_loop().time() > deadline:
                     raise RolloutError(
-                        f"{server.name} at {server.client.url} does not answer: {error}. Is it running, or does it "
-                        "need longer (rollout.server_start_seconds)?"
+                        f"it does not answer at {server.client.url}: {error}. Is it running, or does it need longer "
+                        "(rollout.server_start_seconds)?"
                     ) from error
                 await asyncio.sleep(0.2)
         server.alive = True

@@ -1,6 +1,7 @@
 """Runs a server as its parent, and ends it with all its descendants when the trainer is gone, however that ended.
 
     python guardian.py COMMAND …     with the read end of a pipe as standard input, whose other end the trainer holds
+    python guardian.py --alone COMMAND …          in the trainer's stead: until it is asked to stop, or killed
 
 Standard library alone, started by its path: it must be up at once and stay small. Exit code: the command's.
 """
@@ -20,6 +21,9 @@ from pathlib import Path
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
+STOPPED = 130  # megatron_srpo.exit_codes.STOPPED, which cannot be imported here
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ALONE = "--alone"
 SHARED_MEMORY = re.compile(r"(/dev/shm/\S+)")
 
 
@@ -72,9 +76,29 @@ def die_with_me() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def stand_in(command: list[str]) -> int:
+    """Hold the pipe of a guardian of `command` and wait: whatever ends this process closes it."""
+    guarded = [sys.executable, "-I", "-S", __file__, *command]
+    guardian = subprocess.Popen(guarded, stdin=subprocess.PIPE, start_new_session=True)
+    asked = []
+
+    def stop(*_: object) -> None:
+        asked.append(True)
+        guardian.stdin.close()
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    code = guardian.wait()
+    if asked:
+        print("stopped by Ctrl-C or SIGTERM", file=sys.stderr, flush=True)
+    return STOPPED if asked else code
+
+
 def main(command: list[str]) -> int:
+    if command[0] == ALONE:
+        return stand_in(command[1:])
     parent = os.getppid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # the trainer alone decides, by closing the pipe
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_me)
     blocks: set[str] = set()

@@ -15,7 +15,9 @@ import torch
 
 from megatron_srpo.config import Config
 from megatron_srpo.rollout.engine import RolloutError
+from megatron_srpo.rollout.environment import prepare_environment
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
+from megatron_srpo.rollout.guardian import ALONE
 from megatron_srpo.rollout.vllm_engine import KV_SPACE, EngineSettings, check_model
 
 MODEL_NAME = "policy"  # under which a server serves it
@@ -28,6 +30,11 @@ NOT_INHERITED = (
     KV_SPACE,
 )  # fmt: skip
 TAIL_LINES = 3
+
+
+def guarded(*command: str) -> list[str]:
+    """A command line that runs `command` under a guardian."""
+    return [sys.executable, "-I", "-S", str(GUARDIAN), *command]
 
 
 def free_port(host: str) -> int:
@@ -125,8 +132,8 @@ class ServerProcess:
             log.write(f"---- start: {self.url}\n".encode())
             self._started_at = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(GUARDIAN), *command], env=self._environment, stdin=subprocess.PIPE,
-                stdout=log, stderr=log, start_new_session=True,
+                guarded(*command), env=self._environment, stdin=subprocess.PIPE, stdout=log, stderr=log,
+                start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -211,7 +218,8 @@ def check_address(host: str, port: int) -> None:
 
 
 def become_server(config: Config, max_model_len: int, device: str, host: str, port: int) -> None:
-    """Replace this process by a server for runs with this configuration. Raises RolloutError without a token."""
+    """Replace this process by one that holds a server for runs with this configuration, and ends it when it ends.
+    Raises RolloutError without a token."""
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token:
         raise RolloutError(
@@ -225,5 +233,8 @@ def become_server(config: Config, max_model_len: int, device: str, host: str, po
         config.model.path, tokenizer, config.model.dtype, config.rollout, max_model_len, config.run.seed, device, ""
     )
     threads = max(1, len(os.sched_getaffinity(0)) // config.rollout.tensor_parallel_size)
-    environment = server_environment(token, os.environ.get("CUDA_VISIBLE_DEVICES"), threads)
-    os.execve(sys.executable, [sys.executable, *server_arguments(settings, host, port)], environment)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    prepare_environment(device)
+    devices = None if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = guarded(ALONE, sys.executable, *server_arguments(settings, host, port))
+    os.execve(sys.executable, command, server_environment(token, devices, threads))

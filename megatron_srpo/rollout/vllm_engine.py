@@ -59,11 +59,12 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
             f"attention heads and intermediate_size ({ffn}), and divide the {groups} key-value heads or be a multiple "
             "of them. Choose another."
         )
-    step, least = rollout.max_num_batched_tokens, max(rollout.max_num_seqs, max_model_len if device == "cpu" else 0)
-    if 0 < step < least:
+    step = rollout.max_num_batched_tokens
+    if device == "cpu" and 0 < step < max_model_len:
         raise RolloutError(
-            f"rollout.max_num_batched_tokens = {step}: expected 0 or at least {least}, which is rollout.max_num_seqs "
-            "or, on a CPU, what a prompt and its response can have. Raise it, or lower that."
+            f"rollout.max_num_batched_tokens = {step}: on a CPU a prompt is not cut into parts, so expected 0 or at "
+            f"least data.max_prompt_length + rollout.max_response_length = {max_model_len}. Raise it, or lower one of "
+            "those."
         )
     limit = config.get("max_position_embeddings")
     if limit and max_model_len > limit:

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_srpo.exit_codes import STOPPED
+from megatron_srpo.rollout.environment import COMMON, CPU
 from tests.e2e.test_training import CONFIG, REWARD, ROOT, torchrun
 from tests.tiny_models import make_tiny_model
 
@@ -99,7 +101,8 @@ def test_a_run_uses_a_server_that_somebody_else_started(prepared, monkeypatch):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "megatron_srpo", "serve", str(prepared / "config.toml"), f"--port={port}"]
-    server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    bare = {name: value for name, value in os.environ.items() if name not in COMMON | CPU}  # as a user's is
+    server = subprocess.Popen(command, cwd=ROOT, env={**bare, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     try:
         given = f'--rollout.servers=["http://127.0.0.1:{port}"]'
         lines = train(prepared, "given", given, "--run.iterations=3")
@@ -116,5 +119,6 @@ def test_a_run_uses_a_server_that_somebody_else_started(prepared, monkeypatch):
         assert max(line["rollout_corr/logprob_diff_max"] for line in again) < 1e-4
         assert again[0]["critic/score/mean"] == lines[0]["critic/score/mean"]
     finally:
+        family = psutil.Process(server.pid).children(recursive=True)
         server.terminate()
-        server.wait(60)
+        assert server.wait(60) == STOPPED and psutil.wait_procs(family, 20)[1] == []

@@ -90,6 +90,7 @@ def test_a_sound_configuration_passes_all_checks():
         ({"teacher__max_prompt_length": 2048}, "teacher.max_prompt_length = 2048", "0 for 10240"),
         ({"rollout__top_p": 0.9}, "rollout.top_p = 0.9", "set 1.0"),
         ({"rollout__top_k": 20}, "rollout.top_k = 20", "set 0"),
+        ({"rollout__max_num_batched_tokens": 255}, "rollout.max_num_batched_tokens = 255", "raise it to at least that"),
         ({"eval__n_samples": 16, "eval__temperature": 0}, "eval.n_samples = 16", "set n_samples = 1"),
         ({"algorithm__rollout_correction_cap": 0.5}, "algorithm.rollout_correction_cap = 0.5", "set 1 or more"),
         ({"algorithm__distill_ratio_clip": 0.5}, "algorithm.distill_ratio_clip = 0.5", "0 for no ratio"),

@@ -17,7 +17,9 @@ import psutil
 import pytest
 
 from megatron_srpo.config import Config, RolloutConfig
+from megatron_srpo.exit_codes import STOPPED
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, server_process
+from megatron_srpo.rollout.environment import COMMON, CPU
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from megatron_srpo.rollout.http import BadAnswer, ServerClient, read_answer
@@ -25,6 +27,7 @@ from megatron_srpo.rollout.server_process import ServerProcess, become_server, c
 from megatron_srpo.rollout.vllm_engine import EngineSettings
 from megatron_srpo.types import Rollout
 from tests.fake_server import answer, damaged
+from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a token"
@@ -315,3 +318,46 @@ def test_a_server_for_others_needs_a_token(monkeypatch):
     config = Config(model={"path": "m"}, data={"train": "x.jsonl"})
     with pytest.raises(RolloutError, match=f"{TOKEN_VARIABLE} is not set: set it to a long random text"):
         become_server(config, 100, "cpu", "127.0.0.1", 1)
+
+
+def test_a_server_for_others_has_the_environment_that_a_runs_own_has(tmp_path, monkeypatch):
+    for name in ("TORCHDYNAMO_DISABLE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_NO_USAGE_STATS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    model = make_tiny_model(tmp_path / "model", "qwen3")
+    config = Config(model={"path": str(model)}, data={"train": "x.jsonl"}, rollout={"max_num_seqs": 8})
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
+    become_server(config, 32, "cpu", "127.0.0.1", server_process.free_port("127.0.0.1"))
+    ((_, command, environment),) = started
+    assert command[3:6] == [str(server_process.GUARDIAN), "--alone", sys.executable]
+    wanted = COMMON | CPU | {"VLLM_LOGGING_LEVEL": "WARNING", TOKEN_VARIABLE: TOKEN}
+    assert wanted.items() <= environment.items()
+    assert int(environment["OMP_NUM_THREADS"]) == len(os.sched_getaffinity(0))
+
+
+FAMILY = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_server_for_others_ends_whole_with_the_process_that_holds_it(how):
+    command = server_process.guarded("--alone", sys.executable, "-c", FAMILY)
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    grandchild = psutil.Process(int(holder.stdout.readline()))
+    family = psutil.Process(holder.pid).children(recursive=True)
+    assert grandchild in family and len(family) == 3  # guardian, server, the server's own
+    holder.send_signal(how)
+    assert psutil.wait_procs(family, PATIENCE)[1] == []
+    assert holder.wait(PATIENCE) == (-how if how == signal.SIGKILL else STOPPED)
+    assert holder.stderr.read().strip() == ("" if how == signal.SIGKILL else "stopped by Ctrl-C or SIGTERM")
+
+
+def test_the_exit_code_of_a_server_for_others_is_its_own():
+    command = server_process.guarded("--alone", sys.executable, "-c", "exit(3)")
+    assert subprocess.run(command, check=False).returncode == 3
