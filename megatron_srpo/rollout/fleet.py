@@ -151,7 +151,7 @@ class Fleet:
             except ServerError as error:
                 if asyncio.get_running_loop().time() > deadline:
                     raise RolloutError(
-                        f"it does not answer at {server.client.url}: {error}. Is it running, or does it need longer "
+                        f"no server answers at {server.client.url}: {error}. Is it running, or does it need longer "
                         "(rollout.server_start_seconds)?"
                     ) from error
                 await asyncio.sleep(0.2)
@@ -203,7 +203,7 @@ class Fleet:
             await self._until_up(server)
         except RolloutError as error:
             server.gone, server.trouble = True, str(error)
-            self._say(str(error))
+            self._say(f"{server.name} is given up: {error}")
             self._fail_if_none_left()
             return
         if server.version != self.version:
