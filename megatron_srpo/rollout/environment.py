@@ -18,6 +18,7 @@ from pathlib import Path
 SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets; an address has 107 characters at most
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "msrpo"
+LONGEST_FOLDER = 107 - len("/") - 36  # <sys/un.h> takes 107 bytes for the path of a socket, whose name is a UUID
 
 COMMON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so that weights are passed, not copied
@@ -58,12 +59,17 @@ def prepare_environment(device: str) -> None:
 
 
 def _own_socket_folder() -> None:
-    """vLLM leaves a socket in the temporary folder at every start: it gets one there that goes with the process."""
-    temporary = Path(tempfile.gettempdir())
-    remove_leftovers(temporary)
+    """vLLM leaves a socket in the temporary folder at every start: it gets one there that goes with the process. Where
+    the temporary folder's name is too long for that, as a job's may be, it is in /tmp."""
+    places = list(dict.fromkeys((Path(tempfile.gettempdir()), Path("/tmp"))))
+    for place in places:
+        remove_leftovers(place)
     if SOCKETS in os.environ:
         return
-    folder = temporary / f"{shared_memory_name(os.getpid())}-sockets"
+    folders = [place / f"{shared_memory_name(os.getpid())}-sockets" for place in places]
+    folder = next((folder for folder in folders if len(os.fsencode(folder)) <= LONGEST_FOLDER), None)
+    if folder is None:
+        return
     folder.mkdir(mode=0o700, exist_ok=True)
     os.environ[SOCKETS] = str(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

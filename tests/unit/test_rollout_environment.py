@@ -122,20 +122,26 @@ def test_preparing_a_cpu_removes_leftovers(clean, tmp_path, dead):
     assert name not in left(tmp_path)
 
 
-def test_vllms_sockets_are_in_a_folder_that_goes_with_the_process_or_with_the_next_start(tmp_path):
-    program = (
-        "import os, sys, tempfile; from megatron_srpo.rollout.environment import SOCKETS, prepare_environment;"
-        f"tempfile.tempdir = {str(tmp_path)!r}; prepare_environment('cuda');"
-        "open(os.path.join(os.environ[SOCKETS], 'socket'), 'w').close(); print(os.environ[SOCKETS], flush=True);"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != SOCKETS}
-    run = partial(subprocess.run, capture_output=True, text=True, env=environment, cwd=ROOT)
-    ended = run([sys.executable, "-c", program], check=True).stdout.strip()
-    assert Path(ended).parent == tmp_path and not any(tmp_path.iterdir())
-    killed = run([sys.executable, "-c", program + "os.kill(os.getpid(), 9)"]).stdout.strip()
-    assert Path(killed, "socket").exists()
-    run([sys.executable, "-c", program], check=True)
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+def test_vllms_sockets_are_in_a_folder_that_goes_with_the_process_or_with_the_next_start(tmp_path, long):
+    """And that leaves room for a socket's name, whatever the temporary folder is."""
+    (tmp_path / ("x" * 60)).mkdir()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        temporary, expected = (tmp_path / ("x" * 60), Path("/tmp")) if long else (Path(short), Path(short))
+        program = (
+            "import os, socket, tempfile; from megatron_srpo.rollout.environment import SOCKETS, prepare_environment;"
+            f"tempfile.tempdir = {str(temporary)!r}; prepare_environment('cuda');"
+            "socket.socket(socket.AF_UNIX).bind(os.path.join(os.environ[SOCKETS], 36 * 's'));"
+            "print(os.environ[SOCKETS], flush=True);"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != SOCKETS}
+        run = partial(subprocess.run, capture_output=True, text=True, env=environment, cwd=ROOT)
+        ended = run([sys.executable, "-c", program], check=True).stdout.strip()
+        assert Path(ended).parent == expected and not Path(ended).exists()
+        killed = run([sys.executable, "-c", program + "os.kill(os.getpid(), 9)"]).stdout.strip()
+        assert Path(killed, 36 * "s").exists()
+        run([sys.executable, "-c", program], check=True)
+        assert not Path(killed).exists()
 
 
 def test_unlinking_takes_the_blocks_of_one_engine_alone(tmp_path):
