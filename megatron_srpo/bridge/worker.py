@@ -38,11 +38,10 @@ def is_loaded_in_place(layer: torch.nn.Module) -> bool:
 
     method = getattr(layer, "quant_method", None)
     if method is None:
-        return not hasattr(layer, "process_weights_after_loading") or not any(True for _ in layer.parameters())
+        return not hasattr(layer, "process_weights_after_loading") or next(layer.parameters(), None) is None
     # On a CPU a packed copy of the weights lives in the closure of the product that vLLM has chosen for this layer.
-    return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod) and not getattr(
-        getattr(layer, "cpu_linear", None), "__closure__", None
-    )
+    packed = getattr(getattr(layer, "cpu_linear", None), "__closure__", None)
+    return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod) and not packed
 
 
 class Repacked:

@@ -83,9 +83,9 @@ def server_arguments(settings: EngineSettings, host: str, port: int) -> list[str
     return ["-m", "vllm.entrypoints.openai.api_server", *named, *flags]
 
 
-def server_environment(token: str, devices: str | None, threads: int) -> dict[str, str]:
+def server_environment(token: str, devices: str | None, threads: int | None) -> dict[str, str]:
     """What a server finds in its environment. `devices`: CUDA_VISIBLE_DEVICES, None on a CPU; `threads`: of one CPU
-    worker, where OMP_NUM_THREADS does not say."""
+    worker, where OMP_NUM_THREADS does not say; None on a GPU, where vLLM chooses."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -103,7 +103,7 @@ def server_environment(token: str, devices: str | None, threads: int) -> dict[st
     }
     if devices is not None:
         chosen["CUDA_VISIBLE_DEVICES"] = devices
-    else:
+    if threads is not None:
         chosen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         # An engine's only worker lives in its process; vLLM would start one, to choose its threads: done here.
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -232,9 +232,10 @@ def become_server(config: Config, max_model_len: int, device: str, host: str, po
     settings = EngineSettings(
         config.model.path, tokenizer, config.model.dtype, config.rollout, max_model_len, config.run.seed, device, ""
     )
-    threads = max(1, len(os.sched_getaffinity(0)) // config.rollout.tensor_parallel_size)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    devices, threads = os.environ.get("CUDA_VISIBLE_DEVICES"), None
+    if device == "cpu":
+        devices, threads = None, max(1, len(os.sched_getaffinity(0)) // config.rollout.tensor_parallel_size)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or it would be as many as a training rank's
     prepare_environment(device)
-    devices = None if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES")
     command = guarded(ALONE, sys.executable, *server_arguments(settings, host, port))
     os.execve(sys.executable, command, server_environment(token, devices, threads))

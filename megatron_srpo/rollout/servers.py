@@ -99,7 +99,7 @@ class ServersEngine:
         servers = []
         for i in range(rollout.num_servers):
             devices = None if cpu else visible_devices(i, rollout.tensor_parallel_size, rollout.server_devices)
-            environment = server_environment(token, devices, threads)
+            environment = server_environment(token, devices, threads if cpu else None)
             port = rollout.server_port and rollout.server_port + i
             process = ServerProcess(self._settings, environment, rollout.server_host, port, logs / f"server-{i}.log")
             servers.append(Server(f"server {i}", self._client("", token), process))

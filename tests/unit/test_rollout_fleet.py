@@ -335,6 +335,10 @@ def test_a_server_for_others_has_the_environment_that_a_runs_own_has(tmp_path, m
     wanted = COMMON | CPU | {"VLLM_LOGGING_LEVEL": "WARNING", TOKEN_VARIABLE: TOKEN}
     assert wanted.items() <= environment.items()
     assert int(environment["OMP_NUM_THREADS"]) == len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    become_server(config, 32, "cuda", "127.0.0.1", server_process.free_port("127.0.0.1"))
+    assert not {"OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "CUDA_VISIBLE_DEVICES"} & set(started[1][2])
 
 
 FAMILY = """
