@@ -113,8 +113,8 @@ def memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def seconds(action: Callable[[], Any], repeats: int) -> float:
-    """Median, over all ranks together: they start at a barrier."""
+def seconds(repeats: int, *actions: Callable[[], Any]) -> list[float]:
+    """Each one's median, in turns, over all ranks together: they start at a barrier."""
     import torch
     import torch.distributed as dist
 
@@ -123,14 +123,15 @@ def seconds(action: Callable[[], Any], repeats: int) -> float:
             torch.cuda.synchronize()
         dist.barrier()
 
-    taken = []
+    taken: list[list[float]] = [[] for _ in actions]
     for _ in range(repeats):
-        together()
-        started = time.perf_counter()
-        action()
-        together()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        for action, times in zip(actions, taken, strict=True):
+            together()
+            started = time.perf_counter()
+            action()
+            together()
+            times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in taken]
 
 
 def floor_of(shards: Any, total: int) -> Callable[[], None]:
@@ -165,11 +166,11 @@ def packing_of(engine: Any, dtype: str) -> Callable[[], None] | None:
     from vllm import _custom_ops as ops
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    from megatron_srpo.bridge.worker import Repacked
+    from megatron_srpo.bridge.worker_layers import Packed
 
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    forms = [get_layerwise_info(layer).restore_metadata[0] for layer in Repacked(worker.get_model()).modules()]
-    shapes = [form["weight"].shape for form in forms if "weight" in form and form["weight"].ndim == 2]
+    layers = Packed(worker.get_model(), []).layers
+    shapes = [get_layerwise_info(layer).restore_metadata[0]["weight"].shape for layer in layers]
     weights = [torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes]
 
     def pack() -> None:
@@ -250,19 +251,18 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
         for mib in map(int, options.bucket_mib.split(",")):
             exporter = Exporter(policy.shards, hf, bucket_bytes=mib * 2**20)
             engine.publish(exporter, 1)  # fills caches and fresh pages
-            floors = [seconds(collective, options.repeats)]
-            taken = seconds(lambda exporter=exporter: engine.publish(exporter, 2), options.repeats)
-            floors.append(seconds(collective, options.repeats))
-            with peak_memory() as memory_used:
-                engine.publish(exporter, 3)
-            export = seconds(lambda exporter=exporter: [None for _ in exporter], options.repeats)
-            floor, packing = min(floors), 0.0
+            actions = [collective, lambda exporter=exporter: engine.publish(exporter, 2)]
             if options.placement == "colocated" and (pack := packing_of(engine, options.dtype)):
-                packing = seconds(pack, options.repeats)
+                actions.append(pack)
+            floor, taken, *packing = seconds(options.repeats, *actions)
+            (export,) = seconds(options.repeats, lambda exporter=exporter: [None for _ in exporter])
+            del exporter, actions  # and the buckets' memory with it
+            with peak_memory() as memory_used:
+                engine.publish(Exporter(policy.shards, hf, bucket_bytes=mib * 2**20), 3)
             if options.placement == "servers":
                 floor = added_floor(control, total, options, floor)
             if control.is_driver:
-                say_result(options, mib, total, taken, export, floor, packing, memory_used.extra)
+                say_result(options, mib, total, taken, export, floor, sum(packing), memory_used.extra)
         engine.close()
 
 
@@ -275,7 +275,7 @@ def added_floor(control: Any, total: int, options: argparse.Namespace, floor: fl
             dist.barrier()
         return floor
     with bare_broadcast(total, options.servers, options.repeats) as broadcast:
-        return floor + seconds(broadcast, options.repeats)
+        return floor + seconds(options.repeats, broadcast)[0]
 
 
 def say_result(

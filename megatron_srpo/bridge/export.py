@@ -65,8 +65,8 @@ OURS_ALONE = references([np.empty(0)])[0]
 
 
 class Buffers:
-    """Memory for the buckets of one export. On a CPU a buffer is taken again once no tensor is in it: pages that are
-    fresh cost more than the copy into them. A GPU's allocator does the same by itself."""
+    """Memory for the buckets of exports. On a CPU a buffer is taken again once no tensor is in it, by the next export
+    too: pages that are fresh cost more than the copy into them. A GPU's allocator does the same by itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -105,6 +105,7 @@ class Exporter:
         self._shards = shards
         self._table = weight_table(hf_config, shards.padded_vocab_size)
         self._buckets = _buckets(self._parts(dtype), bucket_bytes)
+        self._buffers = Buffers(next(iter(shards.parameters.values())).device)
 
     def _parts(self, dtype: torch.dtype | None) -> list[Part]:
         """All parameters of the model, by stage, then in the stage's own order; the same list on every rank."""
@@ -135,20 +136,21 @@ class Exporter:
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) on the device of the parameters; every rank must drain it.
 
-        A tensor is never overwritten by the exporter, but without any parallelism it is a view of the parameter and
-        changes with it: use it before the next optimiser step, or copy it. It may keep its whole bucket alive.
+        A tensor is never overwritten by the exporter, but where this rank has the whole of it, it may be a view of the
+        parameter and change with it: use it before the next optimiser step, or copy it. It may keep its whole bucket
+        alive. On a CPU the memory of the buckets is kept for the next export.
         """
-        on_the_way, buffers = None, Buffers(next(iter(self._shards.parameters.values())).device)
+        on_the_way = None
         for bucket, following in itertools.zip_longest(self._buckets, self._buckets[1:]):
-            gathered = (on_the_way or self._start(bucket, buffers))()
+            gathered = (on_the_way or self._start(bucket))()
             on_the_way = None
             for named in _full(bucket, gathered):
                 yield named
                 if following and on_the_way is None:  # now the consumer has let go of the bucket before
-                    on_the_way = self._start(following, buffers)
+                    on_the_way = self._start(following)
             del gathered, named
 
-    def _start(self, bucket: list[Part], buffers: Buffers) -> Callable[[], list[list[torch.Tensor]]]:
+    def _start(self, bucket: list[Part]) -> Callable[[], list[list[torch.Tensor]]]:
         """Start the exchange of a bucket. The result waits for it: for each part, the shards of all ranks that share
         it. Bytes travel, so that any dtype does, bit for bit."""
         shards = self._shards
@@ -156,10 +158,13 @@ class Exporter:
             return lambda: [[shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
         copies, group = bucket[0].copies, shards.expert_group if bucket[0].expert else shards.tp_group
         stage, size = bucket[0].stage, sum(part.nbytes for part in bucket)
-        flat = buffers.take(size)
-        if stage == shards.pp_rank:
-            for part, view in zip(bucket, _views(flat, bucket), strict=True):
-                view.copy_(shards.parameters[part.name])
+        mine = [shards.parameters[part.name].detach() for part in bucket] if stage == shards.pp_rank else []
+        if len(mine) == 1 and mine[0].nbytes == size and mine[0].dtype == bucket[0].dtype and mine[0].is_contiguous():
+            flat = mine[0].view(-1).view(torch.uint8)  # as it stands, without a copy
+        else:
+            flat = self._buffers.take(size)
+            for view, parameter in zip(_views(flat, bucket), mine, strict=False):
+                view.copy_(parameter)
         work, full = None, flat
         if shards.pp_size > 1:
             source = dist.get_global_rank(shards.pp_group, stage)
@@ -167,7 +172,7 @@ class Exporter:
         if copies > 1:
             if work is not None:
                 work.wait()  # with NCCL the stream waits; with gloo this process does, and the gather alone overlaps
-            full = buffers.take(copies * size)
+            full = self._buffers.take(copies * size)
             work = dist.all_gather_into_tensor(full, flat, group=group, async_op=True)
 
         def finish() -> list[list[torch.Tensor]]:

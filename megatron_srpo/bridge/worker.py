@@ -1,8 +1,7 @@
 """The engine's half of a publish: new weights into a running vLLM worker.
 
-A layer that computes with its weights as they were loaded is loaded again where it stands. Others are repacked by vLLM
-after loading (fp32 on CPUs, experts, quantisation): its layer-wise reload gives such a layer its loading form back,
-loads, and repacks. An updated engine then equals an engine that was started on the new weights, bit for bit.
+Each layer is loaded in the way that suits it (worker_layers.py). An updated engine then equals an engine that was
+started on the new weights, bit for bit.
 
 vLLM itself takes too much on trust: it cuts larger tensors to size, ignores what comes twice, and leaves memory
 uninitialised where a part of a fused layer does not come. So names and shapes are checked here.
@@ -20,6 +19,7 @@ from megatron_srpo.bridge.errors import BridgeError, nearest
 from megatron_srpo.bridge.load import IGNORED_SUFFIXES, WeightFolder
 from megatron_srpo.bridge.rules import shape_of
 from megatron_srpo.bridge.verify import Report, digest, sources_of, total
+from megatron_srpo.bridge.worker_layers import Packed, Repacked
 
 CURE = "Trainer and engine hold different models: start both from the same folder."
 
@@ -29,29 +29,6 @@ def folder_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     with WeightFolder(folder) as weights:
         names = [name for name in sorted(weights.names) if not name.endswith(IGNORED_SUFFIXES)]
         return {name: shape_of(weights.source(name)) for name in names}
-
-
-def is_loaded_in_place(layer: torch.nn.Module) -> bool:
-    """Whether its parameters are the very memory that it computes with, in the form in which they are loaded."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
-    method = getattr(layer, "quant_method", None)
-    if method is None:
-        return not hasattr(layer, "process_weights_after_loading") or next(layer.parameters(), None) is None
-    # On a CPU a packed copy of the weights lives in the closure of the product that vLLM has chosen for this layer.
-    packed = getattr(getattr(layer, "cpu_linear", None), "__closure__", None)
-    return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod) and not packed
-
-
-class Repacked:
-    """Of a model the layers that are not loaded in place, as vLLM's layer-wise reload wants a model."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._layers = [layer for layer in model.modules() if not is_loaded_in_place(layer)]
-
-    def modules(self) -> list[torch.nn.Module]:
-        return self._layers
 
 
 def _forget_packed_experts(model: Any) -> None:
@@ -78,31 +55,30 @@ class WeightLoader:
 
     def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
         self._model, self._vllm_config = model, vllm_config
-        self._repacked: Any = Repacked(model)
         self._shapes = folder_shapes(vllm_config.model_config.model)
+        self._repacked, self._packed = Repacked(model), Packed(model, self._shapes)
+        # The engine's own, fused names. A tied head is the embedding under a second one.
+        first: dict[int, str] = {}
+        self._names, self._aliases = [], {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            found = first.setdefault(id(parameter), name)
+            if found == name:
+                self._names.append(name)
+            else:
+                self._aliases[found] = name
 
     def begin(self, *, verify: bool = False) -> None:
         """Give the layers their loading form back. `verify`: keep the checksums that `report` gives."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        model = self._model
-        # A tied head is the embedding under a second name until the reload gives each name a tensor of its own; it
-        # must then be loaded too, or the engine goes on with the old head.
-        first = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._aliases = {
-            first[id(parameter)]: name
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if first[id(parameter)] != name
-        }
         self._expected = {name: s for name, s in self._shapes.items() if name not in self._aliases.values()}
-        _forget_packed_experts(model)
+        self._awaited = set(self._names)
+        _forget_packed_experts(self._model)
         with set_current_vllm_config(self._vllm_config):
             initialize_layerwise_reload(self._repacked)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._parted = {n: alias for n, alias in self._aliases.items() if parameters[n] is not parameters[alias]}
-        self._awaited = {name for name, _ in model.named_parameters()}  # the engine's own, fused names
-        self._ledger = Ledger(model, self._vllm_config.model_config.dtype, self._aliases) if verify else None
+        self._packed.begin()
+        self._ledger = Ledger(self._model, self._vllm_config.model_config.dtype, self._aliases) if verify else None
 
     @torch.no_grad()
     def load(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -110,16 +86,14 @@ class WeightLoader:
         from vllm.config import set_current_vllm_config
 
         with self._abandoned_on_failure(), set_current_vllm_config(self._vllm_config):
-            self._awaited -= self._model.load_weights(self._with_aliases(items))
+            self._awaited -= self._model.load_weights(self._checked(items))
 
-    def _with_aliases(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _checked(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in items:
             self._check(name, tuple(tensor.shape))
             if self._ledger is not None:
                 self._ledger.receive(name, tensor)
             yield name, tensor
-            if name in self._parted:
-                yield self._parted[name], tensor
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         expected = self._expected.pop(name, None)
@@ -141,6 +115,7 @@ class WeightLoader:
                     f"the publish left {len(missing)} tensor(s) of the engine on old weights, the first is "
                     f"{missing[0]!r}. {CURE}"
                 )
+            self._packed.finish()
             finalize_layerwise_reload(self._repacked, self._vllm_config.model_config)
 
     def report(self) -> Report | None:
@@ -160,6 +135,7 @@ class WeightLoader:
         except BaseException:
             if self._ledger is not None:
                 self._ledger.close()
+            self._packed.abandon()
             for layer in self._repacked.modules():
                 info = get_layerwise_info(layer)
                 if info.can_load():

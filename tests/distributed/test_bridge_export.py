@@ -114,11 +114,28 @@ def _check_memory(folder: str, place: dict, bucket_bytes: int) -> None:
     dist.all_gather_into_tensor = gather
 
 
+def _check_reuse(folder: str) -> None:
+    """The next export takes the memory of the last one, and what a stage has in one piece travels as it stands."""
+    shards = _loaded(folder, _grid(1, 2))
+    exporter = Exporter(shards, read_config(folder), bucket_bytes=1)
+    live = {parameter.data_ptr() for parameter in shards.parameters.values()}
+
+    def export() -> tuple[list[int], int]:
+        mine = sum(tensor.data_ptr() in live for _, tensor in exporter)
+        return [id(memory) for memory in exporter._buffers._memory], mine
+
+    for _ in range(3):  # until the two are as large as they have to be
+        memory, mine = export()
+        assert 1 <= len(memory) <= 2 and mine > len(shards.parameters) // 2
+    assert export() == (memory, mine)
+
+
 def _on_two_ranks(tied: str, untied: str) -> dict:
     results = {
         (tp, pp, folder): _check_exports(folder, tp, pp) for tp, pp in ((TP, 1), (1, PP)) for folder in (tied, untied)
     }
     _check_live(tied)
+    _check_reuse(untied)
     _check_memory(
         untied, _grid(2, 1), 2 * max(tensor.nbytes for tensor in load_file(f"{untied}/model.safetensors").values())
     )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_srpo.bridge import BridgeError
-from megatron_srpo.bridge.worker import Ledger, Repacked, is_loaded_in_place
+from megatron_srpo.bridge.worker import Ledger
+from megatron_srpo.bridge.worker_layers import Packed, is_loaded_in_place
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest
 from tests.tiny_engines import (
     LONG,
@@ -54,7 +55,7 @@ def start(tmp_path_factory, family, tied, dtype, monkeypatch=None):
     assert not torch.distributed.is_initialized()  # a closed engine leaves nothing behind
     engine.close()  # and may be closed twice
     with tiny_engine(old, dtype) as engine:
-        assert (repacked(engine) == []) == (monkeypatch is not None) or dtype == "bfloat16"
+        assert (packed(engine) == []) == (monkeypatch is not None) or dtype == "bfloat16"
         yield Running(engine, old, new, fresh)
 
 
@@ -62,8 +63,8 @@ def engine_model(engine):
     return engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
 
 
-def repacked(engine):
-    return Repacked(engine_model(engine)).modules()
+def packed(engine):
+    return Packed(engine_model(engine), []).layers
 
 
 def publish(running, items, version=5):
@@ -104,7 +105,7 @@ def test_an_updated_engine_in_the_other_form_equals_a_fresh_one(tmp_path_factory
         check_against_fresh(running)
 
 
-@pytest.fixture(scope="module", params=[("tied", False), ("untied", True)], ids=["tied, repacked", "untied, in place"])
+@pytest.fixture(scope="module", params=[("tied", False), ("untied", True)], ids=["tied, packed", "untied, in place"])
 def running(tmp_path_factory, request):
     model, in_place = request.param
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -152,6 +153,23 @@ def test_a_parameter_that_the_engine_loads_wrongly_is_found(running, whole, monk
     monkeypatch.setattr(Ledger, "receive", swapped)
     with pytest.raises(BridgeError, match=r"engine 0 does not hold in 'model.layers.0.mlp.down_proj.weight' what it"):
         publish(running, items)
+
+
+def test_layers_are_packed_one_by_one_and_no_embedding_is(running, whole, monkeypatch):
+    model, pack = engine_model(running.engine), Packed._pack
+    layers = packed(running.engine)
+    assert model.model.embed_tokens not in layers
+    loaded = []
+
+    def counting(self, layer):
+        loaded.append(sum(other.weight.numel() > 0 for other in layers if other is not model.lm_head))
+        pack(self, layer)
+
+    monkeypatch.setattr(Packed, "_pack", counting)
+    publish(running, whole)
+    assert len(loaded) == len(layers)
+    assert not layers or (max(loaded), loaded[-1]) == (2, 0)  # by name o_proj comes amid q, k and v; the head is last
+    assert all(layer.weight.numel() == 0 for layer in layers if layer is not model.lm_head)
 
 
 def test_the_published_tensors_are_copied_and_belong_to_the_trainer_again(running, whole):
