@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_srpo.bridge.buffers import Buffers
 from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.families import Mapped, weight_table
 from megatron_srpo.types import ModelShards
@@ -56,37 +55,6 @@ class Part:
         return self.mapped[0].expert is not None
 
 
-def references(arrays: list[np.ndarray]) -> list[int]:
-    """How often each is referred to, by the list and the question itself too."""
-    return [sys.getrefcount(array) for array in arrays]
-
-
-OURS_ALONE = references([np.empty(0)])[0]
-
-
-class Buffers:
-    """Memory for the buckets of exports. On a CPU a buffer is taken again once no tensor is in it, by the next export
-    too: pages that are fresh cost more than the copy into them. A GPU's allocator does the same by itself."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._memory: list[np.ndarray] = []  # a tensor on such an array holds a reference to it
-
-    def take(self, size: int) -> torch.Tensor:
-        """`size` bytes that no other tensor has."""
-        if self._device.type != "cpu":
-            return torch.empty(size, dtype=torch.uint8, device=self._device)
-        counts = references(self._memory)
-        idle = [memory for memory, count in zip(self._memory, counts, strict=True) if count == OURS_ALONE]
-        fitting = min((memory for memory in idle if memory.size >= size), key=len, default=None)
-        if fitting is None:
-            self._memory = [memory for memory in self._memory if all(memory is not other for other in idle)]
-            del idle
-            fitting = np.empty(size, np.uint8)
-            self._memory.append(fitting)
-        return torch.from_numpy(fitting)[:size]
-
-
 class Exporter:
     """Exports a model again and again. Making one is collective over the pipeline group, and so is every export.
 
@@ -105,7 +73,8 @@ class Exporter:
         self._shards = shards
         self._table = weight_table(hf_config, shards.padded_vocab_size)
         self._buckets = _buckets(self._parts(dtype), bucket_bytes)
-        self._buffers = Buffers(next(iter(shards.parameters.values())).device)
+        device = next(iter(shards.parameters.values())).device
+        self._shards_memory, self._full_memory = Buffers(device), Buffers(device)
 
     def _parts(self, dtype: torch.dtype | None) -> list[Part]:
         """All parameters of the model, by stage, then in the stage's own order; the same list on every rank."""
@@ -162,7 +131,7 @@ class Exporter:
         if len(mine) == 1 and mine[0].nbytes == size and mine[0].dtype == bucket[0].dtype and mine[0].is_contiguous():
             flat = mine[0].view(-1).view(torch.uint8)  # as it stands, without a copy
         else:
-            flat = self._buffers.take(size)
+            flat = self._shards_memory.take(size)
             for view, parameter in zip(_views(flat, bucket), mine, strict=False):
                 view.copy_(parameter)
         work, full = None, flat
@@ -172,7 +141,7 @@ class Exporter:
         if copies > 1:
             if work is not None:
                 work.wait()  # with NCCL the stream waits; with gloo this process does, and the gather alone overlaps
-            full = self._buffers.take(copies * size)
+            full = self._full_memory.take(copies * size)
             work = dist.all_gather_into_tensor(full, flat, group=group, async_op=True)
 
         def finish() -> list[list[torch.Tensor]]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_srpo.bridge.buffers import Buffers
 from megatron_srpo.bridge.errors import BridgeError
 
 PACKED_BYTES = 4 * 2**20  # smaller tensors share a buffer of at most this size
@@ -74,6 +75,7 @@ class Group:
         self.store = dist.PrefixStore(meeting.prefix, store)
         self.rank, self.size = rank, meeting.size
         self._device = device if meeting.backend == "nccl" else torch.device("cpu")
+        self._buffers = Buffers(self._device)
         self._timeout = timeout
         if meeting.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
@@ -104,7 +106,7 @@ class Group:
         text = bytes(header.cpu().numpy()).decode()
         if payload_bytes == 0:
             return text, None
-        payload = torch.empty(payload_bytes, dtype=torch.uint8, device=self._device)
+        payload = self._buffers.take(payload_bytes)
         self.start_broadcast(payload).wait()
         return text, payload
 

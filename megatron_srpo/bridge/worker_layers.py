@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_srpo.bridge.export import Buffers
+from megatron_srpo.bridge.buffers import Buffers
 from megatron_srpo.bridge.verify import sources_of
 
 

@@ -122,7 +122,7 @@ def _check_reuse(folder: str) -> None:
 
     def export() -> tuple[list[int], int]:
         mine = sum(tensor.data_ptr() in live for _, tensor in exporter)
-        return [id(memory) for memory in exporter._buffers._memory], mine
+        return [id(memory) for memory in exporter._shards_memory._memory], mine
 
     for _ in range(3):  # until the two are as large as they have to be
         memory, mine = export()

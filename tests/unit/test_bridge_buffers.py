@@ -1,8 +1,8 @@
-"""The memory of an export's buckets: taken again when nothing is in it, and never before."""
+"""Memory that goes from hand to hand: taken again when nothing is in it, and never before."""
 
 import torch
 
-from megatron_srpo.bridge.export import Buffers
+from megatron_srpo.bridge.buffers import Buffers
 
 
 def where(tensor):
