@@ -168,11 +168,11 @@ def packing_of(engine: Any, dtype: str) -> Callable[[], None] | None:
     from vllm import _custom_ops as ops
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    from megatron_srpo.bridge.worker_layers import Packed
+    from megatron_srpo.bridge.worker_layers import packed_layers
 
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    layers = Packed(worker.get_model(), []).layers
-    shapes = [get_layerwise_info(layer).restore_metadata[0]["weight"].shape for layer in layers]
+    layers = packed_layers(worker.get_model())
+    shapes = [get_layerwise_info(layer).restore_metadata[0]["weight"].shape for layer in layers.values()]
     weights = [torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes]
 
     def pack() -> None:
@@ -259,6 +259,8 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
             floor, taken, *packing = seconds(options.repeats, *actions)
             (export,) = seconds(options.repeats, lambda exporter=exporter: [None for _ in exporter])
             del exporter, actions  # and the buckets' memory with it
+            if options.placement == "servers":
+                engine._weights = ()
             with peak_memory() as memory_used:
                 engine.publish(Exporter(policy.shards, hf, bucket_bytes=mib * 2**20), 3)
             if options.placement == "servers":

@@ -7,6 +7,8 @@ export.py     shards → (Hugging Face name, full tensor), over TP and PP
 hf_folder.py  export → Hugging Face folder
 stream_folder.py  the same, tensor by tensor
 worker.py     export → running vLLM engine (the engine's half)
+worker_layers.py  how each of its layers takes new weights
+buffers.py    memory that is taken again
 wire.py       the stream of an export to engines in other processes, both ends
 worker_transfer.py  its end in a vLLM server, behind vLLM's weight-transfer API
 verify.py     checksums of what was exported and what the engine holds

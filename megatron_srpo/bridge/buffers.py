@@ -18,7 +18,7 @@ OURS_ALONE = references([np.empty(0)])[0]
 
 class Buffers:
     """On a CPU a buffer is taken again once no tensor is in it: pages that are fresh cost more than the copy into them.
-    A GPU's allocator does the same by itself."""
+    One more that is idle is kept. A GPU's allocator does the same by itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,11 +29,13 @@ class Buffers:
         if self._device.type != "cpu":
             return torch.empty(size, dtype=torch.uint8, device=self._device)
         counts = references(self._memory)
+        used = [memory for memory, count in zip(self._memory, counts, strict=True) if count > OURS_ALONE]
         idle = [memory for memory, count in zip(self._memory, counts, strict=True) if count == OURS_ALONE]
-        fitting = min((memory for memory in idle if memory.size >= size), key=len, default=None)
-        if fitting is None:
-            self._memory = [memory for memory in self._memory if all(memory is not other for other in idle)]
-            del idle
-            fitting = np.empty(size, np.uint8)
-            self._memory.append(fitting)
-        return torch.from_numpy(fitting)[:size]
+        idle.sort(key=len)
+        taken = next((memory for memory in idle if memory.size >= size), None)
+        spare = [memory for memory in idle if memory is not taken][-1:]
+        if taken is None:
+            self._memory, idle, spare = used, [], []  # what is too small makes room
+            taken = np.empty(size, np.uint8)
+        self._memory = [*used, *spare, taken]
+        return torch.from_numpy(taken)[:size]

@@ -60,7 +60,8 @@ class Exporter:
 
     `shards` is read at export time: it must hold the live parameters. `bucket_bytes` bounds the full tensors that are
     gathered at once; a larger tensor is a bucket of its own. Beyond the model, an export holds at most two buckets, one
-    that is consumed and one that is on its way, this rank's part of each, and the full tensors of one parameter.
+    that is consumed and one that is on its way, this rank's part of each, and the full tensors of one parameter, and on
+    a CPU it keeps the memory of the buckets for the next.
     `dtype` converts on the way (None: as is).
     """
 
@@ -73,7 +74,7 @@ class Exporter:
         self._shards = shards
         self._table = weight_table(hf_config, shards.padded_vocab_size)
         self._buckets = _buckets(self._parts(dtype), bucket_bytes)
-        device = next(iter(shards.parameters.values())).device
+        device = next((parameter.device for parameter in shards.parameters.values()), torch.device("cpu"))
         self._shards_memory, self._full_memory = Buffers(device), Buffers(device)
 
     def _parts(self, dtype: torch.dtype | None) -> list[Part]:
@@ -107,7 +108,7 @@ class Exporter:
 
         A tensor is never overwritten by the exporter, but where this rank has the whole of it, it may be a view of the
         parameter and change with it: use it before the next optimiser step, or copy it. It may keep its whole bucket
-        alive. On a CPU the memory of the buckets is kept for the next export.
+        alive.
         """
         on_the_way = None
         for bucket, following in itertools.zip_longest(self._buckets, self._buckets[1:]):
@@ -127,12 +128,12 @@ class Exporter:
             return lambda: [[shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
         copies, group = bucket[0].copies, shards.expert_group if bucket[0].expert else shards.tp_group
         stage, size = bucket[0].stage, sum(part.nbytes for part in bucket)
-        mine = [shards.parameters[part.name].detach() for part in bucket] if stage == shards.pp_rank else []
-        if len(mine) == 1 and mine[0].nbytes == size and mine[0].dtype == bucket[0].dtype and mine[0].is_contiguous():
-            flat = mine[0].view(-1).view(torch.uint8)  # as it stands, without a copy
+        held = [shards.parameters[part.name].detach() for part in bucket] if stage == shards.pp_rank else []
+        if len(held) == 1 and held[0].nbytes == size and held[0].dtype == bucket[0].dtype and held[0].is_contiguous():
+            flat = held[0].view(-1).view(torch.uint8)  # as it stands, without a copy
         else:
             flat = self._shards_memory.take(size)
-            for view, parameter in zip(_views(flat, bucket), mine, strict=False):
+            for parameter, view in zip(held, _views(flat, bucket), strict=False):  # none of another stage's
                 view.copy_(parameter)
         work, full = None, flat
         if shards.pp_size > 1:

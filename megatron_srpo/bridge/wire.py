@@ -100,8 +100,7 @@ class Group:
         lengths = torch.empty(2, dtype=torch.int64, device=self._device)
         self.start_broadcast(lengths).wait()
         header_bytes, payload_bytes = lengths.tolist()
-        both = torch.empty(header_bytes + payload_bytes, dtype=torch.uint8, device=self._device)
-        header = both[:header_bytes]
+        header = torch.empty(header_bytes, dtype=torch.uint8, device=self._device)
         self.start_broadcast(header).wait()
         text = bytes(header.cpu().numpy()).decode()
         if payload_bytes == 0:

@@ -19,7 +19,7 @@ from megatron_srpo.bridge.errors import BridgeError, nearest
 from megatron_srpo.bridge.load import IGNORED_SUFFIXES, WeightFolder
 from megatron_srpo.bridge.rules import shape_of
 from megatron_srpo.bridge.verify import Report, digest, sources_of, total
-from megatron_srpo.bridge.worker_layers import Packed, Repacked
+from megatron_srpo.bridge.worker_layers import Packed, Repacked, forget_packed_embeddings
 
 CURE = "Trainer and engine hold different models: start both from the same folder."
 
@@ -45,8 +45,8 @@ def _forget_packed_experts(model: Any) -> None:
 class WeightLoader:
     """New weights for one worker's model: `begin`, `load` as often as needed, `finish`.
 
-    Nothing may be generated in between. The loader may hold a tensor until its layer is complete (query, key and value
-    for example): tensors of a layer should be neighbours and must not be overwritten in the meantime.
+    Nothing may be generated in between. The loader may hold a tensor until its layer is complete (experts for example):
+    tensors of a layer should be neighbours and must not be overwritten in the meantime.
 
     A publish must bring every tensor of the folder that the engine was started from, once (a tied head under the
     embedding's name alone). Raises BridgeError for a name or shape that does not fit, and for what is missing. After a
@@ -56,6 +56,7 @@ class WeightLoader:
     def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
         self._model, self._vllm_config = model, vllm_config
         self._shapes = folder_shapes(vllm_config.model_config.model)
+        forget_packed_embeddings(model)
         self._repacked, self._packed = Repacked(model), Packed(model, self._shapes)
         # The engine's own, fused names. A tied head is the embedding under a second one.
         first: dict[int, str] = {}
@@ -124,8 +125,8 @@ class WeightLoader:
 
     @contextmanager
     def _abandoned_on_failure(self) -> Iterator[None]:
-        """On a failure, layers that are not complete get their old tensors back: the next publish finds an engine in
-        order, and no layer is left in uninitialised memory."""
+        """On a failure, layers that are not complete get back the old tensors that they were not loaded into: the next
+        publish finds an engine in order, and no layer is left in uninitialised memory."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader import reload
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -169,8 +170,9 @@ class Ledger:
     def _watching(self, process: Callable[..., Any], prefixes: dict[int, list[str]]) -> Callable[..., Any]:
         def count_and_process(layer: torch.nn.Module) -> Any:
             for name, parameter in layer.named_parameters(recurse=False):
-                held = total(parameter)
-                self._held.update({f"{prefix}.{name}": held for prefix in prefixes[id(layer)]})
+                if name != "bias":  # it is never repacked, and may come after the weight is
+                    held = total(parameter)
+                    self._held.update({f"{prefix}.{name}": held for prefix in prefixes[id(layer)]})
             return process(layer)
 
         return count_and_process
@@ -193,8 +195,8 @@ class Ledger:
             found = sources_of(name, self._totals, packed, self._aliases)
             if found:
                 sources[name] = found
-                if name not in self._held:  # a layer that is not repacked
-                    self._held[name] = total(parameter)
+                if name not in self._held:  # not repacked; some products want a bias in fp32
+                    self._held[name] = total(parameter.to(self._dtype))
         held = {name: self._held[name] for name in sources}
         return {"received": self._received, "totals": self._totals, "held": held, "sources": sources}
 

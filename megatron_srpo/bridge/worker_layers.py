@@ -46,34 +46,46 @@ class Repacked:
         return self._layers
 
 
+def forget_packed_embeddings(model: torch.nn.Module) -> None:
+    """vLLM packs an input embedding too, though it is looked up and nothing is multiplied with it, unless the model has
+    it as its `lm_head` as well. A plain product stands by, which is right wherever a model should use it after all."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    heads = {id(getattr(module, "lm_head", None)) for module in model.modules()}
+    for layer in model.modules():
+        if type(layer) is VocabParallelEmbedding and _is_packed(layer) and id(layer) not in heads:
+            layer.cpu_linear = torch.nn.functional.linear
+
+
+def packed_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """A model's packed layers, by name."""
+    return {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
+
+
 class Packed:
     """Of a model the packed layers. A linear layer has no other copy of its weight: it is given memory for it when the
     first tensor comes, packs it when the last has come, and leaves the memory to the next layer. An LM head keeps its
-    weight (the embedding may be the same), which is loaded in place, and is packed at the end.
+    weight (the embedding may be the same), which is loaded in place, and is packed at the end. Biases are not packed.
 
     `names`: the tensors of a publish, by their Hugging Face names.
     """
 
     def __init__(self, model: torch.nn.Module, names: Iterable[str]) -> None:
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-        heads = {id(getattr(module, "lm_head", None)) for module in model.modules()}
-        for layer in model.modules():
-            if type(layer) is VocabParallelEmbedding and _is_packed(layer) and id(layer) not in heads:
-                layer.cpu_linear = torch.nn.functional.linear  # an embedding is looked up: nothing is multiplied
-        packed = {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
         fused, names = getattr(model, "packed_modules_mapping", {}), list(names)
-        # Of a layer whose tensors are not known it is not known which one is the last.
-        self._parts = {layer: len(sources_of(f"{name}.weight", names, fused, {})) for name, layer in packed.items()}
-        self.layers = list(packed.values())
-        self._linear = [layer for layer in self.layers if layer.weight.numel() == 0]
-        self._heads = [layer for layer in self.layers if layer.weight.numel() > 0]
+        packed = packed_layers(model)
+        self._heads = [layer for layer in packed.values() if layer.weight.numel() > 0]
+        # How many tensors a weight is made of. 0: vLLM's table does not tell, and the layer is packed at the end.
+        self._parts = {
+            layer: len(sources_of(f"{name}.weight", names, fused, {}))
+            for name, layer in packed.items()
+            if layer.weight.numel() == 0
+        }
         self._awaited: dict[torch.nn.Module, int] = {}  # tensors that have not come
 
     def begin(self) -> None:
         """Make the linear layers ready to load."""
-        self._awaited, buffers = {layer: self._parts[layer] for layer in self._linear}, Buffers(torch.device("cpu"))
-        for layer in self._linear:
+        self._awaited, buffers = dict(self._parts), Buffers(torch.device("cpu"))
+        for layer in self._parts:
             layer.register_parameter("weight", self._loading_form(layer, buffers))
 
     def _loading_form(self, layer: torch.nn.Module, buffers: Buffers) -> torch.nn.Parameter:
@@ -110,7 +122,7 @@ class Packed:
             self._pack(layer)
 
     def abandon(self) -> None:
-        """Layers that are not complete go on with their old copy."""
+        """A layer that is not complete goes on with its old copy; its bias may be new."""
         for layer in self._awaited:
             layer.weight = torch.nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
         self._awaited = {}
