@@ -67,6 +67,12 @@ def test_two_ranks_agree_with_transformers_on_prompts_of_any_length(model, tmp_p
     assert "Megatron: agrees" in said and "DIFFERS" not in said
 
 
+def test_experts_of_odd_sizes_agree(process, tmp_path):
+    moe = make_tiny_model(tmp_path / "moe", "qwen3_moe", tied=False, hidden=30, heads=3, kv_heads=1, expert_ffn=19)
+    arguments = ["--hf", str(moe), "--no-vllm", "--token-ids", "7,5,6"]
+    assert process.submit(_compare_alone, tmp_path / "said", arguments).result() == 0, (tmp_path / "said").read_text()
+
+
 def _damaged(model: Path, copy: Path, tensor: str) -> Path:
     """A copy of the folder in which one row of one tensor is off."""
     shutil.copytree(model, copy)
