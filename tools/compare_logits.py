@@ -22,8 +22,10 @@ from megatron_srpo.cli import run_tool
 from megatron_srpo.config import Config, ConfigError, UserError, layout_problems, listed, unsupported
 from megatron_srpo.config.model_folder import expert_count
 
-# Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's.
-TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (0.5, 0.05)}
+# Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's: the tolerances are so many
+# times transformers' own error on the same prompts, and not below these.
+TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (0.1, 0.01)}
+TIMES_ITS_OWN = 3
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -70,9 +72,6 @@ def compare(
         },
     )  # fmt: skip
     _refuse(hf, config)
-    usual, usual_layer = TOLERANCES[dtype.value]
-    tolerance = usual if tolerance is None else tolerance
-    layer_tolerance = usual_layer if layer_tolerance is None else layer_tolerance
     from megatron_srpo.conversion.console import leads, quiet
 
     quiet()
@@ -80,12 +79,28 @@ def compare(
     traces = _traces(hf, megatron, tokens, config, vllm=vllm)
     if not leads():
         return 0
+    reference = traces.pop("transformers")
+    usual, usual_layers = _tolerances(dtype.value, reference, traces.get("transformers in bfloat16", reference))
+    tolerance = usual if tolerance is None else tolerance
+    layer_tolerances = [usual if layer_tolerance is None else layer_tolerance for usual in usual_layers]
     agree = [
-        _tell(name, tokens, traces["transformers"], found, tolerance, layer_tolerance, tokenizer)
-        for name, found in traces.items()
-        if name != "transformers"
+        _tell(name, tokens, reference, found, tolerance, layer_tolerances, tokenizer) for name, found in traces.items()
     ]
     return 0 if all(agree) else 1
+
+
+def _tolerances(dtype: str, reference: list, rounded: list) -> tuple[float, list[float]]:
+    """The usual ones, of log-probs and of every layer; `rounded`: transformers' own traces in `dtype`."""
+    from megatron_srpo.comparison.trace import compare
+
+    least, least_layer = TOLERANCES[dtype]
+    unlimited = [math.inf] * len(reference[0].hidden)
+    own = [compare(ours, theirs, unlimited) for ours, theirs in zip(reference, rounded, strict=True)]
+    by_layer = zip(*(one.by_layer for one in own), strict=True)
+    return (
+        max(least, TIMES_ITS_OWN * max(one.worst for one in own)),
+        [max(least_layer, TIMES_ITS_OWN * max(errors)) for errors in by_layer],
+    )
 
 
 def _refuse(hf: Path, config: Config) -> None:
@@ -132,7 +147,10 @@ def _traces(hf: Path, megatron: Path | None, tokens: list, config: Config, *, vl
         from megatron_srpo.comparison.engine import engine_traces
         from megatron_srpo.comparison.reference import reference_traces
 
-        traces["transformers"] = reference_traces(hf, tokens, getattr(torch, config.model.dtype))
+        traces["transformers"] = reference_traces(hf, tokens, torch.float32)
+        if config.model.dtype != "float32":
+            name = f"transformers in {config.model.dtype}"
+            traces[name] = reference_traces(hf, tokens, getattr(torch, config.model.dtype))
         if vllm:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             traces["vLLM"] = engine_traces(hf, tokens, config.model.dtype, device)
@@ -141,25 +159,27 @@ def _traces(hf: Path, megatron: Path | None, tokens: list, config: Config, *, vl
 
 
 def _tell(
-    name: str, tokens: list, reference: list, traces: list, tolerance: float, layer_tolerance: float, tokenizer: Any
+    name: str, tokens: list, reference: list, traces: list, tolerance: float, layers: list[float], tokenizer: Any
 ) -> bool:
-    """Print how far `traces` are from the reference; returns whether they agree."""
+    """Print how far `traces` are from the reference; returns whether they agree. `layers`: the tolerance of each."""
     from megatron_srpo.comparison.trace import compare
 
-    found = [compare(ours, theirs, layer_tolerance) for ours, theirs in zip(reference, traces, strict=True)]
+    found = [compare(ours, theirs, layers) for ours, theirs in zip(reference, traces, strict=True)]
     number, worst = max(enumerate(found), key=lambda pair: pair[1].worst)
     context = tokens[number][: worst.position + 1]
     shown = repr(tokenizer.decode(context[-8:])) if tokenizer else str(context[-8:])
     token = f"{worst.token}" + (f" {tokenizer.decode([worst.token])!r}" if tokenizer else "")
     agree = worst.worst <= tolerance
+    verdict = "agrees" if agree else "DIFFERS"
     print(
-        f"{name}: {'agrees' if agree else 'DIFFERS'}, worst |Δ log-prob| {worst.worst:.3g} (tolerance {tolerance:g})\n"
+        f"{name}: {verdict}, worst |Δ log-prob| {worst.worst:.3g} (tolerance {tolerance:.3g})\n"
         f"  prompt {number}, position {worst.position}, after …{shown}: token {token} has {worst.ours:.5f} by "
         f"transformers, {worst.theirs:.5f} here"
     )
     if not agree:
         largest = [max(parts) for parts in zip(*(one.by_layer for one in found), strict=True)]
-        print(f"  first that differs: {worst.where} (tolerance {layer_tolerance:g} of the largest hidden value)")
+        at = worst.first if worst.first is not None else -1
+        print(f"  first that differs: {worst.where} (tolerance {layers[at]:.2g} of the largest hidden value)")
         print("  by layer, the embedding first: " + " ".join(f"{error:.1e}" for error in largest))
     return agree
 

@@ -5,6 +5,7 @@ T tokens, H hidden size, K ids of which log-probs are known, at each position th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,18 @@ class Difference:
     token: int  # whose log-prob it is
     ours: float
     theirs: float
-    where: str  # EMBEDDING, "layer N", HEAD
+    first: int | None  # of the embedding and the layers that differ; None: none of them
     by_layer: list[float]  # largest |Δ hidden| ÷ largest |hidden|, after the embedding and every layer
 
+    @property
+    def where(self) -> str:
+        """EMBEDDING, "layer N", HEAD."""
+        return HEAD if self.first is None else EMBEDDING if self.first == 0 else f"layer {self.first - 1}"
 
-def compare(reference: Trace, other: Trace, layer_tolerance: float) -> Difference:
-    """`other` against a reference that knows the whole vocabulary. A NaN is the worst of all differences."""
+
+def compare(reference: Trace, other: Trace, layer_tolerances: Sequence[float]) -> Difference:
+    """`other` against a reference that knows the whole vocabulary. `layer_tolerances`: largest difference that is none,
+    after the embedding and every layer, as in `by_layer`. A NaN is the worst of all differences."""
     ids = other.ids
     expected = reference.logprobs if ids is None else reference.at(ids)
     gap = (other.logprobs - expected).abs().nan_to_num(nan=float("inf"))
@@ -50,14 +57,14 @@ def compare(reference: Trace, other: Trace, layer_tolerance: float) -> Differenc
     flat = int(gap.argmax())
     position, column = divmod(flat, gap.shape[1])
     by_layer = [_relative(ours, theirs) for ours, theirs in zip(reference.hidden, other.hidden, strict=True)]
-    first = next((i for i, error in enumerate(by_layer) if not error <= layer_tolerance), None)
+    pairs = enumerate(zip(by_layer, layer_tolerances, strict=True))
     return Difference(
         worst=float(gap[position, column]),
         position=position,
         token=column if ids is None else int(ids[position, column]),
         ours=float(expected[position, column]),
         theirs=float(other.logprobs[position, column]),
-        where=HEAD if first is None else EMBEDDING if first == 0 else f"layer {first - 1}",
+        first=next((i for i, (error, tolerance) in pairs if not error <= tolerance), None),
         by_layer=by_layer,
     )
 

@@ -14,7 +14,7 @@ def trace(layers: int = 3, tokens: int = 5, vocab: int = 7) -> Trace:
 
 
 def test_equal_traces_do_not_differ_anywhere():
-    found = compare(trace(), trace(), 0.0)
+    found = compare(trace(), trace(), [0.0] * 4)
     assert found.worst == 0 and found.where == HEAD and found.by_layer == [0, 0, 0, 0]
 
 
@@ -24,7 +24,7 @@ def test_the_worst_token_and_the_first_layer_are_named():
     other.logprobs[4, 1] += 0.25
     for layer in (2, 3):  # layers 1 and 2: after the embedding they count from 0
         other.hidden[layer][1, 1] += 0.1
-    found = compare(trace(), other, 1e-3)
+    found = compare(trace(), other, [1e-3] * 4)
     assert (found.position, found.token, found.where) == (2, 6, "layer 1")
     assert abs(found.worst - 0.5) < 1e-6 and abs(found.ours - found.theirs - 0.5) < 1e-6
 
@@ -33,15 +33,15 @@ def test_a_fault_before_the_first_layer_and_one_after_the_last_are_told_apart():
     early, late = trace(), trace()
     early.hidden[0] += 1
     late.logprobs += 1
-    assert compare(trace(), early, 1e-3).where == EMBEDDING
-    assert compare(trace(), late, 1e-3).where == HEAD
+    assert compare(trace(), early, [1e-3] * 4).where == EMBEDDING
+    assert compare(trace(), late, [1e-3] * 4).where == HEAD
 
 
 def test_nan_is_the_worst_of_all():
     other = trace()
     other.logprobs[3, 0] = float("nan")
     other.hidden[2][0, 0] = float("nan")
-    found = compare(trace(), other, 1e-3)
+    found = compare(trace(), other, [1e-3] * 4)
     assert found.worst == float("inf") and (found.position, found.token, found.where) == (3, 0, "layer 1")
 
 
@@ -50,7 +50,7 @@ def test_a_trace_that_knows_a_few_log_probs_is_compared_on_those():
     ids = torch.tensor([[1, 2], [0, 6], [3, -1], [5, 4], [2, 0]])
     known = Trace(reference.hidden, reference.at(ids), ids)
     known.logprobs[2, 1] = 99.0  # nothing is known there
-    assert compare(reference, known, 0.0).worst == 0
+    assert compare(reference, known, [0.0] * 4).worst == 0
     known.logprobs[3, 0] += 2
-    found = compare(reference, known, 0.0)
+    found = compare(reference, known, [0.0] * 4)
     assert (found.position, found.token) == (3, 5) and abs(found.worst - 2) < 1e-6
