@@ -37,6 +37,15 @@ def test_an_idle_buffer_that_is_too_small_makes_room_for_a_larger_one_and_a_used
     assert where(buffers.take(50)) == address
 
 
+def test_of_many_that_were_used_at_once_one_and_a_spare_are_kept():
+    buffers = Buffers(torch.device("cpu"))
+    held = [buffers.take(100 + i) for i in range(10)]
+    assert len(buffers._memory) == 10
+    del held
+    buffers.take(50)
+    assert [memory.size for memory in buffers._memory] == [109, 100]
+
+
 def test_a_tensor_outlives_the_buffers():
     held = Buffers(torch.device("cpu")).take(1000).fill_(3)
     others = [torch.empty(1000, dtype=torch.uint8).fill_(9) for _ in range(10)]
