@@ -26,6 +26,11 @@ def disk_problem(error: BaseException) -> str | None:
     return None
 
 
+def interrupt(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C that led to `error`, if one did."""
+    return next((part for part in _parts(error, depth=8) if isinstance(part, KeyboardInterrupt)), None)
+
+
 def _parts(error: BaseException, depth: int) -> Iterator[BaseException]:
     """`error`, what it collects, and its causes. Innermost collected ones first, because they are the precise ones."""
     if depth == 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_srpo.bridge import read_config
+from megatron_srpo.bridge.load import WeightFolder
 from megatron_srpo.cli import run_tool
 from megatron_srpo.config import Config, ConfigError, UserError, layout_problems, listed, unsupported
 from megatron_srpo.config.model_folder import expert_count
@@ -98,9 +100,14 @@ def _tolerances(dtype: str, reference: list, rounded: list) -> tuple[float, list
     own = [compare(ours, theirs, unlimited) for ours, theirs in zip(reference, rounded, strict=True)]
     by_layer = zip(*(one.by_layer for one in own), strict=True)
     return (
-        max(least, TIMES_ITS_OWN * max(one.worst for one in own)),
-        [max(least_layer, TIMES_ITS_OWN * max(errors)) for errors in by_layer],
+        _beyond(least, [one.worst for one in own]),
+        [_beyond(least_layer, errors) for errors in by_layer],
     )
+
+
+def _beyond(least: float, errors: Iterable[float]) -> float:
+    """The tolerance that transformers' own errors give; NaN and infinity give none."""
+    return max([least, *(TIMES_ITS_OWN * error for error in errors if math.isfinite(error))])
 
 
 def _refuse(hf: Path, config: Config) -> None:
@@ -115,10 +122,16 @@ def _refuse(hf: Path, config: Config) -> None:
         problems = [f"the layout takes {needed} ranks and {started} started: torchrun --nproc-per-node {needed} …"]
     if problems:
         raise ConfigError(listed("this comparison", problems))
+    with WeightFolder(hf) as weights:  # files and headers: transformers would raise anything
+        for name in weights.names:
+            weights.source(name)
 
 
 def _tokens(hf: Path, texts: list[str], file: Path | None, ids: list[str]) -> tuple[list[list[int]], Any]:
-    texts = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    try:
+        texts = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file}: expected a text file, a prompt a line ({error})") from None
     tokenizer = None
     if texts:
         from megatron_srpo.data import tokenizer_from
@@ -131,6 +144,10 @@ def _tokens(hf: Path, texts: list[str], file: Path | None, ids: list[str]) -> tu
         raise UserError(f"--token-ids: expected numbers like 1,2,3, got {ids}") from None
     if not tokens or not all(tokens):
         raise UserError("nothing to compare on: give --prompt TEXT, --prompts FILE or --token-ids 1,2,3 (not empty)")
+    vocabulary = read_config(hf)["vocab_size"]
+    wrong = next((number for sequence in tokens for number in sequence if not 0 <= number < vocabulary), None)
+    if wrong is not None:
+        raise UserError(f"token {wrong} is not of this model: expected 0 to {vocabulary - 1}")
     return tokens, tokenizer
 
 
@@ -141,9 +158,12 @@ def _traces(hf: Path, megatron: Path | None, tokens: list, config: Config, *, vl
     from megatron_srpo.comparison.megatron import policy_traces
     from megatron_srpo.conversion.console import leads
     from megatron_srpo.conversion.source import checkpoint_folder
+    from megatron_srpo.conversion.to_hf import check_stored
 
     traces: dict[str, list] = {}
     if leads():
+        if megatron:
+            check_stored(checkpoint_folder(megatron), hf)
         from megatron_srpo.comparison.engine import engine_traces
         from megatron_srpo.comparison.reference import reference_traces
 

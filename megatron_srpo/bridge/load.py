@@ -94,7 +94,13 @@ class WeightFolder:
         if not self.folder.is_dir():
             raise BridgeError(f"{self.folder} is not a folder: expected a Hugging Face model folder (model.path).")
         if (self.folder / INDEX).exists():
-            return json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            try:
+                names = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                return {str(name): str(file) for name, file in names.items()}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise BridgeError(
+                    f'{self.folder / INDEX} is damaged: expected {{"weight_map": {{tensor: file}}}}; fetch it again.'
+                ) from None
         single = self.folder / SINGLE
         files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:

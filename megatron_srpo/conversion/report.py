@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_srpo.config import UserError
 from megatron_srpo.conversion.team import Team
-from megatron_srpo.disk import disk_problem
+from megatron_srpo.disk import disk_problem, interrupt
 
 Tell = Callable[[int, int], None]  # this process's bytes done, of how many
 LAYER = "decoder.layers."
@@ -75,6 +75,8 @@ def written_aside(out_dir: Path, team: Team) -> Iterator[Path]:
     except BaseException as error:
         if team.leads:
             shutil.rmtree(aside, ignore_errors=True)
+        if (stop := interrupt(error)) is not None:
+            raise stop from None  # a writer that is interrupted may raise an error of its own
         problem = disk_problem(error)
         if problem is None:
             raise

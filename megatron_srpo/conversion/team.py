@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -37,8 +38,14 @@ class Team:
         self._calls += 1
         mine_is, seen_by = ([f"conversion/{kind}/{self._calls}/{rank}" for rank in range(self.size)] for kind in "ab")
         self._store.set(mine_is[self.rank], pickle.dumps(mine))
+        self._await(mine_is)
         found: list[Any] = [pickle.loads(self._store.get(key)) for key in mine_is]
         self._store.set(seen_by[self.rank], b"")
         if self.leads:  # it may have the store, which ends with it
-            self._store.wait(seen_by)
+            self._await(seen_by)
         return found
+
+    def _await(self, keys: list[str]) -> None:
+        """The store's own wait would not see Ctrl-C."""
+        while not self._store.check(keys):
+            time.sleep(0.05)

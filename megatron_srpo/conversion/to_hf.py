@@ -71,6 +71,14 @@ def megatron_to_hf(
     return report
 
 
+def check_stored(folder: Path, hf_dir: Path) -> None:
+    """Raise UserError unless the checkpoint has all weights of `hf_dir`'s model, in its shapes and undamaged."""
+    model = _StoredModel(folder, read_config(hf_dir), None)
+    for name in model.units:
+        for _ in model.tensors(name):
+            pass
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a Megatron parameter is in the checkpoint: `regions` are (offset, shape there, shape without the axis of

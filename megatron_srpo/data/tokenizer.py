@@ -24,8 +24,6 @@ def load_tokenizer(path: str) -> Any:
             f"tokenizer {path!r}: expected a local Hugging Face folder, it is {kind}. Nothing is downloaded: fetch the "
             "model first and set model.path (or model.tokenizer) to its folder"
         )
-    if not any((folder / name).is_file() for name in _FILES):
-        raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy it from the model's repository")
     tokenizer = tokenizer_from(folder)
     if not tokenizer.chat_template:
         raise DataError(
@@ -43,6 +41,8 @@ def tokenizer_from(folder: Path) -> Any:
     """The tokenizer of a folder, chat template or not. DataError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _FILES):
+        raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy it from the model's repository")
     if (folder / MODEL).is_file() and not any((folder / name).is_file() for name in _DESCRIBED):
         return load_sentencepiece(folder)
     try:

@@ -116,9 +116,42 @@ def test_a_comparison_without_prompts_or_ranks_is_refused(model, process, tmp_pa
         ([], "nothing to compare on"),
         (["--token-ids", "1,a"], "expected numbers like 1,2,3"),
         (["--token-ids", "1", "--pipeline-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
+        (["--token-ids", "1,101"], "token 101 is not of this model: expected 0 to 100"),
+        (["--token-ids", "1,-1"], "token -1 is not of this model"),
+        (["--prompts", str(tmp_path / "none")], "none: expected a text file, a prompt a line"),
+        (["--prompts", str(model / "model.safetensors")], "model.safetensors: expected a text file, a prompt a line"),
     ):
         assert process.submit(_compare_alone, tmp_path / "said", ["--hf", str(model), *more]).result() == 2
         assert message in (tmp_path / "said").read_text()
+
+
+def test_a_folder_or_a_checkpoint_that_is_damaged_is_refused(model, process, tmp_path):
+    def refused(message: str, hf: Path, *more: str) -> None:
+        arguments = ["--hf", str(hf), "--no-vllm", *more]
+        assert process.submit(_compare_alone, tmp_path / "said", arguments).result() == 2
+        assert message in (tmp_path / "said").read_text()
+
+    cut = shutil.copytree(model, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 5000)
+    refused("is not a complete safetensors file", cut, "--token-ids", "7")
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    refused("has no tokenizer (tokenizer.json)", bare, "--prompt", "hello")
+    process.submit(_convert, model, tmp_path / "megatron", {}).result()
+    other = make_tiny_model(tmp_path / "other", "qwen3", layers=LAYERS + 1, tied=False)
+    refused("checkpoint and config.json are of different models", other, "--token-ids", "7", "--megatron",
+            str(tmp_path / "megatron"))  # fmt: skip
+    file = next((tmp_path / "megatron").glob("*.distcp"))
+    held = bytearray(file.read_bytes())
+    held[len(held) // 2] ^= 1
+    file.write_bytes(held)
+    refused("the checkpoint is damaged", model, "--token-ids", "7", "--megatron", str(tmp_path / "megatron"))
+
+
+def test_a_value_that_is_no_number_is_never_agreement(model, process, tmp_path):
+    faulty = _damaged(model, tmp_path / "faulty", "model.layers.3.mlp.up_proj.weight", by=float("nan"))
+    arguments = ["--hf", str(faulty), "--no-vllm", "--token-ids", "7,5", "--dtype", "bfloat16"]
+    assert process.submit(_compare_alone, tmp_path / "said", arguments).result() == 1
+    assert "Megatron: DIFFERS, worst |Δ log-prob| inf" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.slow

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
+import threading
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_srpo.conversion.report import written_aside
+from megatron_srpo.conversion.team import Team
 from tests.distributed_harness import free_port
 from tests.fresh_process import fresh_process, run_as_torchrun_does
 from tests.tiny_models import make_tiny_model
@@ -157,6 +162,24 @@ def test_two_processes_make_the_same_checkpoint_and_folder_as_one(folders, to_me
     assert weights(tmp_path / "back").keys() == weights(source).keys()
 
 
+def test_ctrl_c_ends_the_wait_for_another_process():
+    team = Team()
+    team.size, team._store = 2, torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        team.collect("mine")
+
+
+def test_ctrl_c_is_not_taken_for_a_full_disk(tmp_path):
+    """torch's writer raises an error of its own when it is interrupted, which says the same as on a full disk."""
+    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "out", Team()):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 7 vs 1")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _run_alone(tool: str, arguments: list[str]) -> int:
     return _run(tool, arguments)[0]
 
@@ -216,6 +239,14 @@ REFUSED = {
     "a tensor has no rule": (
         lambda folder: rewrite(folder, lambda held: held.update({"model.layers.0.mlp.up_proj.wait": torch.ones(1)})),
         [], "does not know, the first is 'model.layers.0.mlp.up_proj.wait'. The nearest known name is 'model.layers.0",
+    ),
+    "the index is cut off": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": '), [],
+        "model.safetensors.index.json is damaged: expected",
+    ),
+    "the index is of something else": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), [],
+        "model.safetensors.index.json is damaged: expected",
     ),
     "no experts": (lambda folder: None, ["--expert-model-parallel-size", "2"], "the model has no experts"),
     "more stages than layers": (lambda folder: None, layout(1, 5), "5 pipeline stages take at least 5 layers"),
