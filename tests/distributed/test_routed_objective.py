@@ -325,7 +325,7 @@ def make_models(tmp_path_factory, family, dtype):
 
 
 DENSE = [*(("qwen3", name) for name in LAYOUTS if name not in MOE_LAYOUTS), ("llama", "tp2 sp pp2")]
-# What another layout of the default suite contains too.
+# What another layout of the default suite contains too; the interleaved schedule is in test_policy.
 LONG = {
     "tp2",
     "tp2 sp, recompute half",
@@ -341,6 +341,7 @@ LONG = {
     "cp2 tp2 sp",
     "tp2 dp2",
     "pp2 interleaved",
+    "pp2 interleaved tp2 sp, recompute",
     "bf16",
     "bf16 cp2 pp2",
 }
