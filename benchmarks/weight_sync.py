@@ -260,7 +260,7 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
             (export,) = seconds(options.repeats, lambda exporter=exporter: [None for _ in exporter])
             del exporter, actions  # and the buckets' memory with it
             if options.placement == "servers":
-                engine._weights = ()
+                engine._weights = ()  # it holds them for a server that is started again
             with peak_memory() as memory_used:
                 engine.publish(Exporter(policy.shards, hf, bucket_bytes=mib * 2**20), 3)
             if options.placement == "servers":

@@ -100,12 +100,12 @@ def _tolerances(dtype: str, reference: list, rounded: list) -> tuple[float, list
     own = [compare(ours, theirs, unlimited) for ours, theirs in zip(reference, rounded, strict=True)]
     by_layer = zip(*(one.by_layer for one in own), strict=True)
     return (
-        _beyond(least, [one.worst for one in own]),
-        [_beyond(least_layer, errors) for errors in by_layer],
+        _tolerance(least, [one.worst for one in own]),
+        [_tolerance(least_layer, errors) for errors in by_layer],
     )
 
 
-def _beyond(least: float, errors: Iterable[float]) -> float:
+def _tolerance(least: float, errors: Iterable[float]) -> float:
     """The tolerance that transformers' own errors give; NaN and infinity give none."""
     return max([least, *(TIMES_ITS_OWN * error for error in errors if math.isfinite(error))])
 
@@ -162,11 +162,11 @@ def _traces(hf: Path, megatron: Path | None, tokens: list, config: Config, *, vl
 
     traces: dict[str, list] = {}
     if leads():
-        if megatron:
-            check_stored(checkpoint_folder(megatron), hf)
         from megatron_srpo.comparison.engine import engine_traces
         from megatron_srpo.comparison.reference import reference_traces
 
+        if megatron:  # first: its faults would look like those of a conversion rule
+            check_stored(checkpoint_folder(megatron), hf)
         traces["transformers"] = reference_traces(hf, tokens, torch.float32)
         if config.model.dtype != "float32":
             name = f"transformers in {config.model.dtype}"
