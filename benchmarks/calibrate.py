@@ -30,12 +30,12 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import typer
 
-from megatron_srpo.cli import run_alone
 from megatron_srpo.plan import Architecture, Layout, Machine, Workload, machine_of
 from megatron_srpo.plan.activations import stage_activations
 from megatron_srpo.plan.architecture import read_architecture
 from megatron_srpo.plan.duration import Pass, optimizer_seconds, pass_seconds
 from megatron_srpo.plan.memory import persistent_lines
+from megatron_srpo.run.cli import run_alone
 
 SIZES = {  # Qwen3 models: the first calibrates, the others are predicted
     "small": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384, "vocab_size": 2048},
@@ -142,11 +142,11 @@ class Step:
 def train_step(hf: dict[str, Any], load: Callable[[Any], None], dtype: str, recompute: str = "none") -> Step:
     """Of the trainer's own policy on one rank: ROWS packed rows of two sequences, and the optimiser."""
     from megatron_srpo.config import Config
+    from megatron_srpo.core.records import PackedBatch
     from megatron_srpo.losses import LinearHead
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
-    from megatron_srpo.types import PackedBatch
 
     start = torch.cuda.memory_allocated()  # 0 on a CPU
     model = {"path": "given", "dtype": dtype, "recompute": recompute}

@@ -29,10 +29,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_srpo.algorithms.routing import route
+from megatron_srpo.batching.packing import plan_batch, share_of
 from megatron_srpo.config import AlgorithmConfig
-from megatron_srpo.packing import plan_batch, share_of
-from megatron_srpo.routing import route
-from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
+from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
 
 GROUP = 8  # rollouts a prompt
 PROMPT_TOKENS = 300

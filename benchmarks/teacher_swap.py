@@ -28,11 +28,11 @@ import typer
 from benchmarks.losses import _peak, _reset_peak
 from benchmarks.step import machine
 from megatron_srpo.bridge import load_hf_weights, read_config
-from megatron_srpo.cli import run_alone
 from megatron_srpo.config import Config
 from megatron_srpo.mcore import groups
 from megatron_srpo.mcore.device import choose_device
 from megatron_srpo.mcore.policy import Policy
+from megatron_srpo.run.cli import run_alone
 
 
 def _random_model(folder: Path, hidden: int, layers: int, vocabulary: int, dtype: str) -> None:

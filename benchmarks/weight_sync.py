@@ -235,9 +235,9 @@ class Memory:
 
 def measure(options: argparse.Namespace, config_file: str) -> None:
     """One rank."""
-    from megatron_srpo import engines, launch
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.config import load_config, read_model_folder
+    from megatron_srpo.run import engines, launch
 
     config = load_config(Path(config_file), [])
     with launch._session(config) as session:

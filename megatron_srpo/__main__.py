@@ -8,7 +8,7 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        from megatron_srpo.cli import main
+        from megatron_srpo.run.cli import main
     except ModuleNotFoundError as error:
         sys.exit(
             f"error: this Python ({sys.executable}) has no module {error.name!r}. `make setup` makes an environment "

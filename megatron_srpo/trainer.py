@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from megatron_srpo.config import Config, UserError
-from megatron_srpo.packing import pack_rows, plan_batch, response_spans, share_of
-from megatron_srpo.routing import RewardedGroups, route
-from megatron_srpo.types import BatchPlan, MiniBatchPlan, Prompt, RoutedSample, Row, TokenScores
+from megatron_srpo.algorithms.routing import RewardedGroups, route
+from megatron_srpo.batching.packing import pack_rows, plan_batch, response_spans, share_of
+from megatron_srpo.config import Config
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Prompt, RoutedSample, Row, TokenScores
 
 # Which of a mini-batch's rows a pass forwards; "topk": the teacher's rows with the students' own prompts.
 ROWS = {"topk": "topk", "teacher": "teacher", "initial": "teacher"}

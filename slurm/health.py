@@ -20,7 +20,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.exit_codes import DONE, UNHEALTHY
+from megatron_srpo.core.exit_codes import DONE, UNHEALTHY
 
 GIB = 2**30
 FLOATS = 2**20  # 4 MiB

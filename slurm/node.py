@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_srpo.exit_codes import TOLD
-from megatron_srpo.stopping import hold_requeue
+from megatron_srpo.core.exit_codes import TOLD
+from megatron_srpo.run.stopping import hold_requeue
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_srpo import exit_codes
-from megatron_srpo.config import Config, UserError, contradictions, listed, load_config
+from megatron_srpo.config import Config, contradictions, listed, load_config
+from megatron_srpo.core import exit_codes
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.plan import (
     Architecture,
     Layout,

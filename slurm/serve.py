@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 
 RESTARTS = 3
 LOOK_SECONDS = 0.5

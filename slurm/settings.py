@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_srpo import exit_codes
-from megatron_srpo.cli import check_run
-from megatron_srpo.config import UserError, load_config
+from megatron_srpo.config import load_config
+from megatron_srpo.core import exit_codes
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.run.cli import check_run
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 from slurm import commands
 from slurm.attempts import Attempts
 from slurm.commands import Step

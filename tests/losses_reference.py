@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from megatron_srpo.core.records import PackedBatch
 from megatron_srpo.losses import LossSettings
-from megatron_srpo.types import PackedBatch
 
 
 def divergence(p, q, alpha):

@@ -62,11 +62,11 @@ def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, An
     of the configuration. Returns bytes by line, and where the rank stands."""
     from megatron_srpo.bridge import load_hf_weights, read_config
     from megatron_srpo.config import Config
+    from megatron_srpo.core.records import PackedBatch
     from megatron_srpo.losses import LinearHead
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
-    from megatron_srpo.types import PackedBatch
 
     given = {"model": {"path": str(model), **settings.get("model", {})}, "parallel": settings.get("parallel", {})}
     config = Config.model_validate({**given, "data": {"train": "unused"}})

@@ -20,9 +20,10 @@ import typer
 
 from megatron_srpo.bridge import read_config
 from megatron_srpo.bridge.load import WeightFolder
-from megatron_srpo.cli import run_tool
-from megatron_srpo.config import Config, ConfigError, UserError, layout_problems, listed, unsupported
+from megatron_srpo.config import Config, layout_problems, listed, unsupported
 from megatron_srpo.config.model_folder import expert_count
+from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.run.cli import run_tool
 
 # Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's: the tolerances are so many
 # times transformers' own error on the same prompts, and not below these.

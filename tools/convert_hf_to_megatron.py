@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_srpo.cli import run_tool
-from megatron_srpo.config import ConfigError, ParallelConfig
+from megatron_srpo.config import ParallelConfig
+from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.run.cli import run_tool
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

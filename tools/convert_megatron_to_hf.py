@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_srpo.cli import run_tool
+from megatron_srpo.run.cli import run_tool
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

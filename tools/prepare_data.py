@@ -23,7 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_srpo.config import DataConfig, UserError
+from megatron_srpo.config import DataConfig
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.data import load_rows, read_records
 from megatron_srpo.rewards.registry import RewardError, unknown
 from megatron_srpo.rewards.tooluse import expected_calls

@@ -25,8 +25,8 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from megatron_srpo import exit_codes
 from megatron_srpo.checkpoints.folder import damage, published
+from megatron_srpo.core import exit_codes
 from tests import tiny_run
 
 RANKS = 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from examples.tiny.task import Task, write_splits
 from examples.tiny.warm_start import WarmStart, warm_started_model
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 REQUEST, SUMMARY = "request.json", "summary.json"
 

@@ -31,8 +31,9 @@ from examples.tiny.runs import (
 )
 from examples.worksheet.report import accuracy_curve, write_report
 from examples.worksheet.task import WARM_START, Worksheet
-from megatron_srpo import exit_codes
-from megatron_srpo.config import UserError, check, load_config
+from megatron_srpo.config import check, load_config
+from megatron_srpo.core import exit_codes
+from megatron_srpo.core.errors import UserError
 
 CONFIG = Path("examples/worksheet/worksheet.toml")
 CACHE = Path("runs/cache")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 
 class BridgeError(UserError):

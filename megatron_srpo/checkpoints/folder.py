@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 MANIFEST = "manifest.json"
 CONFIG, STATE = "config.json", "run.json"

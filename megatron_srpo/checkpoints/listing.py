@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_srpo.checkpoints import folder as folders
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 
 def show(path: Path, *, verify: bool, prune: int, best: str) -> int:

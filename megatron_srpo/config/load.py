@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_srpo.config.check import listed
-from megatron_srpo.config.schema import Config, ConfigError, Section
+from megatron_srpo.config.schema import Config, Section
+from megatron_srpo.core.errors import ConfigError
 
 SHOWN = 70  # characters of a value in a message
 OTHER_NAMES = {  # what neighbouring projects call a key

@@ -11,16 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-
-class UserError(ValueError):
-    """A mistake of the user, or of the machine: str() is the whole message (expected, got, cure), shown without a
-    traceback. Packages raise it, or a subclass."""
-
-
-class ConfigError(UserError):
-    """A configuration that must not be run."""
-
-
 Resettable = Literal["optimizer", "teacher", "data", "rng"]
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home, in a file as in a shell
 

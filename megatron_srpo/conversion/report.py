@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_srpo.config import UserError
 from megatron_srpo.conversion.team import Team
-from megatron_srpo.disk import disk_problem, interrupt
+from megatron_srpo.core.disk import disk_problem, interrupt
+from megatron_srpo.core.errors import UserError
 
 Tell = Callable[[int, int], None]  # this process's bytes done, of how many
 LAYER = "decoder.layers."

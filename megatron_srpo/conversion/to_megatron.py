@@ -10,11 +10,12 @@ from typing import Any
 from megatron_srpo.bridge import ShardReader, read_config
 from megatron_srpo.bridge.hf_folder import copy_files
 from megatron_srpo.bridge.rules import shape_of
-from megatron_srpo.config import ConfigError, ParallelConfig, layout_problems, listed, unsupported
+from megatron_srpo.config import ParallelConfig, layout_problems, listed, unsupported
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
 from megatron_srpo.conversion.source import MODEL_FOLDER
 from megatron_srpo.conversion.team import Team
+from megatron_srpo.core.errors import ConfigError
 
 
 def hf_to_megatron(

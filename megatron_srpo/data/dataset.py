@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config import DataConfig, UserError
+from megatron_srpo.config import DataConfig
+from megatron_srpo.core.errors import UserError
 
 JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet",)
 ROLES = ("system", "user", "assistant", "tool")

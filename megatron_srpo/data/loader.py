@@ -8,8 +8,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_srpo.core.records import Prompt
 from megatron_srpo.data.dataset import DataError
-from megatron_srpo.types import Prompt
 
 
 class PromptLoader:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_srpo.config import DataConfig
+from megatron_srpo.core.records import Prompt
 from megatron_srpo.data.dataset import DataError, Example
-from megatron_srpo.types import Prompt
 
 _RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
 _AT_ONCE = 1024  # texts that the tokenizer gets in one call

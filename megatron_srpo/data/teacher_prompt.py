@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_srpo.config import DataConfig, TeacherConfig
 from megatron_srpo.config.templates import Piece, template_pieces
+from megatron_srpo.core.records import Prompt
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.prompts import encode, render_chat
-from megatron_srpo.types import Prompt
 
 _THINKING = re.compile("</?think>")
 

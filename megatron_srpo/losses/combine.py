@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config import AlgorithmConfig
+from megatron_srpo.core.records import PackedBatch
 from megatron_srpo.losses.grpo import k3, policy_loss, rollout_weights, sequence_mean
 from megatron_srpo.losses.head import Head
 from megatron_srpo.losses.sdpo import distill_ratio, dynamic_weights, topk_divergence
 from megatron_srpo.losses.vocab_parallel import full_divergence
-from megatron_srpo.types import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_srpo.types import PackedBatch
+from megatron_srpo.core.records import PackedBatch
 
 
 def positions_by_rank(cu_seqlens: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_srpo.config import ModelConfig, ParallelConfig, UserError
+from megatron_srpo.config import ModelConfig, ParallelConfig
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import ModelShards
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_fields, expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
-from megatron_srpo.types import ModelShards
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):

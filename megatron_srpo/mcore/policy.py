@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.config import Config, ParallelConfig
+from megatron_srpo.core.records import ModelShards, PackedBatch, Padding, StepStats
 from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
 from megatron_srpo.mcore.experts import router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
@@ -18,7 +19,6 @@ from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
 from megatron_srpo.mcore.residence import HostResidence
 from megatron_srpo.mcore.shadow import WeightShadow
 from megatron_srpo.mcore.step import LossFunction, PipelineRunner, ScoreFunction
-from megatron_srpo.types import ModelShards, PackedBatch, Padding, StepStats
 
 
 def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1) -> Padding:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 INDEX = ".metadata"
 _DCP = "torch.distributed.checkpoint"

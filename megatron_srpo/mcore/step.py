@@ -22,10 +22,10 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.utils import get_model_config
 
+from megatron_srpo.core.records import HeadInput, PackedBatch
 from megatron_srpo.mcore.context import gather_parts, local_part
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import head_weight
-from megatron_srpo.types import HeadInput, PackedBatch
 
 # the last stage's hidden states and head, row -> (scalar loss, metrics); or row scores by name
 LossFunction = Callable[[HeadInput, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config import Config
+from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
 from megatron_srpo.observe.metrics import METRICS_FILE, JsonlWriter
 from megatron_srpo.observe.progress import open_progress
 from megatron_srpo.observe.rollouts import groups_record
 from megatron_srpo.observe.trackers import Trackers
-from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 MISMATCH = "rollout_corr/logprob_diff_mean"  # mean |log π_trainer − log π_engine| of the sampled tokens, nats

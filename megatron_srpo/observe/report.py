@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.observe.metrics import read_records
 
 # Two-sided 97.5 % quantile of Student's t by degrees of freedom; 1.96 beyond.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
+from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
 
 
 def groups_record(

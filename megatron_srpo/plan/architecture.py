@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,

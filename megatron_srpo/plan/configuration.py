@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_srpo.config import Config, ConfigError, UserError, contradictions, listed
+from megatron_srpo.config import Config, contradictions, listed
 from megatron_srpo.config.load import to_toml_value
+from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.plan.layout import Layout
 from megatron_srpo.plan.workload import Workload
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 GIB = 2**30
 

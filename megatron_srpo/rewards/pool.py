@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_srpo.config import RewardConfig, UserError
+from megatron_srpo.config import RewardConfig
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Reward
 from megatron_srpo.rewards.process import STOP_SECONDS, WorkerProcess
 from megatron_srpo.rewards.worker import Setup
-from megatron_srpo.types import Reward
 
 CHUNKS_PER_WORKER = 4  # more balance better, fewer cost less
 LARGEST_CHUNK = 64

@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_srpo.core.records import Prompt, Rollout
 from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, SamplingSettings
-from megatron_srpo.types import Prompt, Rollout
 
 
 @dataclass

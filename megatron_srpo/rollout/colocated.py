@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.config import RolloutConfig
+from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.balance import split_requests
 from megatron_srpo.rollout.engine import GenerateRequest, RolloutError, SamplingSettings, check_lengths
 from megatron_srpo.rollout.environment import shared_memory_name, unlink_blocks
 from megatron_srpo.rollout.guest import preserved_generators
 from megatron_srpo.rollout.vllm_engine import EngineSettings, check_model, start_engine, stop_engine
-from megatron_srpo.types import Rollout
 
 PARTS = ("weights", "kv_cache")  # vLLM's tags of what sleeps
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_srpo.config import UserError
-from megatron_srpo.types import Rollout
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Rollout
 
 OnRollout = Callable[[Rollout], None]
 

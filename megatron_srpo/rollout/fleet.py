@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, RolloutError, SamplingSettings
 from megatron_srpo.rollout.http import BadAnswer, ServerClient, ServerError, UnacceptableRequest
 from megatron_srpo.rollout.server_process import ServerProcess
-from megatron_srpo.types import Rollout
 
 KEEP_TOGETHER = 8  # samples of one prompt stay on a server, for its prefix cache, until it is so many requests ahead
 ATTEMPTS = 4  # of one request, before it counts as the cause

@@ -21,7 +21,7 @@ from pathlib import Path
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
-STOPPED = 130  # megatron_srpo.exit_codes.STOPPED, which cannot be imported here
+STOPPED = 130  # megatron_srpo.core.exit_codes.STOPPED, which cannot be imported here
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ALONE = "--alone"
 SHARED_MEMORY = re.compile(r"(/dev/shm/\S+)")

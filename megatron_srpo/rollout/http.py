@@ -10,9 +10,9 @@ from typing import Any
 
 import aiohttp
 
+from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import GenerateRequest, SamplingSettings
 from megatron_srpo.rollout.server_process import MODEL_NAME
-from megatron_srpo.types import Rollout
 
 NOT_FINITE = -9999.0  # what vLLM's server puts in place of a log-prob that JSON cannot carry
 UNPUBLISHED = "default"  # vLLM's version of weights that came from a folder

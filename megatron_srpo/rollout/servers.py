@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from megatron_srpo.config import RolloutConfig
+from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, SamplingSettings, check_lengths
 from megatron_srpo.rollout.fleet import Fleet, Server
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from megatron_srpo.rollout.http import ServerClient, ServerError, UnacceptableRequest, everywhere
 from megatron_srpo.rollout.server_process import ServerProcess, server_environment, visible_devices
 from megatron_srpo.rollout.vllm_engine import EngineSettings, check_model
-from megatron_srpo.types import Rollout
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 

@@ -32,7 +32,7 @@ def limit_files(size: int) -> None:
 
 def _live(model: Path, out: Path) -> dict:
     from megatron_srpo.checkpoints.saving import Checkpoints
-    from megatron_srpo.config import UserError
+    from megatron_srpo.core.errors import UserError
     from megatron_srpo.mcore import checkpoint, generators
     from megatron_srpo.mcore.control import Control
 

@@ -25,7 +25,7 @@ VOCAB = 101  # odd: padded for TP 2
 
 def _rows(dp_rank: int, dp_size: int) -> list:
     """Four packed rows of 24 tokens in three sequences; each data-parallel rank takes its part."""
-    from megatron_srpo.types import PackedBatch
+    from megatron_srpo.core.records import PackedBatch
 
     rows = []
     for number in range(4):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo import cli
 from megatron_srpo.bridge import read_config
-from megatron_srpo.config import Config, UserError
+from megatron_srpo.config import Config
 from megatron_srpo.config.load import to_toml_value
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.run import cli
 from tests.distributed_harness import run_distributed
 from tests.tiny_models import make_tiny_model
 
@@ -58,7 +59,7 @@ def _rehearsed_alone(model, file):
 
     from megatron_srpo.mcore.model import uneven_layout
     from megatron_srpo.plan.layout import Layout, stage_layers
-    from megatron_srpo.planning import check
+    from megatron_srpo.run.planning import check
 
     for layers, pipeline, virtual in ((94, 8, 1), (94, 4, 2), (9, 4, 1), (36, 4, 3), (7, 2, 2)):
         pieces = uneven_layout(layers, pipeline, virtual)

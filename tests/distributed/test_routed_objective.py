@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_srpo.algorithms.routing import route
+from megatron_srpo.batching.packing import plan_batch, share_of
 from megatron_srpo.config import Config
-from megatron_srpo.packing import plan_batch, share_of
-from megatron_srpo.routing import route
-from megatron_srpo.types import Prompt, Reward, Rollout, Row
+from megatron_srpo.core.records import Prompt, Reward, Rollout, Row
 from tests.distributed_harness import run_distributed
 from tests.routed_reference import Reference, count_choices, hub_names, load, put_weights, response_logprobs
 from tests.tiny_models import make_tiny_model
@@ -225,10 +225,10 @@ def head_apart(fused, given):
 def run_variants(variants, layout, student, teacher, samples_of):
     """What each optimiser step of each variant saw and did: samples, weights before it, gradients, metrics."""
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
+    from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
-    from megatron_srpo.objective import Objective
     from megatron_srpo.trainer import Trainer
 
     path = choose_device("auto", 0)

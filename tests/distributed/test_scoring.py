@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_srpo.config import RewardConfig, UserError
-from megatron_srpo.types import Prompt, Reward, Rollout
+from megatron_srpo.config import RewardConfig
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Prompt, Reward, Rollout
 from tests.distributed_harness import run_distributed
 
 JUDGE = """
@@ -28,7 +29,7 @@ def _score(judge, broken):
     from megatron_srpo.mcore.control import Control
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rewards import RewardPool
-    from megatron_srpo.scoring import RewardScorer
+    from megatron_srpo.run.scoring import RewardScorer
 
     topology = groups.initialize(ParallelConfig(), choose_device("cpu", 0), seed=1, timeout_minutes=2)
     control = Control(topology)

@@ -20,8 +20,8 @@ import psutil
 import pytest
 import torch
 
-from megatron_srpo import exit_codes
 from megatron_srpo.config import load_config
+from megatron_srpo.core import exit_codes
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]

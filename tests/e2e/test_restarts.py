@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 
 ROOT = Path(__file__).parents[2]
 RANK = """

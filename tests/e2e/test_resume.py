@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from megatron_srpo import exit_codes
 from megatron_srpo.checkpoints.folder import damage, published, read_manifest
+from megatron_srpo.core import exit_codes
 from tests import tiny_run
 
 RANKS = 2  # data parallel: the distributed optimizer's shards differ between the ranks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 from slurm.supervisor import CRASH_LOOP
 from tests.slurm.jobs import Inputs, SubmittedJob
 

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_srpo import cli
 from megatron_srpo.checkpoints import find_latest, resolve, whole
 from megatron_srpo.checkpoints.changes import changes, kind_of
 from megatron_srpo.checkpoints.folder import best, damage, published, read_manifest
 from megatron_srpo.checkpoints.saving import Checkpoints
-from megatron_srpo.config import Config, ConfigError, UserError
+from megatron_srpo.config import Config
 from megatron_srpo.config.load import config_fields
+from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.run import cli
 
 ALONE = SimpleNamespace(  # the control channel of a world of one
     share=lambda compute: compute(), collect=lambda mine: [mine], any=bool, rank=0, world_size=1, is_driver=True

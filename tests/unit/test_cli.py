@@ -15,10 +15,11 @@ import pytest
 import typer
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_srpo import cli, exit_codes
-from megatron_srpo.config import ConfigError, UserError
 from megatron_srpo.config.reference import defaults
-from megatron_srpo.output_lock import OutputLock
+from megatron_srpo.core import exit_codes
+from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.run import cli
+from megatron_srpo.run.output_lock import OutputLock
 
 ROOT = Path(__file__).resolve().parents[2]
 FROZEN = Path(__file__).with_name("cli_frozen.txt")
@@ -72,7 +73,7 @@ def run_file(tmp_path, monkeypatch):
 
 
 class FakeLaunch:
-    """Stands for megatron_srpo.launch and keeps what it was called with."""
+    """Stands for megatron_srpo.run.launch and keeps what it was called with."""
 
     def __init__(self, result=0):
         self.result, self.calls = result, []
@@ -93,8 +94,8 @@ class FakeLaunch:
 @pytest.fixture
 def launch(monkeypatch):
     fake = FakeLaunch()
-    monkeypatch.setitem(sys.modules, "megatron_srpo.launch", fake)
-    monkeypatch.setattr("megatron_srpo.launch", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "megatron_srpo.run.launch", fake)
+    monkeypatch.setattr("megatron_srpo.run.launch", fake, raising=False)
     return fake
 
 
@@ -219,7 +220,7 @@ def test_eval_refuses_what_it_cannot_do(run_file, launch, capfd, arguments, expe
 
 def test_a_server_takes_a_configuration_for_any_number_of_ranks(run_file, monkeypatch, capfd):
     served = []
-    monkeypatch.setattr("megatron_srpo.engines.serve", lambda config, host, port: served.append((host, port)))
+    monkeypatch.setattr("megatron_srpo.run.engines.serve", lambda config, host, port: served.append((host, port)))
     assert cli.main(["serve", str(run_file), "--port=8001"]) == 0, capfd.readouterr().err
     assert served == [("127.0.0.1", 8001)]
 

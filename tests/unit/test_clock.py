@@ -10,10 +10,13 @@ from pathlib import Path
 import megatron_srpo
 from megatron_srpo.config import RewardConfig
 from megatron_srpo.rewards import RewardPool, RewardTask
-from megatron_srpo.stopping import SAME_REQUEST_SECONDS, StopRequest
+from megatron_srpo.run.stopping import SAME_REQUEST_SECONDS, StopRequest
 
 PACKAGE = Path(megatron_srpo.__file__).parent
-FOR_PEOPLE_ONLY = {"cli.py": "the time in torchrun's report", "checkpoints/saving.py": "when a checkpoint was written"}
+FOR_PEOPLE_ONLY = {
+    "run/cli.py": "the time in torchrun's report",
+    "checkpoints/saving.py": "when a checkpoint was written",
+}
 
 
 WALL_CLOCK = re.compile(r"\btime\.(time|time_ns|localtime|ctime)\(|\.(now|today|utcnow)\(")

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.config import Config, ConfigError, UserError, load_config, nearest_key, save_resolved, to_toml
+from megatron_srpo.config import Config, load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.load import OTHER_NAMES, config_fields, to_toml_value
 from megatron_srpo.config.reference import comments, defaults, markdown
+from megatron_srpo.core.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = '[model]\npath = "m"\n[data]\ntrain = "t.jsonl"\n'

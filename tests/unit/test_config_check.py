@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from megatron_srpo.config import Config, ConfigError, check, read_model_folder
+from megatron_srpo.config import Config, check, read_model_folder
 from megatron_srpo.config.check import contradictions
+from megatron_srpo.core.errors import ConfigError
 
 # The numbers of Qwen3-8B's config.json.
 QWEN3_8B = {

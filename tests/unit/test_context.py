@@ -8,9 +8,9 @@ from megatron_srpo.mcore import cpu_shim
 
 cpu_shim.install()
 
+from megatron_srpo.batching.packing import pack_rows  # noqa: E402
+from megatron_srpo.core.records import Padding, RoutedSample, Row  # noqa: E402
 from megatron_srpo.mcore.context import local_part, positions_by_rank  # noqa: E402
-from megatron_srpo.packing import pack_rows  # noqa: E402
-from megatron_srpo.types import Padding, RoutedSample, Row  # noqa: E402
 
 
 @given(size=st.integers(2, 4), chunks=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_srpo.config import DataConfig
+from megatron_srpo.core.records import Prompt
 from megatron_srpo.data import DataError, Example, PromptLoader, load_tokenizer, render_prompts
-from megatron_srpo.types import Prompt
 from tests.unit.chat_tokenizer import chat_tokenizer
 
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_srpo.config import DataConfig, TeacherConfig
+from megatron_srpo.core.records import Prompt
 from megatron_srpo.data import DataError, TeacherPromptBuilder, strip_thinking
-from megatron_srpo.types import Prompt
 from tests.unit.chat_tokenizer import TEMPLATE, chat_tokenizer
 
 TOKENIZER = chat_tokenizer()

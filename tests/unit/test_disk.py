@@ -8,7 +8,7 @@ import os
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_srpo.disk import disk_problem
+from megatron_srpo.core.disk import disk_problem
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/metrics.jsonl")
 

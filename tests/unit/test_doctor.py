@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_srpo import doctor
-from megatron_srpo.doctor import Machine, examine, show
+from megatron_srpo.run import doctor
+from megatron_srpo.run.doctor import Machine, examine, show
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
@@ -161,7 +161,7 @@ def test_json_carries_the_same_and_the_exit_code_says_whether_it_can_run(machine
 
 def test_the_probe_sees_this_machine():
     # In a process of its own: choosing the CPU path patches torch.
-    code = "from megatron_srpo import doctor; doctor.IMPORTS = 'import json'; doctor.report(as_json=True)"
+    code = "from megatron_srpo.run import doctor; doctor.IMPORTS = 'import json'; doctor.report(as_json=True)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
     states = {item["name"]: item["state"] for item in told["findings"]}

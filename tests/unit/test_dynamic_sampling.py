@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_srpo.algorithms.routing import RewardedGroups
 from megatron_srpo.config import AlgorithmConfig, Config
-from megatron_srpo.routing import RewardedGroups
+from megatron_srpo.core.records import Prompt, Reward, Rollout
+from megatron_srpo.run.watchdog import Watchdog
 from megatron_srpo.trainer import Trainer
-from megatron_srpo.types import Prompt, Reward, Rollout
-from megatron_srpo.watchdog import Watchdog
 
 MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
 

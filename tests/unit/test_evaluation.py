@@ -1,7 +1,7 @@
 """avg@k, pass@k and maj@k of sampled answers, by hand."""
 
-from megatron_srpo.evaluation import accuracy_metrics
-from megatron_srpo.types import Reward, Rollout
+from megatron_srpo.core.records import Reward, Rollout
+from megatron_srpo.run.evaluation import accuracy_metrics
 
 
 def answers(prompt, *given):

@@ -17,7 +17,7 @@ from examples.tiny.runs import open_run, place_inputs, request_of, shown_path
 from examples.tiny.warm_start import WarmStart, warm_started_model
 from examples.worksheet import compare, report
 from examples.worksheet.task import Worksheet
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 
 REQUEST = {"algorithm": "srpo", "seed": 0}
 

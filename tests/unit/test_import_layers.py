@@ -11,27 +11,19 @@ PACKAGE = "megatron_srpo"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 
 EVERYTHING = None
-BASE = {"types", "config"}
-# Units (a module or a folder directly under the package) that may import more than `types` and `config`; all others,
-# future ones included, may import those two and what is in their own folder.
+BASE = {"core", "config"}
+# Rooms (a module or a folder directly under the package) and what they may import; all others, future ones included, may
+# import BASE and what is in their own folder.
 ALLOWED = {
-    "types": set(),
-    "config": set(),
-    "trainer": BASE | {"routing", "packing"},
-    "checkpoints": BASE | {"disk"},
-    "torchrun": BASE | {"stopping", "exit_codes"},  # how a run ends
-    "stopping": BASE | {"exit_codes"},
-    "driver": BASE | {"data", "rewards", "observe"},
-    "scoring": BASE | {"rewards"},  # joins the rewards' workers to the ranks
-    "objective": BASE | {"losses"},  # joins the losses to the trainer's passes
-    "conversion": BASE | {"bridge", "mcore", "checkpoints", "disk"},  # Hugging Face's names in Megatron's files
+    "core": set(),
+    "config": {"core"},
+    "batching": BASE | {"algorithms"},
+    "trainer": BASE | {"algorithms", "batching"},
+    "conversion": BASE | {"bridge", "mcore", "checkpoints"},  # Hugging Face's names in Megatron's files
     "comparison": BASE | {"bridge", "mcore"},
-    "launch": EVERYTHING,  # builds the parts
-    "engines": EVERYTHING,  # one of them
-    "cli": EVERYTHING,
-    "doctor": EVERYTHING,  # a command of the cli
-    "planning": EVERYTHING,  # another
-    "__main__": EVERYTHING,
+    "run": EVERYTHING,  # builds the parts and starts them
+    "torchrun": {"run"},  # the name by which users start it
+    "__main__": {"run"},
 }
 # Foreign packages that only these places may import; everything else is tested without them.
 FOREIGN = {
@@ -102,16 +94,16 @@ def test_the_package_itself_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("path", "source", "offender"),
     [
-        ("routing.py", "from megatron_srpo.packing import plan_batch", "packing"),
-        ("routing.py", "from megatron_srpo import trainer", "trainer"),
-        ("types.py", "import megatron_srpo.config", "no sibling"),
+        ("routing.py", "from megatron_srpo.batching.packing import plan_batch", "packing"),
+        ("algorithms/routing.py", "from megatron_srpo import trainer", "trainer"),
+        ("core/records.py", "import megatron_srpo.config", "no sibling"),
         ("trainer.py", "def f():\n    from megatron_srpo.mcore.step import x", "mcore"),
-        ("observe/report.py", "from ..routing import route", "routing"),
-        ("observe/__init__.py", "from .. import packing", "packing"),
+        ("observe/report.py", "from ..algorithms.routing import route", "algorithms"),
+        ("observe/__init__.py", "from .. import batching", "batching"),
         ("trainer.py", "def f():\n    import megatron.core.optimizer", "megatron.core"),
         ("mcore/step.py", "import vllm", "vllm"),
         ("bridge/rules.py", "from vllm import LLM", "vllm"),
-        ("routing.py", "import importlib\nimportlib.import_module('wandb')", "wandb"),
+        ("algorithms/routing.py", "import importlib\nimportlib.import_module('wandb')", "wandb"),
         ("trainer.py", "class A:\n    def f(self):\n        if 1:\n            import wandb.sdk", "wandb.sdk"),
     ],
 )
@@ -122,10 +114,13 @@ def test_a_forbidden_import_is_found(path, source, offender):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("routing.py", "import torch\nfrom megatron_srpo.types import Prompt\nfrom megatron_srpo import config"),
+        (
+            "algorithms/routing.py",
+            "import torch\nfrom megatron_srpo.core.records import Prompt\nfrom megatron_srpo import config",
+        ),
         ("observe/observer.py", "from megatron_srpo.observe.metrics import JsonlWriter\nfrom . import report"),
-        ("trainer.py", "from megatron_srpo.routing import route"),
-        ("launch.py", "from megatron_srpo.mcore.policy import Policy"),
+        ("trainer.py", "from megatron_srpo.algorithms.routing import route"),
+        ("run/launch.py", "from megatron_srpo.mcore.policy import Policy"),
         ("mcore/step.py", "from megatron.core import parallel_state"),
         ("bridge/worker.py", "import vllm"),
         ("observe/trackers.py", "def f():\n    import wandb"),

@@ -9,7 +9,7 @@ import statistics
 import pytest
 from PIL import Image
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.observe.report import (
     Interval,
     comparison_table,

@@ -2,10 +2,10 @@
 
 import json
 
+from megatron_srpo.algorithms.routing import route
 from megatron_srpo.config import AlgorithmConfig, Config
+from megatron_srpo.core.records import Prompt, Reward, Rollout
 from megatron_srpo.observe import Observer
-from megatron_srpo.routing import route
-from megatron_srpo.types import Prompt, Reward, Rollout
 from tests.unit.test_routing import Teacher
 
 

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from megatron_srpo.config import UserError
-from megatron_srpo.output_lock import LOCK_FILE, OutputLock
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.run.output_lock import LOCK_FILE, OutputLock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from megatron_srpo.output_lock import OutputLock
+from megatron_srpo.run.output_lock import OutputLock
 lock = OutputLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.config import UserError
-from megatron_srpo.packing import (
+from megatron_srpo.batching.packing import (
     NO_PADDING,
     pack_rows,
     padded_length,
@@ -21,7 +20,8 @@ from megatron_srpo.packing import (
     sample_cost,
     share_of,
 )
-from megatron_srpo.types import PackedBatch, Padding, RoutedSample, Row, TokenScores
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import PackedBatch, Padding, RoutedSample, Row, TokenScores
 
 
 def make(group=0, sample=0, prompt=3, response=2, *, policy=1.0, distill=0.0, advantage=0.5, teacher=5) -> RoutedSample:

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from megatron_srpo import cli
 from megatron_srpo.config import contradictions, load_config
 from megatron_srpo.plan import SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
@@ -15,7 +14,8 @@ from megatron_srpo.plan.duration import forward_flops, generate_seconds, iterati
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import stage_parameters
 from megatron_srpo.plan.search import evaluate
-from megatron_srpo.planning import _engine_nodes
+from megatron_srpo.run import cli
+from megatron_srpo.run.planning import _engine_nodes
 
 H100 = machine_of("h100")
 SMALL = Workload(prompts=4, samples=4, response_mean=300, response_max=1000, teacher_prompt_max=2000, prompt_max=500)

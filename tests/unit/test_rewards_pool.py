@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo.config import RewardConfig, UserError
+from megatron_srpo.config import RewardConfig
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Reward
 from megatron_srpo.rewards import RewardPool, RewardTask
-from megatron_srpo.types import Reward
 
 ROOT = Path(__file__).resolve().parents[2]
 JUDGE = """

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from megatron_srpo.config import Config, RolloutConfig
-from megatron_srpo.exit_codes import STOPPED
+from megatron_srpo.core.exit_codes import STOPPED
+from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, server_process
 from megatron_srpo.rollout.environment import COMMON, CPU
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
@@ -25,7 +26,6 @@ from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from megatron_srpo.rollout.http import BadAnswer, ServerClient, read_answer
 from megatron_srpo.rollout.server_process import ServerProcess, become_server, check_address, server_environment
 from megatron_srpo.rollout.vllm_engine import EngineSettings
-from megatron_srpo.types import Rollout
 from tests.fake_server import answer, damaged
 from tests.tiny_models import make_tiny_model
 

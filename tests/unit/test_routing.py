@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.config import AlgorithmConfig, UserError
-from megatron_srpo.routing import ROUTINGS, group_advantages, route, stable_hash
-from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
+from megatron_srpo.algorithms.routing import ROUTINGS, group_advantages, route, stable_hash
+from megatron_srpo.config import AlgorithmConfig
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
 
 METHODS = ("srpo", "grpo", "sdpo", "mix")
 POLICY, DISTILL, MIXED, OUT = (1.0, 0.0), (0.0, 1.0), (0.9, 0.1), (0.0, 0.0)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.mcore.safe_files import INDEX, read_index, read_tensors, refuse_objects
 
 

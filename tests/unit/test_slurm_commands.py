@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.config import load_config
-from megatron_srpo.exit_codes import DONE, MISTAKE
+from megatron_srpo.core.exit_codes import DONE, MISTAKE
 from megatron_srpo.rollout.guard import TOKEN_VARIABLE
 from slurm import commands, launch, serve
 from slurm.job import BrokenJob, Job, job_from, parse

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from examples.tiny.launch import free_port
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 from slurm import health, node
 from tests.tiny_models import make_tiny_model
 

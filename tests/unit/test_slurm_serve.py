@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 from slurm.serve import RESTARTS
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 from slurm.supervisor import CRASH_LOOP, CRASHED, outcome
 
 ROOT = Path(__file__).parents[2]

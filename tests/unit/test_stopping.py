@@ -12,8 +12,8 @@ import threading
 import psutil
 import pytest
 
-from megatron_srpo import stopping
-from megatron_srpo.stopping import REQUEUE, SAME_REQUEST_SECONDS, SIGNALS, StopRequest
+from megatron_srpo.run import stopping
+from megatron_srpo.run.stopping import REQUEUE, SAME_REQUEST_SECONDS, SIGNALS, StopRequest
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def installed(monkeypatch, *, torchrun, speaks=True):
 
 STARTING = """
 import os, sys, time
-from megatron_srpo.stopping import EarlyStop
+from megatron_srpo.run.stopping import EarlyStop
 with EarlyStop(speaks=sys.argv[1] == "1"):
     os.write(1, b".")
     os.read(0, 1)  # where no instruction of Python's comes until the pipe is written to
@@ -155,7 +155,7 @@ rank.wait()
 """
 RANK = """
 import signal, sys, time
-from megatron_srpo import stopping
+from megatron_srpo.run import stopping
 signal.signal(signal.SIGTERM, lambda *unused: sys.exit(0))
 stopping.end_with_launcher()
 print("ready", flush=True)

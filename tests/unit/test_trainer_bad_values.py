@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_srpo.config import AlgorithmConfig, Config, UserError
-from megatron_srpo.packing import plan_batch, share_of
-from megatron_srpo.routing import route
+from megatron_srpo.algorithms.routing import route
+from megatron_srpo.batching.packing import plan_batch, share_of
+from megatron_srpo.config import AlgorithmConfig, Config
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Prompt, Reward, Rollout, TokenScores
 from megatron_srpo.trainer import Trainer, consecutive_skips
-from megatron_srpo.types import Prompt, Reward, Rollout, TokenScores
 from tests.unit.test_trainer_passes import CountingPolicy, Scores, sample
 
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_srpo.batching.packing import plan_batch, share_of
 from megatron_srpo.config import Config
-from megatron_srpo.packing import plan_batch, share_of
+from megatron_srpo.core.records import Padding, RoutedSample
 from megatron_srpo.trainer import Trainer
-from megatron_srpo.types import Padding, RoutedSample
 
 TEACHER_PROMPT = [1] * 9
 

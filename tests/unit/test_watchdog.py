@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 
-from megatron_srpo.watchdog import Watchdog
+from megatron_srpo.run.watchdog import Watchdog
 
 
 def quiet(clock, limit=60.0) -> Watchdog:
@@ -64,7 +64,7 @@ def test_a_hanging_process_shows_its_stack_also_where_python_threads_cannot_run(
         script = textwrap.dedent(
             f"""
             import ctypes, os, sys, threading
-            from megatron_srpo.watchdog import Watchdog
+            from megatron_srpo.run.watchdog import Watchdog
             threading.Timer(0.8, lambda: os._exit(0)).start()
             def the_culprit():
                 {hang}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron_srpo.core.records import Prompt, Reward, Rollout
 from megatron_srpo.rewards import RewardPool, RewardTask
-from megatron_srpo.types import Prompt, Reward, Rollout
 
 Place = tuple[int, int]  # prompt, sample
 

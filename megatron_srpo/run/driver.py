@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from megatron_srpo.config import Config, ConfigError, read_model_folder
+from megatron_srpo.config import Config, read_model_folder
+from megatron_srpo.core.errors import ConfigError
 
 
 class Prompting:

@@ -24,19 +24,12 @@ from typing import Annotated
 
 import typer
 
-from megatron_srpo import exit_codes, stopping
-from megatron_srpo.config import (
-    Config,
-    ConfigError,
-    UserError,
-    contradictions,
-    listed,
-    load_config,
-    nearest_key,
-    read_model_folder,
-)
-from megatron_srpo.disk import disk_problem
-from megatron_srpo.output_lock import OutputLock
+from megatron_srpo.config import Config, contradictions, listed, load_config, nearest_key, read_model_folder
+from megatron_srpo.core import exit_codes
+from megatron_srpo.core.disk import disk_problem
+from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.run import stopping
+from megatron_srpo.run.output_lock import OutputLock
 
 PACKAGE = "megatron_srpo"
 TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set: tracebacks for users' mistakes too
@@ -64,7 +57,7 @@ def train(context: typer.Context, config: ConfigFile) -> int:
     check_run(settings, train=True)
     run_alone()
     with stopping.EarlyStop(speaks=is_driver()), _open_output(settings) if is_driver() else nullcontext():
-        from megatron_srpo import launch
+        from megatron_srpo.run import launch
 
         return launch.train(settings)
 
@@ -95,7 +88,7 @@ def evaluate(
     settings = load_config(config, overrides)
     check_run(settings, splits=(split,))
     run_alone()
-    from megatron_srpo import launch
+    from megatron_srpo.run import launch
 
     return launch.evaluate(settings, checkpoint=checkpoint, split=split)
 
@@ -110,7 +103,7 @@ def serve(
     """Be one rollout server for runs with rollout.servers, on this machine (docs/rollout-engines.md)."""
     settings = load_config(config, context.obj)
     check_run(settings, ranks=False)
-    from megatron_srpo import engines
+    from megatron_srpo.run import engines
 
     engines.serve(settings, host, port)
     return 0
@@ -119,7 +112,7 @@ def serve(
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> int:
     """What is installed, which device path will be taken, what is missing and how to get it."""
-    from megatron_srpo.doctor import report as examine
+    from megatron_srpo.run.doctor import report as examine
 
     return examine(as_json=as_json)
 
@@ -150,8 +143,8 @@ def plan(
 
     With --check CONFIG every distinct rank of that configuration is built, without memory for weights.
     """
-    from megatron_srpo import planning
     from megatron_srpo.plan import Workload
+    from megatron_srpo.run import planning
 
     if check is not None:
         if write is not None or as_json:

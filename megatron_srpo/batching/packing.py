@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_srpo.config import UserError
-from megatron_srpo.types import BatchPlan, MiniBatchPlan, PackedBatch, Padding, RoutedSample, Row, TokenScores
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, PackedBatch, Padding, RoutedSample, Row, TokenScores
 
 # Cost of a sequence of n tokens: n + n²/ATTENTION_LENGTH, in units of one token's matrix products. A layer needs about
 # 24·H² operations a token and 2·H·n for its causal attention: they are equal at n = 12·H, H = 4096 here.

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.plan import (
     Architecture,
     Layout,

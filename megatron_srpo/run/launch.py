@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo import exit_codes
 from megatron_srpo.config import Config, read_model_folder, save_resolved
-from megatron_srpo.driver import DriverParts
-from megatron_srpo.engines import build_engine
-from megatron_srpo.stopping import StopRequest
-from megatron_srpo.watchdog import Watchdog
+from megatron_srpo.core import exit_codes
+from megatron_srpo.run.driver import DriverParts
+from megatron_srpo.run.engines import build_engine
+from megatron_srpo.run.stopping import StopRequest
+from megatron_srpo.run.watchdog import Watchdog
 
 
 @dataclass
@@ -60,7 +60,7 @@ def _quiet() -> None:
 def _build_scorer(config: Config, session: Session, driver: DriverParts | None, closing: ExitStack) -> Any:
     """Reward workers on every rank that speaks for an engine; the configured number is shared among them."""
     from megatron_srpo.rewards import RewardPool
-    from megatron_srpo.scoring import RewardScorer
+    from megatron_srpo.run.scoring import RewardScorer
 
     control, engine_size = session.control, config.rollout.tensor_parallel_size
     if config.rollout.placement == "servers":
@@ -112,8 +112,8 @@ class Evaluator:
         self._prompts = prompts[:limit] if limit else prompts
 
     def __call__(self) -> dict[str, float] | None:
-        from megatron_srpo.evaluation import accuracy_metrics
         from megatron_srpo.rollout import SamplingSettings
+        from megatron_srpo.run.evaluation import accuracy_metrics
 
         config = self._config
         # Iteration −1: the same seeds at every evaluation, so that curves differ by the weights alone.
@@ -213,9 +213,9 @@ def _assemble(
     """Policy, engine and everything else of the loop; returns (parts, the checkpoint that they go on from, if any)."""
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.checkpoints.saving import Checkpoints
+    from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import checkpoint
     from megatron_srpo.mcore.device import device_name
-    from megatron_srpo.objective import Objective
     from megatron_srpo.plan import Architecture, Meter
     from megatron_srpo.trainer import Parts
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megatron_srpo.config import Config
+from megatron_srpo.core.records import HeadInput, PackedBatch, TokenScores
 from megatron_srpo.losses import LinearHead, LossSettings, dynamic_weights, routed_loss
-from megatron_srpo.types import HeadInput, PackedBatch, TokenScores
 
 
 class Objective:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_srpo.types import Reward, Rollout
+from megatron_srpo.core.records import Reward, Rollout
 
 
 def accuracy_metrics(

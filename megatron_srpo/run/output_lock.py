@@ -12,7 +12,7 @@ import os
 import socket
 from pathlib import Path
 
-from megatron_srpo.config import UserError
+from megatron_srpo.core.errors import UserError
 
 LOCK_FILE = "run.lock"
 

@@ -22,8 +22,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megatron_srpo.config import AlgorithmConfig, UserError
-from megatron_srpo.types import Prompt, Reward, Rollout, RoutedSample
+from megatron_srpo.config import AlgorithmConfig
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
 
 STD_EPSILON = 1e-6
 

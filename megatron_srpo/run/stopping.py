@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from megatron_srpo import exit_codes
+from megatron_srpo.core import exit_codes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEUE = signal.SIGUSR1

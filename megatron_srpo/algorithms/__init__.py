@@ -1,0 +1,1 @@
+"""What an algorithm is: groups, credit, teacher sources, one file a method."""

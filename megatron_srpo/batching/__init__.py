@@ -1,0 +1,1 @@
+"""Samples to packed rows: who forwards what, in which row."""

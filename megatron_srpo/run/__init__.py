@@ -1,0 +1,1 @@
+"""How a process lives: the command line, assembling a run, stopping, the watchdog, doctor."""
