@@ -142,7 +142,7 @@ class Step:
 def train_step(hf: dict[str, Any], load: Callable[[Any], None], dtype: str, recompute: str = "none") -> Step:
     """Of the trainer's own policy on one rank: ROWS packed rows of two sequences, and the optimiser."""
     from megatron_srpo.config import Config
-    from megatron_srpo.core.records import PackedBatch
+    from megatron_srpo.core.tensors import PackedBatch
     from megatron_srpo.losses import LinearHead
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
@@ -157,7 +157,7 @@ def train_step(hf: dict[str, Any], load: Callable[[Any], None], dtype: str, reco
     ids = torch.randint(0, 1000, (ROW,))
     bounds = torch.tensor([0, ROW // 2, ROW], dtype=torch.int32)
     zeros = torch.zeros(ROW)
-    row = PackedBatch(ids, ids.roll(-1), torch.arange(ROW), bounds, torch.ones(ROW), zeros, zeros, zeros, zeros)
+    row = PackedBatch(ids, ids.roll(-1), torch.arange(ROW), bounds, torch.ones(ROW), zeros, zeros, zeros)
 
     def loss(head: Any, batch: PackedBatch) -> Any:
         whole = LinearHead(**vars(head), budget_bytes=LOGITS_MIB * 2**20)

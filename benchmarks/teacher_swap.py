@@ -100,7 +100,7 @@ def main(
             there.copy_(main)
 
     def swap() -> None:
-        with policy.teacher():
+        with policy.weights("teacher"):
             pass
 
     swap()

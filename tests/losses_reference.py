@@ -4,8 +4,14 @@ import math
 
 import torch
 
-from megatron_srpo.core.records import PackedBatch
-from megatron_srpo.losses import LossSettings
+from megatron_srpo.algorithms import Distillation
+from megatron_srpo.algorithms.section import algorithm
+from megatron_srpo.core.tensors import PackedBatch, Scores
+
+
+def settings(**keys) -> Distillation:
+    """SRPO's, β = 1, with these keys."""
+    return algorithm("srpo", **keys)
 
 
 def divergence(p, q, alpha):
@@ -30,7 +36,7 @@ def coarse(logp, ids, tail):
     return [x / sum(kept) for x in kept]
 
 
-def objective(logits, teacher, batch: PackedBatch, s: LossSettings, loss_tokens, weight_mean, sequences):
+def objective(logits, teacher, batch: PackedBatch, s: Distillation, loss_tokens, weight_mean, sequences):
     """The sum over tokens of SRPO §3.3. logits, teacher [T, V] float64; sequences [T] sequence numbers."""
     logp = logits.log_softmax(-1)
     logq = teacher.log_softmax(-1)
@@ -39,11 +45,11 @@ def objective(logits, teacher, batch: PackedBatch, s: LossSettings, loss_tokens,
         if batch.loss_mask[t] == 0:
             continue
         lp = logp[t, batch.targets[t]]
-        old = lp.detach() if batch.old_logprobs is None else batch.old_logprobs[t]
+        old = lp.detach() if batch.scores.logprob is None else batch.scores.logprob[t]
         rho, advantage = (lp - old).exp(), batch.advantages[t]
         clipped = min(
-            max(rho, torch.tensor(1 - s.clip_low, dtype=torch.float64)),
-            torch.tensor(1 + s.clip_high, dtype=torch.float64),
+            max(rho, torch.tensor(1 - s.clip_ratio_low, dtype=torch.float64)),
+            torch.tensor(1 + s.clip_ratio_high, dtype=torch.float64),
         )
         surrogate = min(rho * advantage, clipped * advantage)
         if s.dual_clip and advantage < 0:
@@ -51,22 +57,22 @@ def objective(logits, teacher, batch: PackedBatch, s: LossSettings, loss_tokens,
         r = correction(t, logp.detach(), batch, s, sequences)
         term = -surrogate * r
         if s.kl_loss_coef:
-            gap = batch.reference_logprobs[t] - lp
+            gap = batch.scores.reference_logprob[t] - lp
             term = term + s.kl_loss_coef * (gap.exp() - 1 - gap)
         if s.entropy_coef:
             term = term + s.entropy_coef * (logp[t].exp() * logp[t]).sum()
-        total = total + batch.policy_weight[t] * term
-        if batch.distill_weight[t] > 0:
+        total = total + batch.weights["policy"][t] * term
+        if batch.weights["distill"][t] > 0:
             p, q = logp[t].exp(), logq[t].exp()
-            if batch.topk_ids is not None:
-                ids = batch.topk_ids[t].tolist()
-                p, q = coarse(logp[t], ids, s.tail), coarse(logq[t], ids, s.tail)
+            if batch.scores.topk_ids is not None:
+                ids = batch.scores.topk_ids[t].tolist()
+                p, q = coarse(logp[t], ids, s.distillation_tail), coarse(logq[t], ids, s.distillation_tail)
             entropy = -(logq[t].exp() * logq[t]).sum()
             weight = math.exp(-s.beta * entropy) / weight_mean
             ratio = 1.0
-            if s.distill_ratio_clip and batch.old_logprobs is not None:
+            if s.distill_ratio_clip and batch.scores.logprob is not None:
                 ratio = min(float((lp.detach() - old).exp()), s.distill_ratio_clip)
-            total = total + batch.distill_weight[t] * weight * ratio * r * divergence(p, q, s.alpha)
+            total = total + batch.weights["distill"][t] * weight * ratio * r * divergence(p, q, s.divergence_alpha)
     return total / loss_tokens
 
 
@@ -74,7 +80,7 @@ def correction(t, logp, batch, s, sequences):
     """π_old/π_roll of a token under the four modes."""
 
     def log_ratio(i):
-        old = logp[i, batch.targets[i]] if batch.old_logprobs is None else batch.old_logprobs[i]
+        old = logp[i, batch.targets[i]] if batch.scores.logprob is None else batch.scores.logprob[i]
         return float(old - batch.rollout_logprobs[i])
 
     ratio, cap = math.exp(log_ratio(t)), s.rollout_correction_cap
@@ -89,7 +95,7 @@ def correction(t, logp, batch, s, sequences):
     return min(ratio, cap)
 
 
-def random_row(seed, vocab, *, k, full=False, old=False, dtype=torch.float64):
+def random_row(seed, vocab, *, k, full=False, old=False, kl=0.0, entropy=0.0):
     """A row of 3 sequences and padding: student and teacher logits [T, V], the batch, and sequence numbers."""
     g = torch.Generator().manual_seed(seed)
     lengths = [5, 1, 6, 2]  # the last one is padding
@@ -105,15 +111,20 @@ def random_row(seed, vocab, *, k, full=False, old=False, dtype=torch.float64):
     distill = torch.tensor([0.0, 0.3, 1.0, 0.0])[sequences].double()
     ids = logp.topk(k, 1)[1] if k else None
     logq = teacher.log_softmax(-1)
+    policy = torch.tensor([1.0, 0.7, 0.0, 0.0])[sequences].double()
+    weights = {"policy": policy, "distill": distill}
+    weights |= {"kl": kl * policy} if kl else {}
+    weights |= {"entropy": entropy * policy} if entropy else {}
     batch = PackedBatch(
         input_ids=targets.roll(1), targets=targets, position_ids=torch.arange(total),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), loss_mask=mask,
         # Signs alternate from token to token, which no sequence has: both clips of both signs then act in one row.
         advantages=torch.tensor([0.7, -1.1, -0.4, 0.0])[sequences].double() * (-1.0) ** torch.arange(total),
-        policy_weight=torch.tensor([1.0, 0.7, 0.0, 0.0])[sequences].double(), distill_weight=distill,
-        rollout_logprobs=at + noise[0], old_logprobs=at + noise[1] if old else None,
-        reference_logprobs=at + noise[2], topk_ids=None if full else ids,
-        teacher_logprobs=None if full else logq.gather(1, ids), teacher_logits=teacher if full else None,
-        teacher_entropy=-(logq.exp() * logq).sum(-1),
+        rollout_logprobs=at + noise[0], first_token=torch.zeros(total, dtype=torch.float64), weights=weights,
+        scores=Scores(
+            logprob=at + noise[1] if old else None, reference_logprob=at + noise[2], topk_ids=None if full else ids,
+            teacher_logprobs=None if full else logq.gather(1, ids), teacher_logits=teacher if full else None,
+            teacher_entropy=-(logq.exp() * logq).sum(-1),
+        ),
     )  # fmt: skip
     return logits, teacher, batch, sequences

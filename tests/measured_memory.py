@@ -62,7 +62,7 @@ def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, An
     of the configuration. Returns bytes by line, and where the rank stands."""
     from megatron_srpo.bridge import load_hf_weights, read_config
     from megatron_srpo.config import Config
-    from megatron_srpo.core.records import PackedBatch
+    from megatron_srpo.core.tensors import PackedBatch
     from megatron_srpo.losses import LinearHead
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
@@ -79,7 +79,7 @@ def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, An
         ids = torch.randint(0, 101, (tokens,), generator=torch.Generator().manual_seed(number))
         bounds = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
         zeros = torch.zeros(tokens)
-        return PackedBatch(ids, ids.roll(-1), torch.arange(tokens), bounds, torch.ones(tokens), *[zeros] * 4)
+        return PackedBatch(ids, ids.roll(-1), torch.arange(tokens), bounds, torch.ones(tokens), *[zeros] * 3)
 
     def loss(head: Any, batch: PackedBatch) -> Any:
         return -LinearHead(**vars(head)).gather_logprobs(batch.targets[:, None])[0].sum() / tokens, {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -74,11 +75,16 @@ def count_choices(model):
     return counts
 
 
-def response_logprobs(model, prompt, response, temperature):
-    """[R, V] log-probs of the distributions that the response tokens were drawn from."""
-    ids = torch.tensor([[*prompt, *response]])
-    logits = model(ids).logits[0, len(prompt) - 1 : -1].double()
+def stream_logprobs(model, stream, temperature):
+    """[R, V] log-probs of the distributions that the trained tokens of a sequence were drawn from."""
+    before = [i - 1 for i, trained in enumerate(stream.trained) if trained]
+    logits = model(torch.tensor([list(stream.token_ids)])).logits[0, before].double()
     return (logits / temperature).log_softmax(-1)
+
+
+def per_token(value, length):
+    """A number for every token, or one for each, as float64 [R]; what the rows carry is fp32."""
+    return torch.tensor(np.broadcast_to(np.asarray(value, dtype=np.float32), length).copy()).double()
 
 
 def divergence(logp, logq, alpha):
@@ -117,14 +123,14 @@ class Reference:
         top = behaviour.topk(self.a.distillation_topk, -1)
         if self.chosen is None:
             return top.indices
-        ids = self.chosen[sample.group, sample.sample]
+        ids = self.chosen[sample.uid, sample.sample]
         assert all(len(set(row)) == len(row) for row in ids.tolist())
         below = float((top.values[:, -1:] - behaviour.gather(1, ids)).max())
         assert below <= self.slack, f"{sample.uid}: an id {below} nats below the k-th was chosen"
         return ids
 
-    def _logp(self, model, prompt, sample):
-        return response_logprobs(model, prompt, sample.response_ids, self.temperature)
+    def _logp(self, model, stream):
+        return stream_logprobs(model, stream, self.temperature)
 
     @torch.no_grad()
     def _correction(self, old, sample):
@@ -139,58 +145,63 @@ class Reference:
         return ratio.clamp(max=cap)
 
     def _policy_term(self, logp, at, old, sample, moved):
-        a, advantage = self.a, sample.advantage
+        a, advantage = self.a, per_token(sample.advantage, len(at))
         log_ratio = at - (old if moved else at.detach())
         rho = (log_ratio.mean() if a.importance_ratio == "sequence" else log_ratio).exp().expand(len(at))
         clipped = rho.clamp(1 - a.clip_ratio_low, 1 + a.clip_ratio_high)
         gain = torch.minimum(rho * advantage, clipped * advantage)
-        if a.dual_clip and advantage < 0:
-            gain = gain.clamp(min=a.dual_clip * advantage)
+        if a.dual_clip:
+            gain = torch.where(advantage < 0, torch.maximum(gain, a.dual_clip * advantage), gain)
         return -gain, (clipped * advantage < rho * advantage).double()
 
     def step(self, student, samples, *, loss_tokens, moved):
         """(loss, metrics); call `.backward()` on the loss. `moved`: `student` is no longer `behaviour`. Samples whose
         loss is zero for all weights may be missing; `loss_tokens` counts theirs too."""
         a = self.a
-        counted = [s for s in samples if s.policy_weight or s.distill_weight]
+        counted = [s for s in samples if any(np.any(weight) for weight in s.weights.values())]
         means = {name: [0.0, 0.0] for name in NAMES}
         taught = {}  # by position in `counted`: teacher log-probs
         with torch.no_grad():
             for i, s in enumerate(counted):
-                if s.distill_weight > 0:
-                    taught[i] = self._logp(self.teacher, s.teacher_ids, s)
+                if "distill" in s.weights:
+                    taught[i] = self._logp(self.teacher, s.teacher)
                     if self.trust:  # the lerp of the logits; their normalisers make no difference to the softmax
-                        own = self._logp(self.behaviour, s.teacher_ids, s)
+                        own = self._logp(self.behaviour, s.teacher)
                         taught[i] = ((1 - self.trust) * taught[i] + self.trust * own).log_softmax(-1)
         entropies = {i: -(logq.exp() * logq).sum(-1) for i, logq in taught.items()}
+        distilled = {i: per_token(counted[i].weights["distill"], len(h)) for i, h in entropies.items()}
         weights = {i: (-a.beta * h).exp() for i, h in entropies.items()}
-        omega = sum(len(w) for w in weights.values())
-        mean = sum(float(w.sum()) for w in weights.values()) / omega if omega else 1.0
+        omega = sum(int((d > 0).sum()) for d in distilled.values())
+        mean = sum(float(w[distilled[i] > 0].sum()) for i, w in weights.items()) / omega if omega else 1.0
         total, tops = sum(p.sum() for p in student.parameters()) * 0, {"gap": 0.0, "distill_weight": 0.0}
 
-        def log(name, values, over=1.0):
+        def log(name, values, over=None):
+            over = torch.ones_like(values.detach()) if over is None else over
             means[name][0] += float((values.detach() * over).sum())
-            means[name][1] += len(values) * over
+            means[name][1] += float(over.sum())
 
         for i, s in enumerate(counted):
-            logp = self._logp(student, s.prompt_ids, s)
-            at = logp.gather(1, torch.tensor(s.response_ids)[:, None])[:, 0]
+            ids = torch.tensor([t for t, on in zip(s.student.token_ids, s.student.trained, strict=True) if on])
+            weight = {name: per_token(value, len(ids)) for name, value in s.weights.items()}
+            nothing = torch.zeros(len(ids)).double()
+            logp = self._logp(student, s.student)
+            at = logp.gather(1, ids[:, None])[:, 0]
             with torch.no_grad():
-                behaviour = self._logp(self.behaviour, s.prompt_ids, s)
-            old = behaviour.gather(1, torch.tensor(s.response_ids)[:, None])[:, 0]
+                behaviour = self._logp(self.behaviour, s.student)
+            old = behaviour.gather(1, ids[:, None])[:, 0]
             r = self._correction(old, s)
             gain, clipped = self._policy_term(logp, at, old, s, moved)
             entropy = -(logp.exp() * logp).sum(-1)
-            term = r * gain - a.entropy_coef * entropy
+            total = total + (weight.get("policy", nothing) * r * gain).sum()
+            total = total - (weight.get("entropy", nothing) * entropy).sum()
             if a.kl_loss_coef:
                 with torch.no_grad():
-                    ref = self._logp(self.reference, s.prompt_ids, s)
-                gap = ref.gather(1, torch.tensor(s.response_ids)[:, None])[:, 0] - at
-                term = term + a.kl_loss_coef * (gap.exp() - 1 - gap)
+                    ref = self._logp(self.reference, s.student)
+                gap = ref.gather(1, ids[:, None])[:, 0] - at
+                total = total + (weight.get("kl", nothing) * (gap.exp() - 1 - gap)).sum()
                 log("kl_loss", gap.exp() - 1 - gap)
-            total = total + s.policy_weight * term.sum()
             rollout = torch.tensor(s.rollout_logprobs, dtype=torch.float32).double()
-            on_policy = float(s.policy_weight > 0)
+            on_policy = (weight.get("policy", nothing) > 0).double()
             log("pg_loss", gain, on_policy)
             log("pg_clipfrac", clipped, on_policy)
             log("entropy", entropy)
@@ -203,19 +214,19 @@ class Reference:
             if i in taught:
                 p, q = logp, taught[i]
                 if a.distillation_topk:
-                    ids = self._topk(behaviour, s)
-                    p, q = reduced(p, ids, a.distillation_tail), reduced(q, ids, a.distillation_tail)
+                    top = self._topk(behaviour, s)
+                    p, q = reduced(p, top, a.distillation_tail), reduced(q, top, a.distillation_tail)
                 d = divergence(p, q, a.divergence_alpha)
                 ratio = torch.ones_like(at)
                 if moved and a.distill_ratio_clip:
                     ratio = (at.detach() - old).exp().clamp(max=a.distill_ratio_clip)
-                w = weights[i] / mean
-                total = total + s.distill_weight * (w * ratio * r * d).sum()
-                log("distill_loss", d)
-                log("distill_ratio", ratio)
-                log("teacher_entropy", entropies[i])
-                log("teacher_first_token_entropy", entropies[i][:1])
-                tops["distill_weight"] = max(tops["distill_weight"], float(w.max()))
+                w, on = weights[i] / mean, (distilled[i] > 0).double()
+                total = total + (distilled[i] * w * ratio * r * d).sum()
+                log("distill_loss", d, on)
+                log("distill_ratio", ratio, on)
+                log("teacher_entropy", entropies[i], on)
+                log("teacher_first_token_entropy", entropies[i][:1], on[:1])
+                tops["distill_weight"] = max(tops["distill_weight"], float((w * on).max()))
         loss = total / loss_tokens
         return loss, self._named(means, tops, float(loss.detach()))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 
 
 def _layer_shapes(hf: dict[str, Any], tp: int, *, transformer_engine: bool) -> dict[str, tuple[int, ...]]:

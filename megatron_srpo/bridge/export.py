@@ -27,7 +27,7 @@ import torch.distributed as dist
 from megatron_srpo.bridge.buffers import Buffers
 from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.families import Mapped, weight_table
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 
 ALIGNMENT = 16  # bytes; every tensor in a flat buffer starts at a multiple, so that it can be viewed in its dtype
 DEFAULT_BUCKET_BYTES = 32 * 2**20

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.export import Exporter
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_srpo.bridge.errors import BridgeError, nearest
 from megatron_srpo.bridge.families import WeightTable, weight_table
 from megatron_srpo.bridge.rules import shape_of
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what a weight may be stored as

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_srpo.batching.rows import pack_rows
 from megatron_srpo.bridge import load_hf_weights, read_config
 from megatron_srpo.comparison.trace import Trace
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import HeadInput, PackedBatch
+from megatron_srpo.core.records import Padding, Row, Sample, Stream
+from megatron_srpo.core.tensors import HeadInput, PackedBatch
 
 
 def policy_traces(
@@ -72,7 +76,7 @@ class _Watch:
     def trace(self, ids: list[int], vocab_size: int) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
         """(hidden states by layer, log-probs) of one prompt as far as this rank has them and is the one to tell."""
         self._seen.clear()
-        scored = self._policy.score([_row(ids, self._policy.padding.row)], partial(_logprobs, vocab_size))
+        scored = self._policy.score(_rows(ids, self._policy.padding), partial(_logprobs, vocab_size))
         topology = self._policy.topology
         if topology.tp_rank or topology.dp_rank:
             return {}, None
@@ -90,14 +94,11 @@ def _logprobs(vocab_size: int, given: HeadInput, row: PackedBatch) -> dict[str, 
     return {"logprobs": logits[:, :vocab_size].log_softmax(-1).cpu()}
 
 
-def _row(ids: list[int], multiple: int) -> PackedBatch:
-    """A packed row of one sequence, and one of padding where the layout asks for it."""
-    length = -(-len(ids) // multiple) * multiple
-    tokens = torch.tensor(ids + [0] * (length - len(ids)))
-    positions = torch.cat([torch.arange(len(ids)), torch.arange(length - len(ids))])
-    bounds = torch.tensor([0, len(ids), *([length] if length > len(ids) else [])], dtype=torch.int32)
-    zeros = torch.zeros(length)
-    return PackedBatch(tokens, tokens.roll(-1), positions, bounds, zeros, zeros, zeros, zeros, zeros)
+def _rows(ids: list[int], padding: Padding) -> list[PackedBatch]:
+    """One sequence of which no token is trained, as packed rows."""
+    stream = Stream(array("i", ids), np.zeros(len(ids), dtype=bool))
+    sample = Sample("", 0, stream, np.zeros(0, dtype=np.float32), 0.0, {})
+    return pack_rows([Row((0,), len(ids))] + [Row((), 0)] * (padding.rows - 1), [sample], padding=padding)
 
 
 def _joined(parts: list[tuple[dict[int, torch.Tensor], torch.Tensor | None]]) -> Trace:

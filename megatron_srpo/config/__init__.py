@@ -14,7 +14,6 @@ from megatron_srpo.config.check import check, contradictions, layout_problems, l
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.model_folder import read_model_folder, unsupported
 from megatron_srpo.config.schema import (
-    AlgorithmConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -31,7 +30,6 @@ from megatron_srpo.config.schema import (
 )
 
 __all__ = [
-    "AlgorithmConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

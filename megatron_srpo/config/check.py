@@ -45,8 +45,8 @@ def contradictions(
     `hf_config`: the model's config.json, if it could be read. `world_size`: ranks of all nodes. `splits`: whose files
     must exist ("train", "test").
     """
-    problems = [*_batches(config), *_lengths(config), *_sampling(config), *_objective(config), *_schedule(config)]
-    problems += [*_layout(config), *_servers(config), *template_problems(config.teacher)]
+    problems = [*_batches(config), *_lengths(config), *_sampling(config), *config.algorithm.problems()]
+    problems += [*_schedule(config), *_layout(config), *_servers(config), *template_problems(config.teacher)]
     problems += file_problems(config, splits)
     if hf_config is not None:
         problems += _model(config, hf_config)
@@ -63,7 +63,7 @@ def listed(subject: str, problems: list[str]) -> str:
 
 def distils(config: Config) -> bool:
     """Whether the method has a teacher."""
-    return config.algorithm.name != "grpo"
+    return config.algorithm.needs.teacher
 
 
 def teacher_prompt_length(config: Config) -> int:
@@ -87,12 +87,12 @@ def _batches(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
     if config.rollout.n_samples_per_prompt > 1:
         return
-    if algorithm.name != "sdpo":
+    if algorithm.needs.group_baseline:
         yield (
             f"rollout.n_samples_per_prompt = 1: with algorithm.name = {algorithm.name!r} the advantage is the reward "
             "less the group's mean, which is always 0 in a group of one; sample at least 2"
         )
-    elif not algorithm.use_feedback:
+    elif algorithm.distillation is not None and not algorithm.distillation.use_feedback:
         yield (
             "rollout.n_samples_per_prompt = 1: no sibling can teach a group of one; sample at least 2, or set "
             "algorithm.use_feedback = true if the rewards give feedback"
@@ -148,20 +148,6 @@ def _sampling(config: Config) -> Iterator[str]:
         yield (
             f"eval.n_samples = {config.eval.n_samples}: at eval.temperature = 0 all of them are the same answer; "
             "set n_samples = 1, or a temperature above 0"
-        )
-
-
-def _objective(config: Config) -> Iterator[str]:
-    algorithm = config.algorithm
-    if algorithm.rollout_correction != "off" and algorithm.rollout_correction_cap < 1:
-        yield (
-            f"algorithm.rollout_correction_cap = {algorithm.rollout_correction_cap}: the weight of a token on which "
-            "trainer and engine agree is 1, and a cap below that changes it; set 1 or more (2 is usual)"
-        )
-    if 0 < algorithm.distill_ratio_clip < 1:
-        yield (
-            f"algorithm.distill_ratio_clip = {algorithm.distill_ratio_clip}: the ratio starts at 1, and a clip below "
-            "that changes it; set 1 or more (2 is usual), or 0 for no ratio"
         )
 
 
@@ -262,7 +248,7 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     yield from _engine_split(config, hf)
     yield from _experts(config, hf)
     vocabulary, longest = hf["vocab_size"], hf["max_position_embeddings"]
-    topk, head = config.algorithm.distillation_topk, head_dim(hf)
+    topk, head = config.algorithm.needs.topk, head_dim(hf)
     if distils(config) and topk > vocabulary:
         yield (
             f"algorithm.distillation_topk = {topk}: the model's vocabulary has {vocabulary} tokens; lower it, or 0 for "

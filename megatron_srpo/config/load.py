@@ -9,7 +9,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -17,10 +17,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_srpo.algorithms.section import BY_NAME, DEFAULT, foreign_keys, known_fields, users_of
 from megatron_srpo.config.check import listed
-from megatron_srpo.config.schema import Config, Section
+from megatron_srpo.config.schema import Config
 from megatron_srpo.core.errors import ConfigError
 
+ALGORITHM = "algorithm"  # the section whose keys depend on its `name`
 SHOWN = 70  # characters of a value in a message
 OTHER_NAMES = {  # what neighbouring projects call a key
     "learning_rate": "optimizer.lr",
@@ -49,11 +51,12 @@ OTHER_NAMES = {  # what neighbouring projects call a key
 @functools.cache
 def config_fields() -> dict[str, FieldInfo]:
     """Every dotted key, "section.key", with pydantic's record of its type, default and bounds."""
-    return {
-        f"{name}.{key}": field
-        for name, section in Config.model_fields.items()
-        for key, field in section.annotation.model_fields.items()
-    }
+    return {f"{name}.{key}": field for name in Config.model_fields for key, field in section_fields(name).items()}
+
+
+def section_fields(name: str) -> dict[str, FieldInfo]:
+    """The keys of one section; of [algorithm] those of every algorithm."""
+    return known_fields() if name == ALGORITHM else Config.model_fields[name].annotation.model_fields
 
 
 def nearest_key(key: str) -> str | None:
@@ -76,11 +79,13 @@ def nearest_key(key: str) -> str | None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, tell: Callable[[str], None] = lambda text: None
+) -> Config:
     """Read `path` and apply `overrides` ("--section.key", "VALUE", or "--section.key=VALUE").
 
-    An override's value is a TOML literal; where the key holds text, quotes are optional. Raises ConfigError with all
-    problems in one message.
+    An override's value is a TOML literal; where the key holds text, quotes are optional. `tell` gets a line for the
+    user about settings that have no effect. Raises ConfigError with all problems in one message.
     """
     given = _read_toml(Path(path))
     pairs, problems = _split_overrides(overrides)
@@ -94,9 +99,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(given)
     except ValidationError as error:
         problems += _explain(error, given, from_command_line)
-    if problems:
+    if problems or config is None:
         raise ConfigError(listed(str(path), problems))
+    for note in _without_effect(given):
+        tell(note)
     return config
+
+
+def _without_effect(given: dict[str, Any]) -> list[str]:
+    """A line about settings of other algorithms, which may stand in the same file. Defaults are not worth one."""
+    section = given.get(ALGORITHM, {})
+    keys = [key for key in foreign_keys(section) if section[key] != known_fields()[key].default]
+    if not keys:
+        return []
+    users = sorted({user for key in keys for user in users_of(key)})
+    return [
+        f"note: algorithm.name = {json.dumps(section.get('name', DEFAULT))} does not use algorithm.{', '.join(keys)} "
+        f"({', '.join(users)} would): no effect"
+    ]
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -190,11 +210,16 @@ def _explain(error: ValidationError, given: dict[str, Any], from_command_line: s
     """One line for each key that is wrong, in the file's order."""
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        location = [str(part) for part in problem["loc"][:2]]
+        where = problem["loc"]
+        if where[0] == ALGORITHM:  # pydantic puts the algorithm's name between section and key
+            where = where[:1] + tuple(part for part in where[1:] if part not in BY_NAME)
+            if problem["type"] == "union_tag_invalid":
+                where, problem["input"] = (ALGORITHM, "name"), problem["input"]["name"]
+        location = [str(part) for part in where[:2]]
         key = ".".join(location)
         if key in lines:  # the other types of a union, or another element of a list
             continue
-        if len(problem["loc"]) > 2:  # an element of a list or table is wrong: show the whole value
+        if len(where) > 2:  # an element of a list or table is wrong: show the whole value
             problem["input"] = given[location[0]][location[1]]
         origin = " (from the command line)" if key in from_command_line else ""
         lines[key] = _explain_one(key, problem) + origin
@@ -227,12 +252,11 @@ def _nearest_hint(key: str) -> str:
 
 
 def _first_key(section: str) -> str:
-    return next(iter(Config.model_fields[section].annotation.model_fields))
+    return next(iter(section_fields(section)))
 
 
 def _required_keys(section: str) -> str:
-    model: type[Section] = Config.model_fields[section].annotation
-    return ", ".join(f"{section}.{name}" for name, field in model.model_fields.items() if field.is_required())
+    return ", ".join(f"{section}.{name}" for name, field in section_fields(section).items() if field.is_required())
 
 
 def expected(field: FieldInfo) -> str:

@@ -6,17 +6,14 @@ optional number off (TOML has no null). `reference.py` reads the comments.
 
 from __future__ import annotations
 
-import os
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
+
+from megatron_srpo.algorithms.section import AnyAlgorithm, algorithm
+from megatron_srpo.core.section import Folder, Section
 
 Resettable = Literal["optimizer", "teacher", "data", "rng"]
-Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's home, in a file as in a shell
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -103,53 +100,6 @@ class BridgeConfig(Section):
     verify_every: int = Field(50, ge=0)  # publishes from one verification by checksums to the next; 1 = all, 0 = none
 
 
-class AlgorithmConfig(Section):
-    name: Literal["srpo", "grpo", "sdpo", "mix"] = "srpo"  # which routing
-    success_reward_threshold: float = 0.5  # a reward of at least this is correct
-    use_feedback: bool = False  # the environment's feedback may teach (when no sibling is correct)
-    sibling: Literal["random", "shortest", "least_used"] = "random"  # which correct sibling teaches
-    # GRPO branch
-    advantage_std: bool = False  # divide the advantage by the group's standard deviation
-    clip_ratio_low: float = Field(0.2, ge=0, lt=1)  # ε_low: the ratio is clipped at 1 − ε_low
-    clip_ratio_high: float = Field(0.28, ge=0)  # ε_high: … and at 1 + ε_high
-    dual_clip: float = Field(0.0, ge=0)  # c > 1; 0 = off
-    importance_ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO's mean over the response; clips ~ 4e-4
-    # SDPO branch
-    distillation_topk: int = Field(100, ge=0)  # 0 = full vocabulary
-    distillation_tail: bool = True  # one more bucket for the mass outside the top-k; false: renormalise
-    divergence_alpha: float = Field(0.5, ge=0, le=1)  # 0 forward KL(q‖p), 1 reverse KL(p‖q)
-    distill_ratio_clip: float = Field(2.0, ge=0)  # 0 = no ratio
-    entropy_beta: float = Field(-1.0, le=50)  # β of the dynamic weighting; -1 = the method's own: 1 srpo, else 0
-    mix_lambda: float = Field(0.9, ge=0, le=1)  # λ: the reward's share of the advantage, for mix
-    # both
-    mask_truncated: bool = False  # leave responses that were cut at max_response_length out of the loss
-    rollout_correction: Literal["off", "truncate", "mask", "sequence_mask"] = "truncate"
-    rollout_correction_cap: float = Field(2.0, gt=0)  # largest importance weight, trainer ÷ engine
-    kl_loss_coef: float = Field(0.0, ge=0)  # k3 to the reference policy (the initial model)
-    entropy_coef: float = Field(0.0, ge=0)  # weight of the entropy bonus
-
-    @property
-    def beta(self) -> float:
-        """β of the dynamic weighting (SRPO §3.2), resolved for the method."""
-        if self.entropy_beta >= 0:
-            return self.entropy_beta
-        return 1.0 if self.name == "srpo" else 0.0
-
-    @field_validator("entropy_beta")
-    @classmethod
-    def _beta_or_default(cls, value: float) -> float:
-        if value < 0 and value != -1:
-            raise ValueError("expected a number ≥ 0, or -1 for the method's own value")
-        return value
-
-    @field_validator("dual_clip")
-    @classmethod
-    def _dual_clip_or_off(cls, value: float) -> float:
-        if 0 < value <= 1:
-            raise ValueError("expected a number > 1 (3 is usual), or 0 to switch it off")
-        return value
-
-
 class TeacherConfig(Section):
     mode: Literal["ema", "frozen", "live", "trust_region"] = "ema"  # average, initial, current, or initial moved by μ
     update_rate: float = Field(0.05, gt=0, le=1)  # μ of ema, teacher ← (1 − μ) teacher + μ student, and of trust_region
@@ -225,7 +175,7 @@ class Config(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     bridge: BridgeConfig = BridgeConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: AnyAlgorithm = algorithm()
     teacher: TeacherConfig = TeacherConfig()
     reward: RewardConfig = RewardConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -240,8 +190,7 @@ class Config(Section):
         return self.train.max_tokens_per_gpu * self.parallel.context_parallel_size
 
     @property
-    def drops_zero_advantage(self) -> bool:
-        """Whether policy samples of advantage 0 need no pass: no other term gives them a gradient."""
-        algorithm = self.algorithm
-        regularised = algorithm.kl_loss_coef > 0 or algorithm.entropy_coef > 0 or self.train.moe_aux_loss_coef > 0
-        return self.train.skip_zero_advantage and not regularised
+    def drops_zero_gradient(self) -> bool:
+        """Whether samples that no loss term gives a gradient need no pass: the routers' load balancing gives them
+        one."""
+        return self.train.skip_zero_advantage and not self.train.moe_aux_loss_coef

@@ -1,7 +1,10 @@
-"""The records that flow around the loop, in the order in which they appear.
+"""The records that flow around the loop, in the order in which they appear. Nothing here imports torch.
+
+    Prompt ─► Rollout ─► Reward ─► Attempt, Group ─► Credit ─► Sample ─► Row, MiniBatchPlan, BatchPlan
 
 Shape legend used in this package:
     G  rollouts of one prompt (a group)         N  samples of one iteration
+    L  tokens of one sequence                   R  trained tokens of one sample
     T  tokens of one packed row, padding included
     V  vocabulary of the model; v  the part of it on one tensor-parallel rank
     K  distillation top-k
@@ -10,11 +13,16 @@ Shape legend used in this package:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+Tokens = NDArray[np.float32]  # [R], one value for each trained token
+PerToken = float | Tokens  # a float counts for every trained token
 
 
 @dataclass(frozen=True)
@@ -28,32 +36,54 @@ class Prompt:
     uid: str  # "<split>:<row>", stable across runs: seeds and logs refer to it
     messages: tuple[dict[str, str], ...]  # chat messages up to and without the assistant's turn
     token_ids: list[int]  # the chat template applied, generation prompt included
-    answer: Any  # what the reward function compares with
+    answer: JsonValue  # what the reward function compares with
     kind: str  # which reward function scores it
-    metadata: dict[str, Any] = field(default_factory=dict)  # the row's other fields
+    metadata: dict[str, JsonValue] = field(default_factory=dict)  # the row's other fields
     source: str = ""  # "file:line", for messages
 
 
 @dataclass
 class Rollout:
-    """One response of the engine to one prompt. Tokens and log-probs become arrays, 4 bytes each: as Python lists, the
-    responses of a large batch would not fit the driver's memory, nor travel in time."""
+    """One response of the engine to one prompt.
+
+    Token ids and log-probs become arrays of 4 bytes a value: as Python lists, the responses of a large batch would not
+    fit into the memory of rank 0, nor travel in time.
+
+    Example: Rollout(prompt=0, sample=3, token_ids=[4, 8, 2], logprobs=[-0.1, -2.3, -0.01], text="12",
+                     finish_reason="stop", weight_version=7)
+    """
 
     prompt: int  # index of its prompt in the batch
     sample: int  # 0 … G-1 inside its group
-    token_ids: Sequence[int]  # the response, its end-of-sequence token included when it ended by itself
-    logprobs: Sequence[float]  # the engine's log-prob of each response token at the sampling temperature
+    token_ids: Sequence[int]  # what follows the prompt; its end-of-sequence token included when it ended by itself
+    logprobs: Sequence[float]  # [len(token_ids)] the engine's log-probs at the sampling temperature
     text: str  # decoded without special tokens
     finish_reason: str  # "stop" or "length"
-    weight_version: int  # the publish that produced it; the oldest, where there were several
-    token_versions: list[int] | None = None  # the publish behind each token; None: weight_version, all of them
+    weight_version: int  # the publish that produced it; the oldest one if there were several
+    token_versions: list[int] | None = None  # the publish behind each token; None: weight_version for all of them
     stale: bool = False  # older than rollout.max_staleness: left out of the loss
+    trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    """[len(token_ids)] True for tokens that the policy sampled, False for tokens of the environment (a tool's answer).
+    An empty mask, the default, becomes True everywhere."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, array):
             self.token_ids = array("i", self.token_ids)
         if not isinstance(self.logprobs, array):
             self.logprobs = array("f", self.logprobs)  # what engines give is fp32
+        if len(self.trained) != len(self.token_ids):
+            assert not len(self.trained), "the mask has one value for each token after the prompt"
+            self.trained = np.ones(len(self.token_ids), dtype=bool)
+
+    @property
+    def response_length(self) -> int:
+        """R, the number of tokens that the policy sampled."""
+        return int(np.count_nonzero(self.trained))
+
+    @property
+    def trained_logprobs(self) -> Tokens:
+        """[R] the engine's log-probs of the trained tokens."""
+        return np.asarray(self.logprobs, dtype=np.float32)[self.trained]
 
 
 @dataclass
@@ -68,37 +98,144 @@ class Reward:
 
 
 @dataclass
-class RoutedSample:
-    """A rollout with everything that the loss needs to know of it. Routing is these numbers.
+class Attempt:
+    """One answer to a prompt, scored."""
 
-    The token loss of every response token is
-        policy_weight · ℓ_GRPO(advantage) + distill_weight · w_t · ℓ_SDPO(teacher)
-    and its tokens count in the joint denominator when `counted`.
+    rollout: Rollout
+    reward: Reward
+    correct: bool  # the score is at least algorithm.success_reward_threshold
+    teachable: bool = False  # there is something to show a teacher of this attempt; routing finds it out
+
+
+@dataclass
+class Group:
+    """All attempts at one prompt: the shape of an iteration's data from the scorer to the log.
+
+    Example: Group(prompt, [Attempt(rollout, Reward(1.0), correct=True), Attempt(other, Reward(0.0), correct=False)])
+    """
+
+    prompt: Prompt
+    attempts: list[Attempt]
+    samples: list[Sample] = field(default_factory=list)  # what routing made of the attempts, in their order
+
+    @property
+    def scores(self) -> list[float]:
+        """The attempts' scores, in their order."""
+        return [attempt.reward.score for attempt in self.attempts]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm needs of the rest of the system: the only thing that others may ask about it."""
+
+    teacher: bool = False  # some attempts are scored under the self-teacher
+    topk: int = 0  # K: the teacher is compared on the student's top-k ids; 0: on the full vocabulary
+    reference: bool = False  # log-probs of the initial model
+    group_baseline: bool = True  # an advantage is relative to the group: a group of one has none
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What one attempt earns: the weight of each loss term, and the advantage of the policy gradient.
+
+    The loss of a trained token is Σ weights[name] · term(name); a term that is not named weighs 0, and an attempt
+    without weights is left out of the loss and of its denominator.
+
+    Example: Credit({"policy": 1.0}, advantage=-0.5), Credit({"distill": 1.0}, advantage=-0.5, taught=True)
+    """
+
+    weights: Mapping[str, PerToken]
+    advantage: PerToken
+    taught: bool = False  # the teacher scores this attempt; only a teachable attempt may ask for it
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The tokens of one sequence, and which of them are trained. The first token never is: nothing predicts it."""
+
+    token_ids: array[int]  # [L]
+    trained: NDArray[np.bool_]  # [L]
+
+    @classmethod
+    def of(cls, prompt_ids: Sequence[int], rollout: Rollout) -> Stream:
+        """`prompt_ids` in front of the rollout's tokens."""
+        mask = np.concatenate([np.zeros(len(prompt_ids), dtype=bool), rollout.trained])
+        return cls(array("i", prompt_ids) + array("i", rollout.token_ids), mask)
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.trained), "one mask value for each token"
+        assert not self.trained[:1].any(), "an empty prompt cannot predict the first response token"
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64]:
+        """[R] positions of the trained tokens."""
+        return np.flatnonzero(self.trained)
+
+    @property
+    def trained_ids(self) -> NDArray[np.int32]:
+        """[R] ids of the trained tokens."""
+        return np.frombuffer(self.token_ids, dtype=np.int32)[self.targets]
+
+
+@dataclass
+class Sample:
+    """A sequence to train on, with everything that the loss needs to know about it.
+
+    Values per token belong to the trained tokens, in order: the student's and the teacher's streams differ in length,
+    but have the same trained tokens.
+
+    Example: Sample(uid="train:17", sample=3, student=Stream(…), rollout_logprobs=[…], advantage=-0.5,
+                    weights={"distill": 1.0}, teacher=Stream(…), teacher_sample=1)
     """
 
     uid: str
-    group: int
     sample: int
-    prompt_ids: list[int]
-    response_ids: Sequence[int]
-    rollout_logprobs: Sequence[float]  # same length as response_ids
-    advantage: float
-    policy_weight: float
-    distill_weight: float
-    teacher_ids: Sequence[int] | None = None  # enriched prompt; present if and only if distill_weight > 0
+    student: Stream
+    rollout_logprobs: Tokens  # [R]
+    advantage: PerToken
+    weights: Mapping[str, PerToken]  # by loss term
+    teacher: Stream | None = None  # the enriched prompt and the same tokens; None: no teacher scores this sample
     teacher_sample: int | None = None  # the sibling that teaches; None: feedback alone, or no teacher
 
     @property
+    def length(self) -> int:
+        """R, the number of trained tokens."""
+        return len(self.rollout_logprobs)
+
+    @cached_property
     def counted(self) -> bool:
-        return self.policy_weight > 0 or self.distill_weight > 0
+        """Whether its trained tokens are in the denominator of the loss."""
+        return any(np.any(weight) for weight in self.weights.values())
+
+    @cached_property
+    def has_gradient(self) -> bool:
+        """Whether any loss term gives it a gradient: an advantage of 0 is all that can take the policy's away."""
+        terms = {name for name, weight in self.weights.items() if np.any(weight)}
+        return bool(terms - {"policy"}) or ("policy" in terms and bool(np.any(self.advantage)))
+
+    @cached_property
+    def distilled(self) -> int:
+        """Number of tokens with a distillation weight."""
+        weight = self.weights.get("distill", 0.0)
+        return int(np.count_nonzero(np.broadcast_to(weight, self.length)))
 
     @property
     def student_length(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+        return len(self.student)
 
     @property
     def teacher_length(self) -> int:
-        return 0 if self.teacher_ids is None else len(self.teacher_ids) + len(self.response_ids)
+        return 0 if self.teacher is None else len(self.teacher)
+
+    def stream(self, *, teacher: bool) -> Stream:
+        """The student's or the teacher's."""
+        if not teacher:
+            return self.student
+        assert self.teacher is not None, f"{self.uid} sample {self.sample} has no teacher prompt"
+        return self.teacher
 
 
 @dataclass(frozen=True)
@@ -116,8 +253,8 @@ class Padding:
 
 @dataclass(frozen=True)
 class Row:
-    """Samples that share one packed row, in order. `samples` index the iteration's list of
-    RoutedSample; an empty row keeps the ranks in step and contributes nothing."""
+    """Samples that share one packed row, in order. `samples` index the iteration's list of samples; an empty row keeps
+    the ranks in step and contributes nothing."""
 
     samples: tuple[int, ...]
     tokens: int  # sum of the lengths of its sequences, padding excluded
@@ -127,23 +264,24 @@ class Row:
 class MiniBatchPlan:
     """What every data-parallel rank forwards for one optimiser step.
 
-    `student[d]` / `teacher[d]` are the rows of data-parallel rank d; every rank has the same number of
-    rows in each pass. A sample's teacher row lives on the same rank as its student row, so that
-    teacher scores never travel. In one rank's share of a plan there is that rank alone, and `samples` of its rows index
-    that rank's samples; the totals are still over all ranks.
+    `student[d]` and `teacher[d]` are the rows of data-parallel rank d; every rank has the same number of rows in each
+    pass. A sample's teacher row lives on the same rank as its student row, so that teacher scores never travel. In one
+    rank's share of a plan there is that rank alone, and `samples` of its rows index that rank's samples; the totals are
+    still over all ranks.
     """
 
     student: list[list[Row]]
     teacher: list[list[Row]]
-    loss_tokens: int  # N: response tokens of counted samples, over all ranks (the joint denominator)
-    distill_tokens: int  # |Ω|: response tokens of samples with distill_weight > 0, over all ranks
-    forwarded: dict[str, tuple[int, int]] = field(default_factory=dict)  # "student", "teacher" rows, and "topk", the
-    # teacher's rows under the students' prompts: rows and tokens of all ranks, padding excluded
+    loss_tokens: int  # N: trained tokens of counted samples, over all ranks (the joint denominator)
+    distill_tokens: int  # |Ω|: trained tokens with a distillation weight, over all ranks
+    forwarded: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Rows and tokens of all ranks, padding excluded: of the "student" and "teacher" rows, and of "distilled" ones, the
+    teacher's rows with the students' streams."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The forward passes of one iteration: one MiniBatchPlan an optimiser step."""
+    """The forward passes of one iteration: one MiniBatchPlan for each optimiser step."""
 
     mini_batches: list[MiniBatchPlan]
     efficiency: float  # useful tokens ÷ tokens of the padded rows
@@ -151,93 +289,9 @@ class BatchPlan:
 
 
 @dataclass
-class TokenScores:
-    """What a scoring pass keeps of one sample, per response token (R = len(response_ids)); on the
-    ranks of the last pipeline stage only. Never [R, V] unless the divergence is over the full
-    vocabulary, and then only this rank's shard."""
+class Batch:
+    """One iteration's work of this data-parallel rank."""
 
-    logprob: torch.Tensor | None = None  # [R] fp32, log π_old of the response tokens
-    topk_ids: torch.Tensor | None = None  # [R, K] int64, the student's top-k, global ids
-    teacher_logprobs: torch.Tensor | None = None  # [R, K] fp32, the teacher's log-prob at topk_ids
-    teacher_logits: torch.Tensor | None = None  # [R, v], full-vocabulary divergence only
-    teacher_entropy: torch.Tensor | None = None  # [R] fp32, nats, over the full vocabulary
-    reference_logprob: torch.Tensor | None = None  # [R] fp32, log π_ref of the response tokens
-    initial_hidden: torch.Tensor | None = None  # [R, H], the initial model's as a teacher; trust-region teacher only
-
-
-@dataclass
-class PackedBatch:
-    """One packed row as tensors, next-token aligned: position t predicts targets[t].
-
-    All tensors are [T] (top-k ones [T, K]) and equal on every tensor-parallel rank. Outside response
-    positions `loss_mask` is 0 and the other values are 0. Samples that are not distilled have no teacher: 0 too, but
-    −log(K + 1) in `teacher_logprobs`, a distribution whose tail is not empty, so that nothing there is ever NaN.
-    """
-
-    input_ids: torch.Tensor  # int64
-    targets: torch.Tensor  # int64
-    position_ids: torch.Tensor  # int64, restart at 0 for every sequence
-    cu_seqlens: torch.Tensor  # [S+1] int32, boundaries of the S sequences (padding of the row is the last one)
-    loss_mask: torch.Tensor  # fp32, 1 where the target is a response token of a counted sample
-    advantages: torch.Tensor  # fp32
-    policy_weight: torch.Tensor  # fp32
-    distill_weight: torch.Tensor  # fp32
-    rollout_logprobs: torch.Tensor  # fp32
-    old_logprobs: torch.Tensor | None = None  # fp32; None: the policy has not moved, ρ = 1 in value
-    reference_logprobs: torch.Tensor | None = None  # fp32
-    topk_ids: torch.Tensor | None = None  # [T, K] int64
-    teacher_logprobs: torch.Tensor | None = None  # [T, K] fp32
-    teacher_logits: torch.Tensor | None = None  # [T, v]
-    teacher_entropy: torch.Tensor | None = None  # fp32
-    initial_hidden: torch.Tensor | None = None  # [T, H]
-    first_token: torch.Tensor | None = None  # fp32, 1 where the target is the first token of a counted response
-    context_group: Any = None  # ranks with the other parts of every sequence; None: the row is whole
-
-
-@dataclass(frozen=True)
-class HeadInput:
-    """What the last pipeline stage leaves to the objective: hidden states and the head's weight, the logits not made.
-
-    `hidden` is whole on every tensor-parallel rank, also under sequence parallelism; its gradient may be the rank's own
-    part, which the graph behind it sums.
-    """
-
-    hidden: torch.Tensor  # [T, H], the model's dtype
-    weight: torch.Tensor  # [≥ width, H], this rank's rows of the head; the rows from `width` on are padding
-    width: int  # v
-    vocab_start: int  # global id of the first row
-    group: Any  # tensor-parallel group; None for one rank
-
-
-@dataclass
-class StepStats:
-    """One optimiser step: what the log needs."""
-
-    metrics: dict[str, float]
-    grad_norm: float
-    skipped: bool = False  # non-finite gradient: parameters untouched
-
-
-@dataclass(frozen=True)
-class ModelShards:
-    """This rank's part of a Megatron model, in the form that the bridge reads and writes.
-
-    `parameters` maps the Megatron name with the GLOBAL layer number, e.g.
-    "decoder.layers.17.self_attention.linear_qkv.weight", to this rank's tensor (TP shard; only the layers
-    of this pipeline stage). An expert's number in a name is global too, and its parameters are split over the expert
-    tensor-parallel ranks. Groups are torch process groups; None where the size is 1.
-    """
-
-    parameters: dict[str, torch.Tensor]
-    tp_rank: int
-    tp_size: int
-    tp_group: Any
-    pp_rank: int
-    pp_size: int
-    pp_group: Any
-    padded_vocab_size: int  # rows of the full (padded) embedding; the HF vocab_size may be smaller
-    ep_rank: int = 0  # its experts are the ep_rank-th run of experts / ep_size
-    ep_size: int = 1
-    etp_rank: int = 0
-    etp_size: int = 1
-    expert_group: Any = None  # ranks that have all experts of a stage, the etp_size ones of a run together
+    samples: list[Sample]
+    plan: BatchPlan
+    metrics: dict[str, float]  # of all ranks' samples

@@ -1,16 +1,16 @@
 """The routed objective on vocabulary-parallel logits. Losses take tensors and process groups, nothing else."""
 
-from megatron_srpo.losses.combine import LossSettings, routed_loss
-from megatron_srpo.losses.grpo import k3, policy_loss, rollout_weights
+from megatron_srpo.losses.distillation import distill_ratio, dynamic_weights, topk_divergence
 from megatron_srpo.losses.head import Head, LinearHead, LogitsHead
-from megatron_srpo.losses.sdpo import distill_ratio, dynamic_weights, topk_divergence
+from megatron_srpo.losses.policy import k3, policy_loss, rollout_weights
+from megatron_srpo.losses.terms import RoutedLoss
 from megatron_srpo.losses.vocab_parallel import full_divergence, gather_logprobs, topk
 
 __all__ = [
     "Head",
     "LinearHead",
     "LogitsHead",
-    "LossSettings",
+    "RoutedLoss",
     "distill_ratio",
     "dynamic_weights",
     "full_divergence",
@@ -18,7 +18,6 @@ __all__ = [
     "k3",
     "policy_loss",
     "rollout_weights",
-    "routed_loss",
     "topk",
     "topk_divergence",
 ]

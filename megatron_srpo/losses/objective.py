@@ -1,93 +1,149 @@
-"""Joins the losses to the passes of the trainer: what each pass computes from a row's hidden states."""
+"""Joins the losses to the trainer: the scoring passes of an iteration as data, and the loss of an optimiser step.
+
+One place knows what every pass computes from a row's hidden states. The trainer runs them:
+
+    for scoring in objective.passes(plan):
+        with policy.weights(scoring.weights):
+            … policy.score(rows, scoring.score)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import HeadInput, PackedBatch, TokenScores
-from megatron_srpo.losses import LinearHead, LossSettings, dynamic_weights, routed_loss
+from megatron_srpo.core.metrics import Metrics
+from megatron_srpo.core.records import Sample
+from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction, Scores
+from megatron_srpo.losses.distillation import dynamic_weights
+from megatron_srpo.losses.head import Head, LinearHead
+from megatron_srpo.losses.terms import RoutedLoss
+
+
+@dataclass(frozen=True)
+class ScoringPass:
+    """A forward pass of an iteration whose results are kept for each sample."""
+
+    name: str  # in the log: forward/<name>_tokens
+    rows: Literal["student", "distilled", "teacher"]  # "distilled": the teacher's rows with the students' streams
+    weights: Literal["student", "teacher", "reference"]
+    score: ScoreFunction
+    start: int = 0  # the first mini-batch that it scores
+    frees: tuple[str, ...] = ()  # scores that nothing needs after it
 
 
 class Objective:
-    """The routed objective. The score functions return per-position tensors named as in `TokenScores`."""
+    """The routed objective of a configuration."""
 
     def __init__(self, config: Config) -> None:
-        algorithm = config.algorithm
-        self._settings = LossSettings.from_config(algorithm)
+        self._algorithm = config.algorithm
+        self._loss = RoutedLoss(config.algorithm)
+        self._needs = config.algorithm.needs
         self._temperature = config.rollout.temperature
         self._budget = config.train.logits_memory_mib * 2**20
-        self._topk = algorithm.distillation_topk
-        self.needs_topk = algorithm.name != "grpo" and self._topk > 0
-        self.needs_reference = algorithm.kl_loss_coef > 0
-        self.needs_initial = config.teacher.mode == "trust_region"
-        self._rate = config.teacher.update_rate
-        self._initial_weight: torch.Tensor | None = None
+        self._trust_region = _TrustRegion(config.teacher.update_rate) if config.teacher.mode == "trust_region" else None
 
-    def _head(self, given: HeadInput) -> LinearHead:
+    def passes(self) -> list[ScoringPass]:
+        """The scoring passes of one iteration, in order.
+
+        Old log-probs are needed where the policy will have moved: from the second mini-batch on. The samples of a
+        teacher row fit as a student row too, because their own prompts are never longer.
+        """
+        needs = self._needs
+        found = [ScoringPass("old", "student", "student", self._score_old, start=1)]
+        if needs.teacher and needs.topk:
+            found.append(ScoringPass("topk", "distilled", "student", self._score_topk))
+        if needs.teacher and self._trust_region is not None:
+            found.append(ScoringPass("initial", "teacher", "reference", self._trust_region.score_initial))
+        if needs.teacher:
+            found.append(ScoringPass("teacher", "teacher", "teacher", self._score_teacher, frees=("initial_hidden",)))
+        if needs.reference:
+            found.append(ScoringPass("reference", "student", "reference", self._score_reference))
+        return found
+
+    def check_pass(self) -> ScoringPass:
+        """Log-probs of the rows of a step, to look for what is not finite."""
+        return ScoringPass("check", "student", "student", self._score_old)
+
+    def _head(self, given: HeadInput) -> Head:
         return LinearHead(**vars(given), temperature=self._temperature, budget_bytes=self._budget)
 
-    def _target_logprobs(self, given: HeadInput, row: PackedBatch) -> torch.Tensor:
+    def _target_logprobs(self, given: HeadInput, row: PackedBatch) -> Tensor:
         return self._head(given).gather_logprobs(row.targets[:, None])[0][:, 0]
 
-    def score_old(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
+    def _score_old(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         return {"logprob": self._target_logprobs(given, row)}
 
-    def score_reference(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
+    def _score_reference(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         return {"reference_logprob": self._target_logprobs(given, row)}
 
-    def score_topk(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
-        return {"topk_ids": self._head(given).topk(self._topk)}
+    def _score_topk(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
+        return {"topk_ids": self._head(given).topk(self._needs.topk)}
 
-    def score_initial(self, given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
-        """The trust-region teacher's first half, under the initial weights: hidden states, and the head for later."""
-        if self._initial_weight is None:  # it is the same in every iteration
-            self._initial_weight = given.weight.detach().clone()
-        return {"initial_hidden": given.hidden}
-
-    def teacher_scores(self) -> Callable[[HeadInput, PackedBatch], dict[str, torch.Tensor]]:
-        """The score function of one teacher pass, in which the weights stay as they are: teacher log-probs at the
-        student's ids and the entropy over the full vocabulary; for the full-vocabulary divergence this rank's shard of
-        the logits instead of the former.
-
-        In a trust region, (1 − μ)·initial + μ·current logits: one head over both models' hidden states, joined.
-        """
-        joined: list[torch.Tensor] = []  # [initial weight, current weight], made once a pass
-
-        def score_teacher(given: HeadInput, row: PackedBatch) -> dict[str, torch.Tensor]:
-            if row.initial_hidden is not None:
-                if not joined:
-                    joined.append(torch.cat([self._initial_weight, given.weight], -1))
-                hidden = torch.cat([(1 - self._rate) * row.initial_hidden, self._rate * given.hidden], -1)
-                given = replace(given, hidden=hidden, weight=joined[0])
-            return self._score_teacher(self._head(given), row)
-
-        return score_teacher
-
-    def _score_teacher(self, head: LinearHead, row: PackedBatch) -> dict[str, torch.Tensor]:
+    def _score_teacher(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
+        """Teacher log-probs at the student's ids, and the entropy over the full vocabulary; for the full-vocabulary
+        divergence this rank's shard of the logits instead of the former."""
+        if self._trust_region is not None:
+            given = self._trust_region.joined(given, row)
+        head = self._head(given)
         # An empty row, which only keeps this rank in step with the others, has no top-k: any id will do.
-        ids = row.targets[:, None] if row.topk_ids is None else row.topk_ids
+        ids = row.targets[:, None] if row.scores.topk_ids is None else row.scores.topk_ids
         logprobs, entropy = head.gather_logprobs(ids)
-        kept = {"teacher_logprobs": logprobs} if self._topk else {"teacher_logits": head.logits()}
+        kept = {"teacher_logprobs": logprobs} if self._needs.topk else {"teacher_logits": head.logits()}
         return {**kept, "teacher_entropy": entropy}
 
-    def dynamic_weight_sum(self, scores: list[TokenScores]) -> torch.Tensor:
+    def distill_weight_sum(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
         """Σ exp(−β H_t) over the distilled tokens of these samples: the numerator of the mean weight over Ω."""
-        entropies = [score.teacher_entropy for score in scores if score.teacher_entropy is not None]
-        if not entropies:
+        settings, entropies = self._algorithm.distillation, []
+        for sample, score in zip(samples, scores, strict=True):
+            weight = sample.weights.get("distill")
+            if weight is not None and score.teacher_entropy is not None:
+                on = torch.from_numpy(np.broadcast_to(np.asarray(weight) > 0, sample.length).copy())
+                entropies.append(score.teacher_entropy[on])
+        if settings is None or not entropies:
             return torch.zeros((), dtype=torch.float64)
-        return dynamic_weights(torch.cat(entropies).double(), self._settings.beta).sum()
+        return dynamic_weights(torch.cat(entropies).double(), settings.beta).sum()
 
-    def loss(self, *, loss_tokens: int, distill_weight_mean: float) -> Callable[[HeadInput, PackedBatch], Any]:
+    def loss(self, *, loss_tokens: int, distill_weight_mean: float) -> LossFunction:
         """The loss of one row inside an optimiser step with these global denominators."""
 
-        def row_loss(given: HeadInput, row: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return routed_loss(
-                self._head(given), row, self._settings, loss_tokens=loss_tokens, distill_weight_mean=distill_weight_mean
+        def row_loss(given: HeadInput, row: PackedBatch) -> tuple[Tensor, Metrics]:
+            return self._loss(
+                self._head(given), row, loss_tokens=loss_tokens, distill_weight_mean=distill_weight_mean
             )
 
         return row_loss
+
+
+class _TrustRegion:
+    """The teacher whose logits are (1 − μ)·initial + μ·current (SDPO's trust region): one head over both models' hidden
+    states, joined. `rate` is μ."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._initial_weight: Tensor | None = None  # the same in every iteration
+        self._joined: Tensor | None = None  # [initial weight, current weight], made once a teacher pass
+
+    def score_initial(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
+        """Under the initial weights: hidden states, and the head for later."""
+        if self._initial_weight is None:
+            self._initial_weight = given.weight.detach().clone()
+        self._joined = None  # the current weights will have moved since the last teacher pass
+        return {"initial_hidden": given.hidden}
+
+    def joined(self, given: HeadInput, row: PackedBatch) -> HeadInput:
+        """The teacher's head under the current weights. An empty row has no initial hidden states: any teacher will
+        do."""
+        if row.scores.initial_hidden is None:
+            return given
+        if self._joined is None:
+            assert self._initial_weight is not None, "the initial model is scored before the teacher"
+            self._joined = torch.cat([self._initial_weight, given.weight], -1)
+        hidden = torch.cat([(1 - self._rate) * row.scores.initial_hidden, self._rate * given.hidden], -1)
+        return replace(given, hidden=hidden, weight=self._joined)

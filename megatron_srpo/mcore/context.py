@@ -8,13 +8,12 @@ attention count on it. The row's `cu_seqlens` describes whole sequences; a rank'
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_srpo.core.records import PackedBatch
+from megatron_srpo.core.tensors import PackedBatch
 
 
 def positions_by_rank(cu_seqlens: Tensor, size: int) -> Tensor:
@@ -28,18 +27,14 @@ def positions_by_rank(cu_seqlens: Tensor, size: int) -> Tensor:
     return torch.stack([positions[owner == rank] for rank in range(size)])
 
 
-def local_part(row: PackedBatch, rank: int, size: int, group: Any) -> PackedBatch:
+def local_part(row: PackedBatch, rank: int, size: int, group: dist.ProcessGroup) -> PackedBatch:
     """This rank's part of a whole row."""
     mine = positions_by_rank(row.cu_seqlens, size)[rank]
-    parts = {
-        field.name: value[mine]
-        for field in dataclasses.fields(row)
-        if torch.is_tensor(value := getattr(row, field.name)) and field.name != "cu_seqlens"
-    }
-    return dataclasses.replace(row, **parts, cu_seqlens=row.cu_seqlens // size, context_group=group)
+    part = row.map(lambda values: values[mine], without=("cu_seqlens",))
+    return dataclasses.replace(part, cu_seqlens=row.cu_seqlens // size, context_group=group)
 
 
-def gather_parts(values: Tensor, cu_seqlens: Tensor, group: Any) -> Tensor:
+def gather_parts(values: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The whole row's values [T, …] on every rank, in the row's order, from each rank's part [T/size, …]."""
     parts = [torch.empty_like(values) for _ in range(group.size())]
     dist.all_gather(parts, values.contiguous(), group=group)

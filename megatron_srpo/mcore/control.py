@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ class Control:
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        self._receivers: list[list[int]] | None = None  # ranks of each model copy, by data-parallel rank
+        self._copies: list[list[int]] = []  # see _receivers
 
     @property
     def is_driver(self) -> bool:
@@ -35,31 +36,35 @@ class Control:
         return self._topology.world_size
 
     def share(self, compute: Callable[[], T]) -> T:
-        """Run `compute` on the driver alone; every rank gets its result, or raises its exception."""
+        """Runs `compute` on rank 0; every rank gets its result, or raises its exception."""
+        if not self.is_driver:
+            return self.receive()
+        with self.failing_together():
+            value = compute()
+        self.broadcast(value)
+        return value
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Rank 0: an exception inside the block is raised there and, out of their next `receive`, on all ranks."""
+        try:
+            yield
+        except Exception as error:  # the others wait: they must hear of it before it goes on here
+            dist.broadcast_object_list([None, error], src=0, group=self._topology.control_group)
+            raise
+
+    def broadcast(self, value: object) -> None:
+        """Rank 0: send `value` to all ranks that `receive`."""
+        dist.broadcast_object_list([value, None], src=0, group=self._topology.control_group)
+
+    def receive(self) -> Any:
+        """Other ranks: what rank 0 broadcasts, or raise what failed there."""
         box: list[Any] = [None, None]
-        if self.is_driver:
-            try:
-                box[0] = compute()
-            except Exception as error:  # the others wait: they must hear of it before it goes on here
-                box[1] = error
-        original = box[1]
         dist.broadcast_object_list(box, src=0, group=self._topology.control_group)
-        if original is not None:
-            raise original
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
-
-    def on_driver(self, compute: Callable[[], T]) -> T | None:
-        """Run `compute` on the driver alone, whose the result is (None elsewhere); its exception is raised on every
-        rank."""
-        box: list[Any] = [None]
-
-        def run() -> None:
-            box[0] = compute()
-
-        self.share(run)
-        return box[0]
+        value, error = box
+        if error is not None:
+            raise error
+        return value
 
     def everywhere(self, compute: Callable[[], T]) -> T:
         """Run `compute` on every rank; when it fails on one, every rank raises the first rank's exception."""
@@ -75,37 +80,43 @@ class Control:
             raise failures[0]
         return result
 
-    def gather(self, mine: T) -> list[T] | None:
-        """What every rank brings, by rank, on the driver; None elsewhere."""
-        parts: list[Any] | None = [None] * self._topology.world_size if self.is_driver else None
-        dist.gather_object(mine, parts, dst=0, group=self._topology.control_group)
-        return parts
+    def gather(self, mine: T) -> list[T]:
+        """What every rank brings, by rank, on rank 0; [] elsewhere."""
+        parts: list[Any] = [None] * self._topology.world_size
+        dist.gather_object(mine, parts if self.is_driver else None, dst=0, group=self._topology.control_group)
+        return parts if self.is_driver else []
 
     def deal(self, part: Callable[[int], T]) -> T:
-        """`part` of this rank's data-parallel rank, made on the driver.
+        """Rank 0: send `part` of each data-parallel rank to it; returns its own.
 
         Parts are made and sent one after the other, each to the first rank that needs it, which hands it on to the
-        others of its model copy: the driver sends every part once, and holds one of them in pickled form at a time.
+        others of its model copy: rank 0 sends every part once, and holds one of them in pickled form at a time.
         """
-        topology = self._topology
-        if self._receivers is None:
-            copies: dict[int, list[int]] = {}
-            for rank, dp_rank in enumerate(self.collect(topology.dp_rank)):
-                copies.setdefault(dp_rank, []).append(rank)
-            self._receivers = [copies[dp_rank] for dp_rank in sorted(copies)]
-        leader, *others = self._receivers[topology.dp_rank]
-        if self.is_driver:
-            for dp_rank, (first, *_) in enumerate(self._receivers):
-                if first != topology.rank:
-                    self._send(_pickled(part(dp_rank)), [first])
-            mine = part(topology.dp_rank)
-            if others:
-                self._send(_pickled(mine), others)
-            return mine
-        box = self._receive(0 if topology.rank == leader else leader)
-        if topology.rank == leader:
+        for dp_rank, (first, *_) in enumerate(self._receivers()):
+            if first != self.rank:
+                self._send(_pickled(part(dp_rank)), [first])
+        mine = part(self._topology.dp_rank)
+        _, *others = self._receivers()[self._topology.dp_rank]
+        if others:
+            self._send(_pickled(mine), others)
+        return mine
+
+    def receive_share(self) -> Any:
+        """Other ranks: the part of this data-parallel rank."""
+        first, *others = self._receivers()[self._topology.dp_rank]
+        box = self._receive(0 if self.rank == first else first)
+        if self.rank == first:
             self._send(box, others)
         return pickle.loads(box)
+
+    def _receivers(self) -> list[list[int]]:
+        """Ranks of each model copy, by data-parallel rank; the first of them is rank 0 in its own."""
+        if not self._copies:
+            copies: dict[int, list[int]] = {}
+            for rank, dp_rank in enumerate(self.collect(self._topology.dp_rank)):
+                copies.setdefault(dp_rank, []).append(rank)
+            self._copies = [copies[dp_rank] for dp_rank in sorted(copies)]
+        return self._copies
 
     def _send(self, data: memoryview, receivers: list[int]) -> None:
         box = torch.frombuffer(data, dtype=torch.uint8)

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.config.model_folder import expert_count, expert_layers
+from megatron_srpo.core.metrics import Max, Mean, Metric
 from megatron_srpo.mcore.groups import Topology
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -114,7 +115,7 @@ def set_balancing(config: Any, coefficient: float, tokens: int, topology: Topolo
     config.moe_aux_loss_coeff = coefficient * sharing / tokens
 
 
-def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Any) -> dict[str, float]:
+def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Any) -> dict[str, Metric]:
     """The routers' work since the last call, over all ranks, as metrics; {} for a dense model. All ranks call it.
 
     Means over layers, and the worst layer for "_max". A perfect balance has 1 for load and loss.
@@ -136,9 +137,9 @@ def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Any
     load = choices.max(1).values / choices.mean(1)
     balance = experts * (choices / choices.sum(1, keepdim=True) * shares / tokens[:, None]).sum(1)
     return {
-        "moe/load_max_over_mean": float(load.mean()),
-        "moe/load_max_over_mean_max": float(load.max()),
-        "moe/idle_experts": float((choices == 0).double().mean()),
-        "moe/balance_loss": float(balance.mean()),
-        "moe/dropped_fraction": float(1 - choices.sum() / (tokens.sum() * config.moe_router_topk)),
+        "moe/load_max_over_mean": Mean(float(load.mean())),
+        "moe/load_max_over_mean_max": Max(float(load.max())),
+        "moe/idle_experts": Mean(float((choices == 0).double().mean())),
+        "moe/balance_loss": Mean(float(balance.mean())),
+        "moe/dropped_fraction": Mean(float(1 - choices.sum() / (tokens.sum() * config.moe_router_topk))),
     }

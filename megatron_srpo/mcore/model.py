@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_srpo.config import ModelConfig, ParallelConfig
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_fields, expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.config import Config, ParallelConfig
-from megatron_srpo.core.records import ModelShards, PackedBatch, Padding, StepStats
+from megatron_srpo.core.metrics import Max, Mean, Metric, Metrics, Total
+from megatron_srpo.core.records import Padding
+from megatron_srpo.core.tensors import LossFunction, ModelShards, PackedBatch, ScoreFunction, StepStats
 from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
 from megatron_srpo.mcore.experts import router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
@@ -18,7 +20,7 @@ from megatron_srpo.mcore.model import build_model, model_shards
 from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
 from megatron_srpo.mcore.residence import HostResidence
 from megatron_srpo.mcore.shadow import WeightShadow
-from megatron_srpo.mcore.step import LossFunction, PipelineRunner, ScoreFunction
+from megatron_srpo.mcore.step import PipelineRunner
 
 
 def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1) -> Padding:
@@ -64,9 +66,10 @@ class Policy:
         self.padding = row_padding(topology, config.parallel, tokens=1 if config.model.fp8 == "off" else 16)
 
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
-        mode = config.teacher.mode if config.algorithm.name != "grpo" else "live"
+        needs = config.algorithm.needs
+        mode = config.teacher.mode if needs.teacher else "live"
         names = ["teacher"] if mode == "ema" else []
-        if config.algorithm.kl_loss_coef > 0 or mode in ("frozen", "trust_region"):
+        if needs.reference or mode in ("frozen", "trust_region"):
             names.append("reference")
         return {name: WeightShadow(self.optimizer, offload=config.teacher.offload) for name in names}
 
@@ -82,18 +85,19 @@ class Policy:
         """First global token id of this rank's vocabulary shard."""
         return self.runner.vocab_start
 
-    def teacher(self) -> AbstractContextManager[None]:
-        """Score under the teacher's weights inside this block: the average, the initial ones ("frozen"), or the
-        student's own ("live" and "trust_region")."""
-        if self._teacher_config.mode == "frozen":
-            return self.reference()
-        return self.shadows["teacher"].active() if "teacher" in self.shadows else nullcontext()
+    def weights(self, which: str) -> AbstractContextManager[None]:
+        """Inside the block the model computes with the "student"'s, the "teacher"'s or the "reference"'s weights.
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Score under the initial weights inside this block."""
-        return self.shadows["reference"].active()
+        The reference is the initial model. The teacher is the moving average, the initial model ("frozen"), or the
+        student itself ("live" and "trust_region").
+        """
+        if which == "teacher" and self._teacher_config.mode == "frozen":
+            which = "reference"
+        if which == "reference" or which in self.shadows:
+            return self.shadows[which].active()
+        return nullcontext()
 
-    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list:
+    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[dict[str, torch.Tensor]]:
         """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage."""
         for piece in self.model:
             piece.eval()
@@ -116,8 +120,8 @@ class Policy:
         if not skipped and "teacher" in self.shadows:
             self.shadows["teacher"].update(self._teacher_config.update_rate)
         memory = torch.tensor(peak_memory_gib(self.topology.device), dtype=torch.float64)
-        reduced = self._reduce([*metrics, {"perf/memory_gib_max": memory}])
-        reduced["actor/lr"] = lr
+        reduced = self._reduce([*metrics, {"perf/memory_gib_max": Max(memory)}])
+        reduced["actor/lr"] = Mean(lr)
         reduced |= router_metrics(self.model, self.topology, self.runner.config)
         return StepStats(reduced, norm, skipped)
 
@@ -133,41 +137,39 @@ class Policy:
         dist.all_reduce(mine)
         return mine
 
-    def _reduce(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Metrics of all rows of all ranks: [sum, count] pairs become means, names in "_max" maxima, and those in
-        "_total" sums, whose ending is dropped."""
-        names = sorted({name for row in rows for name in row})
-        everywhere: list[list[str]] = [None] * self.topology.world_size
-        dist.all_gather_object(everywhere, names, group=self.topology.control_group)
-        names = sorted({name for part in everywhere for name in part})
-        summed = [name for name in names if not name.endswith("_max")]
-        maxima = [name for name in names if name.endswith("_max")]
-        sums = torch.zeros(len(summed), 2, dtype=torch.float64)
+    def _reduce(self, rows: list[Metrics]) -> dict[str, Metric]:
+        """The metrics of all rows of all ranks. Ranks that are not on the last pipeline stage have none of them."""
+        mine = {name: type(metric) for row in rows for name, metric in row.items()}
+        everywhere: list[dict[str, type[Metric]]] = [{}] * self.topology.world_size
+        dist.all_gather_object(everywhere, mine, group=self.topology.control_group)
+        kinds = {name: kind for part in everywhere for name, kind in part.items()}
+        summed = sorted(name for name, kind in kinds.items() if kind is not Max)
+        maxima = sorted(name for name, kind in kinds.items() if kind is Max)
+        sums = torch.zeros(len(summed), 2, dtype=torch.float64)  # total and count
         tops = torch.full((len(maxima),), -math.inf, dtype=torch.float64)
         for row in rows:
-            for i, name in enumerate(summed):
-                if name in row:
-                    sums[i] += row[name].double().cpu()  # a total goes to both columns
-            for i, name in enumerate(maxima):
-                if name in row:
-                    tops[i] = max(tops[i], row[name].double().cpu())
+            for name, metric in row.items():
+                if isinstance(metric, Mean):
+                    sums[summed.index(name)] += torch.stack(
+                        [torch.as_tensor(metric.total), torch.as_tensor(metric.count)]
+                    ).double().cpu()  # fmt: skip
+                elif isinstance(metric, Total):
+                    sums[summed.index(name), 0] += torch.as_tensor(metric.value).double().cpu()
+                else:
+                    at = maxima.index(name)
+                    tops[at] = max(tops[at], torch.as_tensor(metric.value).double().cpu())
         sums = self._sum(sums).cpu()  # context-parallel ranks each have their tokens' part
         tops = tops.to(self.topology.device)
         dist.all_reduce(tops, dist.ReduceOp.MAX)
-        result = {}
+        result: dict[str, Metric] = {}
         for name, (total, count) in zip(summed, sums.tolist(), strict=True):
-            if name.endswith("_total"):
-                result[name.removesuffix("_total")] = total
+            if kinds[name] is Total:
+                result[name] = Total(total)
             elif count > 0:
-                result[name] = total / count
-        result.update({name: top for name, top in zip(maxima, tops.tolist(), strict=True) if math.isfinite(top)})
-        return result
+                result[name] = Mean(total / count)
+        return result | {name: Max(top) for name, top in zip(maxima, tops.tolist(), strict=True) if math.isfinite(top)}
 
     def _to_device(self, row: PackedBatch) -> PackedBatch:
         if self.topology.device.type == "cpu":
             return row
-        moved = {
-            name: value.to(self.topology.device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in vars(row).items()
-        }
-        return PackedBatch(**moved)
+        return row.map(lambda values: values.to(self.topology.device, non_blocking=True))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.mcore import cpu_shim, groups
 from megatron_srpo.mcore.device import DevicePath
 from megatron_srpo.mcore.model import build_model, model_shards, unwrap

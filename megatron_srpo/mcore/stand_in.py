@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
 from megatron_srpo.config import ModelConfig, ParallelConfig
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.mcore import groups
 from megatron_srpo.mcore.checkpoint import model_state
 from megatron_srpo.mcore.device import choose_device

@@ -22,14 +22,11 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.utils import get_model_config
 
-from megatron_srpo.core.records import HeadInput, PackedBatch
+from megatron_srpo.core.metrics import Metrics
+from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction
 from megatron_srpo.mcore.context import gather_parts, local_part
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import head_weight
-
-# the last stage's hidden states and head, row -> (scalar loss, metrics); or row scores by name
-LossFunction = Callable[[HeadInput, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-ScoreFunction = Callable[[HeadInput, PackedBatch], Any]
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
@@ -94,7 +91,7 @@ class PipelineRunner:
             **flags,
         )
 
-    def train(self, rows: list[PackedBatch], loss: LossFunction) -> list[dict[str, torch.Tensor]]:
+    def train(self, rows: list[PackedBatch], loss: LossFunction) -> list[Metrics]:
         """Accumulate the gradient of Σ loss(row); returns each row's metrics (last stage; else [])."""
 
         def after(given: HeadInput, row: PackedBatch) -> Any:
@@ -104,7 +101,7 @@ class PipelineRunner:
         return self._run(rows, after, forward_only=False)
 
     @torch.no_grad()
-    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[Any]:
+    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[dict[str, torch.Tensor]]:
         """`score` of every row without gradient, over the whole row on each context-parallel rank (last stage; else
         [])."""
         results = self._run(rows, score, forward_only=True, collect_non_loss_data=True)

@@ -8,6 +8,6 @@ observer.py  all of these behind one `log(step, metrics)`
 report.py    figures from metrics.jsonl
 """
 
-from megatron_srpo.observe.observer import Observer
+from megatron_srpo.observe.observer import Observer, SilentLog
 
-__all__ = ["Observer"]
+__all__ = ["Observer", "SilentLog"]

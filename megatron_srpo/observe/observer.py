@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
+from megatron_srpo.core.protocols import State
+from megatron_srpo.core.records import Group
 from megatron_srpo.observe.metrics import METRICS_FILE, JsonlWriter
 from megatron_srpo.observe.progress import open_progress
 from megatron_srpo.observe.rollouts import groups_record
@@ -43,27 +45,24 @@ class Observer:
             self._progress.close()  # or the terminal stays without a cursor
             raise
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one step: reduced values, by name."""
         self._jsonl.log(step, metrics)
         self._trackers.log(step, metrics)
         self._progress.update(step, metrics)
         self._watch_mismatch(step, metrics)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """JSON-able: what later records are judged by."""
         return {"mismatch_warned": self._mismatch_warned}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
         """Go on as the run did that `state` was taken from."""
         self._mismatch_warned = bool(state.get("mismatch_warned", False))
 
-    def record(
-        self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Sequence[Reward],
-        samples: Sequence[RoutedSample],
-    ) -> None:  # fmt: skip
+    def record(self, step: int, groups: Sequence[Group]) -> None:
         """Record what became of every response of one iteration."""
-        self._rollouts.log(step, {"groups": groups_record(prompts, rollouts, rewards, samples, self._texts)})
+        self._rollouts.log(step, {"groups": groups_record(groups, self._texts)})
 
     def message(self, text: str) -> None:
         """A line for the user that does not disturb the display."""
@@ -79,7 +78,7 @@ class Observer:
         self._trackers.close()
         self._progress.close()
 
-    def _watch_mismatch(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def _watch_mismatch(self, step: int, metrics: Mapping[str, float]) -> None:
         """Says it when trainer and engine begin to disagree, and when they agree again."""
         if not self._mismatch_bound or MISMATCH not in metrics:
             return
@@ -93,3 +92,20 @@ class Observer:
         elif self._mismatch_warned and not wrong:
             self.message(f"iteration {step}: trainer and rollout engine agree again ({mismatch:.3g} nats a token)")
         self._mismatch_warned = wrong
+
+
+class SilentLog:
+    """The log of the ranks other than 0: it tells nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def record(self, step: int, groups: Sequence[Group]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def state_dict(self) -> State:
+        return {}
+
+    def close(self) -> None: ...

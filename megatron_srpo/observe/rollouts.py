@@ -1,37 +1,30 @@
-"""rollouts.jsonl: an iteration a line, what every response earned, which branch it took and who taught it."""
+"""rollouts.jsonl: one line for each iteration; what every response earned, which branch it took and who taught it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
+from pydantic import JsonValue
 
-
-def groups_record(
-    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Sequence[Reward],
-    samples: Sequence[RoutedSample], texts: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One object a prompt; its lists are by sample. `samples[i]` is what became of `rollouts[i]`. The first `texts`
-    prompts keep their question and their responses whole."""
-    groups: list[dict[str, Any]] = [
-        {"uid": prompt.uid, "scores": [], "branches": [], "teachers": [], "lengths": []} for prompt in prompts
-    ]
-    for group, prompt in zip(groups[:texts], prompts, strict=False):
-        group |= {"prompt": prompt.messages[-1]["content"] if prompt.messages else "", "responses": []}
-    for rollout, reward, sample in zip(rollouts, rewards, samples, strict=True):
-        group = groups[rollout.prompt]
-        group["scores"].append(reward.score)
-        group["branches"].append(branch(sample))
-        group["teachers"].append(sample.teacher_sample)
-        group["lengths"].append(len(rollout.token_ids))
-        if "responses" in group:
-            group["responses"].append(rollout.text)
-    return groups
+from megatron_srpo.algorithms.report import branch
+from megatron_srpo.core.records import Group
 
 
-def branch(sample: RoutedSample) -> str:
-    """In words: "grpo", "sdpo", "mix" of both, or "out" of the loss."""
-    if sample.distill_weight > 0:
-        return "mix" if sample.policy_weight > 0 else "sdpo"
-    return "grpo" if sample.policy_weight > 0 else "out"
+def groups_record(groups: Sequence[Group], texts: int) -> list[dict[str, JsonValue]]:
+    """One object for each prompt; its lists are by attempt. The first `texts` prompts keep their question and their
+    responses whole."""
+    return [_record(group, whole=number < texts) for number, group in enumerate(groups)]
+
+
+def _record(group: Group, *, whole: bool) -> dict[str, JsonValue]:
+    record: dict[str, JsonValue] = {
+        "uid": group.prompt.uid,
+        "scores": list(group.scores),
+        "branches": [branch(sample) for sample in group.samples],
+        "teachers": [sample.teacher_sample for sample in group.samples],
+        "lengths": [attempt.rollout.response_length for attempt in group.attempts],
+    }
+    if whole:
+        record["prompt"] = group.prompt.messages[-1]["content"] if group.prompt.messages else ""
+        record["responses"] = [attempt.rollout.text for attempt in group.attempts]
+    return record

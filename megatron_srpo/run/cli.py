@@ -53,7 +53,7 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's TO
 @app.command()
 def train(context: typer.Context, config: ConfigFile) -> int:
     """Train. Any key of the configuration can be set: --section.key VALUE (docs/configuration.md lists them)."""
-    settings = load_config(config, context.obj)
+    settings = load_config(config, context.obj, tell=print if is_driver() else lambda text: None)
     check_run(settings, train=True)
     run_alone()
     with stopping.EarlyStop(speaks=is_driver()), _open_output(settings) if is_driver() else nullcontext():

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megatron_srpo.config import Config
+from megatron_srpo.rollout import RolloutEngine
+from megatron_srpo.run.roles import Role
+from megatron_srpo.run.session import Session
 
 
-def build_engine(config: Config, session: Any, driver: Any) -> Any:
-    """The engine of rollout.placement. Collective; `session` is launch.Session, `driver` driver.DriverParts or None."""
+def build_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
+    """The engine of rollout.placement. Collective."""
     from megatron_srpo.bridge import Verifier
     from megatron_srpo.rollout import ColocatedEngine
 
     if config.rollout.placement == "servers":
-        return _server_engine(config, session, driver)
+        return _server_engine(config, session, role)
     return ColocatedEngine(
         hf_dir=config.model.path,
         dtype=config.model.dtype,
@@ -31,7 +33,7 @@ def _longest(config: Config) -> int:
     return config.data.max_prompt_length + config.rollout.max_response_length
 
 
-def _server_engine(config: Config, session: Any, driver: Any) -> Any:
+def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
     from megatron_srpo.bridge import Verifier
     from megatron_srpo.bridge.wire import Sender, local_address
     from megatron_srpo.rollout.servers import ServersEngine
@@ -47,7 +49,7 @@ def _server_engine(config: Config, session: Any, driver: Any) -> Any:
         hf_dir=config.model.path, tokenizer=config.model.tokenizer, dtype=config.model.dtype, rollout=rollout,
         max_model_len=_longest(config), seed=config.run.seed, device=device.type, control=session.control,
         make_sender=make_sender, verifier=Verifier(config.bridge.verify_every),
-        logs=Path(config.run.output_dir) / "engines", decode=driver and driver.decode, say=driver and driver.say,
+        logs=Path(config.run.output_dir) / "engines", decode=role.decode, say=lambda text: role.log.message(text),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_srpo.bridge import Exporter, export_hf, load_hf_weights, read_config
-from megatron_srpo.core.records import ModelShards
+from megatron_srpo.core.tensors import ModelShards
 from tests.distributed_harness import run_distributed
 from tests.tiny_models import make_tiny_model
 from tests.tiny_shards import empty_shards

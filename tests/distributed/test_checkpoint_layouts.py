@@ -36,7 +36,7 @@ def exported(policy, model) -> dict:
 def _step_and_report(policy, model: Path) -> dict:
     policy.train_step(_rows(policy.topology.dp_rank, policy.topology.dp_size), loss)
     report = {"student": exported(policy, model)}
-    with policy.teacher():
+    with policy.weights("teacher"):
         return report | {"teacher": exported(policy, model)}
 
 

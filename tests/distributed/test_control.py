@@ -17,13 +17,14 @@ def _dealt(dp_of_rank):
         control_group=dist.new_group(backend="gloo"),
     )  # fmt: skip
     control, made = Control(topology), []
+    take = (lambda: control.deal(part)) if rank == 0 else control.receive_share
 
     def part(dp_rank):
         made.append(dp_rank)
         return {"rank": dp_rank, "tokens": array("i", range(dp_rank * 1000))}
 
-    first = control.deal(part)
-    return first, control.deal(part) == first, made
+    first = take()
+    return first, take() == first, made
 
 
 def test_every_rank_of_a_model_copy_gets_its_data_parallel_ranks_part_made_once_on_the_driver():
@@ -33,3 +34,31 @@ def test_every_rank_of_a_model_copy_gets_its_data_parallel_ranks_part_made_once_
         dp_rank = dp_of_rank[rank]
         assert part == {"rank": dp_rank, "tokens": array("i", range(dp_rank * 1000))} and again
         assert sorted(made) == ([0, 0, 1, 1, 2, 2] if rank == 0 else [])
+
+
+def _told():
+    import torch.distributed as dist
+
+    from megatron_srpo.mcore.control import Control
+
+    rank = dist.get_rank()
+    group = dist.new_group(backend="gloo")
+    control = Control(SimpleNamespace(rank=rank, world_size=2, is_driver=rank == 0, control_group=group))
+    heard = [control.share(lambda: 7)]
+    if rank == 0:
+        control.broadcast("hello")
+    else:
+        heard.append(control.receive())
+    try:
+        if rank == 0:
+            with control.failing_together():
+                raise ValueError("no more prompts")
+        else:
+            control.receive()
+    except ValueError as error:
+        heard.append(str(error))
+    return heard
+
+
+def test_what_fails_on_rank_0_is_raised_where_the_others_receive():
+    assert run_distributed(_told, 2) == [[7, "no more prompts"], [7, "hello", "no more prompts"]]

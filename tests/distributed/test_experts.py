@@ -49,7 +49,7 @@ def balancing_gradients(model, parallel):
     rows = _rows(policy.topology.dp_rank, policy.topology.dp_size)
     stats = policy.train_step(rows, lambda given, row: (logprobs(given, row).sum() * 0, {}))
     _alone(policy)
-    return seen["gradients"], stats.metrics
+    return seen["gradients"], {name: float(metric) for name, metric in stats.metrics.items()}
 
 
 def _on_two_ranks(model, scratch):
@@ -67,7 +67,7 @@ def _on_two_ranks(model, scratch):
         checkpoint.load(policy, scratch / writer.replace(" ", "-"))
         export = Exporter(policy.shards, read_config(model))
         student = {name: value.clone() for name, value in export.items()}
-        with policy.teacher():
+        with policy.weights("teacher"):
             found[f"{writer} in {reader}"] = student, {name: value.clone() for name, value in export.items()}
         _alone(policy)
     return found

@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed_harness import run_distributed
 from tests.losses_reference import objective, random_row
+from tests.losses_reference import settings as settings_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and `make test-gpu`")
@@ -155,7 +156,7 @@ def check_objective(device):
     """The whole loss of a row, with the LM head joined; two ranks have unequal widths. The kernels do the work."""
     import torch.distributed as dist
 
-    from megatron_srpo.losses import LinearHead, LossSettings, kernels, routed_loss
+    from megatron_srpo.losses import LinearHead, RoutedLoss, kernels
 
     vocab, split = 13, 8
     cut = slice(0, vocab) if dist.get_world_size() == 1 else [slice(0, split), slice(split, vocab)][dist.get_rank()]
@@ -163,25 +164,23 @@ def check_objective(device):
     hidden = torch.randn(14, 6, generator=g)
     weight = torch.randn(vocab, 6, generator=g)
     for settings, row in (
-        (LossSettings(entropy_coef=0.1, kl_loss_coef=0.2), {"old": True, "k": 10}),
-        (LossSettings(alpha=0.25), {"full": True, "k": 0}),
+        (settings_of(entropy_coef=0.1, kl_loss_coef=0.2), {"old": True, "k": 10}),
+        (settings_of(divergence_alpha=0.25), {"full": True, "k": 0}),
     ):
-        _, teacher, batch, sequences = random_row(5, vocab, **row)
+        _, teacher, batch, sequences = random_row(
+            5, vocab, kl=settings.kl_loss_coef, entropy=settings.entropy_coef, **row
+        )
         plain = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
         expected = objective(plain[0] @ plain[1].T / 0.7, teacher, batch, settings, 9, 0.4, sequences)
         gradients = torch.autograd.grad(expected, plain)
-        if batch.teacher_logits is not None:
-            batch.teacher_logits = 0.7 * teacher[:, cut].float()  # the head divides them again
-        for name, value in vars(batch).items():
-            if torch.is_tensor(value) and value.dtype == torch.float64:
-                value = value.float()
-            if torch.is_tensor(value):
-                setattr(batch, name, value.to(device))
+        if batch.scores.teacher_logits is not None:
+            batch.scores.teacher_logits = 0.7 * teacher[:, cut].float()  # the head divides them again
+        batch = batch.map(lambda value: (value.float() if value.dtype == torch.float64 else value).to(device))
         for budget in (2**20, 5 * 4 * split):
             mine, shard = (x.to(device, copy=True).requires_grad_() for x in (hidden, weight[cut]))
             assert kernels.serve(mine)
             head = LinearHead(mine, shard, shard.size(0), cut.start, dist.group.WORLD, 0.7, budget)
-            loss, _ = routed_loss(head, batch, settings, loss_tokens=9, distill_weight_mean=0.4)
+            loss, _ = RoutedLoss(settings)(head, batch, loss_tokens=9, distill_weight_mean=0.4)
             grad_hidden, grad_weight = torch.autograd.grad(loss, [mine, shard])
             dist.all_reduce(grad_hidden)
             torch.testing.assert_close(loss.detach().cpu().double(), expected.detach(), rtol=1e-5, atol=1e-5)

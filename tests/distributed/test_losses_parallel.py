@@ -6,14 +6,14 @@ import torch.distributed as dist
 from megatron_srpo.losses import (
     LinearHead,
     LogitsHead,
-    LossSettings,
+    RoutedLoss,
     full_divergence,
     gather_logprobs,
-    routed_loss,
     topk,
 )
 from tests.distributed_harness import run_distributed
 from tests.losses_reference import objective, random_row
+from tests.losses_reference import settings as settings_of
 
 VOCAB, SPLIT = 13, 8  # rank 0 has 8 columns, rank 1 has 5
 
@@ -25,21 +25,25 @@ def _shard():
 def _objective_on_ranks():
     group, cut = dist.group.WORLD, _shard()
     for settings, row in (
-        (LossSettings(), {}),
-        (LossSettings(alpha=1.0, kl_loss_coef=0.2, entropy_coef=0.1), {"old": True}),
-        (LossSettings(alpha=0.25), {"full": True}),
+        (settings_of(), {}),
+        (settings_of(divergence_alpha=1.0, kl_loss_coef=0.2, entropy_coef=0.1), {"old": True}),
+        (settings_of(divergence_alpha=0.25), {"full": True}),
     ):
-        logits, teacher, batch, sequences = random_row(5, VOCAB, k=10, **row)  # k is wider than rank 1's shard
+        logits, teacher, batch, sequences = random_row(
+            5, VOCAB, k=10, kl=settings.kl_loss_coef, entropy=settings.entropy_coef, **row
+        )  # k is wider than rank 1's shard
         logits.requires_grad_()
         expected = objective(logits, teacher, batch, settings, 9, 0.4, sequences)
         (expected_gradient,) = torch.autograd.grad(expected, logits)
-        if batch.topk_ids is not None:
-            assert torch.equal(topk(logits.detach()[:, cut], 10, vocab_start=cut.start, group=group), batch.topk_ids)
+        if batch.scores.topk_ids is not None:
+            assert torch.equal(
+                topk(logits.detach()[:, cut], 10, vocab_start=cut.start, group=group), batch.scores.topk_ids
+            )
         else:
-            batch.teacher_logits = teacher[:, cut]
+            batch.scores.teacher_logits = teacher[:, cut]
         mine = logits.detach()[:, cut].clone().requires_grad_()
-        loss, _ = routed_loss(
-            LogitsHead(mine, cut.start, group), batch, settings, loss_tokens=9, distill_weight_mean=0.4
+        loss, _ = RoutedLoss(settings)(
+            LogitsHead(mine, cut.start, group), batch, loss_tokens=9, distill_weight_mean=0.4
         )
         (gradient,) = torch.autograd.grad(loss, mine)
         torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-10)
@@ -57,8 +61,8 @@ def _linear_head_on_ranks():
     g = torch.Generator().manual_seed(2)
     hidden = torch.randn(14, 6, generator=g, dtype=torch.float64)
     weight = torch.randn(VOCAB, 6, generator=g, dtype=torch.float64)
-    _, teacher, batch, sequences = random_row(5, VOCAB, k=10, old=True)
-    settings = LossSettings(entropy_coef=0.1, kl_loss_coef=0.2)
+    _, teacher, batch, sequences = random_row(5, VOCAB, k=10, old=True, kl=0.2, entropy=0.1)
+    settings = settings_of(entropy_coef=0.1, kl_loss_coef=0.2)
     plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     expected = objective(plain[0] @ plain[1].T / 0.7, teacher, batch, settings, 9, 0.4, sequences)
     gradients = torch.autograd.grad(expected, plain)
@@ -66,7 +70,7 @@ def _linear_head_on_ranks():
         mine = hidden.clone().requires_grad_()
         shard = torch.cat([weight[cut], torch.full((padding, 6), 1e6, dtype=torch.float64)]).requires_grad_()
         head = LinearHead(mine, shard, width, cut.start, group, 0.7, budget)
-        loss, _ = routed_loss(head, batch, settings, loss_tokens=9, distill_weight_mean=0.4)
+        loss, _ = RoutedLoss(settings)(head, batch, loss_tokens=9, distill_weight_mean=0.4)
         grad_hidden, grad_weight = torch.autograd.grad(loss, [mine, shard])
         dist.all_reduce(grad_hidden)  # the caller's graph does it
         torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-10)
@@ -139,14 +143,14 @@ def _count_collectives():
         logp, entropy = measure(label, lambda head=head: head.gather_logprobs(ids))
         measure(f"{label} backward", lambda pair=(logp, entropy): (pair[0].sum() + pair[1].sum()).backward())
     for label, row in (("loss, top-k", {"k": 3}), ("loss, full", {"k": 3, "full": True})):
-        full, teacher, batch, _ = random_row(1, VOCAB, **row)
-        if batch.teacher_logits is not None:
-            batch.teacher_logits = teacher[:, cut]
+        full, teacher, batch, _ = random_row(1, VOCAB, entropy=0.1, **row)
+        if batch.scores.teacher_logits is not None:
+            batch.scores.teacher_logits = teacher[:, cut]
         head = LogitsHead(full[:, cut].clone().requires_grad_(), cut.start, dist.group.WORLD)
         loss, _ = measure(
             label,
-            lambda head=head, batch=batch: routed_loss(
-                head, batch, LossSettings(entropy_coef=0.1), loss_tokens=9, distill_weight_mean=0.4
+            lambda head=head, batch=batch: RoutedLoss(settings_of(entropy_coef=0.1))(
+                head, batch, loss_tokens=9, distill_weight_mean=0.4
             ),
         )
         measure(f"{label} backward", lambda loss=loss: loss.backward())

@@ -25,16 +25,14 @@ VOCAB = 101  # odd: padded for TP 2
 
 def _rows(dp_rank: int, dp_size: int) -> list:
     """Four packed rows of 24 tokens in three sequences; each data-parallel rank takes its part."""
-    from megatron_srpo.core.records import PackedBatch
+    from megatron_srpo.core.tensors import PackedBatch
 
     rows = []
     for number in range(4):
         ids = torch.randint(0, VOCAB, (24,), generator=torch.Generator().manual_seed(number))
         zeros = torch.zeros(24)
         bounds = torch.tensor([0, 8, 20, 24], dtype=torch.int32)  # lengths of which context parallelism makes 4 chunks
-        rows.append(
-            PackedBatch(ids, ids.roll(-1), torch.arange(24), bounds, torch.ones(24), zeros, zeros, zeros, zeros)
-        )
+        rows.append(PackedBatch(ids, ids.roll(-1), torch.arange(24), bounds, torch.ones(24), zeros, zeros, zeros))
     return rows[dp_rank::dp_size]
 
 
@@ -81,10 +79,10 @@ def swaps_hold(policy):
         assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
         assert all(torch.equal(a, b.main) for a, b in zip(main, policy.optimizer.shards(), strict=True))
 
-    with policy.teacher():
+    with policy.weights("teacher"):
         assert any(not torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
     is_back()
-    with pytest.raises(RuntimeError, match="in the teacher pass"), policy.teacher():
+    with pytest.raises(RuntimeError, match="in the teacher pass"), policy.weights("teacher"):
         raise RuntimeError("in the teacher pass")
     is_back()
     gather = policy.optimizer.gather_model
@@ -94,7 +92,7 @@ def swaps_hold(policy):
         raise RuntimeError("on the way there")
 
     policy.optimizer.gather_model = fails_once
-    with pytest.raises(RuntimeError, match="on the way there"), policy.teacher():
+    with pytest.raises(RuntimeError, match="on the way there"), policy.weights("teacher"):
         pass
     is_back()
 
@@ -136,10 +134,10 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
     for _ in range(3):
         stats = policy.train_step(rows, loss)
         norms.append(stats.grad_norm)
-        losses.append(stats.metrics["loss"])
+        losses.append(float(stats.metrics["loss"]))
         for name, value in policy.shards.parameters.items():  # the recurrence of the EMA teacher, at the default rate
             average[name] = 0.95 * average[name] + 0.05 * value.detach().double()
-    with policy.teacher():
+    with policy.weights("teacher"):
         for name, value in policy.shards.parameters.items():
             torch.testing.assert_close(value.detach().double(), average[name], rtol=0, atol=1e-6, msg=name)
     swaps_hold(policy)
@@ -152,7 +150,7 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
 
     assert policy.train_step(rows, bad_on_one_rank).skipped
     assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
-    with policy.reference():
+    with policy.weights("reference"):
         reference = scored(policy, rows)
     scratch.mkdir(exist_ok=True)
     snapshot = checkpoint.snapshot(policy, scratch)
@@ -163,7 +161,7 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
     if policy.topology.is_driver:
         snapshot.write_index(results)
     torch.distributed.barrier()
-    with policy.teacher():
+    with policy.weights("teacher"):
         straight = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     final = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     assert checkpoint.stored(scratch) == {"main", "exp_avg", "exp_avg_sq", "teacher", "reference"}
@@ -174,7 +172,7 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
     policy.train_step(rows, loss)
     assert {float(shard.state["step"]) for shard in policy.optimizer.shards()} == {4.0}
     assert all(torch.equal(final[name], value) for name, value in policy.shards.parameters.items())
-    with policy.teacher():
+    with policy.weights("teacher"):
         assert all(torch.equal(straight[name], value) for name, value in policy.shards.parameters.items())
     assert all(torch.equal(a, b) for a, b in zip(reference, before, strict=True))
 
@@ -182,13 +180,13 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
         return {name: value.to("cpu", copy=True) for name, value in Exporter(policy.shards, read_config(model)).items()}
 
     report = {"before": [value.cpu() for value in before], "norms": norms, "losses": losses, "exported": exported()}
-    with policy.teacher():
+    with policy.weights("teacher"):
         report["teacher"] = exported()
     if other is not None:
         checkpoint.load(policy, other)
         policy.train_step(rows, loss)
         report["resharded"] = exported()
-        with policy.teacher():
+        with policy.weights("teacher"):
             report["resharded_teacher"] = exported()
     return report
 

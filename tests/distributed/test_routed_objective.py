@@ -3,18 +3,21 @@ every gradient, under each layout and however the batch is cut."""
 
 import dataclasses
 import functools
+import itertools
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_srpo.algorithms.routing import route
-from megatron_srpo.batching.packing import plan_batch, share_of
+from megatron_srpo.batching import plan_batch, share_of
+from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import Prompt, Reward, Rollout, Row
+from megatron_srpo.core.records import Attempt, Batch, Group, Prompt, Reward, Rollout, Row, Stream
 from tests.distributed_harness import run_distributed
-from tests.routed_reference import Reference, count_choices, hub_names, load, put_weights, response_logprobs
+from tests.routed_reference import Reference, count_choices, hub_names, load, put_weights, stream_logprobs
 from tests.tiny_models import make_tiny_model
 
 VOCAB = 101  # odd: padded for every tensor parallel size
@@ -39,11 +42,18 @@ VARIANTS = {
         BASE | {"name": "mix", "divergence_alpha": 1.0, "distillation_tail": False, "mix_lambda": 0.7}, 300, 0, 1.0,
     ),
     "grpo": (BASE | MASKED | {"name": "grpo"}, 200, 2, 1.0),
+    "srpo in two steps, tool answers": (REGULARISED, 160, 3, 0.8),
+    "srpo in two steps, credit per token": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, trust region": (BASE, 160, 3, 0.8),
     "sdpo full vocabulary, trust region": (BASE | {"name": "sdpo", "distillation_topk": 0}, 200, 0, 1.0),
     "gspo": (REGULARISED | GSPO | {"name": "grpo"}, 160, 2, 1.0),
+    "gspo, tool answers": (REGULARISED | GSPO | {"name": "grpo"}, 160, 2, 1.0),
 }  # fmt: skip
-HARD_EDGED = ("grpo", "gspo")  # whole responses in or out by a threshold, on whose either side bf16 may come to stand
+HARD_EDGED = (
+    "grpo",
+    "gspo",
+    "gspo, tool answers",
+)  # whole responses in or out by a threshold, on whose either side bf16 may come to stand
 TRUST_REGION = {"mode": "trust_region", "update_rate": 0.3}
 TEACHERS = {  # the others have the EMA teacher
     "sdpo two steps, forward": {"mode": "frozen"},
@@ -110,7 +120,12 @@ MOE_LAYOUTS = {
     "moe bf16 ep2 tp2 sp": Layout(tp=2, sp=True, ep=2, dtype="bfloat16"),
 }
 LAYOUTS |= MOE_LAYOUTS
-MOE_VARIANTS = ["srpo", "srpo in two steps", "srpo one distilled sample", "sdpo full vocabulary, trust region"]
+MOE_VARIANTS = [
+    "srpo",
+    "srpo in two steps, tool answers",
+    "srpo one distilled sample",
+    "sdpo full vocabulary, trust region",
+]
 # Float32 passes against float64 ones; a gradient error is measured against the largest entry of its tensor's kind.
 METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 # bf16 (8 bits of mantissa): the gradient's error (root of its sum of squares) is at most this multiple of the one that
@@ -137,8 +152,9 @@ def make_config(model, variant, layout="serial"):
     )  # fmt: skip
 
 
-def make_samples(model, variant):
-    """Five groups of four: mixed, all wrong, all right, one correct, mixed with a long row. Routed by the package.
+def make_groups(model, variant):
+    """The samples of five groups of four: mixed, all wrong, all right, one correct, mixed with a long row. Routed by
+    the package. "tool answers": every response of four tokens or more has untrained ones in its middle.
 
     Token 0 is the padding token, whose embedding transformers never trains: it is not used.
     """
@@ -149,20 +165,22 @@ def make_samples(model, variant):
         correct = [[1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0]]
     if variant == "srpo all wrong":
         correct = [[0, 0, 0, 0], [0, 0, 0, 0]]
-    engine = load(model)
-    prompts, rollouts, rewards = [], [], []
+    engine, groups = load(model), []
     for group, outcomes in enumerate(correct):
         ids = [rng.randrange(1, VOCAB) for _ in range(rng.randint(2, 11))]
-        prompts.append(Prompt(f"train:{group}", (), ids, "", "exact"))
+        groups.append(Group(Prompt(f"train:{group}", (), ids, "", "exact"), []))
         for sample, right in enumerate(outcomes):
             length = 50 if (group, sample) == (4, 1) else rng.randint(1, 17)
             response = [rng.randrange(1, VOCAB) for _ in range(length)]
+            rollout = Rollout(group, sample, response, [0.0] * length, f"{group}.{sample}", "stop", 0)
+            if "tool answers" in variant and length > 3:
+                rollout.trained[length // 4 : length // 2] = False
             with torch.no_grad():
-                logp = response_logprobs(engine, ids, response, config.rollout.temperature)
-            logp = logp.gather(1, torch.tensor(response)[:, None])[:, 0]
-            logp = [float(x) + rng.gauss(0, 0.5) for x in logp]
-            rollouts.append(Rollout(group, sample, response, logp, f"{group}.{sample}", "stop", 0))
-            rewards.append(Reward(float(right)))
+                logp = stream_logprobs(engine, Stream.of(ids, rollout), config.rollout.temperature)
+            logp = logp.gather(1, torch.tensor(response)[torch.from_numpy(rollout.trained)][:, None])[:, 0]
+            for at, value in zip(rollout.trained.nonzero()[0], logp, strict=True):
+                rollout.logprobs[at] = float(value) + rng.gauss(0, 0.5)
+            groups[-1].attempts.append(Attempt(rollout, Reward(float(right)), bool(right)))
 
     def teacher_prompt(prompt, solution, feedback):
         number = int(solution.replace(".", ""))
@@ -170,10 +188,28 @@ def make_samples(model, variant):
             ids=[*prompt.token_ids, *[1 + (number + 3 * i) % (VOCAB - 1) for i in range(9)]], truncated=False
         )
 
-    samples, _ = route(prompts, rollouts, rewards, config.algorithm, seed=3, iteration=1, teacher_prompt=teacher_prompt)
+    route(groups, config.algorithm, seed=3, iteration=1, teacher_prompt=teacher_prompt)
+    samples = [group.samples for group in groups]
+    if "credit per token" in variant:
+        for sample in itertools.chain(*samples):
+            scatter_credit(sample, np.random.default_rng(sample.sample))
     if variant == "srpo, another order of samples":
         rng.shuffle(samples)
+        for group in samples:
+            rng.shuffle(group)
     return samples
+
+
+def scatter_credit(sample, rng):
+    """Every weight and the advantage of every token of its own, and every third token without distillation."""
+
+    def spread(value):
+        return (value * rng.uniform(0.5, 1.5, sample.length)).astype(np.float32)
+
+    sample.advantage = spread(sample.advantage)
+    sample.weights = {name: spread(weight) for name, weight in sample.weights.items()}
+    if "distill" in sample.weights:
+        sample.weights["distill"][1::3] = 0.0
 
 
 def unpacked(plan, samples, padding):
@@ -222,14 +258,13 @@ def head_apart(fused, given):
     return LogitsHead(head.logits(), head.vocab_start, head.group, head.temperature)
 
 
-def run_variants(variants, layout, student, teacher, samples_of):
+def run_variants(variants, layout, student, teacher, groups_of):
     """What each optimiser step of each variant saw and did: samples, weights before it, gradients, metrics."""
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
     from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
-    from megatron_srpo.trainer import Trainer
 
     path = choose_device("auto", 0)
     config = make_config(student, variants[0], layout)
@@ -249,11 +284,10 @@ def run_variants(variants, layout, student, teacher, samples_of):
             objective._budget = 7 * VOCAB * 4  # bytes: a MiB would hold all logits of a tiny model
         if "head apart" in variant:  # the product is autograd's, and all logits exist
             objective._head = functools.partial(head_apart, objective._head)
-        trainer = Trainer(SimpleNamespace(config=config, policy=policy, objective=objective))
-        samples = samples_of[variant]
+        samples = [sample for group in groups_of[variant] for sample in group]
         plan = plan_batch(
-            samples, dp_size=topology.dp_size, max_tokens=budget, prompts_per_mini_batch=prompts,
-            padding=policy.padding, seed=5, drop_zero_advantage=config.drops_zero_advantage,
+            groups_of[variant], dp_size=topology.dp_size, max_tokens=budget, prompts_per_mini_batch=prompts,
+            padding=policy.padding, seed=5, drop_zero_gradient=config.drops_zero_gradient,
         )  # fmt: skip
         if "one sample a row" in variant:
             plan = unpacked(plan, samples, policy.padding)
@@ -266,14 +300,14 @@ def run_variants(variants, layout, student, teacher, samples_of):
 
         policy.optimizer.step = capture
         mine, share = share_of(samples, plan, topology.dp_rank)
-        scores = trainer._score_students(mine, share)
-        trainer._score_teacher(mine, share, scores)
-        trainer._score_reference(mine, share, scores)
-        chosen = chosen_ids(mine, scores) if layout.startswith(("bf16", "moe bf16")) else None
+        passes = BatchPasses(Batch(mine, share, {}), policy, objective)
+        for scoring in objective.passes():
+            passes.run(scoring)
+        chosen = chosen_ids(mine, passes.scores) if layout.startswith(("bf16", "moe bf16")) else None
         results[variant] = []
         for whole, mini in zip(plan.mini_batches, share.mini_batches, strict=True):
             before = {name: value.to("cpu", copy=True) for name, value in exporter.items()}
-            stats = trainer._train(mine, mini, scores)
+            stats = passes.train_step(mini)
             indices = sorted(i for rows in whole.student for row in rows for i in row.samples)
             results[variant].append(
                 {
@@ -281,7 +315,7 @@ def run_variants(variants, layout, student, teacher, samples_of):
                     "loss_tokens": mini.loss_tokens,
                     "chosen": chosen,
                     "weights": before,
-                    "metrics": stats.metrics,
+                    "metrics": {name: float(metric) for name, metric in stats.metrics.items()},
                     "norm": stats.grad_norm,
                     **seen,
                 }
@@ -290,10 +324,10 @@ def run_variants(variants, layout, student, teacher, samples_of):
 
 
 def chosen_ids(samples, scores):
-    """(group, sample) → top-k ids [R, K] of all ranks' distilled samples; None of the full vocabulary."""
+    """(uid, sample) → top-k ids [R, K] of all ranks' distilled samples; None of the full vocabulary."""
     import torch.distributed as dist
 
-    mine = {(s.group, s.sample): score.topk_ids for s, score in zip(samples, scores, strict=True)}
+    mine = {(s.uid, s.sample): score.topk_ids for s, score in zip(samples, scores, strict=True)}
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, {place: ids for place, ids in mine.items() if ids is not None})
     return {place: ids for part in parts for place, ids in part.items()} or None
@@ -363,12 +397,11 @@ def check_layout(student, teacher, layout, **how):
     """Every variant under a layout, on real ranks; `how` is run_distributed's."""
     dtype = LAYOUTS[layout].dtype
     variants = [name for name in VARIANTS if dtype == "float32" or name not in HARD_EDGED]
-    samples_of = {variant: make_samples(student, variant) for variant in variants}
-    found = run_distributed(run_variants, LAYOUTS[layout].ranks, variants, layout, student, teacher, samples_of, **how)[
-        0
-    ]
+    groups_of = {variant: make_groups(student, variant) for variant in variants}
+    ranks = LAYOUTS[layout].ranks
+    found = run_distributed(run_variants, ranks, variants, layout, student, teacher, groups_of, **how)[0]
     for variant in variants:
-        check_steps(found[variant], samples_of[variant], student, teacher, variant, layout)
+        check_steps(found[variant], list(itertools.chain(*groups_of[variant])), student, teacher, variant, layout)
 
 
 @pytest.mark.parametrize(
@@ -376,18 +409,20 @@ def check_layout(student, teacher, layout, **how):
 )
 def test_a_routed_step_of_a_mixture_of_experts_equals_float64(models_of, layout):
     student, teacher = models_of("qwen3_moe", LAYOUTS[layout].dtype)
-    samples_of = {variant: make_samples(student, variant) for variant in MOE_VARIANTS}
-    found = run_distributed(run_variants, LAYOUTS[layout].ranks, MOE_VARIANTS, layout, student, teacher, samples_of)[0]
+    groups_of = {variant: make_groups(student, variant) for variant in MOE_VARIANTS}
+    found = run_distributed(run_variants, LAYOUTS[layout].ranks, MOE_VARIANTS, layout, student, teacher, groups_of)[0]
     for variant in MOE_VARIANTS:
-        check_steps(found[variant], samples_of[variant], student, teacher, variant, layout)
+        check_steps(found[variant], list(itertools.chain(*groups_of[variant])), student, teacher, variant, layout)
 
 
 def check_steps(steps, samples, student, teacher, variant, layout):
     assert len(steps) == (2 if VARIANTS[variant][2] == 3 else 3 if VARIANTS[variant][2] == 2 else 1)
-    assert sum(step["loss_tokens"] for step in steps) == sum(len(s.response_ids) for s in samples if s.counted)
+    assert sum(step["loss_tokens"] for step in steps) == sum(s.length for s in samples if s.counted)
     forwarded = {i for step in steps for i in step["samples"]}
     left = [s for i, s in enumerate(samples) if s.counted and i not in forwarded]
-    assert all(s.advantage == 0 and s.distill_weight == 0 for s in left)  # what is not forwarded has no gradient
+    assert all(
+        set(s.weights) == {"policy"} and not np.any(s.advantage) for s in left
+    )  # what is not forwarded has no gradient
     for number, step in enumerate(steps):
         where = f"{layout}, {variant}, step {number}"
         given = (step, samples, student, teacher, variant, number)

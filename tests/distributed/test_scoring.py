@@ -29,7 +29,7 @@ def _score(judge, broken):
     from megatron_srpo.mcore.control import Control
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rewards import RewardPool
-    from megatron_srpo.run.scoring import RewardScorer
+    from megatron_srpo.run.scorer import PoolScorer
 
     topology = groups.initialize(ParallelConfig(), choose_device("cpu", 0), seed=1, timeout_minutes=2)
     control = Control(topology)
@@ -44,7 +44,7 @@ def _score(judge, broken):
     except UserError as error:
         return str(error)
     with pool:
-        scorer = RewardScorer(pool, control)
+        scorer = PoolScorer(pool, control, threshold=0.5, leads=rank == 0)
         found = []
         for _ in range(2):  # a batch leaves nothing to the next one
             hand_over = scorer.start(PROMPTS)
@@ -56,7 +56,7 @@ def _score(judge, broken):
                 pool.close()
                 hand_over(_rollouts()[0])
             try:
-                found.append(scorer.finish(_rollouts() if rank == 0 else None))
+                found.append(scorer.finish(_rollouts()[::-1] if rank == 0 else []))
             except RuntimeError as error:
                 return str(error)
         return os.getpid(), found
@@ -72,12 +72,13 @@ def judge(tmp_path):
 def test_the_driver_gets_every_reward_in_order_and_each_was_made_where_its_response_was(judge):
     (driver, (first, second)), (other, nothing) = run_distributed(_score, 2, judge, "")
     makers = {0: driver, 1: other, 2: driver, 3: driver}  # sample 2 came from no rank
-    assert (
-        first
-        == second
-        == [Reward(float(r.prompt == r.sample), f"{r.prompt} by {makers[r.sample]}") for r in _rollouts()]
-    )
-    assert nothing == [None, None]
+    assert first == second and [group.prompt for group in first] == PROMPTS
+    attempts = [attempt for group in first for attempt in group.attempts]
+    assert [attempt.reward for attempt in attempts] == [
+        Reward(float(r.prompt == r.sample), f"{r.prompt} by {makers[r.sample]}") for r in _rollouts()
+    ]
+    assert [attempt.correct for attempt in attempts] == [r.prompt == r.sample for r in _rollouts()]
+    assert nothing == [[], []]
 
 
 @pytest.mark.parametrize(("broken", "complaint"), [("import", "no_such_module"), ("scoring", "pool is closed")])

@@ -8,9 +8,10 @@ from megatron_srpo.mcore import cpu_shim
 
 cpu_shim.install()
 
-from megatron_srpo.batching.packing import pack_rows  # noqa: E402
-from megatron_srpo.core.records import Padding, RoutedSample, Row  # noqa: E402
+from megatron_srpo.batching import pack_rows  # noqa: E402
+from megatron_srpo.core.records import Padding, Row  # noqa: E402
 from megatron_srpo.mcore.context import local_part, positions_by_rank  # noqa: E402
+from tests.made_samples import make_sample  # noqa: E402
 
 
 @given(size=st.integers(2, 4), chunks=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any))
@@ -28,10 +29,7 @@ def test_every_position_is_on_one_rank_and_each_rank_has_two_chunks_of_each_sequ
 
 
 def test_a_part_of_a_row_has_the_tokens_and_targets_of_its_positions():
-    samples = [
-        RoutedSample("train:0", 0, i, [5, 6, 7], list(range(10, 10 + n)), [-0.5] * n, 0.5, 1.0, 0.0)
-        for i, n in enumerate((2, 6))
-    ]
+    samples = [make_sample("train:0", i, [5, 6, 7], list(range(10, 10 + n)), [-0.5] * n) for i, n in enumerate((2, 6))]
     row = pack_rows([Row((0, 1), 14)], samples, padding=Padding(4, 8))[0]
     assert row.cu_seqlens.tolist() == [0, 8, 20, 24]
     parts = [local_part(row, rank, 2, None) for rank in range(2)]
@@ -39,3 +37,4 @@ def test_a_part_of_a_row_has_the_tokens_and_targets_of_its_positions():
     assert parts[0].input_ids.tolist() == [5, 6, 0, 0, *[5, 6, 7], *[0, 0, 0], *[0, 0]]
     assert parts[1].input_ids.tolist() == [7, 10, 11, 0, *[10, 11, 12], *[13, 14, 15], *[0, 0]]
     assert sum(float(part.loss_mask.sum()) for part in parts) == 8
+    assert sum(float(part.weights["policy"].sum()) for part in parts) == 8

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_srpo.config import Config
 from megatron_srpo.rewards import RewardError
-from megatron_srpo.run.driver import Prompting
+from megatron_srpo.run.prompting import Prompting
 from tests.tiny_models import make_tiny_model
 
 BLIND = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"

@@ -1,14 +1,16 @@
 """Groups that are all right or all wrong make room for others, up to a limit."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_srpo.algorithms.routing import RewardedGroups
-from megatron_srpo.config import AlgorithmConfig, Config
-from megatron_srpo.core.records import Prompt, Reward, Rollout
-from megatron_srpo.run.watchdog import Watchdog
-from megatron_srpo.trainer import Trainer
+from megatron_srpo.algorithms.contrast import ContrastingGroups
+from megatron_srpo.algorithms.section import algorithm
+from megatron_srpo.batching.source import DriverSource
+from megatron_srpo.config import Config
+from megatron_srpo.core.records import Padding, Prompt, Reward, Rollout
+from tests.made_samples import make_groups
 
 MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
 
@@ -19,24 +21,24 @@ def batch(*outcomes, first=0, feedback=None):
     rollouts = [
         Rollout(i, j, [first + i, j], [-1.0] * 2, "", "stop", 0) for i in range(len(outcomes)) for j in range(2)
     ]
-    return prompts, rollouts, [Reward(score, feedback) for pair in outcomes for score in pair]
+    return make_groups(prompts, rollouts, [Reward(score, feedback) for pair in outcomes for score in pair])
 
 
-def groups_of(wanted, *batches, choose=True, **algorithm):
-    groups = RewardedGroups(wanted, AlgorithmConfig(**algorithm), choose=choose)
+def groups_of(wanted, *batches, choose=True, **keys):
+    groups = ContrastingGroups(wanted, algorithm(**keys), choose=choose)
     for one in batches:
-        groups.add(*one)
+        groups.add(one)
     return groups
 
 
 def uids(groups):
-    return [prompt.uid for prompt in groups.prompts]
+    return [group.prompt.uid for group in groups.groups]
 
 
 def test_a_group_of_which_nothing_may_be_in_the_loss_has_no_contrast():
     cut, whole = batch(MIXED), batch(MIXED, first=1)
-    for rollout in cut[1]:
-        rollout.finish_reason = "length"
+    for attempt in cut[0].attempts:
+        attempt.rollout.finish_reason = "length"
     assert uids(groups_of(1, cut, whole, mask_truncated=True)) == ["train:1"]
     assert uids(groups_of(1, cut, whole)) == ["train:0"]
 
@@ -49,13 +51,9 @@ def test_without_a_choice_a_batch_stays_as_it_is():
 def test_groups_with_a_contrast_fill_the_batch_and_keep_their_rollouts():
     groups = groups_of(2, batch(WRONG, MIXED), batch(RIGHT, MIXED, MIXED, first=10))
     assert groups.full and uids(groups) == ["train:1", "train:11"]
-    assert [(r.prompt, r.sample, r.token_ids[0]) for r in groups.rollouts] == [
-        (0, 0, 1),
-        (0, 1, 1),
-        (1, 0, 11),
-        (1, 1, 11),
-    ]
-    assert [reward.score for reward in groups.rewards] == [1.0, 0.0, 1.0, 0.0]
+    kept = [(a.rollout.sample, a.rollout.token_ids[0]) for group in groups.groups for a in group.attempts]
+    assert kept == [(0, 1), (1, 1), (0, 11), (1, 11)]
+    assert [group.scores for group in groups.groups] == [[1.0, 0.0], [1.0, 0.0]]
     assert groups.metrics() == {"rollout/generated_groups": 5, "rollout/dropped_groups": 2}
 
 
@@ -73,27 +71,20 @@ def test_a_group_that_feedback_can_teach_has_a_contrast(use_feedback, kept):
 @pytest.mark.parametrize(("refills", "asked"), [(0, [0]), (1, [0, 1]), (5, [0, 1, 2])])
 def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refills, asked):
     batches = iter([batch(WRONG, MIXED), batch(RIGHT, RIGHT, first=10), batch(MIXED, MIXED, first=20)])
-    current, numbers = {}, []
+    numbers, sent = [], []
 
-    def next_batch():
-        current["prompts"], current["rollouts"], current["rewards"] = next(batches)
-        return current["prompts"]
+    def generate(prompts, iteration, refill, timer):
+        numbers.append(refill)
+        return next(batches)
 
     config = Config(
         model={"path": "unused"}, data={"train": "unused"}, rollout={"rollout_batch_size": 2, "max_refills": refills}
     )
-    trainer = Trainer(
-        SimpleNamespace(
-            config=config,
-            control=SimpleNamespace(share=lambda compute: compute()),
-            loader=SimpleNamespace(next_batch=next_batch),
-            requests=lambda prompts, iteration, refill: numbers.append(refill),
-            engine=SimpleNamespace(generate=lambda requests, sampling, on_rollout: current["rollouts"]),
-            sampling=None,
-            watchdog=Watchdog(0),
-            scorer=SimpleNamespace(start=lambda prompts: None, finish=lambda rollouts: current["rewards"]),
-        )
+    control = SimpleNamespace(broadcast=sent.append, failing_together=nullcontext)
+    loader = SimpleNamespace(next_batch=lambda: ["prompts"])
+    source = DriverSource(
+        config, control, generate, loader, None, None, dp_size=1, padding=Padding(), engine_metrics=dict
     )
-    found = uids(trainer._rewarded_groups())
-    assert numbers == asked
+    found = uids(source._groups(0, None))
+    assert numbers == asked and sent == [["prompts"]] * len(asked)
     assert found == {0: ["train:0", "train:1"], 1: ["train:1"], 5: ["train:1", "train:20"]}[refills]

@@ -1,19 +1,21 @@
 """avg@k, pass@k and maj@k of sampled answers, by hand."""
 
-from megatron_srpo.core.records import Reward, Rollout
+from megatron_srpo.core.records import Prompt, Reward, Rollout
 from megatron_srpo.run.evaluation import accuracy_metrics
+from tests.made_samples import make_groups
 
 
 def answers(prompt, *given):
     """One group: (text, prediction, score) each."""
-    rollouts = [Rollout(prompt, i, [1, 2], [-1.0, -1.0], text, "stop", 0) for i, (text, _, _) in enumerate(given)]
-    return rollouts, [Reward(score, prediction=prediction) for _, prediction, score in given]
+    rollouts = [Rollout(0, i, [1, 2], [-1.0, -1.0], text, "stop", 0) for i, (text, _, _) in enumerate(given)]
+    rewards = [Reward(score, prediction=prediction) for _, prediction, score in given]
+    return make_groups([Prompt(f"test:{prompt}", (), [1], "", "exact")], rollouts, rewards)
 
 
 def test_shares_of_correct_any_correct_and_majority():
     first = answers(0, ("B, I think", "B", 0.0), ("A", "A", 1.0), ("so A", "A", 1.0), ("C", "C", 0.0))
     second = answers(1, (" x ", None, 0.0), ("y", None, 1.0), ("x", None, 0.0), ("z", None, 0.0))
-    metrics = accuracy_metrics(first[0] + second[0], first[1] + second[1], threshold=0.5, k=4)
+    metrics = accuracy_metrics(first + second, k=4)
     assert metrics["eval/accuracy"] == metrics["eval/avg@4"] == (2 / 4 + 1 / 4) / 2
     assert metrics["eval/pass@4"] == 1.0
     assert metrics["eval/maj@4"] == 0.5  # A wins the first group though no two texts are equal; x the second
@@ -21,5 +23,10 @@ def test_shares_of_correct_any_correct_and_majority():
 
 
 def test_the_first_of_equally_frequent_answers_is_the_majority():
-    rollouts, rewards = answers(0, ("A", None, 1.0), ("B", None, 0.0))
-    assert accuracy_metrics(rollouts, rewards, threshold=0.5, k=2)["eval/maj@2"] == 1.0
+    assert accuracy_metrics(answers(0, ("A", None, 1.0), ("B", None, 0.0)), k=2)["eval/maj@2"] == 1.0
+
+
+def test_tokens_of_the_environment_are_no_response():
+    groups = answers(0, ("A", None, 1.0), ("B", None, 0.0))
+    groups[0].attempts[0].rollout.trained[0] = False
+    assert accuracy_metrics(groups, k=2)["eval/response_length"] == 1.5

@@ -7,28 +7,31 @@ import torch
 
 from megatron_srpo.losses import (
     LogitsHead,
-    LossSettings,
+    RoutedLoss,
     dynamic_weights,
     full_divergence,
     gather_logprobs,
     k3,
     policy_loss,
-    routed_loss,
     topk,
     topk_divergence,
     vocab_parallel,
 )
 from tests.losses_reference import divergence, objective, random_row
+from tests.losses_reference import settings as settings_of
 
 CASES = {
     "defaults": ({}, {}),
     "several_steps": ({}, {"old": True}),
-    "forward_kl_without_tail": ({"alpha": 0.0, "tail": False}, {}),
-    "reverse_kl": ({"alpha": 1.0}, {"old": True}),
-    "skewed_mixture": ({"alpha": 0.25}, {}),
-    "full_vocabulary": ({"alpha": 0.5}, {"full": True}),
+    "forward_kl_without_tail": ({"divergence_alpha": 0.0, "distillation_tail": False}, {}),
+    "reverse_kl": ({"divergence_alpha": 1.0}, {"old": True}),
+    "skewed_mixture": ({"divergence_alpha": 0.25}, {}),
+    "full_vocabulary": ({"divergence_alpha": 0.5}, {"full": True}),
     "dual_clip_kl_and_entropy": ({"dual_clip": 1.05, "kl_loss_coef": 0.3, "entropy_coef": 0.2}, {"old": True}),
-    "no_correction_no_ratio": ({"rollout_correction": "off", "distill_ratio_clip": 0.0, "beta": 0.0}, {"old": True}),
+    "no_correction_no_ratio": (
+        {"rollout_correction": "off", "distill_ratio_clip": 0.0, "entropy_beta": 0.0},
+        {"old": True},
+    ),
     "token_mask": ({"rollout_correction": "mask", "rollout_correction_cap": 1.3}, {"old": True}),
     "sequence_mask": ({"rollout_correction": "sequence_mask", "rollout_correction_cap": 1.3}, {"old": True}),
 }
@@ -37,13 +40,15 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_equal_the_plain_reference(case, monkeypatch):
     monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", {"cpu": 4 * 13 * 4})  # several chunks, the last one shorter
-    settings, row = LossSettings(**CASES[case][0]), CASES[case][1]
+    settings, row = settings_of(**CASES[case][0]), CASES[case][1]
     for seed in range(3):
-        logits, teacher, batch, sequences = random_row(seed, 13, k=4, **row)
+        logits, teacher, batch, sequences = random_row(
+            seed, 13, k=4, kl=settings.kl_loss_coef, entropy=settings.entropy_coef, **row
+        )
         logits.requires_grad_()
         expected = objective(logits, teacher, batch, settings, 9, 0.4, sequences)
         (expected_gradient,) = torch.autograd.grad(expected, logits)
-        loss, _ = routed_loss(LogitsHead(logits), batch, settings, loss_tokens=9, distill_weight_mean=0.4)
+        loss, _ = RoutedLoss(settings)(LogitsHead(logits), batch, loss_tokens=9, distill_weight_mean=0.4)
         (gradient,) = torch.autograd.grad(loss, logits)
         assert float(loss.detach() - expected.detach()) == pytest.approx(0, abs=1e-10)
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
@@ -128,12 +133,11 @@ def test_the_temperature_divides_in_full_precision(dtype):
 
 def test_a_dynamic_weight_stays_finite_where_fp32_has_no_exponential():
     logits, _, batch, _ = random_row(0, 13, k=4)
-    fields = {n: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in vars(batch).items()}
-    fields["teacher_entropy"] = torch.full_like(fields["teacher_entropy"], 12.0)
+    batch = batch.map(lambda values: values.float() if values.is_floating_point() else values)
+    batch.scores.teacher_entropy.fill_(12.0)
     results = []
     for beta, mean in ((0.0, 1.0), (40.0, math.exp(-480.0))):  # every token weighs the mean
-        loss, _ = routed_loss(
-            LogitsHead(logits.float()), type(batch)(**fields), LossSettings(beta=beta), loss_tokens=9,
+        loss, _ = RoutedLoss(settings_of(entropy_beta=beta))(LogitsHead(logits.float()), batch, loss_tokens=9,
             distill_weight_mean=mean,
         )  # fmt: skip
         results.append(float(loss))
@@ -141,18 +145,19 @@ def test_a_dynamic_weight_stays_finite_where_fp32_has_no_exponential():
 
 
 def test_garbage_outside_the_mask_does_not_reach_loss_or_gradient():
-    logits, _, batch, _ = random_row(0, 13, k=4, old=True)
+    logits, _, batch, _ = random_row(0, 13, k=4, old=True, kl=0.1)
     logits.requires_grad_()
-    settings = LossSettings(kl_loss_coef=0.1)
+    settings = settings_of(kl_loss_coef=0.1)
 
     def run():
-        loss, _ = routed_loss(LogitsHead(logits), batch, settings, loss_tokens=9, distill_weight_mean=1)
+        loss, _ = RoutedLoss(settings)(LogitsHead(logits), batch, loss_tokens=9, distill_weight_mean=1)
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
     clean = run()
     off = batch.loss_mask == 0
-    for name in ("rollout_logprobs", "old_logprobs", "reference_logprobs", "teacher_entropy"):
-        getattr(batch, name)[off] = -1e30
+    scores = batch.scores
+    for values in (batch.rollout_logprobs, scores.logprob, scores.reference_logprob, scores.teacher_entropy):
+        values[off] = -1e30
     dirty = run()
     assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
 
@@ -161,10 +166,10 @@ def test_an_empty_row_gives_an_exact_zero_that_backward_can_run_through():
     logits, _, batch, _ = random_row(0, 13, k=4)
     batch.loss_mask.zero_()
     logits.requires_grad_()
-    loss, metrics = routed_loss(LogitsHead(logits), batch, LossSettings(), loss_tokens=0, distill_weight_mean=1.0)
+    loss, metrics = RoutedLoss(settings_of())(LogitsHead(logits), batch, loss_tokens=0, distill_weight_mean=1.0)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert float(loss.detach()) == 0.0 and torch.equal(gradient, torch.zeros_like(gradient))
-    assert float(metrics["actor/entropy"][1]) == 0.0
+    assert float(metrics["actor/entropy"].count) == 0.0
 
 
 def test_bf16_divergence_is_not_negative_and_near_its_float64_value():
@@ -188,15 +193,13 @@ def test_only_logits_and_small_tensors_are_saved_for_backward():
 
 def test_two_half_rows_add_up_to_the_whole_row():
     logits, _, batch, sequences = random_row(3, 13, k=4, old=True)
-    whole, _ = routed_loss(LogitsHead(logits), batch, LossSettings(), loss_tokens=9, distill_weight_mean=0.5)
+    whole, _ = RoutedLoss(settings_of())(LogitsHead(logits), batch, loss_tokens=9, distill_weight_mean=0.5)
     parts = 0.0
     for first in (True, False):
         keep = (sequences < 2) == first
-        fields = {n: v[keep] if torch.is_tensor(v) and n != "cu_seqlens" else v for n, v in vars(batch).items()}
-        fields["cu_seqlens"] = torch.tensor([0, 5, 6] if first else [0, 6, 8]).int()
-        half, _ = routed_loss(
-            LogitsHead(logits[keep]), type(batch)(**fields), LossSettings(), loss_tokens=9, distill_weight_mean=0.5
-        )
+        part = batch.map(lambda values, keep=keep: values[keep], without=("cu_seqlens",))
+        part.cu_seqlens = torch.tensor([0, 5, 6] if first else [0, 6, 8]).int()
+        half, _ = RoutedLoss(settings_of())(LogitsHead(logits[keep]), part, loss_tokens=9, distill_weight_mean=0.5)
         parts += float(half)
     assert parts == pytest.approx(float(whole), abs=1e-12)
 

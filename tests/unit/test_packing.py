@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.batching.packing import (
-    NO_PADDING,
-    pack_rows,
-    padded_length,
-    plan_batch,
-    response_spans,
-    row_lengths,
-    sample_cost,
-    share_of,
-)
+from megatron_srpo.batching.plan import plan_batch, sample_cost, share_of
+from megatron_srpo.batching.rows import NO_PADDING, pack_rows, padded_length, predicting_positions, row_lengths
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import PackedBatch, Padding, RoutedSample, Row, TokenScores
+from megatron_srpo.core.records import Padding, Row, Sample
+from megatron_srpo.core.tensors import PackedBatch, Scores
+from tests.made_samples import make_sample
 
 
-def make(group=0, sample=0, prompt=3, response=2, *, policy=1.0, distill=0.0, advantage=0.5, teacher=5) -> RoutedSample:
+def make(group=0, sample=0, prompt=3, response=2, *, policy=1.0, distill=0.0, advantage=0.5, teacher=5) -> Sample:
     """A sample whose token ids tell where they come from."""
     base = 1000 * (group + 1) + 100 * sample
-    return RoutedSample(
-        uid=f"train:{group}", group=group, sample=sample,
-        prompt_ids=[base + i for i in range(prompt)],
-        response_ids=[base + 50 + i for i in range(response)],
-        rollout_logprobs=[-(i + 1) / 8 for i in range(response)],
-        advantage=advantage, policy_weight=policy, distill_weight=distill,
+    return make_sample(
+        f"train:{group}", sample, [base + i for i in range(prompt)], [base + 50 + i for i in range(response)],
+        [-(i + 1) / 8 for i in range(response)], advantage=advantage,
+        weights={name: weight for name, weight in (("policy", policy), ("distill", distill)) if weight},
         teacher_ids=[base + 30 + i for i in range(teacher)] if distill > 0 else None,
     )  # fmt: skip
+
+
+def plan_of(samples, **arguments):
+    """The plan of samples that are sorted by group."""
+    groups = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.uid)]
+    return plan_batch(groups, **arguments)
 
 
 def pack_student(row, samples, scores=None, *, padding=NO_PADDING):
@@ -76,7 +76,7 @@ def row_length(row, samples, padding, *, teacher=False):
 def test_an_interleaved_pipeline_gets_rows_of_one_length_in_multiples():
     samples = [make(0, i, response=3 + 5 * i, distill=float(i < 2)) for i in range(5)]
     padding = Padding(1, 4, rows=2)
-    plan = plan_batch(samples, dp_size=1, max_tokens=28, padding=padding)
+    plan = plan_of(samples, dp_size=1, max_tokens=28, padding=padding)
     mini = plan.mini_batches[0]
     assert len(mini.student[0]) == 4 and len(mini.teacher[0]) == 2
     packed = pack_rows(mini.student[0], samples, padding=padding)
@@ -100,7 +100,7 @@ def rows_of(plan, kind: str) -> list[Row]:
 @given(iterations())
 def test_no_row_exceeds_the_budget_in_any_pass(case):
     samples, arguments = case
-    plan = plan_batch(samples, **arguments)
+    plan = plan_of(samples, **arguments)
     for row in rows_of(plan, "student"):
         assert row.tokens == sum(samples[i].student_length for i in row.samples)
         assert row_length(row, samples, arguments["padding"]) <= arguments["max_tokens"]
@@ -115,11 +115,11 @@ def test_no_row_exceeds_the_budget_in_any_pass(case):
 @given(iterations())
 def test_every_counted_sample_is_placed_once_and_its_teacher_row_is_on_the_same_rank(case):
     samples, arguments = case
-    plan = plan_batch(samples, **arguments)
+    plan = plan_of(samples, **arguments)
     placed = sorted(i for row in rows_of(plan, "student") for i in row.samples)
     assert placed == [i for i, s in enumerate(samples) if s.counted]
     distilled = sorted(i for row in rows_of(plan, "teacher") for i in row.samples)
-    assert distilled == [i for i, s in enumerate(samples) if s.distill_weight > 0]
+    assert distilled == [i for i, s in enumerate(samples) if s.teacher is not None]
     for mini in plan.mini_batches:
         assert len(mini.student) == len(mini.teacher) == arguments["dp_size"]
         assert len({len(rank) for rank in mini.student}) == len({len(rank) for rank in mini.teacher}) == 1
@@ -132,7 +132,7 @@ def test_every_counted_sample_is_placed_once_and_its_teacher_row_is_on_the_same_
 @given(iterations())
 def test_the_ranks_shares_are_the_iteration_and_pack_the_same_rows(case):
     samples, arguments = case
-    plan = plan_batch(samples, **arguments)
+    plan = plan_of(samples, **arguments)
     shares = [share_of(samples, plan, rank) for rank in range(arguments["dp_size"])]
     assert sorted(id(s) for mine, _ in shares for s in mine) == sorted(
         id(samples[i]) for row in rows_of(plan, "student") for i in row.samples
@@ -151,12 +151,12 @@ def test_the_ranks_shares_are_the_iteration_and_pack_the_same_rows(case):
 @given(iterations())
 def test_groups_stay_whole_and_mini_batches_have_the_asked_number_of_them(case):
     samples, arguments = case
-    plan = plan_batch(samples, **arguments)
+    plan = plan_of(samples, **arguments)
     seen = [
-        {samples[i].group for rank in mini.student for row in rank for i in row.samples} for mini in plan.mini_batches
+        {samples[i].uid for rank in mini.student for row in rank for i in row.samples} for mini in plan.mini_batches
     ]
     assert sum(len(groups) for groups in seen) == len(set().union(*seen))
-    groups = len({s.group for s in samples})
+    groups = len({s.uid for s in samples})
     size = arguments["prompts_per_mini_batch"] or groups
     assert len(plan.mini_batches) == math.ceil(groups / size)
     assert all(len(some) <= size for some in seen)
@@ -166,10 +166,10 @@ def test_groups_stay_whole_and_mini_batches_have_the_asked_number_of_them(case):
 @given(iterations())
 def test_the_loss_masks_of_all_rows_add_up_to_the_denominators(case):
     samples, arguments = case
-    for mini in plan_batch(samples, **arguments).mini_batches:
+    for mini in plan_of(samples, **arguments).mini_batches:
         packed = [pack_student(row, samples, padding=Padding(1, 8)) for rank in mini.student for row in rank]
         assert sum(row.loss_mask.sum().item() for row in packed) == mini.loss_tokens
-        distilled = sum((row.loss_mask * (row.distill_weight > 0)).sum().item() for row in packed)
+        distilled = sum(int((row.weights["distill"] > 0).sum()) for row in packed if "distill" in row.weights)
         assert distilled == mini.distill_tokens
 
 
@@ -177,7 +177,7 @@ def test_the_loss_masks_of_all_rows_add_up_to_the_denominators(case):
 @given(iterations())
 def test_efficiency_and_imbalance_are_what_they_say(case):
     samples, arguments = case
-    plan = plan_batch(samples, **arguments)
+    plan = plan_of(samples, **arguments)
     rows = rows_of(plan, "student") + rows_of(plan, "teacher")
     computed = sum(row_length(row, samples, arguments["padding"]) for row in rows_of(plan, "student"))
     computed += sum(row_length(row, samples, arguments["padding"], teacher=True) for row in rows_of(plan, "teacher"))
@@ -197,7 +197,7 @@ def test_realistic_lengths_are_balanced_and_packed_tightly():
         for g in range(32)
         for s in range(8)
     ]
-    plan = plan_batch(samples, dp_size=8, max_tokens=16384, padding=Padding(1, 8))
+    plan = plan_of(samples, dp_size=8, max_tokens=16384, padding=Padding(1, 8))
     assert plan.imbalance < 0.02
     assert plan.efficiency > 0.99
     rows = rows_of(plan, "student")
@@ -209,22 +209,22 @@ def test_ten_thousand_samples_need_few_steps():
     """Not a timing: the number of length look-ups grows like n log n, so planning stays far below a second."""
     looked = 0
 
-    class Counting(RoutedSample):
+    class Counting(Sample):
         @property
         def student_length(self) -> int:
             nonlocal looked
             looked += 1
             return 40 + self.sample
 
-    samples = [Counting("u", i // 8, i % 8, [1], [2], [0.0], 0.5, 1.0, 0.0) for i in range(10_000)]
-    plan_batch(samples, dp_size=8, max_tokens=1000)
+    samples = [Counting(**vars(make(i // 8, i % 8))) for i in range(10_000)]
+    plan_of(samples, dp_size=8, max_tokens=1000)
     assert looked < 20 * len(samples)
 
 
 def test_samples_without_any_gradient_can_be_dropped_but_stay_in_the_denominator():
     samples = [make(0, 0, advantage=0.0), make(0, 1, advantage=1.0), make(0, 2, advantage=0.0, policy=0.0, distill=1.0)]
-    kept = plan_batch(samples, dp_size=1, max_tokens=100, drop_zero_advantage=False)
-    dropped = plan_batch(samples, dp_size=1, max_tokens=100, drop_zero_advantage=True)
+    kept = plan_of(samples, dp_size=1, max_tokens=100, drop_zero_gradient=False)
+    dropped = plan_of(samples, dp_size=1, max_tokens=100, drop_zero_gradient=True)
     assert sorted(i for row in rows_of(kept, "student") for i in row.samples) == [0, 1, 2]
     assert sorted(i for row in rows_of(dropped, "student") for i in row.samples) == [1, 2]
     assert kept.mini_batches[0].loss_tokens == dropped.mini_batches[0].loss_tokens == 6
@@ -232,12 +232,12 @@ def test_samples_without_any_gradient_can_be_dropped_but_stay_in_the_denominator
 
 def test_a_step_whose_samples_could_all_be_dropped_keeps_the_shortest_and_a_row_on_every_rank():
     samples = [make(advantage=0.0, response=4), make(advantage=0.0)]
-    plan = plan_batch(samples, dp_size=2, max_tokens=100, drop_zero_advantage=True)
+    plan = plan_of(samples, dp_size=2, max_tokens=100, drop_zero_gradient=True)
     assert plan.mini_batches[0].student == [[Row((1,), samples[1].student_length)], [Row((), 0)]]
 
 
 def test_a_mini_batch_in_which_nothing_counts_has_no_rows():
-    plan = plan_batch([make(policy=0.0), make(1, policy=0.0)], dp_size=2, max_tokens=100)
+    plan = plan_of([make(policy=0.0), make(1, policy=0.0)], dp_size=2, max_tokens=100)
     assert plan.mini_batches[0].student == plan.mini_batches[0].teacher == [[], []]
     assert (plan.mini_batches[0].loss_tokens, plan.efficiency, plan.imbalance) == (0, 1.0, 0.0)
 
@@ -246,7 +246,7 @@ def test_mini_batches_are_drawn_from_the_seed():
     samples = [make(group) for group in range(8)]
 
     def groups(seed, size=2):
-        plan = plan_batch(samples, dp_size=1, max_tokens=100, prompts_per_mini_batch=size, seed=seed)
+        plan = plan_of(samples, dp_size=1, max_tokens=100, prompts_per_mini_batch=size, seed=seed)
         return [sorted(i for row in mini.student[0] for i in row.samples) for mini in plan.mini_batches]
 
     assert groups(0) == groups(0) != groups(1)
@@ -263,13 +263,13 @@ def test_mini_batches_are_drawn_from_the_seed():
 )
 def test_a_sample_over_the_budget_is_refused_with_the_key_to_raise(sample, budget, multiple, words):
     with pytest.raises(UserError, match=r"1 of 2 samples.*train\.max_tokens_per_gpu") as refusal:
-        plan_batch([make(1), sample], dp_size=1, max_tokens=budget, padding=Padding(1, multiple))
+        plan_of([make(1), sample], dp_size=1, max_tokens=budget, padding=Padding(1, multiple))
     for word in words:
         assert word in str(refusal.value)
 
 
 def test_a_sample_that_does_not_count_may_have_any_length():
-    plan = plan_batch([make(response=500, policy=0.0), make(1)], dp_size=1, max_tokens=16)
+    plan = plan_of([make(response=500, policy=0.0), make(1)], dp_size=1, max_tokens=16)
     assert [row.samples for row in rows_of(plan, "student")] == [(1,)]
 
 
@@ -286,10 +286,25 @@ def test_a_row_is_aligned_to_the_next_token():
     assert row.loss_mask.tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
     assert row.advantages.tolist() == [0, 0, 0.25, 0.25, 0, 0, -1, -1, -1, 0, 0, 0]
     assert row.rollout_logprobs.tolist() == [0, 0, -0.125, -0.25, 0, 0, -0.125, -0.25, -0.375, 0, 0, 0]
-    assert response_spans(Row((0, 1), 10), samples) == [(0, 2, 4), (1, 6, 9)]
+    found = predicting_positions(Row((0, 1), 10), samples)
+    assert [(index, at.tolist()) for index, at in found] == [(0, [2, 3]), (1, [6, 7, 8])]
     assert {row.input_ids.dtype, row.targets.dtype, row.position_ids.dtype} == {torch.int64}
-    assert {row.loss_mask.dtype, row.advantages.dtype, row.policy_weight.dtype} == {torch.float32}
-    assert row.old_logprobs is row.topk_ids is row.teacher_logprobs is row.teacher_entropy is None
+    assert {row.loss_mask.dtype, row.advantages.dtype, row.weights["policy"].dtype} == {torch.float32}
+    assert row.scores == Scores()
+
+
+def test_untrained_tokens_in_a_response_are_context_and_nothing_else():
+    tool = make_sample("train:0", 0, [7, 8], [11, 12, 13, 14], [-0.5, -0.25], trained=[True, False, False, True])
+    tool.advantage = np.array([1.0, 2.0], dtype=np.float32)
+    tool.weights = {"policy": np.array([0.5, 0.0], dtype=np.float32)}
+    row = pack_student(Row((0,), 6), [tool], [Scores(logprob=torch.tensor([-3.0, -4.0]))])
+    assert row.input_ids.tolist() == [7, 8, 11, 12, 13, 14]
+    assert row.targets.tolist() == [0, 11, 0, 0, 14, 0]
+    assert row.loss_mask.tolist() == [0, 1, 0, 0, 1, 0] and row.first_token.tolist() == [0, 1, 0, 0, 0, 0]
+    assert row.advantages.tolist() == [0, 1, 0, 0, 2, 0] and row.weights["policy"].tolist() == [0, 0.5, 0, 0, 0, 0]
+    assert row.rollout_logprobs.tolist() == [0, -0.5, 0, 0, -0.25, 0]
+    assert row.scores.logprob.tolist() == [0, -3, 0, 0, -4, 0]
+    assert plan_of([tool], dp_size=1, max_tokens=6).mini_batches[0].loss_tokens == 2
 
 
 def test_a_full_row_has_no_padding_sequence():
@@ -304,21 +319,26 @@ def test_an_empty_row_is_one_sequence_that_contributes_nothing(multiple):
         assert row.loss_mask.sum() == 0 and row.input_ids.sum() == 0
     assert pack_student(Row((), 0), [], padding=Padding(1, multiple)).input_ids.numel() == multiple
     scored = pack_student(Row((), 0), [], [], padding=Padding(1, multiple))
-    assert scored.reference_logprobs.tolist() == [0.0] * multiple  # the loss asks every row, if it has a KL term
+    assert scored.scores.reference_logprob.tolist() == [0.0] * multiple  # the loss asks every row, if it has a KL term
 
 
 def test_the_teachers_row_has_the_same_responses_after_other_prompts():
     samples = [make(0, 0, distill=1.0, policy=0.0, teacher=4), make(0, 1, distill=1.0, policy=0.0, response=3)]
-    scores = [TokenScores(topk_ids=torch.tensor([[1, 2], [3, 4]])), TokenScores(topk_ids=torch.full((3, 2), 9))]
+    scores = [Scores(topk_ids=torch.tensor([[1, 2], [3, 4]])), Scores(topk_ids=torch.full((3, 2), 9))]
     student = pack_student(Row((0, 1), 0), samples, scores)
     teacher = pack_teacher(Row((0, 1), 0), samples, scores)
     assert teacher.input_ids[:6].tolist() == [1030, 1031, 1032, 1033, 1050, 1051]
     row = Row((0, 1), 0)
-    spans = zip(response_spans(row, samples), response_spans(row, samples, teacher=True), strict=True)
-    for (_, start, stop), (_, other, end) in spans:
-        for name in ("targets", "topk_ids", "rollout_logprobs", "distill_weight"):
-            assert torch.equal(getattr(student, name)[start:stop], getattr(teacher, name)[other:end])
-    assert teacher.topk_ids.shape == (len(teacher.input_ids), 2) and teacher.topk_ids[0].tolist() == [0, 0]
+    places = zip(predicting_positions(row, samples), predicting_positions(row, samples, teacher=True), strict=True)
+    for (_, mine), (_, theirs) in places:
+        for name in ("targets", "rollout_logprobs"):
+            assert torch.equal(getattr(student, name)[mine], getattr(teacher, name)[theirs])
+        assert torch.equal(student.scores.topk_ids[mine], teacher.scores.topk_ids[theirs])
+        assert torch.equal(student.weights["distill"][mine], teacher.weights["distill"][theirs])
+    assert teacher.scores.topk_ids.shape == (len(teacher.input_ids), 2) and teacher.scores.topk_ids[0].tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_a_sample_without_a_teacher_prompt_cannot_be_in_a_teachers_row():
@@ -326,11 +346,11 @@ def test_a_sample_without_a_teacher_prompt_cannot_be_in_a_teachers_row():
         pack_teacher(Row((0,), 5), [make()])
 
 
-def scores_of(sample: RoutedSample, seed: int) -> TokenScores:
+def scores_of(sample: Sample, seed: int) -> Scores:
     generator = torch.Generator().manual_seed(seed)
-    n = len(sample.response_ids)
-    scores = TokenScores(logprob=torch.randn(n, generator=generator), reference_logprob=torch.randn(n))
-    if sample.distill_weight > 0:
+    n = sample.length
+    scores = Scores(logprob=torch.randn(n, generator=generator), reference_logprob=torch.randn(n))
+    if sample.teacher is not None:
         scores.topk_ids = torch.randint(1, 50, (n, 4), generator=generator)
         scores.teacher_logprobs = torch.randn(n, 4, generator=generator) - 5
         scores.teacher_entropy = torch.rand(n, generator=generator)
@@ -343,51 +363,53 @@ def test_unpacking_gives_back_every_response_token_and_score_once(case):
     samples, arguments = case
     scores = [scores_of(sample, seed) for seed, sample in enumerate(samples)]
     seen = []
-    for row in rows_of(plan_batch(samples, **arguments), "student"):
+    for row in rows_of(plan_of(samples, **arguments), "student"):
         packed = pack_student(row, samples, scores, padding=arguments["padding"])
         outside = torch.ones_like(packed.loss_mask, dtype=torch.bool)
-        for index, start, stop in response_spans(row, samples, padding=arguments["padding"]):
+        for index, at in predicting_positions(row, samples, padding=arguments["padding"]):
             seen.append(index)
-            outside[start:stop] = False
-            check_span(packed, samples[index], scores[index], slice(start, stop))
-        for name in ("targets", "loss_mask", "advantages", "policy_weight", "distill_weight", "rollout_logprobs"):
-            assert not getattr(packed, name)[outside].any()
+            outside[at] = False
+            check_sample(packed, samples[index], scores[index], at)
+        tensors = [packed.targets, packed.loss_mask, packed.advantages, packed.rollout_logprobs]
+        for values in (*tensors, *packed.weights.values()):
+            assert not values[outside].any()
     assert sorted(seen) == [i for i, s in enumerate(samples) if s.counted]
 
 
-def check_span(packed: PackedBatch, sample: RoutedSample, scores: TokenScores, at: slice) -> None:
-    assert packed.targets[at].tolist() == sample.response_ids
-    assert packed.input_ids[at.start + 1 : at.stop + 1].tolist() == sample.response_ids
-    assert packed.rollout_logprobs[at].tolist() == sample.rollout_logprobs
-    assert packed.old_logprobs[at].equal(scores.logprob)
-    assert packed.reference_logprobs[at].equal(scores.reference_logprob)
-    assert (packed.policy_weight[at] == sample.policy_weight).all()
-    if sample.distill_weight > 0:
-        assert packed.topk_ids[at].equal(scores.topk_ids)
-        assert packed.teacher_logprobs[at].equal(scores.teacher_logprobs)
-        assert packed.teacher_entropy[at].equal(scores.teacher_entropy)
+def check_sample(packed: PackedBatch, sample: Sample, scores: Scores, at: torch.Tensor) -> None:
+    ids = sample.student.trained_ids.tolist()
+    assert packed.targets[at].tolist() == ids and packed.input_ids[at + 1].tolist() == ids
+    assert packed.rollout_logprobs[at].tolist() == sample.rollout_logprobs.tolist()
+    assert packed.scores.logprob[at].equal(scores.logprob)
+    assert packed.scores.reference_logprob[at].equal(scores.reference_logprob)
+    for name, weight in sample.weights.items():
+        assert (packed.weights[name][at] == torch.tensor(weight)).all()
+    if sample.teacher is not None:
+        assert packed.scores.topk_ids[at].equal(scores.topk_ids)
+        assert packed.scores.teacher_logprobs[at].equal(scores.teacher_logprobs)
+        assert packed.scores.teacher_entropy[at].equal(scores.teacher_entropy)
 
 
 def test_samples_without_a_teacher_get_finite_teacher_values_that_leave_mass_for_the_tail():
     samples = [make(0, 0, distill=1.0, policy=0.0), make(0, 1)]
     row = pack_student(Row((0, 1), 10), samples, [scores_of(s, 0) for s in samples])
-    filled = row.teacher_logprobs[5:]
+    filled = row.scores.teacher_logprobs[5:]
     assert torch.allclose(filled.exp().sum(-1), torch.tensor(4 / 5))
-    alone = pack_student(Row((1,), 5), samples, [TokenScores(), TokenScores(logprob=torch.zeros(2))])
-    assert alone.topk_ids is alone.teacher_logprobs is alone.teacher_entropy is None
-    assert alone.old_logprobs is not None
+    alone = pack_student(Row((1,), 5), samples, [Scores(), Scores(logprob=torch.zeros(2))])
+    assert alone.scores.topk_ids is alone.scores.teacher_logprobs is alone.scores.teacher_entropy is None
+    assert alone.scores.logprob is not None
 
 
 def test_full_vocabulary_teacher_logits_keep_their_dtype():
     samples = [make(distill=1.0, policy=0.0)]
-    row = pack_student(Row((0,), 5), samples, [TokenScores(teacher_logits=torch.ones(2, 7, dtype=torch.bfloat16))])
-    assert row.teacher_logits.shape == (5, 7) and row.teacher_logits.dtype == torch.bfloat16
-    assert row.teacher_logits.float().sum() == 14
+    row = pack_student(Row((0,), 5), samples, [Scores(teacher_logits=torch.ones(2, 7, dtype=torch.bfloat16))])
+    assert row.scores.teacher_logits.shape == (5, 7) and row.scores.teacher_logits.dtype == torch.bfloat16
+    assert row.scores.teacher_logits.float().sum() == 14
 
 
 def test_a_missing_or_misplaced_score_is_no_zero():
     samples = [make(0, 0), make(0, 1)]
     with pytest.raises(AssertionError, match="train:0 sample 1: no score"):
-        pack_student(Row((0, 1), 10), samples, [TokenScores(logprob=torch.zeros(2)), TokenScores()])
+        pack_student(Row((0, 1), 10), samples, [Scores(logprob=torch.zeros(2)), Scores()])
     with pytest.raises(AssertionError, match="3 scores, 2 tokens"):
-        pack_student(Row((0,), 5), samples, [TokenScores(logprob=torch.zeros(3)), None])
+        pack_student(Row((0,), 5), samples, [Scores(logprob=torch.zeros(3)), Scores()])

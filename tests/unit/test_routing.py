@@ -1,22 +1,25 @@
-"""Routing: the tables of the paper's appendix for all four methods, and what must hold for any group."""
+"""Routing: the tables of the paper's appendix for all methods, and what must hold for any group."""
 
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.algorithms.routing import ROUTINGS, group_advantages, route, stable_hash
-from megatron_srpo.config import AlgorithmConfig
+from megatron_srpo.algorithms.advantages import group_advantages, leave_one_out_advantages
+from megatron_srpo.algorithms.routing import route
+from megatron_srpo.algorithms.section import NAMES, algorithm
+from megatron_srpo.algorithms.teachers import stable_hash
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
+from megatron_srpo.core.records import Needs, Prompt, Reward, Rollout, Sample
+from tests.made_samples import make_groups
 
-METHODS = ("srpo", "grpo", "sdpo", "mix")
-POLICY, DISTILL, MIXED, OUT = (1.0, 0.0), (0.0, 1.0), (0.9, 0.1), (0.0, 0.0)
+METHODS = ("srpo", "grpo", "sdpo", "mix", "rloo")
+POLICY, DISTILL, OUT = {"policy": 1.0}, {"distill": 1.0}, {}
+MIXED = {"policy": 0.9, "distill": 1.0 - 0.9}
 
 
 @dataclass
@@ -48,19 +51,31 @@ def rollout_of(sample: int, prompt: int = 0, length: int = 3, finish: str = "sto
 
 def run(scores, method, *, feedback=None, teacher=None, lengths=None, seed=0, iteration=0, with_solution=False, **keys):
     """Route one group with these scores; returns (samples, report)."""
+    method = algorithm(method, **keys)
     feedback = feedback or [None] * len(scores)
     lengths = lengths or [3] * len(scores)
-    return route(
+    groups = make_groups(
         [prompt_of(0)],
         [rollout_of(i, length=n) for i, n in enumerate(lengths)],
         [Reward(score, said) for score, said in zip(scores, feedback, strict=True)],
-        AlgorithmConfig(name=method, **keys),
+        threshold=method.success_reward_threshold,
+    )  # fmt: skip
+    report = route(
+        groups, method,
         seed=seed, iteration=iteration, teacher_prompt=teacher or Teacher(), feedback_with_solution=with_solution,
     )  # fmt: skip
+    return groups[0].samples, report
 
 
-def weights(samples: list[RoutedSample]) -> list[tuple[float, float]]:
-    return [(s.policy_weight, pytest.approx(s.distill_weight)) for s in samples]
+def route_plain(prompts, rollouts, rewards, method, teacher=None):
+    """(samples of all groups, report)."""
+    groups = make_groups(prompts, rollouts, rewards, threshold=method.success_reward_threshold)
+    report = route(groups, method, seed=0, iteration=0, teacher_prompt=teacher or Teacher())
+    return [sample for group in groups for sample in group.samples], report
+
+
+def weights(samples: list[Sample]) -> list[dict[str, float]]:
+    return [dict(sample.weights) for sample in samples]
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -109,13 +124,41 @@ TABLES = {
 def test_weights_follow_the_table(case, method):
     scores, use_feedback, feedback, expected = TABLES[case]
     samples, _ = run(scores, method, feedback=feedback, use_feedback=use_feedback)
-    assert weights(samples) == expected[method]
+    assert weights(samples) == expected["grpo" if method == "rloo" else method]
     for sample in samples:
-        assert (sample.teacher_ids is not None) == (sample.distill_weight > 0)
+        assert (sample.teacher is not None) == ("distill" in sample.weights)
 
 
-def test_every_method_of_the_configuration_has_a_routing():
-    assert set(ROUTINGS) == set(AlgorithmConfig.model_fields["name"].annotation.__args__)
+def test_every_algorithm_is_in_the_tables():
+    assert set(NAMES) == set(METHODS)
+
+
+def test_rloo_asks_for_no_teacher_and_no_top_k_and_leaves_the_attempt_out_of_its_baseline():
+    assert algorithm("rloo").needs == algorithm("grpo").needs == Needs()
+    samples, _ = run([1, 0, 0.5, 0], "rloo")
+    assert [s.advantage for s in samples] == pytest.approx([1 - 0.5 / 3, -1.5 / 3, 0.5 - 1 / 3, -1.5 / 3])
+    scores = [0.3, -2.0, 7.0]
+    expected = [3 / 2 * value for value in group_advantages(scores)]  # G ÷ (G − 1) times GRPO's
+    assert leave_one_out_advantages(scores) == pytest.approx(expected)
+    assert leave_one_out_advantages([4.0]) == [0.0]
+
+
+def test_regularisers_carry_the_weight_of_the_policy_gradient_and_do_not_reach_what_is_only_distilled():
+    samples, _ = run([1, 0], "srpo", kl_loss_coef=0.2, entropy_coef=0.5)
+    assert weights(samples) == [{"policy": 1.0, "kl": 0.2, "entropy": 0.5}, DISTILL]
+    samples, _ = run([1, 1], "mix", kl_loss_coef=0.2)
+    assert samples[0].weights["kl"] == pytest.approx(0.18)
+
+
+def test_tokens_of_the_environment_are_in_the_streams_and_not_trained():
+    rollouts = [rollout_of(0, length=4), rollout_of(1, length=4)]
+    rollouts[1].trained[1:3] = False
+    samples, report = route_plain([prompt_of(0)], rollouts, [Reward(1), Reward(0)], algorithm("srpo"))
+    assert samples[1].student.trained.tolist() == [False] * 3 + [True, False, False, True]
+    assert samples[1].teacher.trained.tolist() == [False] * 5 + [True, False, False, True]
+    assert len(samples[1].student) == 7 and samples[1].length == len(samples[1].rollout_logprobs) == 2
+    assert report.metrics()["response_length/mean"] == 3
+    assert report.metrics()["srpo/sdpo_token_fraction"] == pytest.approx(2 / 6)
 
 
 def test_an_all_wrong_group_has_no_advantage_and_a_mixed_one_the_distance_to_its_mean():
@@ -157,7 +200,7 @@ def test_feedback_is_shown_only_without_a_solution_unless_asked_for():
     teacher = Teacher()
     samples, _ = run([0, 0], "srpo", feedback=says, use_feedback=True, teacher=teacher)
     assert teacher.calls == [("train:0", None, "wrong digit")]
-    assert samples[1].teacher_sample is None and samples[1].distill_weight == 1
+    assert samples[1].teacher_sample is None and weights(samples)[1] == DISTILL
 
 
 def test_feedback_is_never_shown_when_it_is_switched_off():
@@ -170,7 +213,7 @@ def test_feedback_is_never_shown_when_it_is_switched_off():
 def test_a_teacher_prompt_that_does_not_fit_makes_a_sample_unteachable(method, expected):
     samples, report = run([1, 1, 0], method, teacher=Teacher(fits=False))
     assert weights(samples) == expected
-    assert all(s.teacher_ids is None and s.teacher_sample is None for s in samples)
+    assert all(s.teacher is None and s.teacher_sample is None for s in samples)
     assert report.metrics()["srpo/teacher_prompt_unfit"] == (1 if method == "srpo" else 3)
     assert report.metrics()["srpo/teacher_available_fraction"] == 1
 
@@ -195,7 +238,7 @@ def test_the_shortest_sibling_teaches():
 
 def test_least_used_siblings_take_turns():
     samples, _ = run([1, 1, 1] + [0] * 6, "srpo", sibling="least_used")
-    taught = [s.teacher_sample for s in samples if s.distill_weight > 0]
+    taught = [s.teacher_sample for s in samples if s.teacher is not None]
     assert sorted(taught) == [0, 0, 1, 1, 2, 2]
 
 
@@ -205,12 +248,9 @@ def test_least_used_siblings_take_turns():
 def test_unequal_groups_and_a_missing_sample_are_routed_by_group():
     rollouts = [rollout_of(0, 0), rollout_of(2, 0), rollout_of(0, 1), rollout_of(1, 1), rollout_of(2, 1)]
     rewards = [Reward(1), Reward(0), Reward(0), Reward(0), Reward(0)]
-    samples, report = route(
-        [prompt_of(0), prompt_of(1)], rollouts, rewards, AlgorithmConfig(), seed=0, iteration=0,
-        teacher_prompt=Teacher(),
-    )  # fmt: skip
-    assert [(s.group, s.sample, s.uid) for s in samples] == [
-        (0, 0, "train:0"), (0, 2, "train:0"), (1, 0, "train:1"), (1, 1, "train:1"), (1, 2, "train:1"),
+    samples, report = route_plain([prompt_of(0), prompt_of(1)], rollouts, rewards, algorithm())
+    assert [(s.uid, s.sample) for s in samples] == [
+        ("train:0", 0), ("train:0", 2), ("train:1", 0), ("train:1", 1), ("train:1", 2),
     ]  # fmt: skip
     assert [s.advantage for s in samples] == [0.5, -0.5, 0, 0, 0]
     assert samples[1].teacher_sample == 0
@@ -231,10 +271,7 @@ def test_the_report_measures_what_was_routed():
     ]  # fmt: skip
     rollouts = [rollout_of(0, length=2), rollout_of(1, length=6, finish="length"), rollout_of(2, length=4)]
     rollouts.append(rollout_of(0, prompt=1, length=8))
-    _, report = route(
-        [prompt_of(0), prompt_of(1)], rollouts, rewards, AlgorithmConfig(), seed=0, iteration=0,
-        teacher_prompt=Teacher(truncated=True),
-    )  # fmt: skip
+    _, report = route_plain([prompt_of(0), prompt_of(1)], rollouts, rewards, algorithm(), Teacher(truncated=True))
     third = 1 / 3
     assert report.metrics() == pytest.approx(
         {
@@ -272,12 +309,11 @@ def test_the_report_measures_what_was_routed():
 def test_truncated_responses_are_left_out_by_choice_and_still_count_in_the_baseline():
     teacher = Teacher()
     ends = ["stop", "length", "stop", "length"]
-    samples, report = route(
+    samples, report = route_plain(
         [prompt_of(0)], [rollout_of(i, finish=end) for i, end in enumerate(ends)],
-        [Reward(score) for score in (1.0, 0.0, 0.0, 1.0)], AlgorithmConfig(mask_truncated=True), seed=0, iteration=0,
-        teacher_prompt=teacher,
+        [Reward(score) for score in (1.0, 0.0, 0.0, 1.0)], algorithm(mask_truncated=True), teacher,
     )  # fmt: skip
-    assert [(s.policy_weight, s.distill_weight) for s in samples] == [POLICY, OUT, DISTILL, OUT]
+    assert weights(samples) == [POLICY, OUT, DISTILL, OUT]
     assert [s.advantage for s in samples] == [0.5, -0.5, -0.5, 0.5]
     assert len(teacher.calls) == 1  # none for what is left out
     assert report.metrics()["srpo/left_out_fraction"] == 0.5
@@ -303,66 +339,63 @@ def batches(draw):
             rollouts.append(rollout_of(sample, prompt, draw(st.integers(0, 9))))
             score = draw(st.sampled_from([0.0, 1.0]) | st.floats(-10, 10))
             rewards.append(Reward(score, draw(st.sampled_from([None, "", "why"]))))
-    algorithm = AlgorithmConfig(
-        name=draw(st.sampled_from(METHODS)),
+    method = algorithm(
+        draw(st.sampled_from(METHODS)),
         use_feedback=draw(st.booleans()),
         sibling=draw(st.sampled_from(["random", "shortest", "least_used"])),
         advantage_std=draw(st.booleans()),
     )
-    return [prompt_of(i) for i in range(prompts)], rollouts, rewards, algorithm, draw(st.integers(0, 3))
+    return [prompt_of(i) for i in range(prompts)], rollouts, rewards, method, draw(st.integers(0, 3))
 
 
-def route_batch(batch, order=None):
-    prompts, rollouts, rewards, algorithm, seed = batch
-    order = order or range(len(rollouts))
-    samples, report = route(
-        prompts, [rollouts[i] for i in order], [rewards[i] for i in order], algorithm, seed=seed, iteration=5,
-        teacher_prompt=Teacher(),
-    )  # fmt: skip
-    return samples, report.metrics()
+def route_batch(batch):
+    """(samples by group, metrics)."""
+    prompts, rollouts, rewards, method, seed = batch
+    groups = make_groups(prompts, rollouts, rewards, threshold=method.success_reward_threshold)
+    report = route(groups, method, seed=seed, iteration=5, teacher_prompt=Teacher())
+    return [group.samples for group in groups], report.metrics()
 
 
 @settings(max_examples=150, deadline=None)
 @given(batches())
 def test_whatever_the_group_teachers_are_right_and_weights_are_consistent(batch):
-    _, rollouts, rewards, algorithm, _ = batch
-    samples, _ = route_batch(batch)
+    _, rollouts, rewards, method, _ = batch
     score = {(r.prompt, r.sample): reward.score for r, reward in zip(rollouts, rewards, strict=True)}
-    for sample in samples:
-        if sample.teacher_sample is not None:
-            assert sample.teacher_sample != sample.sample
-            assert score[sample.group, sample.teacher_sample] >= algorithm.success_reward_threshold
-        assert (sample.teacher_ids is not None) == (sample.distill_weight > 0)
-        assert sample.policy_weight + sample.distill_weight == pytest.approx(1 if sample.counted else 0)
-        if algorithm.name == "srpo":
-            assert {sample.policy_weight, sample.distill_weight} == {0.0, 1.0}
-            if sample.distill_weight:
-                assert score[sample.group, sample.sample] < algorithm.success_reward_threshold
+    for group, samples in enumerate(route_batch(batch)[0]):
+        for sample in samples:
+            if sample.teacher_sample is not None:
+                assert sample.teacher_sample != sample.sample
+                assert score[group, sample.teacher_sample] >= method.success_reward_threshold
+            assert (sample.teacher is not None) == ("distill" in sample.weights)
+            assert sum(sample.weights.values()) == pytest.approx(1 if sample.counted else 0)
+            if method.name == "srpo":
+                assert dict(sample.weights) in (POLICY, DISTILL)
+                if "distill" in sample.weights:
+                    assert score[group, sample.sample] < method.success_reward_threshold
 
 
 @settings(max_examples=100, deadline=None)
 @given(batches())
 def test_advantages_sum_to_zero_in_every_group(batch):
-    samples, _ = route_batch(batch)
-    for group in {s.group for s in samples}:
-        assert sum(s.advantage for s in samples if s.group == group) == pytest.approx(0, abs=1e-8)
+    for samples in route_batch(batch)[0]:
+        assert sum(s.advantage for s in samples) == pytest.approx(0, abs=1e-8)
 
 
-@settings(max_examples=100, deadline=None)
-@given(batches(), st.randoms(use_true_random=False))
-def test_the_order_of_the_rollouts_does_not_matter(batch, shuffler: random.Random):
-    order = list(range(len(batch[1])))
-    shuffler.shuffle(order)
-    assert route_batch(batch, order) == route_batch(batch)
+@settings(max_examples=50, deadline=None)
+@given(batches())
+def test_the_same_batch_is_routed_the_same_way_again(batch):
+    def facts(found):
+        samples = [sample for group in found[0] for sample in group]
+        return [(s.uid, s.sample, s.advantage, s.weights, s.teacher_sample) for s in samples], found[1]
+
+    assert facts(route_batch(batch)) == facts(route_batch(batch))
 
 
 def test_stale_rollouts_are_counted_and_left_out_of_the_loss_but_not_of_the_groups_mean():
     rollouts = [rollout_of(0), rollout_of(1), rollout_of(2)]
     rollouts[1].stale = True
     rewards = [Reward(1.0), Reward(0.0), Reward(0.5)]
-    samples, report = route(
-        [prompt_of(0)], rollouts, rewards, AlgorithmConfig(name="grpo"), seed=0, iteration=0, teacher_prompt=Teacher()
-    )
+    samples, report = route_plain([prompt_of(0)], rollouts, rewards, algorithm("grpo"))
     assert [sample.counted for sample in samples] == [True, False, True]
     assert [sample.advantage for sample in samples] == [0.5, -0.5, 0.0]
     assert report.metrics()["rollout/stale_samples"] == 1

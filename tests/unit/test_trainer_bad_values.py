@@ -7,94 +7,102 @@ import pytest
 import torch
 
 from megatron_srpo.algorithms.routing import route
-from megatron_srpo.batching.packing import plan_batch, share_of
-from megatron_srpo.config import AlgorithmConfig, Config
+from megatron_srpo.algorithms.section import algorithm
+from megatron_srpo.batching import plan_batch, share_of
+from megatron_srpo.batching.diagnosis import SkippedSteps, consecutive_skips, explain_skip
+from megatron_srpo.batching.passes import BatchPasses
+from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Prompt, Reward, Rollout, TokenScores
-from megatron_srpo.trainer import Trainer, consecutive_skips
-from tests.unit.test_trainer_passes import CountingPolicy, Scores, sample
+from megatron_srpo.core.records import Batch, BatchPlan, Prompt, Reward, Rollout
+from megatron_srpo.core.tensors import Scores
+from megatron_srpo.run.timer import PhaseTimer
+from megatron_srpo.run.watchdog import Watchdog
+from megatron_srpo.trainer import Parts, Trainer
+from tests.made_samples import make_groups
+from tests.unit.test_trainer_passes import CountingPolicy, ZeroObjective, Zeros, sample
 
 
-class BrokenPolicy(CountingPolicy):
-    """No step of it has a finite gradient."""
-
-    def train_step(self, rows, loss):
-        return SimpleNamespace(metrics={}, grad_norm=math.nan, skipped=True)
-
-
-class BrokenScores(Scores):
+class OneNaN(Zeros):
     """The log-prob of the third response token in a row is NaN."""
 
-    def score_old(self, row):
-        values = torch.zeros(row.input_ids.numel())
-        values[row.loss_mask.nonzero()[2]] = math.nan
-        return {"logprob": values}
+    def __call__(self, row):
+        found = super().__call__(row)
+        found["logprob"][row.loss_mask.nonzero()[2]] = math.nan
+        return found
 
 
-def trainer_of(objective, warnings, **sections):
-    config = Config(model={"path": "unused"}, data={"train": "unused"}, **sections)
-    return Trainer(
-        SimpleNamespace(
-            config=config,
-            policy=BrokenPolicy(0, 1),
-            objective=objective(config),
-            control=SimpleNamespace(collect=lambda mine: [mine], any=bool),
-            observer=SimpleNamespace(warn=warnings.append, log=lambda *values: None),
-            should_stop=lambda: False,
-            checkpoints=SimpleNamespace(poll=lambda: None),
-        )
-    )
+def config_of(**sections):
+    return Config(model={"path": "unused"}, data={"train": "unused"}, **sections)
 
 
-def explain(objective, scores=None):
+def explain(function, scores=None):
     samples = [sample(0, 0), sample(0, 1)]  # two response tokens, three response tokens
-    samples, plan = share_of(samples, plan_batch(samples, dp_size=1, max_tokens=40), 0)
-    warnings = []
-    trainer = trainer_of(objective, warnings)
-    trainer._train(samples, plan.mini_batches[0], scores or [TokenScores() for _ in samples])
+    samples, plan = share_of(samples, plan_batch([samples], dp_size=1, max_tokens=40), 0)
+    warnings, objective = [], ZeroObjective(config_of())
+    objective.function = function
+    passes = BatchPasses(Batch(samples, plan, {}), CountingPolicy(), objective)
+    passes.scores = scores or passes.scores
+    control, log = SimpleNamespace(collect=lambda mine: [mine]), SimpleNamespace(warn=warnings.append)
+    explain_skip(passes, plan.mini_batches[0], control, log, 1)
     return warnings
 
 
 def test_a_skipped_step_names_iteration_sample_and_component():
     order = [s.sample for s in (sample(0, 1), sample(0, 0))]  # longest first in the row: the third token is sample 1's
-    assert explain(BrokenScores) == [
+    assert explain(OneNaN) == [
         "iteration 1: the gradient is not finite, the optimiser step was skipped. "
         f"Not finite: log-probs of train:0 sample {order[0]}"
     ]
 
 
 def test_what_was_scored_before_is_named_too():
-    scores = [TokenScores(reference_logprob=torch.zeros(2)), TokenScores(reference_logprob=torch.full((3,), math.inf))]
-    assert explain(Scores, scores)[0].endswith("Not finite: reference_logprob (scored) of train:0 sample 1")
+    scores = [Scores(reference_logprob=torch.zeros(2)), Scores(reference_logprob=torch.full((3,), math.inf))]
+    assert explain(Zeros, scores)[0].endswith("Not finite: reference_logprob (scored) of train:0 sample 1")
 
 
 def test_without_a_culprit_among_the_scores_the_backward_pass_is_named():
-    assert explain(Scores)[0].endswith("All scores are finite: it arose in the backward pass")
+    assert explain(Zeros)[0].endswith("All scores are finite: it arose in the backward pass")
+
+
+class Run:
+    """A trainer whose iterations only have `metrics`, one after the other; `saved` has its checkpoints."""
+
+    def __init__(self, *metrics, **sections):
+        self.saved, self.metrics = [], iter(metrics)
+        config = config_of(checkpoint={"every": 0}, **sections)
+        self.trainer = Trainer(
+            Parts(
+                config=config, policy=SimpleNamespace(steps=0), weights=[], should_stop=lambda: False, evaluate=None,
+                control=SimpleNamespace(any=bool, share=lambda compute: compute()),
+                log=SimpleNamespace(log=lambda *values: None, state_dict=dict),
+                source=SimpleNamespace(next_batch=self._next_batch, state_dict=dict),
+                objective=SimpleNamespace(passes=list), engine=SimpleNamespace(publish=lambda *values: None),
+                store=SimpleNamespace(poll=lambda: None, save=self._save), timer=PhaseTimer(Watchdog(0).phase),
+                meter=lambda *values: {}, skipped=SkippedSteps(config.train.max_skipped_steps),
+            )
+        )  # fmt: skip
+
+    def _next_batch(self, iteration, timer):
+        usual = {"rollout/nonfinite_samples": 0, "perf/sequences": 1, "perf/total_tokens": 1}
+        return Batch([], BatchPlan([], 1, 0), usual | next(self.metrics))
+
+    def _save(self, policy, iteration, state, metrics, *, last):
+        self.saved.append((iteration, last, state["skipped_in_a_row"]))
 
 
 def test_many_skipped_steps_in_a_row_end_the_run_with_a_checkpoint():
-    saved = []
-    trainer = trainer_of(Scores, [], train={"max_skipped_steps": 3}, run={"iterations": 9}, checkpoint={"every": 0})
-    skipped = SimpleNamespace(skipped=True)
-
-    def iterate():
-        trainer._skipped_in_a_row = consecutive_skips(trainer._skipped_in_a_row, [skipped])
-        return {}
-
-    trainer._iterate, trainer._save = iterate, lambda metrics, last: saved.append((trainer.iteration, last))
+    nothing_finite = {"rollout/nonfinite_samples": 1}  # which counts as a skipped step
+    run = Run(*[nothing_finite] * 9, train={"max_skipped_steps": 3}, run={"iterations": 9})
     with pytest.raises(UserError, match="stopped after iteration 3: 3 optimiser steps in a row had nothing finite"):
-        trainer.run()
-    assert saved == [(3, True)]
+        run.trainer.run()
+    assert run.saved == [(3, True, 3)]
 
 
 def test_a_run_of_which_no_reward_can_be_had_ends_with_a_checkpoint_and_one_of_which_some_can_goes_on():
-    saved, shares = [], iter([0.0, 0.75, 1.0, 0.0])
-    trainer = trainer_of(Scores, [], run={"iterations": 9}, checkpoint={"every": 0})
-    trainer._iterate = lambda: {"reward/error_fraction": next(shares)}
-    trainer._save = lambda metrics, last: saved.append((trainer.iteration, last))
+    run = Run(*[{"reward/error_fraction": share} for share in (0.0, 0.75, 1.0, 0.0)], run={"iterations": 9})
     with pytest.raises(UserError, match="stopped after iteration 3: not one of its rewards could be had"):
-        trainer.run()
-    assert saved == [(3, True)]
+        run.trainer.run()
+    assert run.saved == [(3, True, 0)]
 
 
 def test_a_good_step_starts_the_count_again():
@@ -108,9 +116,10 @@ def test_a_good_step_starts_the_count_again():
 def test_a_rollout_whose_engine_log_probs_are_not_finite_is_left_out_and_named(bad):
     prompt = Prompt("train:5", (), [1, 2], "", "exact")
     rollouts = [Rollout(0, i, [3, 4], [-1.0, bad if i == 1 else -1.0], "", "stop", 0) for i in range(3)]
-    samples, report = route(
-        [prompt], rollouts, [Reward(1.0), Reward(0.0), Reward(0.0)], AlgorithmConfig(), seed=0, iteration=0,
+    groups = make_groups([prompt], rollouts, [Reward(1.0), Reward(0.0), Reward(0.0)])
+    report = route(
+        groups, algorithm(), seed=0, iteration=0,
         teacher_prompt=lambda *parts: SimpleNamespace(ids=[1, 2, 3], truncated=False),
     )  # fmt: skip
-    assert [s.counted for s in samples] == [True, False, True]
+    assert [s.counted for s in groups[0].samples] == [True, False, True]
     assert report.nonfinite == ["train:5 sample 1"] and report.metrics()["rollout/nonfinite_samples"] == 1

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_srpo.losses.grpo import LOG_RATIO_BOUND
+from megatron_srpo.losses.policy import LOG_RATIO_BOUND
 from megatron_srpo.losses.vocab_parallel import _times
 
 LARGEST_LOG_MASS = -1e-7  # the k ids together never count for more than this, so that the tail's log stays finite

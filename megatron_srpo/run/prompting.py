@@ -1,17 +1,15 @@
-"""What only the driver (global rank 0) has: tokenizer, prompts, the user's ear and the log."""
+"""The prompts of a run on rank 0: loaded, rendered, checked against the model and the rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any
 
 from megatron_srpo.config import Config, read_model_folder
 from megatron_srpo.core.errors import ConfigError
 
 
 class Prompting:
-    """The driver's tokenizer, prompts and teacher prompts."""
+    """Tokenizer, prompts and teacher prompts."""
 
     def __init__(self, config: Config) -> None:
         from megatron_srpo.data import TeacherPromptBuilder, load_tokenizer
@@ -73,50 +71,3 @@ class Prompting:
                 f"the tokenizer in {model.tokenizer or model.path} gives token id {largest}, and the model in "
                 f"{model.path} has vocab_size = {size}: use the model's own tokenizer (model.tokenizer)"
             )
-
-
-class DriverParts:
-    """What only the driver has: prompts and the log."""
-
-    def __init__(self, config: Config, *, splits: tuple[str, ...]) -> None:
-        self._config = config
-        self.observer: Any = None
-        prompting = Prompting(config)
-        self.teacher_prompt, self._tokenizer = prompting.teacher_prompt, prompting.tokenizer
-        self.prompts = {split: prompting.prompts(split, self.say) for split in splits}
-
-    def kinds(self) -> set[str]:
-        """The reward kinds of all prompts."""
-        return {prompt.kind for prompts in self.prompts.values() for prompt in prompts}
-
-    def say(self, text: str) -> None:
-        """A line for the user."""
-        if self.observer is None:
-            with suppress(OSError):  # a full disk behind standard output; whatever else is written will tell
-                print(text, flush=True)
-        else:
-            self.observer.message(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """A response's text."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def loader(self) -> Any:
-        from megatron_srpo.data import PromptLoader
-
-        config = self._config
-        return PromptLoader(
-            self.prompts["train"], config.rollout.rollout_batch_size, seed=config.run.seed, shuffle=config.data.shuffle
-        )
-
-    def observe(self, start: int, state: dict[str, Any]) -> Any:
-        """Open the log, which continues at iteration `start` with the `state` that it had there."""
-        from megatron_srpo.observe import Observer
-
-        self.observer = Observer(self._config, start_step=start)
-        self.observer.load_state_dict(state)
-        return self.observer
-
-    def close(self) -> None:
-        if self.observer is not None:
-            self.observer.close()

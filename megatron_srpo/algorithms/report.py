@@ -1,0 +1,125 @@
+"""What routing saw and did in one iteration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_srpo.core.records import Attempt, Group, Sample
+
+
+def branch(sample: Sample) -> str:
+    """In words: "grpo", "sdpo", "mix" of both, or "out" of the loss."""
+    if "distill" in sample.weights:
+        return "mix" if "policy" in sample.weights else "sdpo"
+    return "grpo" if "policy" in sample.weights else "out"
+
+
+@dataclass
+class RoutingReport:
+    """Counts are attempts unless their name says groups."""
+
+    groups: list[Group] = field(default_factory=list)
+    available: int = 0  # attempts with something to show a teacher
+    truncated: int = 0  # teacher prompts whose demonstration was shortened
+    unfit: int = 0  # attempts whose teacher prompt did not fit at any length
+    nonfinite: list[str] = field(default_factory=list)  # attempts left out as the engine's log-probs are not finite
+    failed: list[str] = field(default_factory=list)  # attempts whose reward could not be had, and why
+
+    def add(self, group: Group) -> None:
+        """Count one routed group."""
+        self.groups.append(group)
+        for attempt, sample in zip(group.attempts, group.samples, strict=True):
+            if not np.isfinite(sample.rollout_logprobs).all():
+                self.nonfinite.append(f"{sample.uid} sample {sample.sample}")
+            if attempt.reward.error is not None:
+                self.failed.append(f"{sample.uid} sample {sample.sample}: {attempt.reward.error}")
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group.samples]
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        return [attempt for group in self.groups for attempt in group.attempts]
+
+    def metrics(self) -> dict[str, float]:
+        """Values for the log. Names ending in _fraction are shares of attempts (of loss tokens for
+        sdpo_token_fraction); critic/advantages/* is over trained tokens, lengths are in trained tokens."""
+        samples, attempts = self.samples, self.attempts
+        return {
+            **self._branches(samples, attempts),
+            **_rewards(attempts, len(self.failed)),
+            **_advantages(samples),
+            **_lengths(attempts),
+        }
+
+    def _branches(self, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> dict[str, float]:
+        n = len(samples)
+        branches = [branch(sample) for sample in samples]
+        loss_tokens = sum(sample.length for sample in samples if sample.counted)
+        correct = [[attempt.correct for attempt in group.attempts] for group in self.groups]
+        return {
+            "srpo/sdpo_fraction": sum(name in ("sdpo", "mix") for name in branches) / n,
+            "srpo/grpo_fraction": sum(name in ("grpo", "mix") for name in branches) / n,
+            "srpo/left_out_fraction": sum(not sample.counted for sample in samples) / n,
+            "rollout/nonfinite_samples": len(self.nonfinite),
+            "rollout/stale_samples": sum(attempt.rollout.stale for attempt in attempts),
+            "srpo/teacher_available_fraction": self.available / n,
+            "srpo/sdpo_token_fraction": sum(sample.distilled for sample in samples) / max(1, loss_tokens),
+            "srpo/all_wrong_groups": sum(not any(group) for group in correct),
+            "srpo/all_right_groups": sum(all(group) for group in correct),
+            "srpo/teacher_prompt_truncated": self.truncated,
+            "srpo/teacher_prompt_unfit": self.unfit,
+        }
+
+
+def _rewards(attempts: Sequence[Attempt], failed: int) -> dict[str, float]:
+    scores = [attempt.reward.score for attempt in attempts]
+    mean = _mean(scores)
+    metrics = {
+        "critic/score/mean": mean,
+        "critic/score/max": max(scores),
+        "critic/score/min": min(scores),
+        "critic/score/std": math.sqrt(_mean([(score - mean) ** 2 for score in scores])),
+        "reward/errors": failed,
+        "reward/error_fraction": failed / len(attempts),
+    }
+    formed = [attempt.reward.well_formed for attempt in attempts if attempt.reward.well_formed is not None]
+    return metrics | ({"srpo/well_formed_fraction": _mean(formed)} if formed else {})
+
+
+def _advantages(samples: Sequence[Sample]) -> dict[str, float]:
+    totals, tops, lows = [], [], []
+    for sample in samples:
+        given = np.asarray(sample.advantage, dtype=np.float64)
+        totals.append(float(given) * sample.length if given.ndim == 0 else math.fsum(given))
+        tops.append(float(given.max(initial=-math.inf)))
+        lows.append(float(given.min(initial=math.inf)))
+    return {
+        "critic/advantages/mean": math.fsum(totals) / max(1, sum(sample.length for sample in samples)),
+        "critic/advantages/max": max(tops),
+        "critic/advantages/min": min(lows),
+    }
+
+
+def _lengths(attempts: Sequence[Attempt]) -> dict[str, float]:
+    lengths = [attempt.rollout.response_length for attempt in attempts]
+    metrics = {
+        "response_length/mean": _mean(lengths),
+        "response_length/max": max(lengths),
+        "response_length/min": min(lengths),
+        "response_length/clip_ratio": _mean([attempt.rollout.finish_reason == "length" for attempt in attempts]),
+    }
+    for name, wanted in (("correct", True), ("wrong", False)):
+        some = [n for n, attempt in zip(lengths, attempts, strict=True) if attempt.correct is wanted]
+        if some:
+            metrics[f"srpo/response_length_{name}"] = _mean(some)
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

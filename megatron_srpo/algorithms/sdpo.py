@@ -1,0 +1,27 @@
+"""SDPO (arXiv 2601.20802): every attempt that can be taught is distilled, correct or not."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from megatron_srpo.algorithms.advantages import group_advantages
+from megatron_srpo.algorithms.base import Distillation
+from megatron_srpo.core.records import Credit, Group, Needs
+
+
+class Sdpo(Distillation):
+    """z^SDPO = m; attempts without a teacher are left out of the loss and of its denominator."""
+
+    title: ClassVar[str] = "SDPO"
+    name: Literal["sdpo"] = "sdpo"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher=True, topk=self.distillation_topk, reference=self.kl_loss_coef > 0, group_baseline=False)
+
+    def credit(self, group: Group) -> list[Credit]:
+        advantages = group_advantages(group.scores, divide_by_std=self.advantage_std)  # for the log alone
+        return [
+            Credit({"distill": 1.0}, advantage, taught=True) if attempt.teachable else Credit({}, advantage)
+            for attempt, advantage in zip(group.attempts, advantages, strict=True)
+        ]

@@ -1,0 +1,82 @@
+"""The forward passes of one iteration on this rank: scoring passes, whose results stay with the samples, and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from megatron_srpo.batching.rows import pack_rows, predicting_positions
+from megatron_srpo.core.protocols import Objective, Policy, ScoringPass
+from megatron_srpo.core.records import Batch, MiniBatchPlan, Row
+from megatron_srpo.core.tensors import Scores, StepStats
+
+
+class BatchPasses:
+    """What this rank's rows of one iteration go through. `forwarded` counts rows and tokens of all ranks, for the log;
+    `scores` has what is known of each sample (on the last pipeline stage)."""
+
+    def __init__(self, batch: Batch, policy: Policy, objective: Objective) -> None:
+        self.samples, self.plan = batch.samples, batch.plan
+        self.scores = [Scores() for _ in batch.samples]
+        self.forwarded: Counter[str] = Counter()
+        self._policy, self._objective = policy, objective
+
+    def run(self, scoring: ScoringPass) -> None:
+        """One scoring pass over the iteration's rows. Nothing happens, on any rank, where it has none."""
+        minis = self.plan.mini_batches[scoring.start :]
+        if not any(rows for mini in minis for rows in self._ranks(scoring.rows, mini)):
+            return
+        with self._policy.weights(scoring.weights):
+            for mini in minis:
+                self.score(scoring, mini, self.scores)
+        for score in self.scores:
+            for name in scoring.frees:
+                setattr(score, name, None)
+
+    def score(self, scoring: ScoringPass, mini: MiniBatchPlan, into: list[Scores]) -> None:
+        """One scoring pass over one mini-batch. What the function returns per position is kept per sample in `into`."""
+        teacher, padding = scoring.rows == "teacher", self._policy.padding
+        rows = self._count(scoring.name, scoring.rows, mini)
+        results = self._policy.score(
+            pack_rows(rows, self.samples, into, padding=padding, teacher=teacher), scoring.score
+        )
+        for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
+            for index, at in predicting_positions(row, self.samples, padding=padding, teacher=teacher):
+                for name, values in result.items():
+                    setattr(into[index], name, values[at.to(values.device)].cpu())
+
+    def train_step(self, mini: MiniBatchPlan) -> StepStats | None:
+        """One optimiser step, or None when nothing in the mini-batch counts."""
+        if mini.loss_tokens == 0:
+            return None
+        rows = self._count("train", "student", mini)
+        mine = [i for row in rows for i in row.samples]
+        local = self._objective.distill_weight_sum([self.samples[i] for i in mine], [self.scores[i] for i in mine])
+        weights = self._policy.sum_over_data(local)
+        mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
+        loss = self._objective.loss(loss_tokens=mini.loss_tokens, distill_weight_mean=mean)
+        return self._policy.train_step(pack_rows(rows, self.samples, self.scores, padding=self._policy.padding), loss)
+
+    def _ranks(self, kind: str, mini: MiniBatchPlan) -> list[list[Row]]:
+        return mini.student if kind == "student" else mini.teacher
+
+    def _count(self, name: str, kind: str, mini: MiniBatchPlan) -> list[Row]:
+        """This rank's rows of a pass; what all ranks forward in it is counted."""
+        rows, tokens = mini.forwarded[kind]
+        self.forwarded[f"forward/{name}_rows"] += rows
+        self.forwarded[f"forward/{name}_tokens"] += tokens
+        (mine,) = self._ranks(kind, mini)
+        return mine
+
+    def nonfinite(self, mini: MiniBatchPlan) -> list[str]:
+        """Which of this rank's values in a skipped step are not finite. The parameters did not move: scoring the rows
+        again shows what was seen."""
+        found = [Scores() for _ in self.samples]
+        self.score(self._objective.check_pass(), mini, found)
+        bad = []
+        for i in (i for rows in mini.student for row in rows for i in row.samples):
+            seen = {"log-probs": found[i].logprob}
+            seen |= {f"{f.name} (scored)": getattr(self.scores[i], f.name) for f in dataclasses.fields(Scores)}
+            names = [name for name, value in seen.items() if value is not None and not bool(value.isfinite().all())]
+            bad += [f"{name} of {self.samples[i].uid} sample {self.samples[i].sample}" for name in names]
+        return bad

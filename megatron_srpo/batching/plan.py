@@ -1,0 +1,208 @@
+"""Samples → plan: who forwards which samples, in which row, for every optimiser step. Pure, no tensors."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from megatron_srpo.batching.rows import NO_PADDING, padded_length, row_lengths
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Padding, Row, Sample
+
+# Cost of a sequence of n tokens: n + n²/ATTENTION_LENGTH, in units of one token's matrix products. A layer needs about
+# 24·H² operations a token and 2·H·n for its causal attention: they are equal at n = 12·H, H = 4096 here.
+ATTENTION_LENGTH = 12 * 4096
+TRAIN_PASSES = 3  # forward and a backward of twice its work
+
+
+def plan_batch(
+    groups: Sequence[Sequence[Sample]], *, dp_size: int, max_tokens: int, prompts_per_mini_batch: int = 0,
+    padding: Padding = NO_PADDING, seed: int = 0, drop_zero_gradient: bool = False,
+) -> BatchPlan:  # fmt: skip
+    """Which rank forwards which samples in which rows, for every optimiser step of the iteration.
+
+    `groups`: the samples of each prompt; rows index all samples, group after group. Groups go to mini-batches whole,
+    `prompts_per_mini_batch` of them each (0: all; the last may have fewer), in an order drawn from `seed` when there
+    are several mini-batches. No padded row exceeds `max_tokens`, in any pass. Samples that do not count get no row;
+    with `drop_zero_gradient` neither do those that no loss term gives a gradient, which stay in the denominator. Raises
+    UserError for a sample that does not fit.
+    """
+    samples = [sample for group in groups for sample in group]
+    budget = max_tokens - max_tokens % padding.row
+    _require_fit(samples, budget, max_tokens, padding)
+    packer = _Packer(samples, dp_size, budget, padding, drop_zero_gradient)
+    mini_batches = [packer.plan(indices) for indices in _mini_batches(groups, prompts_per_mini_batch, seed)]
+    return BatchPlan(
+        mini_batches=mini_batches,
+        efficiency=_efficiency(mini_batches, samples, padding),
+        imbalance=packer.slowest / packer.mean - 1.0 if packer.mean else 0.0,
+    )
+
+
+def sample_cost(sample: Sample) -> float:
+    """Work for one sample in all passes of the iteration, in token forwards: training, and where it is distilled the
+    teacher's score and the student's top-k."""
+    student = _sequence_cost(sample.student_length)
+    scoring = _sequence_cost(sample.teacher_length) + student if sample.teacher is not None else 0.0
+    return TRAIN_PASSES * student + scoring
+
+
+def _sequence_cost(length: int) -> float:
+    return length + length * length / ATTENTION_LENGTH
+
+
+def _require_fit(samples: Sequence[Sample], budget: int, max_tokens: int, padding: Padding) -> None:
+    counted = [sample for sample in samples if sample.counted]
+    for sample in counted:
+        assert len(sample.student.targets) == sample.length, "one engine log-prob for each trained token"
+        assert sample.teacher is None or len(sample.teacher.targets) == sample.length, "the teacher has the same tokens"
+        assert sample.teacher is not None or "distill" not in sample.weights, "distillation needs a teacher"
+    needed = {id(s): padded_length(max(s.student_length, s.teacher_length), padding.sequence) for s in counted}
+    too_long = [sample for sample in counted if needed[id(sample)] > budget]
+    if not too_long:
+        return
+    worst = max(too_long, key=lambda sample: needed[id(sample)])
+    longest = needed[id(worst)]
+    teacher = f", {worst.teacher_length} tokens with the teacher's prompt" if worst.teacher is not None else ""
+    usable = f" ({budget} usable, as rows are padded to a multiple)" if budget != max_tokens else ""
+    raise UserError(
+        f"{len(too_long)} of {len(samples)} samples do not fit into a packed row; the longest is prompt {worst.uid}, "
+        f"sample {worst.sample}: {worst.student_length} tokens with its response{teacher}. "
+        f"train.max_tokens_per_gpu × parallel.context_parallel_size is {max_tokens}{usable}: raise it to at least "
+        f"{longest + max_tokens - budget}, or lower data.max_prompt_length, rollout.max_response_length or "
+        "teacher.max_prompt_length"
+    )
+
+
+def _mini_batches(groups: Sequence[Sequence[Sample]], prompts: int, seed: int) -> list[list[int]]:
+    """Indices of the samples of each mini-batch; whole groups."""
+    starts = list(itertools.accumulate((len(group) for group in groups), initial=0))
+    order = list(range(len(groups)))
+    size = prompts or max(1, len(order))
+    if size < len(order):
+        random.Random(seed).shuffle(order)
+    return [
+        [index for group in order[start : start + size] for index in range(starts[group], starts[group + 1])]
+        for start in range(0, len(order), size)
+    ]
+
+
+class _Packer:
+    """Plans mini-batches and adds up how long the ranks wait for each other."""
+
+    def __init__(
+        self, samples: Sequence[Sample], dp_size: int, budget: int, padding: Padding, drop_zero_gradient: bool
+    ) -> None:
+        self._samples = samples
+        self._dp_size = dp_size
+        self._budget = budget
+        self._padding = padding
+        self._drop = drop_zero_gradient
+        self._costs = [sample_cost(sample) for sample in samples]
+        self.slowest = self.mean = 0.0  # sums over mini-batches: the ranks meet after each
+
+    def plan(self, indices: Sequence[int]) -> MiniBatchPlan:
+        samples = self._samples
+        counted = [i for i in indices if samples[i].counted]
+        placed = [i for i in counted if not self._drop or samples[i].has_gradient]
+        if counted and not placed:  # one sample is forwarded all the same: the log compares trainer and engine on it
+            placed = [min(counted, key=lambda i: samples[i].student_length)]
+        loads, ranks = _balance(placed, self._costs, self._dp_size)
+        self.slowest += max(loads)
+        self.mean += sum(loads) / self._dp_size
+        student = [self._rows(rank, lambda i: samples[i].student_length) for rank in ranks]
+        # The student's top-k pass uses the teacher's rows, so they must fit under either prompt.
+        teacher = [
+            self._rows([i for i in rank if samples[i].teacher is not None], lambda i: samples[i].teacher_length,
+                       lambda i: max(samples[i].teacher_length, samples[i].student_length))
+            for rank in ranks
+        ]  # fmt: skip
+        taught = [i for i in placed if samples[i].teacher is not None]
+        return MiniBatchPlan(
+            student=_even(student, self._padding.rows, at_least=1 if counted else 0),
+            teacher=_even(teacher, self._padding.rows, at_least=0),
+            loss_tokens=sum(samples[i].length for i in counted),
+            distill_tokens=sum(samples[i].distilled for i in counted),
+            forwarded={
+                "student": _total(student, sum(samples[i].student_length for i in placed)),
+                "teacher": _total(teacher, sum(samples[i].teacher_length for i in taught)),
+                "distilled": _total(teacher, sum(samples[i].student_length for i in taught)),
+            },
+        )
+
+    def _rows(
+        self, indices: Sequence[int], length: Callable[[int], int], room: Callable[[int], int] | None = None
+    ) -> list[Row]:
+        """Best-fit rows under the budget, the costliest first, so that all ranks' rows of one number are alike."""
+        room, multiple = room or length, self._padding.sequence
+        bins = _best_fit_decreasing(indices, lambda i: padded_length(room(i), multiple), self._budget)
+        bins.sort(key=lambda row: -sum(_sequence_cost(length(i)) for i in row))
+        return [Row(tuple(row), sum(length(i) for i in row)) for row in bins]
+
+
+def _total(rows: list[list[Row]], tokens: int) -> tuple[int, int]:
+    return sum(map(len, rows)), tokens
+
+
+def share_of(samples: Sequence[Sample], plan: BatchPlan, rank: int) -> tuple[list[Sample], BatchPlan]:
+    """What data-parallel rank `rank` needs of an iteration: its samples, and the plan with its rows alone, which index
+    them. Tokens of other ranks' samples never travel to it."""
+    kept = [(mini, mini.student[rank], mini.teacher[rank]) for mini in plan.mini_batches]
+    indices = sorted(i for _, student, _ in kept for row in student for i in row.samples)
+    place = {index: number for number, index in enumerate(indices)}
+
+    def local(rows: list[Row]) -> list[Row]:
+        return [Row(tuple(place[i] for i in row.samples), row.tokens) for row in rows]
+
+    mine = [replace(mini, student=[local(student)], teacher=[local(teacher)]) for mini, student, teacher in kept]
+    return [samples[i] for i in indices], replace(plan, mini_batches=mine)
+
+
+def _balance(indices: Sequence[int], costs: Sequence[float], parts: int) -> tuple[list[float], list[list[int]]]:
+    """Longest processing time first: the costliest sample left goes to the least loaded rank. (loads, samples)."""
+    heap = [(0.0, rank) for rank in range(parts)]
+    result: list[list[int]] = [[] for _ in range(parts)]
+    for index in sorted(indices, key=lambda i: (-costs[i], i)):
+        load, rank = heap[0]
+        result[rank].append(index)
+        heapq.heapreplace(heap, (load + costs[index], rank))
+    return [load for load, _ in sorted(heap, key=lambda entry: entry[1])], result
+
+
+def _best_fit_decreasing(indices: Sequence[int], size: Callable[[int], int], budget: int) -> list[list[int]]:
+    """Bins of at most `budget`: every item, longest first, into the fullest bin that has room."""
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for index in sorted(indices, key=lambda i: (-size(i), i)):
+        need = size(index)
+        at = bisect.bisect_left(free, (need, -1))
+        if at < len(free):
+            room, number = free.pop(at)
+        else:
+            room, number = budget, len(bins)
+            bins.append([])
+        bins[number].append(index)
+        bisect.insort(free, (room - need, number))
+    return bins
+
+
+def _even(rows: list[list[Row]], multiple: int, *, at_least: int) -> list[list[Row]]:
+    """The same number of rows on every rank: those with fewer get empty ones, or the ranks would deadlock."""
+    count = math.ceil(max(at_least, *(len(mine) for mine in rows)) / multiple) * multiple
+    return [mine + [Row((), 0)] * (count - len(mine)) for mine in rows]
+
+
+def _efficiency(mini_batches: Sequence[MiniBatchPlan], samples: Sequence[Sample], padding: Padding) -> float:
+    """Useful ÷ computed tokens of all passes; padding and empty rows are computed for nothing."""
+    useful = computed = 0
+    for mini in mini_batches:
+        for teacher, ranks in ((False, mini.student), (True, mini.teacher)):
+            for rows in filter(None, ranks):
+                useful += sum(row.tokens for row in rows)
+                computed += sum(row_lengths(rows, samples, padding=padding, teacher=teacher))
+    return useful / computed if computed else 1.0

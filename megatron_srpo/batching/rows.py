@@ -1,0 +1,164 @@
+"""Plan → rows: the packed rows of a pass as tensors, and where in a row the trained tokens are.
+
+    row       │ prompt 0 │ response 0 │ prompt 1 │ response 1 │ padding │
+    predicts            └─ the token before each trained token ─┘
+
+Shapes: T tokens of a row, R trained tokens of a sample, K top-k, v vocabulary shard. Under context parallelism every
+sequence is filled up to a multiple as well (`Padding`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_srpo.core.records import Padding, PerToken, Row, Sample
+from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores
+
+NO_PADDING = Padding()
+FOR_EVERY_SAMPLE = ("logprob", "reference_logprob")  # scores that only a pass over all samples can have made
+
+
+def padded_length(tokens: int, multiple: int) -> int:
+    """The next multiple, and at least one."""
+    return max(1, math.ceil(tokens / multiple)) * multiple
+
+
+def row_lengths(
+    rows: Sequence[Row], samples: Sequence[Sample], *, padding: Padding = NO_PADDING, teacher: bool = False
+) -> list[int]:
+    """Positions of each packed row of one pass on one data-parallel rank."""
+    used = [sum(_sequence_lengths(row, samples, padding, teacher)) for row in rows]
+    lengths = [padded_length(tokens, padding.row) for tokens in used]
+    return [max(lengths)] * len(lengths) if padding.rows > 1 and lengths else lengths
+
+
+def predicting_positions(
+    row: Row, samples: Sequence[Sample], *, padding: Padding = NO_PADDING, teacher: bool = False
+) -> list[tuple[int, Tensor]]:
+    """(sample index, [R] positions) for every sample of the row, in order: the logits at these positions predict its
+    trained tokens. `teacher`: the row holds the teacher's streams."""
+    found, offset = [], 0
+    for index, length in zip(row.samples, _sequence_lengths(row, samples, padding, teacher), strict=True):
+        targets = samples[index].stream(teacher=teacher).targets
+        found.append((index, torch.from_numpy(targets + (offset - 1))))
+        offset += length
+    return found
+
+
+def pack_rows(
+    rows: Sequence[Row], samples: Sequence[Sample], scores: Sequence[Scores] | None = None, *,
+    padding: Padding = NO_PADDING, teacher: bool = False,
+) -> list[PackedBatch]:  # fmt: skip
+    """The rows of one pass on one rank, of the students' or the teachers' streams, and what `scores` (one a sample of
+    the iteration) has for them. A teacher's row has the same trained tokens, so position by position what the student's
+    row has there, the student's top-k ids included."""
+    lengths = row_lengths(rows, samples, padding=padding, teacher=teacher)
+    return [
+        _pack(row, samples, scores, padding, length, teacher=teacher) for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def _sequence_lengths(row: Row, samples: Sequence[Sample], padding: Padding, teacher: bool) -> list[int]:
+    """Positions that each sample takes in the row."""
+    return [padded_length(len(samples[i].stream(teacher=teacher)), padding.sequence) for i in row.samples]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are in a row. R_all trained tokens of all samples, in order."""
+
+    total: int  # T
+    samples: list[Sample]
+    positions: Tensor  # [R_all], positions that predict a trained token
+
+    def spread(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[R_all, …] → [T, …], `fill` where no trained token is predicted."""
+        result = torch.full((self.total, *values.shape[1:]), fill, dtype=values.dtype)
+        result[self.positions] = values
+        return result
+
+    def per_token(self, values: Sequence[PerToken]) -> Tensor:
+        """For each sample one number, or one for each of its trained tokens → [T] fp32."""
+        parts = [np.broadcast_to(np.float32(v), s.length) for v, s in zip(values, self.samples, strict=True)]
+        return self.spread(torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.float32)])))
+
+    def first_tokens(self) -> Tensor:
+        """[T] fp32, 1 at the position that predicts the first trained token of a counted sample."""
+        lengths = torch.tensor([sample.length for sample in self.samples], dtype=torch.long)
+        counted = torch.tensor([float(sample.counted) for sample in self.samples])
+        starts = (lengths.cumsum(0) - lengths)[lengths > 0]
+        result = torch.zeros(self.total)
+        result[self.positions[starts]] = counted[lengths > 0]
+        return result
+
+
+def _pack(
+    row: Row, samples: Sequence[Sample], scores: Sequence[Scores] | None, padding: Padding, total: int, *,
+    teacher: bool,
+) -> PackedBatch:  # fmt: skip
+    mine = [samples[index] for index in row.samples]
+    streams = [sample.stream(teacher=teacher) for sample in mine]
+    lengths = _sequence_lengths(row, samples, padding, teacher)
+    ids = np.zeros(total, dtype=np.int64)  # causal attention: what stands behind a sequence changes nothing in it
+    for stream, start in zip(streams, itertools.accumulate(lengths, initial=0), strict=False):
+        ids[start : start + len(stream)] = stream.token_ids
+    if total > sum(lengths):
+        lengths.append(total - sum(lengths))  # a sequence of its own: attention stays inside it
+    sizes = torch.tensor(lengths, dtype=torch.long)
+    boundaries = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    spans = [found for _, found in predicting_positions(row, samples, padding=padding, teacher=teacher)]
+    layout = _Layout(total, mine, torch.cat([*spans, torch.zeros(0, dtype=torch.long)]))
+    targets = np.concatenate([*(stream.trained_ids for stream in streams), np.zeros(0, np.int32)]).astype(np.int64)
+    names = sorted({name for sample in mine for name in sample.weights})
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        targets=layout.spread(torch.from_numpy(targets)),
+        position_ids=torch.arange(total) - boundaries[:-1].repeat_interleave(sizes),
+        cu_seqlens=boundaries.to(torch.int32),
+        loss_mask=layout.per_token([float(sample.counted) for sample in mine]),
+        advantages=layout.per_token([sample.advantage for sample in mine]),
+        rollout_logprobs=layout.per_token([sample.rollout_logprobs for sample in mine]),
+        first_token=layout.first_tokens(),
+        weights={name: layout.per_token([sample.weights.get(name, 0.0) for sample in mine]) for name in names},
+        scores=Scores() if scores is None else _scored([scores[index] for index in row.samples], layout),
+    )
+
+
+def _scored(scores: Sequence[Scores], layout: _Layout) -> Scores:
+    """The samples' scores as those of the row; None for passes that none of the samples was in."""
+    width = next((score.teacher_logprobs.shape[1] for score in scores if score.teacher_logprobs is not None), 0)
+    # Samples without a teacher get equal mass on each of the K ids and on the tail. That is a distribution, so what a
+    # loss computes from it before it is masked stays finite.
+    fills = {"teacher_logprobs": -math.log(width + 1)}
+    row = Scores(
+        **{name: _gather(name, [getattr(score, name) for score in scores], layout, fills) for name in SCORE_NAMES}
+    )
+    if not scores:  # a KL term asks every row, also an empty one on a rank that has fewer samples than the others
+        row = dataclasses.replace(row, reference_logprob=layout.spread(torch.zeros(0)))
+    return row
+
+
+def _gather(name: str, values: Sequence[Tensor | None], layout: _Layout, fills: dict[str, float]) -> Tensor | None:
+    """One score of the samples, [R, …] each → [T, …]; None if no sample has it."""
+    known = next((value for value in values if value is not None), None)
+    if known is None:
+        return None
+    parts = []
+    for value, sample in zip(values, layout.samples, strict=True):
+        if value is None:
+            missing = name in FOR_EVERY_SAMPLE or sample.teacher is not None
+            assert not missing, f"{sample.uid} sample {sample.sample}: no score {name}"
+            value = torch.full((sample.length, *known.shape[1:]), fills.get(name, 0), dtype=known.dtype)
+        assert len(value) == sample.length, (
+            f"{sample.uid} sample {sample.sample}: {len(value)} scores, {sample.length} tokens"
+        )
+        parts.append(value.cpu())
+    return layout.spread(torch.cat(parts), fills.get(name, 0))

@@ -1,0 +1,121 @@
+"""Builds the parts of a run from its configuration: the only place where all packages meet."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_srpo.batching.diagnosis import SkippedSteps
+from megatron_srpo.config import Config, read_model_folder, save_resolved
+from megatron_srpo.core.protocols import Scorer
+from megatron_srpo.run.engines import build_engine
+from megatron_srpo.run.generation import Evaluator
+from megatron_srpo.run.roles import Role
+from megatron_srpo.run.session import Session
+from megatron_srpo.run.stopping import StopRequest
+from megatron_srpo.run.timer import PhaseTimer
+from megatron_srpo.run.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from megatron_srpo.bridge import Exporter
+    from megatron_srpo.checkpoints.saving import Restored
+    from megatron_srpo.mcore.policy import Policy
+    from megatron_srpo.trainer import Parts
+
+
+def build_scorer(config: Config, session: Session, role: Role, closing: ExitStack) -> Scorer:
+    """Reward workers on every rank that an engine hands its responses to; the configured number is shared among
+    them."""
+    from megatron_srpo.rewards import RewardPool
+    from megatron_srpo.run.scorer import IdleScorer, PoolScorer
+
+    control, topology = session.control, session.topology
+    # With servers, rank 0 receives the responses of all of them.
+    size = topology.world_size if config.rollout.placement == "servers" else config.rollout.tensor_parallel_size
+    workers = -(-config.reward.workers // max(1, topology.world_size // size))
+    kinds = control.share(role.kinds)
+
+    def build() -> Scorer:
+        if topology.rank % size:
+            return IdleScorer(control)
+        pool = closing.enter_context(RewardPool(config.reward.model_copy(update={"workers": workers}), kinds))
+        return PoolScorer(
+            pool, control, threshold=config.algorithm.success_reward_threshold, leads=control.is_driver
+        )  # fmt: skip
+
+    return control.everywhere(build)
+
+
+def build_policy(config: Config, session: Session, *, trainable: bool) -> Policy:
+    """The model with the weights of model.path."""
+    from megatron_srpo.bridge import load_hf_weights
+    from megatron_srpo.config.check import optimizer_steps
+    from megatron_srpo.mcore.policy import Policy
+
+    return Policy(
+        config, read_model_folder(config.model.path), session.topology, session.path,
+        partial(load_hf_weights, hf_dir=config.model.path), total_steps=optimizer_steps(config), trainable=trainable,
+    )  # fmt: skip
+
+
+def build_exporter(config: Config, policy: Policy) -> Exporter:
+    """The policy's weights in Hugging Face names."""
+    from megatron_srpo.bridge import Exporter
+
+    hf = read_model_folder(config.model.path)
+    return Exporter(policy.shards, hf, bucket_bytes=config.bridge.bucket_mib * 2**20)
+
+
+def build_parts(
+    config: Config, session: Session, role: Role, scorer: Scorer, stop: StopRequest, watchdog: Watchdog,
+    closing: ExitStack,
+) -> tuple[Parts, Restored | None]:  # fmt: skip
+    """The parts of the loop, and the checkpoint that they go on from, if any."""
+    from megatron_srpo.checkpoints.saving import Checkpoints
+    from megatron_srpo.losses.objective import Objective
+    from megatron_srpo.mcore import checkpoint
+    from megatron_srpo.mcore.device import device_name
+    from megatron_srpo.plan import Architecture, Meter
+    from megatron_srpo.trainer import Parts
+
+    control, topology = session.control, session.topology
+    policy = build_policy(config, session, trainable=True)
+    architecture = Architecture.from_hf(read_model_folder(config.model.path))
+    exporter = build_exporter(config, policy)
+    store = Checkpoints(config, control, checkpoint, lambda text: role.log.message(text))
+    restored = store.restore(policy)
+    start, state = (restored.iteration, restored.state) if restored else (0, {})
+    if restored:
+        control.share(lambda: role.restore_data(store.restore_data, state["loader"]))
+    control.share(lambda: save_resolved(config, Path(config.run.output_dir) / "config.toml"))  # nothing refused it
+    with policy.on_host() if config.train.offload_while_generating else nullcontext():
+        engine = build_engine(config, session, role)
+        closing.callback(engine.close)
+        if config.rollout.sleep_while_training:
+            engine.sleep()
+    if start or config.rollout.servers:  # external servers may still hold another run's weights
+        engine.publish(exporter, start)
+    test = control.share(lambda: role.prompts("test"))
+    control.share(lambda: role.open_log(start, state.get("observer", {})))
+    source = role.source(control, engine, scorer, start=start, dp_size=topology.dp_size, padding=policy.padding)
+    parts = Parts(
+        config=config,
+        control=control,
+        source=source,
+        policy=policy,
+        objective=Objective(config),
+        engine=engine,
+        weights=exporter,
+        evaluate=Evaluator(config, engine, test, scorer),
+        store=store,
+        log=role.log,
+        timer=PhaseTimer(watchdog.phase),
+        meter=Meter(architecture, topology.world_size, device_name(topology.device)),
+        should_stop=stop,
+        skipped=SkippedSteps(config.train.max_skipped_steps, state.get("skipped_in_a_row", 0)),
+    )
+    if restored:
+        restored.restore_generators()
+    return parts, restored

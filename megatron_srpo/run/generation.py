@@ -1,0 +1,72 @@
+"""Prompts → scored groups, with engine and scorer together; and the held-out evaluation. Every rank takes part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_srpo.config import Config
+from megatron_srpo.core.protocols import Scorer, Timer
+from megatron_srpo.core.records import Group, Prompt
+from megatron_srpo.rollout import GenerateRequest, RolloutEngine, SamplingSettings, request_seed
+from megatron_srpo.run.evaluation import accuracy_metrics
+
+EVALUATION = -1  # the iteration of its seeds: the same at every evaluation, so that curves differ by the weights alone
+
+
+class Requests:
+    """The requests of a batch: all samples of all prompts. A prompt that comes again in a refill gets new seeds."""
+
+    def __init__(self, seed: int, samples: int) -> None:
+        self._seed, self._samples = seed, samples
+
+    def __call__(self, prompts: list[Prompt], iteration: int, refill: int) -> list[GenerateRequest]:
+        return [
+            GenerateRequest(
+                prompt=index,
+                sample=sample,
+                token_ids=prompt.token_ids,
+                seed=request_seed(self._seed, iteration, prompt.uid, refill * self._samples + sample),
+            )
+            for index, prompt in enumerate(prompts)
+            for sample in range(self._samples)
+        ]
+
+
+class GroupGenerator:
+    """Answers prompts and scores the answers."""
+
+    def __init__(self, engine: RolloutEngine, scorer: Scorer, requests: Requests, sampling: SamplingSettings) -> None:
+        self._engine, self._scorer, self._requests, self._sampling = engine, scorer, requests, sampling
+
+    def __call__(self, prompts: list[Prompt], iteration: int, refill: int, timer: Timer) -> list[Group]:
+        """The groups on rank 0, by prompt; [] on the other ranks."""
+        with timer.phase("gen"):
+            requests = self._requests(prompts, iteration, refill)
+            rollouts = self._engine.generate(requests, self._sampling, self._scorer.start(prompts))
+        with timer.phase("reward"):
+            return self._scorer.finish(rollouts)
+
+
+def training_sampling(config: Config) -> SamplingSettings:
+    """How an iteration's responses are sampled."""
+    rollout = config.rollout
+    return SamplingSettings(
+        temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.max_response_length
+    )
+
+
+class Evaluator:
+    """Samples k answers to every held-out prompt and scores them. `prompts` is the same on every rank."""
+
+    def __init__(self, config: Config, engine: RolloutEngine, prompts: list[Prompt], scorer: Scorer) -> None:
+        settings = config.eval
+        requests = Requests(config.run.seed, settings.n_samples)
+        sampling = replace(training_sampling(config), temperature=settings.temperature, top_p=settings.top_p)
+        self._generate = GroupGenerator(engine, scorer, requests, sampling)
+        self._prompts = prompts[: settings.max_prompts] if settings.max_prompts else prompts
+        self._samples = settings.n_samples
+
+    def __call__(self, timer: Timer) -> dict[str, float]:
+        """Metrics on rank 0, {} on the other ranks."""
+        groups = self._generate(self._prompts, EVALUATION, 0, timer)
+        return accuracy_metrics(groups, k=self._samples) if groups else {}

@@ -1,0 +1,149 @@
+"""The two roles of a rank. Rank 0, the driver, has the prompts and the log; the others follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from megatron_srpo.batching.source import DriverSource, FollowerSource
+from megatron_srpo.config import Config
+from megatron_srpo.core.protocols import Log, RoleControl, Scorer, Source, State
+from megatron_srpo.core.records import Padding, Prompt
+from megatron_srpo.observe import Observer, SilentLog
+from megatron_srpo.rollout import RolloutEngine
+from megatron_srpo.run.generation import GroupGenerator, Requests, training_sampling
+
+RestoreData = Callable[["Restorable", State], None]
+
+
+class Restorable(Protocol):
+    """What can go on where a checkpoint was taken."""
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class Role(Protocol):
+    """What differs between rank 0 and the others."""
+
+    log: Log
+
+    def kinds(self) -> set[str]:
+        """The reward kinds of all prompts, on rank 0."""
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """The prompts of a split, on rank 0."""
+
+    def decode(self, ids: list[int]) -> str:
+        """A response's text, on rank 0."""
+
+    def restore_data(self, restore: RestoreData, state: State) -> None:
+        """Go on with the data where a checkpoint was taken."""
+
+    def open_log(self, start: int, state: State) -> None:
+        """Open the log, which continues at iteration `start` with the `state` that it had there."""
+
+    def source(
+        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
+    ) -> Source:
+        """Where iterations from `start` on come from."""
+
+    def close(self) -> None:
+        """Close the log."""
+
+
+class Driver:
+    """Rank 0."""
+
+    def __init__(self, config: Config, *, splits: tuple[str, ...]) -> None:
+        from megatron_srpo.data import PromptLoader
+        from megatron_srpo.run.prompting import Prompting
+
+        self._config = config
+        self.log: Log = _ConsoleLog()
+        self._prompting = Prompting(config)
+        self._prompts = {split: self._prompting.prompts(split, self.log.message) for split in splits}
+        self._loaders = [
+            PromptLoader(prompts, config.rollout.rollout_batch_size, seed=config.run.seed, shuffle=config.data.shuffle)
+            for split, prompts in self._prompts.items()
+            if split == "train"
+        ]
+
+    def kinds(self) -> set[str]:
+        return {prompt.kind for prompts in self._prompts.values() for prompt in prompts}
+
+    def prompts(self, split: str) -> list[Prompt]:
+        return self._prompts.get(split, [])
+
+    def decode(self, ids: list[int]) -> str:
+        return self._prompting.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def restore_data(self, restore: RestoreData, state: State) -> None:
+        for loader in self._loaders:
+            restore(loader, state)
+
+    def open_log(self, start: int, state: State) -> None:
+        observer = Observer(self._config, start_step=start)
+        observer.load_state_dict(state)
+        self.log = observer
+
+    def source(
+        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
+    ) -> DriverSource:
+        config, (loader,) = self._config, self._loaders
+        requests, sampling = _requests(config), training_sampling(config)
+        if config.rollout.max_staleness:
+            from megatron_srpo.rollout.ahead import Ahead
+
+            engine = loader = Ahead(
+                engine, loader, requests, sampling, batches=config.rollout.max_staleness, start=start,
+                total=config.run.iterations,
+            )  # fmt: skip
+        return DriverSource(
+            config, control, GroupGenerator(engine, scorer, requests, sampling), loader, self._prompting.teacher_prompt,
+            self.log, dp_size=dp_size, padding=padding, engine_metrics=engine.metrics,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.log.close()
+
+
+class Follower:
+    """A rank other than 0."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.log: Log = SilentLog()
+
+    def kinds(self) -> set[str]:
+        return set()
+
+    def prompts(self, split: str) -> list[Prompt]:
+        return []
+
+    def decode(self, ids: list[int]) -> str:
+        raise AssertionError("only rank 0 has the tokenizer")
+
+    def restore_data(self, restore: RestoreData, state: State) -> None: ...
+
+    def open_log(self, start: int, state: State) -> None: ...
+
+    def source(
+        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
+    ) -> FollowerSource:
+        generate = GroupGenerator(engine, scorer, _requests(self._config), training_sampling(self._config))
+        return FollowerSource(control, generate)
+
+    def close(self) -> None: ...
+
+
+def _requests(config: Config) -> Requests:
+    return Requests(config.run.seed, config.rollout.n_samples_per_prompt)
+
+
+class _ConsoleLog(SilentLog):
+    """Until the run's log is open, lines for the user go to standard output."""
+
+    def message(self, text: str) -> None:
+        with suppress(OSError):  # a full disk behind standard output; whatever else is written will tell
+            print(text, flush=True)

@@ -1,0 +1,94 @@
+"""Rewards on the ranks that have the responses first, while other responses are still being generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
+from megatron_srpo.rewards import RewardPool, RewardTask
+
+Key = tuple[int, int]  # prompt, sample
+Scored = tuple[dict[Key, Reward], Exception | None]  # what a rank has scored, or what failed there
+
+
+class Gathering(Protocol):
+    """The part of Control that scorers use."""
+
+    def gather(self, mine: Scored) -> list[Scored]: ...
+
+    def share(self, compute: Callable[[], None]) -> None: ...
+
+
+class IdleScorer:
+    """The scorer of a rank that no engine hands responses to."""
+
+    def __init__(self, control: Gathering) -> None:
+        self._control = control
+
+    def start(self, prompts: list[Prompt]) -> None:
+        """Begin a batch."""
+
+    def finish(self, rollouts: Sequence[Rollout]) -> list[Group]:
+        """Nothing; raises when scoring failed on one of the ranks."""
+        self._control.gather(({}, None))
+        self._control.share(lambda: None)
+        return []
+
+
+class PoolScorer:
+    """The scorer of a rank whose engine hands responses over: its own pool scores them, rank 0 gets the rewards.
+
+    The numbers do not depend on where a response is scored. Every rank calls `start` and `finish`.
+    """
+
+    def __init__(self, pool: RewardPool, control: Gathering, *, threshold: float, leads: bool) -> None:
+        self._pool, self._control, self._threshold, self._leads = pool, control, threshold, leads
+        self._prompts: list[Prompt] = []
+        self._added: dict[Key, None] = {}  # in order
+        self._error: Exception | None = None
+
+    def start(self, prompts: list[Prompt]) -> Callable[[Rollout], None]:
+        """Begin a batch; returns what an engine calls with each response that is complete."""
+        self._prompts, self._added, self._error = prompts, {}, None
+        return self._add
+
+    def _add(self, rollout: Rollout) -> None:
+        key = rollout.prompt, rollout.sample
+        if self._error is not None or key in self._added:
+            return
+        try:
+            self._pool.add([self._task(rollout)])
+            self._added[key] = None
+        except Exception as error:  # inside an engine's loop it would leave the other ranks waiting: `finish` raises it
+            self._error = error
+
+    def finish(self, rollouts: Sequence[Rollout]) -> list[Group]:
+        """Rank 0: the groups of `rollouts`, by prompt and sample; it scores what no other rank has. Other ranks: [].
+        Raises on every rank when scoring failed on one."""
+        scored: dict[Key, Reward] = {}
+        try:
+            if self._error is None:
+                scored = dict(zip(self._added, self._pool.finish(), strict=True))
+        except Exception as error:
+            self._error = error
+        parts = self._control.gather((scored, self._error))
+        groups = [Group(prompt, []) for prompt in self._prompts] if self._leads else []
+        self._control.share(lambda: self._fill(groups, rollouts, parts))
+        return groups
+
+    def _fill(self, groups: list[Group], rollouts: Sequence[Rollout], parts: list[Scored]) -> None:
+        for _, error in parts:
+            if error is not None:
+                raise error
+        rewards = {key: reward for scored, _ in parts for key, reward in scored.items()}
+        rest = [rollout for rollout in rollouts if (rollout.prompt, rollout.sample) not in rewards]
+        for rollout, reward in zip(rest, self._pool.score([self._task(rollout) for rollout in rest]), strict=True):
+            rewards[rollout.prompt, rollout.sample] = reward
+        for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
+            reward = rewards[rollout.prompt, rollout.sample]
+            groups[rollout.prompt].attempts.append(Attempt(rollout, reward, reward.score >= self._threshold))
+
+    def _task(self, rollout: Rollout) -> RewardTask:
+        prompt = self._prompts[rollout.prompt]
+        return RewardTask(prompt.kind, rollout.text, prompt.answer, prompt.metadata)

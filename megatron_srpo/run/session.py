@@ -1,0 +1,55 @@
+"""One rank's share of the machine: device, groups and the control channel."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_srpo.config import Config
+
+if TYPE_CHECKING:
+    from megatron_srpo.mcore.control import Control
+    from megatron_srpo.mcore.device import DevicePath
+    from megatron_srpo.mcore.groups import Topology
+
+
+@dataclass(frozen=True)
+class Session:
+    """What `open_session` has set up on this rank."""
+
+    path: DevicePath
+    topology: Topology
+    control: Control
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Inside the block this rank is in its process groups, and vLLM may be imported."""
+    _quiet()  # before the libraries are imported
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.control import Control
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.rollout.environment import prepare_environment
+
+    path = choose_device(config.run.device, groups.local_rank())
+    prepare_environment(path.device.type)  # before vLLM is imported
+    topology = groups.initialize(
+        config.parallel, path, seed=config.run.seed, timeout_minutes=config.run.control_timeout_minutes
+    )
+    try:
+        yield Session(path, topology, Control(topology))
+    finally:
+        groups.shutdown()
+
+
+def _quiet() -> None:
+    """Silence what the libraries say of themselves at every start; nothing of ours goes through `warnings`."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with sequence parallelism
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM says where it binds memory as a warning of torch's
+    for module in ("torch.*", "megatron.*", "transformers.*"):
+        warnings.filterwarnings("ignore", module=module.replace(".*", r"\..*"))
