@@ -184,29 +184,54 @@ class BridgeConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["srpo", "grpo", "sdpo", "mix"] = "srpo"  # which routing
-    success_reward_threshold: float = 0.5  # a reward of at least this is correct
-    use_feedback: bool = False  # the environment's feedback may teach (when no sibling is correct)
-    sibling: Literal["random", "shortest", "least_used"] = "random"  # which correct sibling teaches
-    # GRPO branch
-    advantage_std: bool = False  # divide the advantage by the group's standard deviation
-    clip_ratio_low: float = Field(0.2, ge=0, lt=1)  # ε_low: the ratio is clipped at 1 − ε_low
-    clip_ratio_high: float = Field(0.28, ge=0)  # ε_high: … and at 1 + ε_high
-    dual_clip: float = Field(0.0, ge=0)  # c > 1; 0 = off
-    importance_ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO's mean over the response; clips ~ 4e-4
-    # SDPO branch
-    distillation_topk: int = Field(100, ge=0)  # 0 = full vocabulary
-    distillation_tail: bool = True  # one more bucket for the mass outside the top-k; false: renormalise
-    divergence_alpha: float = Field(0.5, ge=0, le=1)  # 0 forward KL(q‖p), 1 reverse KL(p‖q)
-    distill_ratio_clip: float = Field(2.0, ge=0)  # 0 = no ratio
-    entropy_beta: float = Field(-1.0, le=50)  # β of the dynamic weighting; -1 = the method's own: 1 srpo, else 0
-    mix_lambda: float = Field(0.9, ge=0, le=1)  # λ: the reward's share of the advantage, for mix
-    # both
-    mask_truncated: bool = False  # leave responses that were cut at max_response_length out of the loss
+    name: Literal["srpo", "grpo", "sdpo", "mix"] = "srpo"
+    """Algorithm that gives each response its credit."""
+    success_reward_threshold: float = 0.5
+    """A response with at least this reward counts as correct."""
+    use_feedback: bool = False
+    """Let the reward function's feedback teach a response that has no correct sibling."""
+    sibling: Literal["random", "shortest", "least_used"] = "random"
+    """Which correct sibling teaches: a random one, the one with the shortest response, or the one that has taught least
+    in this group."""
+    advantage_std: bool = False
+    """Divide the advantages of a group by the standard deviation of its rewards."""
+    clip_ratio_low: float = Field(0.2, ge=0, lt=1)
+    """Lower clip ε_low of the policy loss: the importance ratio is clipped at 1 − ε_low."""
+    clip_ratio_high: float = Field(0.28, ge=0)
+    """Upper clip ε_high of the policy loss: the importance ratio is clipped at 1 + ε_high."""
+    dual_clip: float = Field(0.0, ge=0)
+    """Dual clip c of the policy loss: if the advantage A is negative, the loss is at most −c · A. Must be above 1; 3 is
+    usual. 0 switches it off."""
+    importance_ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of the policy loss. "token" takes one ratio per token, "sequence" the geometric mean over the
+    response (GSPO). With "sequence" the clips are about 4e-4."""
+    distillation_topk: int = Field(100, ge=0)
+    """Number of the student's most likely tokens on which teacher and student are compared. 0 compares the full
+    vocabulary."""
+    distillation_tail: bool = True
+    """Add one entry for the probability outside the top-k. false renormalises the top-k instead."""
+    divergence_alpha: float = Field(0.5, ge=0, le=1)
+    """Divergence between teacher q and student p. 0 is the forward KL(q‖p), 1 the reverse KL(p‖q), and values between
+    are generalised Jensen–Shannon divergences."""
+    distill_ratio_clip: float = Field(2.0, ge=0)
+    """Upper clip of the ratio π_θ/π_old that multiplies the distillation loss. Must be at least 1. 0 uses no ratio."""
+    entropy_beta: float = Field(-1.0, le=50)
+    """Exponent β of the dynamic weights exp(−β · H) of distilled tokens, with the teacher's entropy H in nats. -1 takes
+    the algorithm's own value: 1 for srpo, 0 for the others."""
+    mix_lambda: float = Field(0.9, ge=0, le=1)
+    """Weight λ of the policy loss, for mix only. The distillation loss gets 1 − λ."""
+    mask_truncated: bool = False
+    """Leave responses that were cut at max_response_length out of the loss."""
     rollout_correction: Literal["off", "truncate", "mask", "sequence_mask"] = "truncate"
-    rollout_correction_cap: float = Field(2.0, gt=0)  # largest importance weight, trainer ÷ engine
-    kl_loss_coef: float = Field(0.0, ge=0)  # k3 to the reference policy (the initial model)
-    entropy_coef: float = Field(0.0, ge=0)  # weight of the entropy bonus
+    """Correction of the difference between trainer and engine by importance weights π_old/π_rollout. "truncate" caps
+    the weights, "mask" drops tokens above the cap, "sequence_mask" caps the weights and drops responses whose geometric
+    mean weight lies outside [1/cap, cap]."""
+    rollout_correction_cap: float = Field(2.0, gt=0)
+    """Largest importance weight of rollout_correction. Must be at least 1 unless the correction is off."""
+    kl_loss_coef: float = Field(0.0, ge=0)
+    """Coefficient of the KL divergence (k3 estimate) from the initial model. 0 switches it off."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Coefficient of the entropy bonus. 0 switches it off."""
 
     @property
     def beta(self) -> float:
