@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_srpo.config import Config, load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.load import OTHER_NAMES, config_fields, to_toml_value
-from megatron_srpo.config.reference import comments, defaults, markdown
+from megatron_srpo.config.reference import defaults, markdown
 from megatron_srpo.core.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,8 +269,16 @@ def test_the_configuration_page_is_current():
     assert (ROOT / "docs/configuration.md").read_text() == markdown(), f"out of date: {again}"
 
 
-def test_the_page_takes_meanings_from_the_comments_and_defaults_from_the_models():
-    assert comments()["RolloutConfig.rollout_batch_size"] == "prompts an iteration"
+@pytest.mark.parametrize("key", config_fields())
+def test_every_key_is_described_in_a_sentence(key):
+    text = " ".join((config_fields()[key].description or "").split())
+    assert text[:1].isupper() and text.endswith("."), f"{key}: {text!r} does not read as a sentence"
+    fragments = [f for f in ("so many", "there is", "anew", "of which", "beside") if re.search(rf"\b{f}\b", text)]
+    assert not fragments, f"{key}: rephrase {fragments} in {text!r}"
+
+
+def test_the_page_takes_meanings_and_defaults_from_the_models():
+    assert config_fields()["rollout.rollout_batch_size"].description == "Number of prompts per iteration."
     assert (defaults()["model.path"], defaults()["optimizer.clip_grad"]) == ("required", "1.0")
 
 
