@@ -14,12 +14,13 @@ HEADER = """# Configuration
 This page lists every key of a run's configuration. `python -m megatron_srpo.config.reference > docs/configuration.md`
 writes it from `megatron_srpo/config/schema.py`.
 
-A run is one TOML file. It must set `path` in `[model]` and `train` in `[data]`. You can set every key on the command line
-as well, with `--section.key VALUE`. The command line wins over the file, and the last value wins if you give a key twice.
+A run is one TOML file. It must set `path` in `[model]` and `train` in `[data]`. You can set every key on the command
+line as well, with `--section.key VALUE`. The command line wins over the file, and the last value wins if you give a
+key twice.
 
-Before anything is loaded, the program refuses unknown keys, wrong types and contradictions between keys. It checks the rows
-of the data and the device before it builds a model or an engine. Each run writes the configuration that it used, defaults
-included, to `config.toml` in its output folder.
+Before anything is loaded, the program refuses unknown keys, wrong types and contradictions between keys. It checks the
+rows of the data and the device before it builds a model or an engine. Each run writes the configuration that it used,
+defaults included, to `config.toml` in its output folder.
 
 The column "allowed" says which values a key accepts. Keys marked "required" have no default.
 """

@@ -88,7 +88,7 @@ class DataConfig(Section):
     test: str | list[str] = []
     """Held-out data for evaluation: one or several .jsonl or .parquet files."""
     prompt_key: str = "prompt"
-    """Field of a row with the prompt: a text, or a list of chat messages."""
+    """Field of a row with the prompt: a string, or a list of chat messages."""
     answer_key: str = "answer"
     """Field of a row with the answer that the reward function compares with."""
     kind_key: str = "kind"

@@ -101,9 +101,9 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
         ("--parallel.sequence_parallel=1", "parallel.sequence_parallel = 1: expected true or false"),
         ("--model.dtype=float16", 'model.dtype = "float16": expected one of "float32", "bfloat16"'),
         ("--rollout.top_p=1.5", "rollout.top_p = 1.5: expected a number > 0 and ≤ 1"),
-        ("--data.train=[1]", "data.train = [1]: expected a text or a list of texts"),
-        ("--reward.functions.mine=3", "reward.functions = { mine = 3 }: expected a table of texts"),
-        ("--reward.functions=x", 'reward.functions = "x": expected a table of texts'),
+        ("--data.train=[1]", "data.train = [1]: expected a string or a list of strings"),
+        ("--reward.functions.mine=3", "reward.functions = { mine = 3 }: expected a table of strings"),
+        ("--reward.functions=x", 'reward.functions = "x": expected a table of strings'),
         ("--algorithm.dual_clip=0.5", "algorithm.dual_clip = 0.5: expected a number > 1"),
         ("--algorithm.entropy_beta=-0.5", "algorithm.entropy_beta = -0.5: expected a number ≥ 0, or -1"),
     ],
@@ -145,8 +145,8 @@ def test_every_problem_is_in_one_message_without_jargon(tmp_path):
         '--train.lr "3": no such key; the nearest is optimizer.lr',
         "--run.seed: has no value",
         "[model]: required section is missing; it needs model.path",
-        "data.train: required key is missing; expected a text or a list of texts",
-        "data.test = [1]: expected a text or a list of texts",
+        "data.train: required key is missing; expected a string or a list of strings",
+        "data.test = [1]: expected a string or a list of strings",
         "rollout.temprature = 1: no such key; the nearest is rollout.temperature",
         "rollout.top_p = 7: expected a number > 0 and ≤ 1",
         "seed = 3: no such key; the nearest is run.seed",
@@ -173,7 +173,7 @@ def test_a_malformed_override_is_told(minimal, tokens, expected):
 
 
 def test_a_plain_value_where_a_section_belongs_is_told(tmp_path):
-    with pytest.raises(ConfigError, match=r"optimizer = 3: expected a section, \[optimizer\] with keys like lr"):
+    with pytest.raises(ConfigError, match=r"optimizer = 3: expected a section \[optimizer\] with keys such as lr"):
         load_text(tmp_path, "optimizer = 3\n" + MINIMAL, ["--optimizer.lr", "1"])
 
 
