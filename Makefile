@@ -37,8 +37,8 @@ setup:  ## the environment: .venv with the pinned requirements (DEVICE=cpu|gpu, 
 	test -n "$$python" || { echo "set-up: no Python 3.11 or newer found; install one, or say which: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	"$$python" tools/setup_env.py --device '$(DEVICE)'
 
-test: setup  ## set-up, then all tests (ARGS="-k name" for some)
-	@$(VENV_PYTHON) -m pytest -q $(ARGS)
+test: setup  ## set-up, then the default tests and the slowest ten (ARGS="-k name" for some)
+	@$(VENV_PYTHON) -m pytest -q --durations=10 $(ARGS)
 
 test-slow: setup  ## the long proofs: more layouts, real servers killed, resumed runs (hours on two cores)
 	@$(VENV_PYTHON) -m pytest -q -m slow $(ARGS)
