@@ -254,7 +254,8 @@ def _type_in_words(annotation: Any) -> str:
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + _choices(annotation)
     if origin is list:
-        return "a list of strings" if arguments == (str,) else f"a list with some of {_choices(arguments[0])}"
+        elements = {str: "a list of strings", int: "a list of whole numbers"}
+        return elements.get(arguments[0]) or f"a list with some of {_choices(arguments[0])}"
     if origin is dict:
         return "a table of strings" if arguments[1] is str else "a table"
     return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[annotation]

@@ -102,6 +102,7 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
         ("--model.dtype=float16", 'model.dtype = "float16": expected one of "float32", "bfloat16"'),
         ("--rollout.top_p=1.5", "rollout.top_p = 1.5: expected a number > 0 and ≤ 1"),
         ("--data.train=[1]", "data.train = [1]: expected a string or a list of strings"),
+        ("--rollout.server_devices=[x]", 'rollout.server_devices = "[x]": expected a list of whole numbers'),
         ("--reward.functions.mine=3", "reward.functions = { mine = 3 }: expected a table of strings"),
         ("--reward.functions=x", 'reward.functions = "x": expected a table of strings'),
         ("--algorithm.dual_clip=0.5", "algorithm.dual_clip = 0.5: expected a number > 1"),
