@@ -107,8 +107,9 @@ def test_the_index_lists_every_page():
 def test_a_page_with_mistakes_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# A title\n[a](absent.md) [b](#a-title) [c](#no-title)\n`core/absent.py` `core/disk.py::absent` `core/disk.py`\n"
-        "```bash\nmake nothing\npython -m megatron_srpo fly\npython -m tools.absent\n```\n`run.absent` `run.seed` `run.toml`\n"
+        "# A title\n[a](absent.md) [b](#a-title) [c](#no-title)\n"
+        "`core/absent.py` `core/disk.py::absent` `core/disk.py` `run.absent` `run.seed` `run.toml`\n"
+        "```bash\nmake nothing\npython -m megatron_srpo fly\npython -m tools.absent\n```\n"
     )
     assert dead_links(page) == ["absent.md", "#no-title"]
     assert missing_files(page) == ["core/absent.py", "core/disk.py::absent"]
