@@ -26,11 +26,11 @@ import numpy as np
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
+from megatron_srpo.batching.packing import plan_batch, share_of
 from rich.console import Console
 from rich.table import Table
 
 from megatron_srpo.algorithms.routing import route
-from megatron_srpo.batching.packing import plan_batch, share_of
 from megatron_srpo.config import AlgorithmConfig
 from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
 

@@ -1,7 +1,11 @@
-"""What every test process needs before torch and vLLM are imported: one thread, no network, no compilation."""
+"""What every test process needs before torch and vLLM are imported: one thread, no network, no compilation.
+
+After a default run it also prints which tests the run left out, and how to run them.
+"""
 
 import os
 import signal
+from collections import Counter
 
 import pytest
 
@@ -22,10 +26,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+DEFAULT_MARKERS = "not slow and not slurm"  # pyproject.toml's addopts: what a run without -m selects
+COMMANDS = {"slow": "make test-slow", "slurm": "make test-slurm", "gpu": "make test-gpu"}
+_left_out: Counter[str] = Counter()
+
+
 def pytest_configure(config):
-    """The suite is of the CPU path, also where there is a GPU; only `-m gpu` sees it."""
+    """The suite tests the CPU path, even on a machine with a GPU. Only `-m gpu` may see the GPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_deselected(items):
+    _left_out.update(next((name for name in COMMANDS if item.get_closest_marker(name)), "") for item in items)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Name the tests that a default run left out. pytest prints its own last line after this hook."""
+    if config.option.markexpr != DEFAULT_MARKERS or config.option.keyword:
+        return
+    skipped = terminalreporter.stats.get("skipped", [])
+    counts = {**_left_out, "gpu": sum("gpu" in report.keywords for report in skipped)}
+    parts = [f"{counts[name]} {name} tests (run {command})" for name, command in COMMANDS.items() if counts.get(name)]
+    if parts:
+        terminalreporter.write_line(f"This run left out {', '.join(parts)}")
 
 
 @pytest.fixture(autouse=True)

@@ -26,31 +26,31 @@ class Algorithm(Section):
     title: ClassVar[str]  # in figures and tables
 
     name: str
-    """The algorithm."""
+    """Algorithm that gives each response its credit."""
     success_reward_threshold: float = 0.5
-    """A response whose reward is at least this is correct."""
+    """A response with at least this reward counts as correct."""
     clip_ratio_low: float = Field(0.2, ge=0, lt=1)
-    """ε_low: the importance ratio is clipped below at 1 − ε_low."""
+    """Lower clip ε_low of the policy loss: the importance ratio is clipped at 1 − ε_low."""
     clip_ratio_high: float = Field(0.28, ge=0)
-    """ε_high: the importance ratio is clipped above at 1 + ε_high."""
+    """Upper clip ε_high of the policy loss: the importance ratio is clipped at 1 + ε_high."""
     dual_clip: float = Field(0.0, ge=0)
-    """Dual clip c > 1: bounds the loss of a token with a negative advantage by c times that advantage. 3 is usual, 0
-    switches it off."""
+    """Dual clip c of the policy loss: if the advantage A is negative, the loss is at most −c · A. Must be above 1; 3 is
+    usual. 0 switches it off."""
     importance_ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio of each token, or (GSPO) the geometric mean over the response's tokens. With "sequence" the clip
-    ranges are about 4e-4."""
+    """Importance ratio of the policy loss. "token" takes one ratio per token, "sequence" the geometric mean over the
+    response (GSPO). With "sequence" the clips are about 4e-4."""
     mask_truncated: bool = False
-    """Leaves responses that were cut at rollout.max_response_length out of the loss. Their rewards still count in the
-    group's mean."""
+    """Leave responses that were cut at max_response_length out of the loss."""
     rollout_correction: Literal["off", "truncate", "mask", "sequence_mask"] = "truncate"
-    """How tokens are weighted by the importance ratio of the trainer against the rollout engine: not at all, with the
-    ratio truncated at the cap, with tokens above the cap left out, or with whole responses left out."""
+    """Correction of the difference between trainer and engine by importance weights π_old/π_rollout. "truncate" caps
+    the weights, "mask" drops tokens above the cap, "sequence_mask" caps the weights and drops responses whose geometric
+    mean weight lies outside [1/cap, cap]."""
     rollout_correction_cap: float = Field(2.0, gt=0)
-    """Largest importance weight of the trainer against the rollout engine."""
+    """Largest importance weight of rollout_correction. Must be at least 1 unless the correction is off."""
     kl_loss_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the reference policy (the initial model, k3 estimator). 0 switches it off."""
+    """Coefficient of the KL divergence (k3 estimate) from the initial model. 0 switches it off."""
     entropy_coef: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus. 0 switches it off."""
+    """Coefficient of the entropy bonus. 0 switches it off."""
 
     @field_validator("dual_clip")
     @classmethod
@@ -90,7 +90,7 @@ class GroupAdvantage(Algorithm):
     """A method whose advantage is the distance to the group's mean."""
 
     advantage_std: bool = False
-    """Divides the advantage by the standard deviation of the group's rewards."""
+    """Divide the advantages of a group by the standard deviation of its rewards."""
 
 
 class Distillation(GroupAdvantage):
@@ -99,23 +99,23 @@ class Distillation(GroupAdvantage):
     default_beta: ClassVar[float] = 0.0
 
     use_feedback: bool = False
-    """The environment's feedback may teach, when no sibling is correct."""
+    """Let the reward function's feedback teach a response that has no correct sibling."""
     sibling: Literal["random", "shortest", "least_used"] = "random"
-    """Which correct sibling teaches."""
+    """Which correct sibling teaches: a random one, the one with the shortest response, or the one that has taught least
+    in this group."""
     distillation_topk: int = Field(100, ge=0)
-    """Student's most probable tokens at which student and teacher are compared, per position. 0 compares them on the
-    full vocabulary."""
+    """Number of the student's most likely tokens on which teacher and student are compared. 0 compares the full
+    vocabulary."""
     distillation_tail: bool = True
-    """Compares the probability outside the top-k too, as one more entry. Otherwise both distributions are renormalised
-    over the top-k."""
+    """Add one entry for the probability outside the top-k. false renormalises the top-k instead."""
     divergence_alpha: float = Field(0.5, ge=0, le=1)
-    """Divergence of student p and teacher q: 0 is the forward KL(q‖p), 1 the reverse KL(p‖q), and values between
-    are the generalised Jensen-Shannon divergence."""
+    """Divergence between teacher q and student p. 0 is the forward KL(q‖p), 1 the reverse KL(p‖q), and values between
+    are generalised Jensen–Shannon divergences."""
     distill_ratio_clip: float = Field(2.0, ge=0)
-    """Largest importance ratio of a distilled token. 0 switches the ratio off."""
+    """Upper clip of the ratio π_θ/π_old that multiplies the distillation loss. Must be at least 1. 0 uses no ratio."""
     entropy_beta: float = Field(-1.0, le=50)
-    """β of the dynamic weighting exp(−βH), where H is the teacher's entropy in nats. -1 takes the method's own value: 1
-    for SRPO, 0 for the others."""
+    """Exponent β of the dynamic weights exp(−β · H) of distilled tokens, with the teacher's entropy H in nats. -1 takes
+    the algorithm's own value: 1 for srpo, 0 for the others."""
 
     @field_validator("entropy_beta")
     @classmethod

@@ -18,7 +18,7 @@ class Mix(Distillation):
     title: ClassVar[str] = "advantage mix"
     name: Literal["mix"] = "mix"
     mix_lambda: float = Field(0.9, ge=0, le=1)
-    """λ: share of the reward's advantage. The teacher's is 1 − λ."""
+    """Weight λ of the policy loss, for mix only. The distillation loss gets 1 − λ."""
 
     def credit(self, group: Group) -> list[Credit]:
         advantages = group_advantages(group.scores, divide_by_std=self.advantage_std)

@@ -90,7 +90,7 @@ def _batches(config: Config) -> Iterator[str]:
     if algorithm.needs.group_baseline:
         yield (
             f"rollout.n_samples_per_prompt = 1: with algorithm.name = {algorithm.name!r} the advantage is the reward "
-            "less the group's mean, which is always 0 in a group of one; sample at least 2"
+            "minus the group's mean, which is always 0 in a group of one; sample at least 2"
         )
     elif algorithm.distillation is not None and not algorithm.distillation.use_feedback:
         yield (
@@ -120,8 +120,8 @@ def _lengths(config: Config) -> Iterator[str]:
         )
     if distils(config) and 0 < config.teacher.max_prompt_length <= prompt:
         yield (
-            f"teacher.max_prompt_length = {teacher}: leaves no room beside a question of data.max_prompt_length = "
-            f"{prompt} tokens; raise it, or 0 for {prompt + response}"
+            f"teacher.max_prompt_length = {teacher}: leaves no room for a solution after a question of "
+            f"data.max_prompt_length = {prompt} tokens; raise it, or set 0 for {prompt + response}"
         )
 
 
@@ -134,19 +134,19 @@ def _sampling(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if 0 < rollout.max_num_batched_tokens < rollout.max_num_seqs:
         yield (
-            f"rollout.max_num_batched_tokens = {rollout.max_num_batched_tokens}: every one of rollout.max_num_seqs = "
-            f"{rollout.max_num_seqs} responses needs a token a step; raise it to at least that, lower "
-            "rollout.max_num_seqs, or 0 for vLLM's own choice"
+            f"rollout.max_num_batched_tokens = {rollout.max_num_batched_tokens}: each of rollout.max_num_seqs = "
+            f"{rollout.max_num_seqs} responses takes one token per step; raise it to at least that, lower "
+            "rollout.max_num_seqs, or set 0 for vLLM's default"
         )
     for key, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0)):
         if value != off:
             yield (
                 f"rollout.{key} = {value}: training samples must come from the whole distribution, or the importance "
-                f"weights against the engine are biased; set {off} (eval.top_p is free)"
+                f"weights against the engine are biased; set {off} (eval.top_p may differ)"
             )
     if config.eval.n_samples > 1 and config.eval.temperature == 0:
         yield (
-            f"eval.n_samples = {config.eval.n_samples}: at eval.temperature = 0 all of them are the same answer; "
+            f"eval.n_samples = {config.eval.n_samples}: at eval.temperature = 0 all samples are the same answer; "
             "set n_samples = 1, or a temperature above 0"
         )
 
@@ -166,7 +166,7 @@ def _schedule(config: Config) -> Iterator[str]:
     best = config.checkpoint.keep_best
     if best.removeprefix("-").startswith("eval/") and (not evaluated or saved % evaluated):
         yield (
-            f'checkpoint.keep_best = "{best}": is not measured where checkpoints come (checkpoint.every = {saved}, '
+            f'checkpoint.keep_best = "{best}": is not measured at every checkpoint (checkpoint.every = {saved}, '
             f"eval.every = {evaluated}); make checkpoint.every a multiple of eval.every"
         )
 
@@ -176,24 +176,24 @@ def _layout(config: Config) -> Iterator[str]:
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual > 1 and parallel.pipeline_model_parallel_size == 1:
         yield (
-            f"parallel.virtual_pipeline_model_parallel_size = {virtual}: it interleaves the pieces of pipeline stages, "
-            "and parallel.pipeline_model_parallel_size is 1; set it to 1, or raise that size"
+            f"parallel.virtual_pipeline_model_parallel_size = {virtual}: an interleaved schedule needs several "
+            "stages, but parallel.pipeline_model_parallel_size is 1; set it to 1, or raise that size"
         )
     model = config.model
     if model.recompute_layers and model.recompute != "full":
         yield (
-            f'model.recompute_layers = {model.recompute_layers}: it counts layers of "full" recompute, and '
+            f'model.recompute_layers = {model.recompute_layers}: it needs model.recompute = "full", but '
             f'model.recompute = "{model.recompute}"; set it to 0, or recompute to "full"'
         )
     if model.fp8 != "off" and config.run.device == "cpu":
-        yield f'model.fp8 = "{model.fp8}": a CPU has no such products; set it to "off", or use a GPU'
+        yield f'model.fp8 = "{model.fp8}": a CPU has no FP8 matrix products; set it to "off", or use a GPU'
     if model.fp8 != "off" and model.dtype != "bfloat16":
-        yield f'model.fp8 = "{model.fp8}": needs model.dtype = "bfloat16" beside it, and it is "{model.dtype}"'
+        yield f'model.fp8 = "{model.fp8}": needs model.dtype = "bfloat16", but model.dtype = "{model.dtype}"'
     if config.rollout.sleep_while_training and config.run.device == "cpu":
         yield "rollout.sleep_while_training = true: an engine on a CPU cannot sleep; set it to false"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield (
-            "parallel.sequence_parallel = true: it splits activations over tensor-parallel ranks, and "
+            "parallel.sequence_parallel = true: it splits activations over tensor-parallel ranks, but "
             "parallel.tensor_model_parallel_size is 1; set it to false, or raise that size"
         )
 
@@ -202,35 +202,35 @@ def _servers(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if config.train.offload_while_generating and rollout.placement == "servers":
         yield (
-            "train.offload_while_generating = true: makes room for engines in the training ranks, and "
+            "train.offload_while_generating = true: makes room for engines in the training ranks, but "
             'rollout.placement is "servers"; set it to false'
         )
     elif config.train.offload_while_generating and not rollout.sleep_while_training:
         yield (
-            "train.offload_while_generating = true: gains nothing while the engine keeps its memory during training; "
-            "set rollout.sleep_while_training = true beside it"
+            "train.offload_while_generating = true: has no benefit if the engine keeps its memory during the "
+            "training; set rollout.sleep_while_training = true as well"
         )
     if rollout.placement == "colocated":
         if rollout.max_staleness:
             yield (
                 f"rollout.max_staleness = {rollout.max_staleness}: engines in the training ranks cannot generate while "
-                'those train; set it to 0, or rollout.placement = "servers"'
+                'these train; set it to 0, or rollout.placement = "servers"'
             )
         if rollout.servers:
-            yield 'rollout.servers: names servers, and rollout.placement is "colocated"; set it to "servers"'
+            yield 'rollout.servers: lists servers, but rollout.placement is "colocated"; set it to "servers"'
         return
     for url in rollout.servers:
         if not re.fullmatch(r"http://(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+/?", url):
-            yield f'rollout.servers: "{url}" is no address of a server; expected http://HOST:PORT'
+            yield f'rollout.servers: "{url}" is not the address of a server; expected http://HOST:PORT'
     if len(set(rollout.servers)) < len(rollout.servers):
-        yield "rollout.servers: names one server twice; each of them is one engine"
+        yield "rollout.servers: lists one server twice; each server is one engine, so list it once"
     last = rollout.server_port + rollout.num_servers - 1
     if rollout.server_port and last > 65535:
         yield f"rollout.server_port = {rollout.server_port}: the last server's port would be {last}; lower it"
     if rollout.max_staleness and rollout.max_refills:
         yield (
-            f"rollout.max_refills = {rollout.max_refills}: how many batches an iteration takes is not known while the "
-            f"one before it trains; set it to 0, or rollout.max_staleness = 0"
+            f"rollout.max_refills = {rollout.max_refills}: refills need an unknown number of batches, but "
+            f"batches are generated ahead of the training; set it to 0, or rollout.max_staleness = 0"
         )
     if rollout.max_staleness and config.algorithm.rollout_correction == "off":
         yield (
@@ -251,8 +251,8 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
     topk, head = config.algorithm.needs.topk, head_dim(hf)
     if distils(config) and topk > vocabulary:
         yield (
-            f"algorithm.distillation_topk = {topk}: the model's vocabulary has {vocabulary} tokens; lower it, or 0 for "
-            "the full vocabulary"
+            f"algorithm.distillation_topk = {topk}: the model's vocabulary has {vocabulary} tokens; lower it, or set 0 "
+            "for the full vocabulary"
         )
     prompt = config.data.max_prompt_length
     if distils(config):
@@ -261,11 +261,11 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         whose = "teacher's enriched prompt" if prompt > config.data.max_prompt_length else "data.max_prompt_length"
         yield (
             f"rollout.max_response_length = {config.rollout.max_response_length}: with the {whose} ({prompt} tokens) "
-            f"that is beyond the model's max_position_embeddings = {longest}; shorten prompts or responses"
+            f"this exceeds the model's max_position_embeddings = {longest}; shorten prompts or responses"
         )
     if config.run.device == "cpu" and head not in CPU_HEAD_DIMS:
         sizes = ", ".join(map(str, CPU_HEAD_DIMS))
-        yield f'run.device = "cpu": the model has head_dim {head}, and vLLM on a CPU supports {sizes}; use a GPU'
+        yield f'run.device = "cpu": the model has head_dim {head}, but vLLM on a CPU supports only {sizes}; use a GPU'
 
 
 def layout_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[str]:
@@ -283,7 +283,7 @@ def layout_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[st
     if pp * virtual > layers:
         pieces = f"{pp} pipeline stages" + (f" in {virtual} pieces each" if virtual > 1 else "")
         yield (
-            f"parallel.pipeline_model_parallel_size = {pp}: {pieces} take at least {pp * virtual} layers, and the "
+            f"parallel.pipeline_model_parallel_size = {pp}: {pieces} take at least {pp * virtual} layers, but the "
             f"model's num_hidden_layers = {layers}; lower it"
         )
 
@@ -350,8 +350,8 @@ def _experts(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         )
     if config.run.device == "cpu" and hf["hidden_size"] % 32:
         yield (
-            f'run.device = "cpu": the model has experts and hidden_size {hf["hidden_size"]}, and vLLM on a CPU '
-            "supports multiples of 32 with experts; use a GPU"
+            f'run.device = "cpu": the model has experts and hidden_size {hf["hidden_size"]}, but vLLM on a CPU '
+            "supports only multiples of 32 with experts; use a GPU"
         )
 
 

@@ -47,18 +47,18 @@ def _data_file(file: Path) -> str | None:
         hint = f"did you mean {file.parent / nearest[0]}?" if nearest else "see tools/prepare_data.py"
         return f"no such file (looked from {Path.cwd()}); {hint}"
     if file.stat().st_size == 0:
-        return "is empty; expected a row a line"
+        return "is empty; expected one row per line"
     return None
 
 
 def _output_folder(given: str) -> Iterator[str]:
     if not given.strip():
-        yield f'run.output_dir = "{given}": is empty; name a folder, which may not exist yet'
+        yield f'run.output_dir = "{given}": is empty; name a folder (it need not exist yet)'
         return
     folder = Path(given).absolute()
     found = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not found.is_dir():
         what = "is a file" if found == folder else f"{found} is a file"
-        yield f'run.output_dir = "{given}": {what}; name a folder, which may not exist yet'
+        yield f'run.output_dir = "{given}": {what}; name a folder (it need not exist yet)'
     elif not os.access(found, os.W_OK | os.X_OK):
-        yield f'run.output_dir = "{given}": no permission to write in {found}; name another folder'
+        yield f'run.output_dir = "{given}": this user may not write in {found}; name another folder'

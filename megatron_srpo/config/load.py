@@ -143,7 +143,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _tomls_beside(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     names = sorted(file.name for file in folder.glob("*.toml"))[:8] if folder.is_dir() else []
-    return f"; in {folder} there are {', '.join(names)}" if names else ""
+    return f"; {folder} contains {', '.join(names)}" if names else ""
 
 
 def _split_overrides(tokens: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -159,7 +159,7 @@ def _split_overrides(tokens: Sequence[str]) -> tuple[list[tuple[str, str]], list
         elif rest and not rest[0].startswith("--"):
             pairs.append((key, rest.pop(0)))
         else:
-            problems.append(f"--{key}: has no value; write --{key} VALUE, or --{key}=VALUE if it starts with --")
+            problems.append(f"--{key}: has no value; write --{key} VALUE, or --{key}=VALUE if the value starts with --")
     return pairs, problems
 
 
@@ -169,7 +169,7 @@ def _apply(given: dict[str, Any], key: str, text: str) -> str | None:
     field = config_fields().get(".".join(parts[:2]))
     if field is None or (len(parts) > 2 and get_origin(field.annotation) is not dict):
         if key in Config.model_fields:
-            return f"--{key}: is a section, not a key; give its keys one by one, like --{key}.{_first_key(key)} VALUE"
+            return f"--{key}: is a section, not a key; set its keys one by one: --{key}.{_first_key(key)} VALUE"
         return f"--{key} {_shown(text)}: no such key{_nearest_hint(key)}"
     place = given
     for part in parts[:-1]:
@@ -236,11 +236,11 @@ def _explain_one(key: str, problem: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         if "." not in key and isinstance(value, dict):
             found = difflib.get_close_matches(key, Config.model_fields, n=1, cutoff=0.5)
-            hint = f"; the nearest is [{found[0]}]" if found else f"; there are {', '.join(Config.model_fields)}"
+            hint = f"; the nearest is [{found[0]}]" if found else f"; the sections are {', '.join(Config.model_fields)}"
             return f"[{key}]: no such section{hint}"
         return f"{key} = {_shown(value)}: no such key{_nearest_hint(key)}"
     if field is None:
-        return f"{key} = {_shown(value)}: expected a section, [{key}] with keys like {_first_key(key)}"
+        return f"{key} = {_shown(value)}: expected a section [{key}] with keys such as {_first_key(key)}"
     if kind == "value_error":
         return f"{key} = {_shown(value)}: {problem['ctx']['error']}"
     return f"{key} = {_shown(value)}: expected {expected(field)}"
@@ -278,10 +278,11 @@ def _type_in_words(annotation: Any) -> str:
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + _choices(annotation)
     if origin is list:
-        return "a list of texts" if arguments == (str,) else f"a list with some of {_choices(arguments[0])}"
+        elements = {str: "a list of strings", int: "a list of whole numbers"}
+        return elements.get(arguments[0]) or f"a list with some of {_choices(arguments[0])}"
     if origin is dict:
-        return "a table of texts" if arguments[1] is str else "a table"
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[annotation]
+        return "a table of strings" if arguments[1] is str else "a table"
+    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[annotation]
 
 
 def _choices(annotation: Any) -> str:

@@ -1,52 +1,35 @@
-"""The table of all keys, from the models and the comments beside them.
+"""The table of all keys, from the models and the docstrings of their fields.
 
 python -m megatron_srpo.config.reference > docs/configuration.md
 """
 
 from __future__ import annotations
 
-import inspect
-import io
-import re
-import tokenize
-
 from pydantic_core import PydanticUndefined
 
-from megatron_srpo.config import schema
-from megatron_srpo.config.load import config_fields, expected, to_toml_value
+from megatron_srpo.algorithms.section import BY_NAME, users_of
+from megatron_srpo.config.load import ALGORITHM, config_fields, expected, to_toml_value
 
 HEADER = """# Configuration
 
-Written by `python -m megatron_srpo.config.reference > docs/configuration.md` from `megatron_srpo/config/schema.py`.
+This page lists every key of a run's configuration. `python -m megatron_srpo.config.reference > docs/configuration.md`
+writes it from `megatron_srpo/config/schema.py` and, for [algorithm], from `megatron_srpo/algorithms/`.
 
-A run is one TOML file; `path` in `[model]` and `train` in `[data]` are required. Every key can be set on the command
-line as well, `--section.key VALUE`, which wins over the file (the last one does, where a key is given twice). Unknown
-keys, wrong types and contradictions are refused before anything is loaded; a bad row of the data, or a device that is
-not there, once the libraries are loaded and before any model or engine. Each run writes what it really used to
-`config.toml` in its output folder.
+A run is one TOML file. It must set `path` in `[model]` and `train` in `[data]`. You can set every key on the command
+line as well, with `--section.key VALUE`. The command line wins over the file, and the last value wins if you give a
+key twice.
+
+Before anything is loaded, the program refuses unknown keys, wrong types and contradictions between keys. It checks the
+rows of the data and the device before it builds a model or an engine. Each run writes the configuration that it used,
+defaults included, to `config.toml` in its output folder.
+
+The column "allowed" says which values a key accepts. Keys marked "required" have no default. One file may hold keys of
+several algorithms: those that the chosen one does not have are left out.
 """
 
 
-def comments() -> dict[str, str]:
-    """The comment on the line of each field, by "ClassName.field"."""
-    source = inspect.getsource(schema)
-    fields = {number: found for number, found in enumerate(source.splitlines(), 1) if _FIELD.match(found)}
-    classes = {number: found[1] for number, line in enumerate(source.splitlines(), 1) if (found := _CLASS.match(line))}
-    meanings = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        number = token.start[0]
-        if token.type == tokenize.COMMENT and number in fields:
-            owner = classes[max(line for line in classes if line < number)]
-            meanings[f"{owner}.{_FIELD.match(fields[number])[1]}"] = token.string.lstrip("# ")
-    return meanings
-
-
-_FIELD = re.compile(r"    (\w+): ")
-_CLASS = re.compile(r"class (\w+)\(")
-
-
 def defaults() -> dict[str, str]:
-    """Every dotted key with its default as TOML; "required" where there is none."""
+    """Every dotted key with its default as TOML, or "required" if it has none."""
     return {
         key: "required" if field.default is PydanticUndefined else to_toml_value(field.default)
         for key, field in config_fields().items()
@@ -55,17 +38,23 @@ def defaults() -> dict[str, str]:
 
 def markdown() -> str:
     """The whole page."""
-    meanings, values = comments(), defaults()
-    lines, section = [HEADER], ""
+    values, section = defaults(), ""
+    lines = [HEADER]
     for key, field in config_fields().items():
         name, _, leaf = key.partition(".")
         if name != section:
             section = name
-            lines += [f"\n## [{name}]\n", "| key | default | expected | meaning |", "|---|---|---|---|"]
-        owner = schema.Config.model_fields[name].annotation.__name__
-        cells = [f"`{leaf}`", f"`{values[key]}`", expected(field), meanings.get(f"{owner}.{leaf}", "")]
+            lines += [f"\n## [{name}]\n", "| key | meaning | allowed | default |", "|---|---|---|---|"]
+        meaning = " ".join((field.description or "").split()) + _only(name, leaf)
+        cells = [f"`{leaf}`", meaning, expected(field), f"`{values[key]}`"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _only(section: str, key: str) -> str:
+    """Which algorithms have this key, unless all have it."""
+    users = users_of(key) if section == ALGORITHM else []
+    return f" Only for {', '.join(users)}." if users and len(users) < len(BY_NAME) else ""
 
 
 if __name__ == "__main__":

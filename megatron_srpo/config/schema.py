@@ -1,7 +1,8 @@
-"""The typed models: every key, its type, its default and, in the comment beside it, what it means.
+"""The typed models: every key with its type, its default, its limits and, in the docstring under it, its meaning.
 
-Types are strict: "3" is no number and 1 is no boolean (an integer where a number is wanted is fine). 0 switches an
-optional number off (TOML has no null). `reference.py` reads the comments.
+Types are strict: "3" is not a number and 1 is not a boolean, but an integer is accepted where a number is expected.
+0 switches an optional number off, because TOML has no null. `reference.py` writes the docstrings to
+docs/configuration.md. A docstring says first what the key does, then its unit, then its default and limits.
 """
 
 from __future__ import annotations
@@ -17,155 +18,288 @@ Resettable = Literal["optimizer", "teacher", "data", "rng"]
 
 
 class RunConfig(Section):
-    name: str = "srpo"  # shown in the log and in the trackers
-    output_dir: Folder = "runs/srpo"  # metrics, checkpoints, the trained model in hf/
-    seed: int = Field(0, ge=0, lt=2**31)  # of data order, sampling and routing
-    iterations: int = Field(100, ge=1)  # generate, score, train, publish: once each
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
-    control_timeout_minutes: float = Field(120, gt=0)  # how long ranks wait for the driver
-    watchdog_minutes: float = Field(30, ge=0)  # nothing moves for so long: every rank says where it is; 0 = off
+    name: str = "srpo"
+    """Name of the run in the log and in TensorBoard and Weights & Biases."""
+    output_dir: Folder = "runs/srpo"
+    """Folder for metrics, checkpoints and, in `hf/`, the trained model. It is created if it does not exist."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the data order, of sampling and of the choice of teachers."""
+    iterations: int = Field(100, ge=1)
+    """Number of iterations of the whole run. Each one generates, scores, trains and publishes weights once."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the trainer and of the engines it starts. "auto" takes CUDA if a GPU is visible, else the CPU."""
+    control_timeout_minutes: float = Field(120, gt=0)
+    """Minutes that a rank waits for the others in a collective, for example while rank 0 generates or scores. The run
+    fails after that."""
+    watchdog_minutes: float = Field(30, ge=0)
+    """After this many minutes without progress every rank prints its phase and stack. 0 switches it off."""
 
 
 class ModelConfig(Section):
-    path: Folder  # a Hugging Face folder: config.json, safetensors, tokenizer
-    tokenizer: Folder = ""  # another folder for the tokenizer; "" = path
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; the optimizer is fp32
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)  # of the training pass; the scoring passes never drop
+    path: Folder
+    """Hugging Face folder of the initial model: config.json, safetensors and the tokenizer."""
+    tokenizer: Folder = ""
+    """Folder of the tokenizer if it is not in `path`. Empty means `path`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of weights and activations. The optimizer always keeps fp32 main weights and moments."""
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability on hidden states in the train pass. Scoring passes never drop anything."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    recompute: Literal["none", "selective", "full"] = "none"  # again in the backward pass: the MLPs, or whole layers
-    recompute_layers: int = Field(0, ge=0)  # with "full": the first so many layers of each stage's piece; 0 = all
-    fp8: Literal["off", "hybrid", "e4m3"] = "off"  # products in 8 bits; needs Transformer Engine and a GPU that has it
+    """Dropout probability on attention weights in the train pass. Scoring passes never drop anything."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the backward pass. "selective" recomputes the MLPs and experts, "full" recomputes
+    whole layers."""
+    recompute_layers: int = Field(0, ge=0)
+    """Number of layers to recompute in each pipeline stage (in each virtual stage if stages are interleaved), counted
+    from its first layer. Needs recompute = "full". 0 recomputes all layers."""
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    """FP8 format of matrix products. It needs Transformer Engine and a GPU with FP8 support."""
 
 
 class ParallelConfig(Section):
-    tensor_model_parallel_size: int = Field(1, ge=1)  # ranks that share every layer
-    pipeline_model_parallel_size: int = Field(1, ge=1)  # ranks that share the stack of layers
-    virtual_pipeline_model_parallel_size: int = Field(1, ge=1)  # pieces of the stack a rank; > 1: interleaved schedule
-    context_parallel_size: int = Field(1, ge=1)  # ranks that share every sequence, for long ones
-    expert_model_parallel_size: int = Field(1, ge=1)  # ranks that share the experts of a layer; may span TP, CP and DP
-    expert_tensor_parallel_size: int = Field(1, ge=1)  # ranks that share every expert
-    sequence_parallel: bool = False  # norms and residuals split over tensor-parallel ranks
-    overlap_grad_reduce: bool = False  # gradients are summed over data-parallel ranks during the last backward pass
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    """Number of ranks that split every layer (TP)."""
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Number of pipeline stages, each with a part of the layers (PP)."""
+    virtual_pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Number of virtual stages per pipeline stage (VPP). Above 1 the interleaved schedule is used."""
+    context_parallel_size: int = Field(1, ge=1)
+    """Number of ranks that split every sequence (CP). Use it for long sequences."""
+    expert_model_parallel_size: int = Field(1, ge=1)
+    """Number of ranks that share the experts of a layer (EP). They are taken from the TP, CP and DP ranks."""
+    expert_tensor_parallel_size: int = Field(1, ge=1)
+    """Number of ranks that split every expert (expert TP)."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks. Needs tensor_model_parallel_size > 1, and is required
+    there for models with experts."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the last backward pass of a step still runs."""
 
 
 class DataConfig(Section):
-    train: str | list[str]  # jsonl or parquet files
-    test: str | list[str] = []  # the held-out files, for evaluation
-    prompt_key: str = "prompt"  # field with a text or a list of chat messages
-    answer_key: str = "answer"  # field that the reward compares with
-    kind_key: str = "kind"  # field that names the reward
-    system_key: str = "system"  # optional field with the system message
-    kind: str = ""  # the reward of rows that have no kind of their own
-    on_bad_row: Literal["error", "skip"] = "error"  # skip: counted in the log
-    max_prompt_length: int = Field(2048, ge=1)  # tokens, chat template included
-    overlong_prompts: Literal["drop", "error"] = "drop"  # drop: counted in the log
-    shuffle: bool = True  # by seed and epoch
-    chat_template_kwargs: dict[str, Any] = {}  # e.g. { enable_thinking = false }
+    train: str | list[str]
+    """Training data: one or several .jsonl or .parquet files."""
+    test: str | list[str] = []
+    """Held-out data for evaluation: one or several .jsonl or .parquet files."""
+    prompt_key: str = "prompt"
+    """Field of a row with the prompt: a string, or a list of chat messages."""
+    answer_key: str = "answer"
+    """Field of a row with the answer that the reward function compares with."""
+    kind_key: str = "kind"
+    """Field of a row that names its reward function."""
+    system_key: str = "system"
+    """Field of a row with its system message. Rows may leave it out."""
+    kind: str = ""
+    """Reward function of rows that do not name one. Empty means that every row must name one."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be read. "error" refuses the run, "skip" leaves the row out and logs the
+    count."""
+    max_prompt_length: int = Field(2048, ge=1)
+    """Longest prompt in tokens, including the chat template."""
+    overlong_prompts: Literal["drop", "error"] = "drop"
+    """What to do with a prompt over max_prompt_length. "drop" leaves it out and logs the count, "error" refuses the
+    run."""
+    shuffle: bool = True
+    """Shuffle the training rows. The order depends on run.seed and the epoch."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Extra arguments of the tokenizer's chat template, for example { enable_thinking = false }."""
 
 
 class RolloutConfig(Section):
-    rollout_batch_size: int = Field(32, ge=1)  # prompts an iteration
-    n_samples_per_prompt: int = Field(8, ge=1)  # responses a prompt: the group
-    max_response_length: int = Field(8192, ge=1)  # tokens
-    temperature: float = Field(1.0, gt=0)  # of training samples; the trainer scores at the same one
-    top_p: float = Field(1.0, gt=0, le=1)  # training needs 1: see eval.top_p
-    top_k: int = Field(0, ge=0)  # 0 = off; training needs 0
-    placement: Literal["colocated", "servers"] = "colocated"  # in the training ranks, or vLLM servers beside them
-    tensor_parallel_size: int = Field(1, ge=1)  # ranks an engine; need not be the trainer's
-    gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)  # the engine's share of a GPU
-    cpu_kv_cache_gib: float = Field(1.0, gt=0)  # of an engine on a CPU
-    max_num_seqs: int = Field(256, ge=1)  # responses that an engine works on at once
-    max_num_batched_tokens: int = Field(0, ge=0)  # of one step of an engine, prompts included; 0: vLLM's own choice
-    enforce_eager: bool = False  # no CUDA graphs, no compilation
-    sleep_while_training: bool = False  # a colocated engine frees its GPU memory until it generates
-    max_refills: int = Field(0, ge=0)  # batches drawn in place of groups all right or all wrong; 0 = train on those too
-    mismatch_warning: float = Field(0.05, ge=0)  # mean |Δ log-prob| trainer vs engine that warns
-    # placement = "servers"
-    num_servers: int = Field(1, ge=1)  # that we start, on the driver's machine
-    servers: list[str] = []  # addresses of running ones instead: http://HOST:PORT
-    server_host: str = "127.0.0.1"  # the address that ours listen on
-    server_port: int = Field(0, ge=0, le=65535)  # of the first, the next ones count up; 0 = free ones
-    server_devices: list[int] = []  # GPUs of ours; [] = those after the training ranks'
-    server_start_seconds: float = Field(900, gt=0)  # until a server must answer first
-    server_timeout_seconds: float = Field(60, gt=0)  # until a server that gives no sign of life counts as lost
-    request_timeout_seconds: float = Field(3600, gt=0)  # for one response
-    max_server_restarts: int = Field(3, ge=0)  # of one server, without a response in between
-    weight_transfer: Literal["auto", "gloo", "nccl"] = "auto"  # how weights travel; auto: NCCL on GPUs
-    in_flight: Literal["finish", "pause", "abort"] = "finish"  # what a publish does with requests that run
-    max_staleness: int = Field(0, ge=0)  # publishes that a sample may be behind the policy it trains; 0 = exact
+    rollout_batch_size: int = Field(32, ge=1)
+    """Number of prompts per iteration."""
+    n_samples_per_prompt: int = Field(8, ge=1)
+    """Number of responses per prompt. They form one group."""
+    max_response_length: int = Field(8192, ge=1)
+    """Longest response in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of training samples. The trainer divides its logits by the same number."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling of training samples. Training requires 1. For evaluation use eval.top_p."""
+    top_k: int = Field(0, ge=0)
+    """Top-k sampling of training samples. Training requires 0, which means off."""
+    placement: Literal["colocated", "servers"] = "colocated"
+    """Where the engines run. "colocated" runs vLLM inside the training ranks, "servers" uses vLLM servers in processes
+    of their own."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Tensor-parallel size of one engine. It may differ from the trainer's."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
+    """Fraction of a GPU's memory that an engine may use, as in vLLM."""
+    cpu_kv_cache_gib: float = Field(1.0, gt=0)
+    """Size in GiB of the KV cache of an engine on a CPU."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Largest number of responses that one engine generates at the same time."""
+    max_num_batched_tokens: int = Field(0, ge=0)
+    """Token budget of one engine step, prompt tokens included. 0 keeps vLLM's own default."""
+    enforce_eager: bool = False
+    """Run the engine without CUDA graphs and without compilation."""
+    sleep_while_training: bool = False
+    """Free the GPU memory of a colocated engine while the trainer trains."""
+    max_refills: int = Field(0, ge=0)
+    """Dynamic sampling: how many more batches may be generated per iteration to replace groups whose responses are all
+    correct or all wrong. 0 trains on these groups too."""
+    mismatch_warning: float = Field(0.05, ge=0)
+    """Warn if trainer and engine log-probs differ by more than this on average, in nats per token. 0 switches it
+    off."""
+    num_servers: int = Field(1, ge=1)
+    """Number of servers that the run starts on the machine of rank 0. For placement = "servers"."""
+    servers: list[str] = []
+    """Addresses of external servers, http://HOST:PORT, to use instead of starting some. For placement = "servers"."""
+    server_host: str = "127.0.0.1"
+    """Address on which the servers that the run starts listen."""
+    server_port: int = Field(0, ge=0, le=65535)
+    """Port of the first server that the run starts. The others take the next ports. 0 takes free ports."""
+    server_devices: list[int] = []
+    """GPUs of the servers that the run starts. An empty list takes the GPUs after those of the training ranks."""
+    server_start_seconds: float = Field(900, gt=0)
+    """Seconds that a server may take to start."""
+    server_timeout_seconds: float = Field(60, gt=0)
+    """Seconds without an answer to a health check after which a server counts as lost."""
+    request_timeout_seconds: float = Field(3600, gt=0)
+    """Seconds that one response may take."""
+    max_server_restarts: int = Field(3, ge=0)
+    """How many times in a row a server may be lost and restarted before it is given up. A response resets the count."""
+    weight_transfer: Literal["auto", "gloo", "nccl"] = "auto"
+    """Backend that sends weights to the servers. "auto" takes NCCL on GPUs and gloo on CPUs."""
+    in_flight: Literal["finish", "pause", "abort"] = "finish"
+    """What a publish does with running requests. "finish" waits for them, "pause" continues them with the new weights,
+    "abort" asks for them again."""
+    max_staleness: int = Field(0, ge=0)
+    """Number of batches that servers may generate ahead of the training. A sample is then at most this many publishes
+    older than the policy it trains. 0 is exact on-policy training."""
 
 
 class BridgeConfig(Section):
-    bucket_mib: int = Field(32, ge=1)  # of weights gathered at a time; two are held, and a larger tensor is one alone
-    verify_every: int = Field(50, ge=0)  # publishes from one verification by checksums to the next; 1 = all, 0 = none
+    bucket_mib: int = Field(32, ge=1)
+    """Size in MiB of one gather bucket when weights are exported. Two buckets are alive at once; a larger tensor is a
+    bucket of its own."""
+    verify_every: int = Field(50, ge=0)
+    """Verify every n-th publish by checksums on both sides, starting with the first. 1 verifies all, 0 none."""
 
 
 class TeacherConfig(Section):
-    mode: Literal["ema", "frozen", "live", "trust_region"] = "ema"  # average, initial, current, or initial moved by μ
-    update_rate: float = Field(0.05, gt=0, le=1)  # μ of ema, teacher ← (1 − μ) teacher + μ student, and of trust_region
-    offload: bool = False  # keep the teacher's (and the reference's) weights in host memory; for GPUs
-    max_prompt_length: int = Field(0, ge=0)  # tokens, enriched; 0 = data.max_prompt_length + rollout's response
-    feedback_with_solution: bool = False  # show feedback also when a correct sibling exists
-    template: str = "{question}{solution}{feedback}\n\n{instruction}"  # of the last user message
+    mode: Literal["ema", "frozen", "live", "trust_region"] = "ema"
+    """Weights of the self-teacher. "ema" is a moving average of the student's weights, "frozen" the initial weights,
+    "live" the current ones. "trust_region" mixes the logits of the initial and the current model."""
+    update_rate: float = Field(0.05, gt=0, le=1)
+    """Rate μ. With "ema" the teacher becomes (1 − μ) · teacher + μ · student after each step. With "trust_region" its
+    logits are (1 − μ) · initial + μ · current."""
+    offload: bool = False
+    """Keep the weights of the teacher and of the reference in host memory. Useful on GPUs only."""
+    max_prompt_length: int = Field(0, ge=0)
+    """Longest teacher prompt in tokens, with the solution and the feedback. 0 means data.max_prompt_length +
+    rollout.max_response_length."""
+    feedback_with_solution: bool = False
+    """Show feedback to the teacher even if it sees the solution of a correct sibling. Needs algorithm.use_feedback."""
+    template: str = "{question}{solution}{feedback}\n\n{instruction}"
+    """Template of the teacher's last user message."""
     solution_section: str = "\n\nHere is a correct solution from an earlier attempt:\n\n{solution}"
+    """Text of {solution} in the template. It is left out if no solution is shown."""
     feedback_section: str = "\n\nFeedback on a failed attempt:\n\n{feedback}"
+    """Text of {feedback} in the template. It is left out if no feedback is shown."""
     instruction: str = "Now solve the original question correctly."
+    """Text of {instruction} in the template."""
 
 
 class RewardConfig(Section):
-    functions: dict[str, str] = {}  # kind -> "module:function" or "path/file.py:function"; adds to the built-in ones
-    workers: int = Field(2, ge=1, le=1024)  # processes that score responses: of all ranks, at least one an engine
-    timeout_seconds: float = Field(10.0, gt=0)  # for one response
-    memory_mib: int = Field(2048, ge=0)  # address space of a worker above its start; 0 = no limit
-    failure_score: float = 0.0  # score of a time-out or crash
+    functions: dict[str, str] = {}
+    """Your own reward functions by kind, as "module:function" or "path/file.py:function". The built-in ones stay
+    available."""
+    workers: int = Field(2, ge=1, le=1024)
+    """Number of processes that score responses, over all ranks. They are shared among the engines; each engine has at
+    least one."""
+    timeout_seconds: float = Field(10.0, gt=0)
+    """Seconds that the score of one response may take."""
+    memory_mib: int = Field(2048, ge=0)
+    """Address space in MiB that a worker may use beyond what it has at its start. 0 means no limit."""
+    failure_score: float = 0.0
+    """Score of a response whose reward function timed out or crashed."""
 
 
 class OptimizerConfig(Section):
     lr: float = Field(5e-6, gt=0)
-    warmup_steps: int = Field(0, ge=0)  # optimiser steps from 0 to lr
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; the others go down to min_lr
+    """Learning rate of Adam after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Number of optimizer steps in which the learning rate rises linearly from 0 to lr."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate schedule after the warm-up. "linear" and "cosine" decay to min_lr at the end of the run."""
     min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the run, for the schedules that decay."""
     weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay (AdamW)."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of Adam's first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay rate of Adam's second moment."""
     eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0)  # 0 = off
+    """Term that Adam adds to the denominator."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm. Larger gradients are scaled down to it. 0 switches it off."""
 
 
 class TrainConfig(Section):
-    prompts_per_mini_batch: int = Field(0, ge=0)  # prompts an optimiser step; 0 = the whole batch
-    max_tokens_per_gpu: int = Field(18432, ge=1)  # × context_parallel_size: a packed row; the longest teacher row fits
-    logits_memory_mib: int = Field(2048, ge=1)  # logits that exist at a time; rows that need more make them twice
-    max_skipped_steps: int = Field(10, ge=0)  # so many steps in a row without a finite gradient end the run; 0 = never
-    moe_aux_loss_coef: float = Field(0.0, ge=0)  # of the routers' load-balancing loss, by row; 0 = off, 0.001 is usual
-    offload_while_generating: bool = False  # the trainer leaves the GPU while engines have their turn
-    skip_zero_advantage: bool = True  # do not forward samples whose gradient is exactly zero; the loss is the same
+    prompts_per_mini_batch: int = Field(0, ge=0)
+    """Number of prompts per optimizer step. It must divide rollout.rollout_batch_size. 0 takes the whole batch."""
+    max_tokens_per_gpu: int = Field(18432, ge=1)
+    """Token budget of one packed row per GPU. A row holds this number times context_parallel_size tokens, and the
+    longest teacher prompt with its response must fit."""
+    logits_memory_mib: int = Field(2048, ge=1)
+    """Memory limit for logits in MiB. Logits of a row that exceed it are computed in chunks and computed again in the
+    backward pass."""
+    max_skipped_steps: int = Field(10, ge=0)
+    """Stop with a checkpoint after this many optimizer steps in a row without a finite gradient. 0 never stops."""
+    moe_aux_loss_coef: float = Field(0.0, ge=0)
+    """Coefficient of the load-balancing loss of the expert routers, computed per row. A usual value is 0.001. 0
+    switches it off."""
+    offload_while_generating: bool = False
+    """Move the trainer's weights and optimizer state to host memory while colocated engines generate. Needs
+    rollout.sleep_while_training."""
+    skip_zero_advantage: bool = True
+    """Do not forward samples whose gradient is exactly zero. The loss does not change."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(50, ge=0)  # iterations; 0 = only at the end
-    keep: int = Field(2, ge=1)  # the newest ones
-    keep_best: str = ""  # a metric whose best checkpoint is kept too, e.g. "eval/accuracy"; "-name": the least is best
-    asynchronous: bool = True  # training goes on while a checkpoint is written
-    resume: bool = True  # from output_dir/checkpoints, if there is one
-    allow_reset: list[Resettable] = []  # what a resumed run may start anew where it cannot be continued
+    every: int = Field(50, ge=0)
+    """Number of iterations between two checkpoints. The last iteration is always saved. 0 saves only there."""
+    keep: int = Field(2, ge=1)
+    """Number of newest checkpoints to keep."""
+    keep_best: str = ""
+    """Metric whose best checkpoint is kept as well, for example "eval/accuracy". A leading "-" means that lower is
+    better. Empty switches it off."""
+    asynchronous: bool = True
+    """Write checkpoints in a background thread while the training continues."""
+    resume: bool = True
+    """Continue from the newest checkpoint in output_dir/checkpoints, if one exists."""
+    allow_reset: list[Resettable] = []
+    """Parts of the state that a resumed run may start from scratch if it cannot restore them."""
 
 
 class EvalConfig(Section):
-    every: int = Field(0, ge=0)  # iterations; 0 = off during training
-    n_samples: int = Field(1, ge=1)  # k of avg@k, pass@k, maj@k
+    every: int = Field(0, ge=0)
+    """Number of iterations between two evaluations on data.test. 0 does not evaluate during the training."""
+    n_samples: int = Field(1, ge=1)
+    """Number of responses per prompt: the k of avg@k, pass@k and maj@k."""
     temperature: float = Field(1.0, ge=0)
+    """Sampling temperature of the evaluation. 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
-    max_prompts: int = Field(0, ge=0)  # 0 = the whole split
+    """Nucleus sampling of the evaluation. 1 means off."""
+    max_prompts: int = Field(0, ge=0)
+    """Evaluate only the first prompts of the split, up to this number. 0 evaluates all."""
 
 
 class ObserveConfig(Section):
-    tensorboard: bool = True  # in output_dir/tensorboard
-    wandb: bool = False  # Weights & Biases
+    tensorboard: bool = True
+    """Write TensorBoard files to output_dir/tensorboard."""
+    wandb: bool = False
+    """Log to Weights & Biases."""
     wandb_project: str = "megatron-srpo"
+    """Project in Weights & Biases."""
     wandb_mode: Literal["online", "offline"] = "offline"
-    rollout_texts: int = Field(1, ge=0)  # prompts an iteration whose responses are kept whole in rollouts.jsonl
-    progress: Literal["auto", "live", "plain", "off"] = "auto"  # auto: live in a terminal, else lines
+    """Whether Weights & Biases uploads during the run ("online") or writes to output_dir for a later sync."""
+    rollout_texts: int = Field(1, ge=0)
+    """Number of prompts per iteration whose responses are written in full to rollouts.jsonl."""
+    progress: Literal["auto", "live", "plain", "off"] = "auto"
+    """Progress display. "auto" draws a live display in a terminal and prints plain lines elsewhere."""
 
 
 class Config(Section):

@@ -27,7 +27,7 @@ def template_pieces(key: str, template: str) -> list[Piece]:
     try:
         parsed = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"{error}; placeholders are {expected}, and {{{{ stands for a brace") from None
+        raise ValueError(f"{error}; the placeholders are {expected}, and {{{{ stands for a brace") from None
     pieces: list[Piece] = []
     for literal, name, specification, conversion in parsed:
         if literal:
@@ -36,16 +36,16 @@ def template_pieces(key: str, template: str) -> list[Piece]:
             continue
         if name in known and (specification or conversion):
             raise ValueError(
-                f"{{{name}}} has a format or a conversion; write the name alone: texts are put in as they are"
+                f"{{{name}}} has a format or a conversion; write the name alone, because the text is inserted as it is"
             )
         if name not in known:
             raise ValueError(f"unknown placeholder {{{name}}}; expected {expected}, and {{{{ stands for a brace")
         if ("field", name) in pieces:
-            raise ValueError(f"{{{name}}} stands there twice; expected once")
+            raise ValueError(f"{{{name}}} appears twice; expected once")
         pieces.append(("field", name))
     for name in sorted(needed):
         if ("field", name) not in pieces:
-            raise ValueError(f"{{{name}}} is missing, without it the teacher cannot see it")
+            raise ValueError(f"{{{name}}} is missing; the teacher cannot see it without the placeholder")
     return pieces
 
 

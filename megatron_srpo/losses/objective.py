@@ -114,9 +114,7 @@ class Objective:
         """The loss of one row inside an optimiser step with these global denominators."""
 
         def row_loss(given: HeadInput, row: PackedBatch) -> tuple[Tensor, Metrics]:
-            return self._loss(
-                self._head(given), row, loss_tokens=loss_tokens, distill_weight_mean=distill_weight_mean
-            )
+            return self._loss(self._head(given), row, loss_tokens=loss_tokens, distill_weight_mean=distill_weight_mean)
 
         return row_loss
 

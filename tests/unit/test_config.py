@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_srpo.config import Config, load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.load import OTHER_NAMES, config_fields, to_toml_value
-from megatron_srpo.config.reference import comments, defaults, markdown
+from megatron_srpo.config.reference import defaults, markdown
 from megatron_srpo.core.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,9 +101,10 @@ def test_an_override_wins_over_the_file_and_leaves_its_neighbours(tmp_path):
         ("--parallel.sequence_parallel=1", "parallel.sequence_parallel = 1: expected true or false"),
         ("--model.dtype=float16", 'model.dtype = "float16": expected one of "float32", "bfloat16"'),
         ("--rollout.top_p=1.5", "rollout.top_p = 1.5: expected a number > 0 and ≤ 1"),
-        ("--data.train=[1]", "data.train = [1]: expected a text or a list of texts"),
-        ("--reward.functions.mine=3", "reward.functions = { mine = 3 }: expected a table of texts"),
-        ("--reward.functions=x", 'reward.functions = "x": expected a table of texts'),
+        ("--data.train=[1]", "data.train = [1]: expected a string or a list of strings"),
+        ("--rollout.server_devices=[x]", 'rollout.server_devices = "[x]": expected a list of whole numbers'),
+        ("--reward.functions.mine=3", "reward.functions = { mine = 3 }: expected a table of strings"),
+        ("--reward.functions=x", 'reward.functions = "x": expected a table of strings'),
         ("--algorithm.dual_clip=0.5", "algorithm.dual_clip = 0.5: expected a number > 1"),
         ("--algorithm.entropy_beta=-0.5", "algorithm.entropy_beta = -0.5: expected a number ≥ 0, or -1"),
     ],
@@ -144,8 +146,8 @@ def test_every_problem_is_in_one_message_without_jargon(tmp_path):
         '--train.lr "3": no such key; the nearest is optimizer.lr',
         "--run.seed: has no value",
         "[model]: required section is missing; it needs model.path",
-        "data.train: required key is missing; expected a text or a list of texts",
-        "data.test = [1]: expected a text or a list of texts",
+        "data.train: required key is missing; expected a string or a list of strings",
+        "data.test = [1]: expected a string or a list of strings",
         "rollout.temprature = 1: no such key; the nearest is rollout.temperature",
         "rollout.top_p = 7: expected a number > 0 and ≤ 1",
         "seed = 3: no such key; the nearest is run.seed",
@@ -172,7 +174,7 @@ def test_a_malformed_override_is_told(minimal, tokens, expected):
 
 
 def test_a_plain_value_where_a_section_belongs_is_told(tmp_path):
-    with pytest.raises(ConfigError, match=r"optimizer = 3: expected a section, \[optimizer\] with keys like lr"):
+    with pytest.raises(ConfigError, match=r"optimizer = 3: expected a section \[optimizer\] with keys such as lr"):
         load_text(tmp_path, "optimizer = 3\n" + MINIMAL, ["--optimizer.lr", "1"])
 
 
@@ -270,8 +272,16 @@ def test_the_configuration_page_is_current():
     assert (ROOT / "docs/configuration.md").read_text() == markdown(), f"out of date: {again}"
 
 
-def test_the_page_takes_meanings_from_the_comments_and_defaults_from_the_models():
-    assert comments()["RolloutConfig.rollout_batch_size"] == "prompts an iteration"
+@pytest.mark.parametrize("key", config_fields())
+def test_every_key_is_described_in_a_sentence(key):
+    text = " ".join((config_fields()[key].description or "").split())
+    assert text[:1].isupper() and text.endswith("."), f"{key}: {text!r} does not read as a sentence"
+    fragments = [f for f in ("so many", "there is", "anew", "of which", "beside") if re.search(rf"\b{f}\b", text)]
+    assert not fragments, f"{key}: rephrase {fragments} in {text!r}"
+
+
+def test_the_page_takes_meanings_and_defaults_from_the_models():
+    assert config_fields()["rollout.rollout_batch_size"].description == "Number of prompts per iteration."
     assert (defaults()["model.path"], defaults()["optimizer.clip_grad"]) == ("required", "1.0")
 
 

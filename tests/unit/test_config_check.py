@@ -113,13 +113,13 @@ def test_a_sound_configuration_passes_all_checks():
         ({"rollout__servers": ["http://a:1"]}, "rollout.servers", 'set it to "servers"'),
         (
             {"rollout__placement": "servers", "rollout__servers": ["a:1"]},
-            'rollout.servers: "a:1" is no address',
+            'rollout.servers: "a:1" is not the address',
             "http://HOST:PORT",
         ),
         (
             {"rollout__placement": "servers", "rollout__servers": ["http://a:1"] * 2},
             "rollout.servers",
-            "names one server twice",
+            "lists one server twice",
         ),
         (
             {"rollout__placement": "servers", "rollout__server_port": 65535, "rollout__num_servers": 2},
@@ -194,14 +194,14 @@ def test_what_only_resembles_a_contradiction_passes(changes):
         (
             QWEN3_8B,
             {"parallel__pipeline_model_parallel_size": 13, "parallel__virtual_pipeline_model_parallel_size": 3},
-            "13 pipeline stages in 3 pieces each take at least 39 layers, and the model's num_hidden_layers = 36",
+            "13 pipeline stages in 3 pieces each take at least 39 layers, but the model's num_hidden_layers = 36",
         ),
         (QWEN3_8B, {"rollout__tensor_parallel_size": 3}, "rollout.tensor_parallel_size = 3: does not fit"),
         (QWEN3_8B, {"algorithm__distillation_topk": 151937}, "the model's vocabulary has 151936 tokens"),
         (
             {**QWEN3_8B, "max_position_embeddings": 18000},
             {},
-            "with the teacher's enriched prompt (10240 tokens) that is beyond the model's max_position_embeddings",
+            "with the teacher's enriched prompt (10240 tokens) this exceeds the model's max_position_embeddings",
         ),
         (
             {**QWEN3_8B, "max_position_embeddings": 8192},
@@ -318,7 +318,7 @@ def test_data_files_are_looked_for_where_the_command_needs_them(tmp_path):
     ("name", "expected"),
     [
         ("rows.csv", "expected a .jsonl or .parquet file"),
-        ("empty.jsonl", "is empty; expected a row a line"),
+        ("empty.jsonl", "is empty; expected one row per line"),
         ("folder", "is a folder; name its .jsonl or .parquet files"),
         ("x" * 300 + ".jsonl", "no such file"),  # longer than a name may be
     ],
@@ -345,7 +345,7 @@ def test_an_output_folder_that_cannot_be_is_told(tmp_path):
 
 def test_an_output_folder_without_permission_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
-    assert f"no permission to write in {tmp_path}" in told(splits=("train",), run__output_dir=str(tmp_path / "new"))
+    assert f"this user may not write in {tmp_path}" in told(splits=("train",), run__output_dir=str(tmp_path / "new"))
 
 
 def test_a_tilde_is_the_users_home(monkeypatch):
