@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from megatron_srpo.bridge.buffers import Buffers
 from megatron_srpo.bridge.errors import BridgeError
-from megatron_srpo.bridge.families import Mapped, weight_table
+from megatron_srpo.bridge.table import Mapped, weight_table
 from megatron_srpo.core.records import ModelShards
 
 ALIGNMENT = 16  # bytes; every tensor in a flat buffer starts at a multiple, so that it can be viewed in its dtype

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_srpo.bridge.errors import BridgeError, nearest
-from megatron_srpo.bridge.families import WeightTable, weight_table
+from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.rules import shape_of
+from megatron_srpo.bridge.table import WeightTable, weight_table
+from megatron_srpo.core.errors import nearest
 from megatron_srpo.core.records import ModelShards
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -123,7 +124,7 @@ def check_names(folder: WeightFolder, table: WeightTable) -> None:
     extra = sorted(name for name in folder.names - known if not name.endswith(IGNORED_SUFFIXES))
     if extra:
         raise BridgeError(
-            f"{folder.folder} has {len(extra)} tensor(s) that family {table.family.name!r} with {table.dims.layers} "
+            f"{folder.folder} has {len(extra)} tensor(s) that family {table.family.name!r} with {table.shape.layers} "
             f"layers does not know, the first is {extra[0]!r}.{nearest(extra[0], known)} Training without them would "
             "be wrong: check config.json (num_hidden_layers, architectures, attention_bias)."
         )

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Megatron's settings for a Hugging Face router, and what the routers did in a step."""
+"""Mixtures of experts: the router, its load-balancing loss, and metrics of the routers' work in a step."""
 
 from __future__ import annotations
 
@@ -13,33 +13,10 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_srpo.config import ParallelConfig
-from megatron_srpo.config.model_folder import expert_count, expert_layers
 from megatron_srpo.mcore.groups import Topology
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # without Transformer Engine Megatron 0.16.1 asks for the name all the same
-
-
-def expert_fields(hf: dict[str, Any], parallel: ParallelConfig, *, grouped: bool) -> dict[str, Any]:
-    """Fields of Megatron's configuration; {} for a dense model. The mathematics is transformers': softmax over all
-    experts in fp32, the best k, renormalised where norm_topk_prob says so; no token is dropped."""
-    if not expert_count(hf):
-        return {}
-    return {
-        "num_moe_experts": expert_count(hf),
-        "moe_layer_freq": [int(some) for some in expert_layers(hf)],
-        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
-        "moe_router_topk": hf["num_experts_per_tok"],
-        # The softmax over the best k logits alone is the renormalised one.
-        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.0,  # set by `set_balancing` for each step
-        "moe_grouped_gemm": grouped,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
-    }
 
 
 class CountingRouter(TopKRouter):

@@ -19,8 +19,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_srpo.config import ModelConfig, ParallelConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import ModelShards
+from megatron_srpo.families import HfConfig, ModelShape, family_of
 from megatron_srpo.mcore.attention import PackedAttention
-from megatron_srpo.mcore.experts import expert_fields, expert_layer_mlp, mark_experts
+from megatron_srpo.mcore.experts import expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
 
 
@@ -57,15 +58,6 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
-def rope_theta(hf: dict[str, Any]) -> float:
-    """Base of the rotary embedding, from either place where a config.json keeps it."""
-    return float((hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", 10000.0)))
-
-
-def head_dim(hf: dict[str, Any]) -> int:
-    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-
-
 def uneven_layout(layers: int, stages: int, pieces: int) -> list[list[str]] | None:
     """Megatron's pipeline layout where the layers do not come out even over `stages` · `pieces`; None where they do.
 
@@ -81,43 +73,24 @@ def uneven_layout(layers: int, stages: int, pieces: int) -> list[list[str]] | No
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
-def has_qk_norm(hf: dict[str, Any]) -> bool:
-    return hf["architectures"][0].startswith("Qwen3")
-
-
-def has_qkv_bias(hf: dict[str, Any]) -> bool:
-    """Qwen2 has biases there and no key that says so."""
-    return hf["architectures"][0].startswith("Qwen2")
-
-
 def transformer_config(
-    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool, transformer_engine: bool = False
+    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool, transformer_engine: bool = False
 ) -> TransformerConfig:
-    """Megatron's configuration for a decoder of the Llama kind (Llama, Qwen2, Qwen3, with or without experts)."""
+    """Megatron's configuration: the family's fields, and those that follow from our settings."""
     bf16 = model.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shape = ModelShape.from_hf(hf)
     fields: dict[str, Any] = {
-        "num_layers": hf["num_hidden_layers"],
-        "hidden_size": hf["hidden_size"],
-        "num_attention_heads": hf["num_attention_heads"],
-        "num_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "kv_channels": head_dim(hf),
-        "ffn_hidden_size": hf["intermediate_size"],
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf["rms_norm_eps"],
-        "qk_layernorm": has_qk_norm(hf),
-        "gated_linear_unit": True,
+        **family_of(hf).config(shape),
         "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": has_qkv_bias(hf),
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": virtual_size(parallel),
         "pipeline_model_parallel_layout": uneven_layout(
-            hf["num_hidden_layers"], pp, parallel.virtual_pipeline_model_parallel_size
+            shape.layers, pp, parallel.virtual_pipeline_model_parallel_size
         ),
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
@@ -138,8 +111,11 @@ def transformer_config(
         # mixes up the two directions between two stages that interleave: rows of one pass are of one length there.
         "variable_seq_lengths": pp > 1 and parallel.virtual_pipeline_model_parallel_size == 1,
         "moe_token_dispatcher_type": "alltoall",
-        **expert_fields(hf, parallel, grouped=transformer_engine),
     }
+    if shape.experts:
+        fields["moe_grouped_gemm"] = transformer_engine
+        fields["expert_model_parallel_size"] = parallel.expert_model_parallel_size
+        fields["expert_tensor_parallel_size"] = parallel.expert_tensor_parallel_size
     fields.update(recompute_fields(model))
     if model.fp8 != "off":
         fields.update(fp8=model.fp8, fp8_recipe="tensorwise")
@@ -199,7 +175,7 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> Any:
 
 
 def build_model(
-    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
+    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
 ) -> list[torch.nn.Module]:
     """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it. Several
     pieces, in order, under an interleaved pipeline."""
@@ -210,6 +186,8 @@ def build_model(
         )
     on_cuda = topology.device.type == "cuda"
     config = transformer_config(hf, model, parallel, on_cuda=on_cuda, transformer_engine=transformer_engine)
+    shape = ModelShape.from_hf(hf)
+    positions: dict[str, Any] = dict(family_of(hf).model(shape))
     count = parallel.virtual_pipeline_model_parallel_size
     pieces = []
     for stage in range(count):
@@ -217,15 +195,14 @@ def build_model(
         gpt = GPTModel(
             config=config,
             transformer_layer_spec=layer_specs(config, virtual_stage, transformer_engine=transformer_engine),
-            vocab_size=padded_vocab_size(hf["vocab_size"], topology.tp_size),
-            max_sequence_length=hf["max_position_embeddings"],
+            vocab_size=padded_vocab_size(shape.vocab, topology.tp_size),
+            max_sequence_length=shape.max_positions,
             pre_process=topology.pp_rank == 0 and stage == 0,
             post_process=topology.is_last_stage and stage == count - 1,
-            share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
-            position_embedding_type="rope",
-            rotary_base=rope_theta(hf),
+            share_embeddings_and_output_weights=shape.tied,
             parallel_output=True,
             vp_stage=virtual_stage,
+            **positions,
         )
         if gpt.post_process:
             gpt.output_layer.__class__ = DeferredHead

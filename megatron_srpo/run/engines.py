@@ -33,8 +33,8 @@ def _longest(config: Config) -> int:
 
 def _server_engine(config: Config, session: Any, driver: Any) -> Any:
     from megatron_srpo.bridge import Verifier
-    from megatron_srpo.bridge.wire import Sender, local_address
-    from megatron_srpo.rollout.servers import ServersEngine
+    from megatron_srpo.bridge.weight_stream import Sender, local_address
+    from megatron_srpo.rollout import ServersEngine
 
     rollout, device = config.rollout, session.topology.device
     cuda = device.type == "cuda"
@@ -54,6 +54,6 @@ def _server_engine(config: Config, session: Any, driver: Any) -> Any:
 def serve(config: Config, host: str, port: int) -> None:
     """Become a vLLM server for runs with this configuration; does not return."""
     from megatron_srpo.mcore.device import choose_device
-    from megatron_srpo.rollout.server_process import become_server
+    from megatron_srpo.rollout import become_server
 
     become_server(config, _longest(config), choose_device(config.run.device, 0).device.type, host, port)

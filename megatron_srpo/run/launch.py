@@ -35,7 +35,7 @@ def _session(config: Config) -> Iterator[Session]:
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.control import Control
     from megatron_srpo.mcore.device import choose_device
-    from megatron_srpo.rollout.environment import prepare_environment
+    from megatron_srpo.rollout import prepare_environment
 
     path = choose_device(config.run.device, groups.local_rank())
     prepare_environment(path.device.type)  # before vLLM is imported
@@ -240,9 +240,9 @@ def _assemble(
     test = control.share(lambda: driver.prompts.get("test", []))
     requests = partial(_requests, seed=config.run.seed, samples=config.rollout.n_samples_per_prompt)
     if driver and config.rollout.max_staleness:
-        from megatron_srpo.rollout.ahead import Ahead
+        from megatron_srpo.rollout import Prefetcher
 
-        engine = loader = Ahead(
+        engine = loader = Prefetcher(
             engine, loader, requests, _sampling(config), batches=config.rollout.max_staleness, start=start,
             total=config.run.iterations,
         )  # fmt: skip

@@ -111,7 +111,7 @@ def check(config_file: Path, gpus: int, overrides: list[str], model: str | None)
     if problems:
         raise UserError(listed(f"{config_file} on {gpus} GPUs", problems))
     from megatron_srpo.bridge.inventory import stage_inventory
-    from megatron_srpo.mcore.rehearsal import rehearse
+    from megatron_srpo.mcore.dry_build import rehearse
 
     console, stages, layers = _console(), {}, []
     table = Table(title=f"{arch.name} on {gpus} GPUs, each distinct rank built on the meta device")

@@ -11,16 +11,18 @@ PACKAGE = "megatron_srpo"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 
 EVERYTHING = None
-BASE = {"core", "config"}
-# Rooms (a module or a folder directly under the package) and what they may import; all others, future ones included, may
-# import BASE and what is in their own folder.
+BASE = {"core", "config", "families"}
+# Rooms (a module or a folder directly under the package) and what they may import; all others, future ones included,
+# may import BASE and what is in their own folder.
 ALLOWED = {
     "core": set(),
-    "config": {"core"},
+    "families": {"core"},
+    "config": {"core", "families"},
     "batching": BASE | {"algorithms"},
     "trainer": BASE | {"algorithms", "batching"},
     "conversion": BASE | {"bridge", "mcore", "checkpoints"},  # Hugging Face's names in Megatron's files
-    "comparison": BASE | {"bridge", "mcore"},
+    "comparison": BASE | {"bridge", "mcore", "rollout"},
+    "rollout": BASE | {"bridge"},  # engines load and verify what the bridge exports
     "run": EVERYTHING,  # builds the parts and starts them
     "torchrun": {"run"},  # the name by which users start it
     "__main__": {"run"},
@@ -28,7 +30,7 @@ ALLOWED = {
 # Foreign packages that only these places may import; everything else is tested without them.
 FOREIGN = {
     "megatron": ("mcore/",),
-    "vllm": ("rollout/", "bridge/worker.py", "bridge/worker_layers.py", "bridge/worker_transfer.py"),
+    "vllm": ("rollout/vllm/",),
     "wandb": ("observe/",),
 }
 
@@ -103,6 +105,8 @@ def test_the_package_itself_imports_nothing_heavy():
         ("trainer.py", "def f():\n    import megatron.core.optimizer", "megatron.core"),
         ("mcore/step.py", "import vllm", "vllm"),
         ("bridge/rules.py", "from vllm import LLM", "vllm"),
+        ("rollout/fleet.py", "from vllm import LLM", "vllm"),
+        ("families/llama.py", "import megatron_srpo.config", "config"),
         ("algorithms/routing.py", "import importlib\nimportlib.import_module('wandb')", "wandb"),
         ("trainer.py", "class A:\n    def f(self):\n        if 1:\n            import wandb.sdk", "wandb.sdk"),
     ],
@@ -122,10 +126,28 @@ def test_a_forbidden_import_is_found(path, source, offender):
         ("trainer.py", "from megatron_srpo.algorithms.routing import route"),
         ("run/launch.py", "from megatron_srpo.mcore.policy import Policy"),
         ("mcore/step.py", "from megatron.core import parallel_state"),
-        ("bridge/worker.py", "import vllm"),
+        ("rollout/vllm/weight_loader.py", "import vllm"),
         ("observe/trackers.py", "def f():\n    import wandb"),
         ("config/schema.py", "from megatron_srpo import __version__"),
     ],
 )
 def test_an_allowed_import_is_not_found(path, source):
     assert violations(path, source) == []
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not path.startswith("rollout/")])
+def test_engines_are_imported_from_the_package_rollout_alone(path):
+    """So that another engine beside vLLM is the work of one room."""
+    parts = Path(path).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    module = ".".join([PACKAGE, *(parts[:-1] if is_package else parts)])
+    found = imported_modules((ROOT / path).read_text(encoding="utf-8"), module, is_package=is_package)
+    assert not [name for name in found if name.startswith(f"{PACKAGE}.rollout.vllm")]
+
+
+def test_families_and_the_configuration_import_no_torch():
+    """A wrong configuration is refused in the first second."""
+    for path in FILES:
+        if path.startswith(("core/", "families/", "config/")):
+            found = imported_modules((ROOT / path).read_text(encoding="utf-8"), PACKAGE, is_package=False)
+            assert path == "core/records.py" or not {"torch"} & {name.partition(".")[0] for name in found}, path
