@@ -1,7 +1,7 @@
-"""The trainer's tensors leave their device while engines generate, and come back in place.
+"""Moves the trainer's tensors to host memory while engines generate, and back into place afterwards.
 
-What moves is storage: a parameter stays a view of its buffer and a main parameter a view of its own, so that Megatron,
-the optimizer and the shadows find everything where it was. Gradients are not kept: the next step starts from zeros.
+It moves storages, not tensors: a parameter stays a view of its buffer, so that Megatron, the optimizer and the shadows
+need not know about it. Gradients are not kept, because the next step starts from zeros.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ Storage = torch.UntypedStorage
 
 
 class HostOffload:
-    """Host memory, page-locked beside a GPU, is held from the first move on: as much as the device is relieved of."""
+    """From the first move on it holds as much host memory as it frees on the device; for a GPU the memory is
+    page-locked."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies: list[torch.Tensor] = []  # kept: page-locked memory is slow to get
+        self._copies: list[torch.Tensor] = []  # kept, because page-locked memory is slow to allocate
 
     @contextmanager
     def on_host(self, kept: Iterable[torch.Tensor], dropped: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Inside the block the tensors have no memory on the device and must not be touched."""
+        """Inside this block the tensors have no memory on the device and must not be used. Afterwards `kept` have their
+        values back, and `dropped` are zero."""
         keeping, dropping = self._storages(kept), self._storages(dropped)
         sizes = [(storage, storage.nbytes()) for storage in [*keeping, *dropping]]
         for copy, storage in zip(self._room(keeping), keeping, strict=True):
@@ -41,7 +43,7 @@ class HostOffload:
             self._synchronize()
 
     def _storages(self, tensors: Iterable[torch.Tensor]) -> list[Storage]:
-        """The distinct ones on the device, in order."""
+        """The distinct storages on the device, in order."""
         found: dict[int, Storage] = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -50,7 +52,7 @@ class HostOffload:
         return list(found.values())
 
     def _room(self, storages: list[Storage]) -> list[torch.Tensor]:
-        """Host memory for each of them."""
+        """Host memory for each storage."""
         for index, storage in enumerate(storages):
             if index == len(self._copies) or self._copies[index].numel() != storage.nbytes():
                 room = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -58,11 +60,11 @@ class HostOffload:
         return self._copies[: len(storages)]
 
     def _release(self, storages: list[Storage]) -> None:
-        self._synchronize()  # the copies are made
+        self._synchronize()  # the copies must be complete
         for storage in storages:
             storage.resize_(0)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # or torch would keep it for itself
+            torch.cuda.empty_cache()  # or torch would keep the memory in its cache
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -26,27 +27,29 @@ from megatron_srpo.mcore.groups import Topology, virtual_size
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight says that its gradient must be summed over tensor parallel ranks.
+    """RMSNorm whose weight carries Megatron's mark that its gradient is summed over tensor-parallel ranks.
 
-    Under sequence parallelism every rank normalises its own part of the sequence; Megatron's
-    `finalize_model_grads` sums gradients that carry the mark. Its local norm refuses sequence parallelism.
+    Under sequence parallelism every rank normalises its own part of the sequence, and Megatron's
+    `finalize_model_grads` sums the gradients that carry the mark. Megatron's local norm refuses sequence parallelism.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
 
 
 class DeferredHead(ColumnParallelLinear):
-    """Megatron's LM head without its product, which the objective makes: the logits need not exist as a whole."""
+    """Megatron's LM head without its matrix product. The objective computes it in chunks, so that the logits of a row
+    never exist as a whole."""
 
-    def forward(self, input_: torch.Tensor, *unused: Any, **also_unused: Any) -> tuple[torch.Tensor, None]:
-        """Hidden states [T, 1, H] (this rank's tokens under sequence parallelism), as they came."""
+    def forward(self, input_: torch.Tensor, *unused: object, **also_unused: object) -> tuple[torch.Tensor, None]:
+        """Returns the hidden states [T, 1, H] unchanged; under sequence parallelism they are this rank's tokens."""
         return input_, None
 
 
 def head_weight(module: torch.nn.Module) -> torch.nn.Parameter:
-    """The LM head's weight on the last pipeline stage: the embedding's own where they are tied on one stage."""
+    """The LM head's weight on the last pipeline stage. If it is tied and the embedding is on the same stage, it is the
+    embedding's parameter."""
     gpt = unwrap(module)
     return (
         gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
@@ -59,9 +62,10 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def uneven_layout(layers: int, stages: int, pieces: int) -> list[list[str]] | None:
-    """Megatron's pipeline layout where the layers do not come out even over `stages` · `pieces`; None where they do.
+    """Megatron's pipeline layout if `stages` · `pieces` does not divide the number of layers, else None.
 
-    What is left over goes to pieces in the middle first, then to the first, then to the last, which has the LM head.
+    The remaining layers go to the pieces in the middle first, then to the first one, then to the last one, which has
+    the LM head.
     """
     each, more = divmod(layers, stages * pieces)
     if not more:
@@ -107,8 +111,9 @@ def transformer_config(
         "batch_p2p_comm": False,
         # Gradients are sums, because the objective divides by its own global denominators: see step.py.
         "calculate_per_token_loss": True,
-        # Rows differ in length; Megatron couples this flag to a dispatcher even in dense models. Its exchange of shapes
-        # mixes up the two directions between two stages that interleave: rows of one pass are of one length there.
+        # Rows differ in length. Megatron couples this flag to a dispatcher even in dense models. With an interleaved
+        # schedule its exchange of shapes confuses the two directions between two stages, so there the rows of one pass
+        # have the same length and the flag is off.
         "variable_seq_lengths": pp > 1 and parallel.virtual_pipeline_model_parallel_size == 1,
         "moe_token_dispatcher_type": "alltoall",
     }
@@ -124,7 +129,7 @@ def transformer_config(
 
 
 def recompute_fields(model: ModelConfig) -> dict[str, Any]:
-    """Megatron's names for what is computed again in the backward pass."""
+    """Megatron's settings for recomputation in the backward pass."""
     if model.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]}
     if model.recompute == "full":
@@ -133,9 +138,11 @@ def recompute_fields(model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transformer_engine: bool) -> Any:
-    """The layers of this stage, or of its piece `virtual_stage`: Transformer Engine's, or Megatron's local ones with
-    our norm and attention."""
+def layer_specs(
+    config: TransformerConfig, virtual_stage: int | None, *, transformer_engine: bool
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of its piece `virtual_stage`. They are Transformer Engine's, or Megatron's
+    local ones with our norm and attention."""
     start = get_transformer_layer_offset(config, virtual_stage)
     stop = start + get_num_layers_to_build(config, virtual_stage)
     kinds = config.moe_layer_freq[start:stop] if config.num_moe_experts else [0] * (stop - start)
@@ -147,7 +154,7 @@ def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transfo
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
-def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> Any:
+def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     count = config.num_moe_experts if experts else None
@@ -159,7 +166,7 @@ def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> An
     return layer
 
 
-def _local_layer(config: TransformerConfig, *, experts: bool) -> Any:
+def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
@@ -169,7 +176,7 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> Any:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
     if experts:
         parts.mlp = expert_layer_mlp(config, transformer_engine=False)
-        # Transformer Engine fuses this norm into a dense layer's product, and leaves it alone before experts.
+        # Transformer Engine fuses this norm into the first product of a dense MLP, but not before experts.
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     return layer
 
@@ -177,8 +184,8 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> Any:
 def build_model(
     hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
 ) -> list[torch.nn.Module]:
-    """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it. Several
-    pieces, in order, under an interleaved pipeline."""
+    """This rank's GPTModel, in a Float16Module for bf16. Its weights are random: load weights into it. Under an
+    interleaved pipeline the result has several pieces, in order."""
     if model.fp8 != "off" and not transformer_engine:
         raise UserError(
             f'model.fp8 = "{model.fp8}" needs Transformer Engine on a GPU, which is not there: set it to "off", or see '
@@ -220,7 +227,7 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 
 def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> ModelShards:
-    """The model as the bridge sees it: parameter names with global layer and expert numbers."""
+    """The model as the bridge uses it: parameters by names with global layer and expert numbers."""
     parameters = {}
     for gpt in map(unwrap, model):
         first_expert = topology.ep_rank * (gpt.config.num_moe_experts or 0) // topology.ep_size
@@ -250,7 +257,8 @@ def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: i
 
 
 def _global_expert(part: str, before: str, first: int) -> str:
-    """A part of a parameter's name: the expert's number is after "local_experts", or (grouped) follows "weight"."""
+    """A part of a parameter's name, with the expert's global number. The number follows the part "local_experts", or,
+    in grouped products, the word "weight"."""
     if before == "local_experts":
         return str(int(part) + first)
     if part.startswith("weight") and part != "weight":

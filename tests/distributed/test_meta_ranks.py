@@ -41,19 +41,19 @@ def _real_rank(model):
     return shapes, Exporter(shards, hf).names()
 
 
-def _rehearsed(model):
+def _all_meta_ranks(model):
     from megatron_srpo.bridge.inventory import stage_inventory
-    from megatron_srpo.mcore.dry_build import rehearse
+    from megatron_srpo.mcore.meta_model import meta_ranks
 
     hf, found = read_config(model), {}
-    for built in rehearse(_config(model), hf, 4):
+    for built in meta_ranks(_config(model), hf, 4):
         shapes = {name: (tuple(p.shape), p.dtype) for name, p in built.shards.parameters.items()}
         assert {p.device.type for p in built.shards.parameters.values()} == {"meta"}
         found[built.rank] = shapes, built.layers, list(stage_inventory(built.shards, hf).tensors)
     return found
 
 
-def _rehearsed_alone(model, file):
+def _meta_ranks_alone(model, file):
     """Every rank's shapes, and what `plan --check` says of a folder whose index names another tensor."""
     import torch.distributed as dist
 
@@ -68,7 +68,7 @@ def _rehearsed_alone(model, file):
             stages = [sum(counts[stage::pipeline]) for stage in range(pipeline)]
             assert stage_layers(layers, Layout(pipeline, 1, pipeline, virtual)) == stages
     dist.destroy_process_group()  # the harness's own world
-    found = _rehearsed(model)
+    found = _all_meta_ranks(model)
     assert check(file, 4, [], None) == 0
     index = {"weight_map": {"model.embed_tokens.weight": "a", "model.surprise.weight": "a"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -88,15 +88,15 @@ def write_run(folder, model):
     return file
 
 
-def test_rehearsed_ranks_have_the_parameters_of_real_ones_and_all_stages_export_the_model(tmp_path):
+def test_meta_ranks_have_the_parameters_of_real_ones_and_all_stages_export_the_model(tmp_path):
     model = make_tiny_model(tmp_path / "model", layers=4, tied=False)
     real = run_distributed(_real_rank, 4, model)
-    (rehearsed,) = run_distributed(_rehearsed_alone, 1, model, write_run(tmp_path, model))
-    assert sorted(rehearsed) == [0, 1, 2, 3]
-    for rank, (shapes, _, _) in rehearsed.items():
+    (built,) = run_distributed(_meta_ranks_alone, 1, model, write_run(tmp_path, model))
+    assert sorted(built) == [0, 1, 2, 3]
+    for rank, (shapes, _, _) in built.items():
         assert shapes == real[rank][0]
-    assert [rehearsed[rank][1] for rank in (0, 2)] == [[0, 2], [1, 3]]
-    assert rehearsed[0][2] + rehearsed[2][2] == real[0][1]
+    assert [built[rank][1] for rank in (0, 2)] == [[0, 2], [1, 3]]
+    assert built[0][2] + built[2][2] == real[0][1]
 
 
 def test_a_configuration_that_does_not_divide_is_refused_before_anything_is_built(tmp_path, capfd):
