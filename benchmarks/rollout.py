@@ -63,7 +63,7 @@ def main() -> None:
 
     from benchmarks.weight_sync import make_model
     from megatron_srpo.bridge import Verifier
-    from megatron_srpo.bridge.wire import Sender
+    from megatron_srpo.bridge.weight_stream import Sender
     from megatron_srpo.config import RolloutConfig
     from megatron_srpo.rollout import (
         ColocatedEngine,
@@ -72,7 +72,7 @@ def main() -> None:
         prepare_environment,
         request_seed,
     )
-    from megatron_srpo.rollout.servers import ServersEngine
+    from megatron_srpo.rollout.vllm.servers import ServersEngine
 
     prepare_environment("cpu")
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import os
 import statistics
@@ -168,7 +169,7 @@ def packing_of(engine: Any, dtype: str) -> Callable[[], None] | None:
     from vllm import _custom_ops as ops
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    from megatron_srpo.bridge.worker_layers import packed_layers
+    from megatron_srpo.rollout.vllm.layer_loading import packed_layers
 
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     layers = packed_layers(worker.get_model())
@@ -185,8 +186,8 @@ def packing_of(engine: Any, dtype: str) -> Callable[[], None] | None:
 RECEIVER = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from megatron_srpo.bridge.wire import Group, Meeting
-group = Group(Meeting(**{meeting!r}), {rank}, torch.device("cpu"))
+from megatron_srpo.bridge.weight_stream import Group, GroupAddress
+group = Group(GroupAddress(**{address!r}), {rank}, torch.device("cpu"))
 flat = torch.empty({size}, dtype=torch.uint8)
 for _ in range({times}):
     group.start_broadcast(flat).wait()
@@ -198,18 +199,22 @@ def bare_broadcast(size: int, workers: int, times: int) -> Any:
     """A broadcast of `size` bytes from this process to `workers` others, `times` times."""
     import torch
 
-    from megatron_srpo.bridge.wire import Sender
+    from megatron_srpo.bridge.weight_stream import Sender
 
     sender = Sender("127.0.0.1", timeout_s=120, backend="gloo", device=torch.device("cpu"))
-    meeting = sender.meeting("floor", workers)
+    address = sender.new_address("floor", workers)
     root = str(Path(__file__).parents[1])
     receivers = [
         subprocess.Popen(
-            [sys.executable, "-c", RECEIVER.format(root=root, meeting=meeting, rank=rank, size=size, times=times)]
+            [
+                sys.executable,
+                "-c",
+                RECEIVER.format(root=root, address=dataclasses.asdict(address), rank=rank, size=size, times=times),
+            ]
         )
         for rank in range(1, workers + 1)
     ]
-    sender.join("floor", meeting)
+    sender.join("floor", address)
     flat = torch.zeros(size, dtype=torch.uint8)
     yield lambda: sender._groups["floor"].start_broadcast(flat).wait()
     for receiver in receivers:

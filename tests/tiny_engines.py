@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_srpo.bridge import Verifier
 from megatron_srpo.bridge.verify import bits
-from megatron_srpo.bridge.wire import Sender
+from megatron_srpo.bridge.weight_stream import Sender
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest, SamplingSettings, prepare_environment, request_seed
-from megatron_srpo.rollout.servers import ServersEngine
+from megatron_srpo.rollout.vllm.servers import ServersEngine
 
 VOCAB = 21  # so small that some responses end by themselves; odd, and not a multiple of what vLLM pads to
 EOS = 1

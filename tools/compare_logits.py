@@ -20,9 +20,9 @@ import typer
 
 from megatron_srpo.bridge import read_config
 from megatron_srpo.bridge.load import WeightFolder
-from megatron_srpo.config import Config, layout_problems, listed, unsupported
-from megatron_srpo.config.model_folder import expert_count
+from megatron_srpo.config import Config, layout_problems, listed
 from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.families import expert_count, unsupported
 from megatron_srpo.run.cli import run_tool
 
 # Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's: the tolerances are so many

@@ -24,6 +24,7 @@ class Algorithm(Section):
     """A policy-gradient method. Subclasses give `name` a Literal type and default, and implement `credit`."""
 
     title: ClassVar[str]  # in figures and tables
+    colour: ClassVar[str] = ""  # in figures; a free one if empty
 
     name: str
     """Algorithm that gives each response its credit."""

@@ -13,6 +13,7 @@ class Grpo(GroupAdvantage):
     """The SRPO paper's baseline: clip-higher, and no division by the standard deviation."""
 
     title: ClassVar[str] = "GRPO"
+    colour: ClassVar[str] = "#2f6fb3"
     name: Literal["grpo"] = "grpo"
 
     def credit(self, group: Group) -> list[Credit]:

@@ -16,6 +16,7 @@ class Mix(Distillation):
     with the reverse KL, and differs otherwise."""
 
     title: ClassVar[str] = "advantage mix"
+    colour: ClassVar[str] = "#7d5fb2"
     name: Literal["mix"] = "mix"
     mix_lambda: float = Field(0.9, ge=0, le=1)
     """Weight λ of the policy loss, for mix only. The distillation loss gets 1 − λ."""

@@ -13,6 +13,7 @@ class Sdpo(Distillation):
     """z^SDPO = m; attempts without a teacher are left out of the loss and of its denominator."""
 
     title: ClassVar[str] = "SDPO"
+    colour: ClassVar[str] = "#e07b26"
     name: Literal["sdpo"] = "sdpo"
 
     @property

@@ -13,6 +13,7 @@ class Srpo(Distillation):
     """z^SDPO = (1 − c)·m and z^GRPO = 1 − z^SDPO (§3.1), with dynamic weighting, β = 1 (§3.2)."""
 
     title: ClassVar[str] = "SRPO"
+    colour: ClassVar[str] = "#3a923a"
     default_beta: ClassVar[float] = 1.0
     name: Literal["srpo"] = "srpo"
 

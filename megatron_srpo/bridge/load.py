@@ -1,4 +1,4 @@
-"""Hugging Face folder → Megatron shards, reading from safetensors only the slices that this rank needs."""
+"""Loads a Hugging Face folder into Megatron shards. It reads only the slices that this rank needs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_srpo.bridge.errors import BridgeError, nearest
-from megatron_srpo.bridge.families import WeightTable, weight_table
-from megatron_srpo.bridge.rules import shape_of
+from megatron_srpo.bridge.errors import BridgeError
+from megatron_srpo.bridge.rules import TensorSlice, shape_of
+from megatron_srpo.bridge.table import WeightTable, weight_table
+from megatron_srpo.core.errors import nearest
 from megatron_srpo.core.tensors import ModelShards
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what a weight may be stored as
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes in which a weight may be stored
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # computed buffers that old checkpoints carry
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The folder's config.json. Raises BridgeError when there is none, or it is no JSON object."""
+    """The folder's config.json. Raises BridgeError when it is missing or not a JSON object."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +44,7 @@ class WeightFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, safe_open] = {}
         self._file_of = self._index()
 
     def __enter__(self) -> WeightFolder:
@@ -57,8 +58,8 @@ class WeightFolder:
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def source(self, name: str) -> Any:
-        """A slice handle of one tensor: nothing is read until it is indexed."""
+    def source(self, name: str) -> TensorSlice:
+        """A slice of one tensor. Nothing is read until it is indexed."""
         if name not in self._file_of:
             raise BridgeError(
                 f"{self.folder} has no tensor {name!r}, which config.json implies.{nearest(name, self._file_of)} "
@@ -78,7 +79,7 @@ class WeightFolder:
             )
         return source
 
-    def _handle(self, file: str) -> Any:
+    def _handle(self, file: str) -> safe_open:
         if file not in self._open:
             path = self.folder / file
             if not path.exists():
@@ -118,23 +119,23 @@ class WeightFolder:
 
 
 def check_names(folder: WeightFolder, table: WeightTable) -> None:
-    """Refuse tensors that no rule reads: the model would train without them."""
+    """Refuse a folder with tensors that no rule reads, because the model would be trained without them."""
     known = table.hf_names()
     extra = sorted(name for name in folder.names - known if not name.endswith(IGNORED_SUFFIXES))
     if extra:
         raise BridgeError(
-            f"{folder.folder} has {len(extra)} tensor(s) that family {table.family.name!r} with {table.dims.layers} "
+            f"{folder.folder} has {len(extra)} tensor(s) that family {table.family.name!r} with {table.shape.layers} "
             f"layers does not know, the first is {extra[0]!r}.{nearest(extra[0], known)} Training without them would "
             "be wrong: check config.json (num_hidden_layers, architectures, attention_bias)."
         )
 
 
 class ShardReader:
-    """Reads parameters of `shards` from a Hugging Face folder, one at a time; a context manager. No communication.
+    """Reads the parameters of `shards` from a Hugging Face folder, one at a time, without communication.
 
-    Making one checks every name, shape and file header, so that nothing is refused half-way. Raises BridgeError for a
-    folder without (complete) safetensors, another family, a parameter without a rule, a missing or unknown tensor, or a
-    wrong shape.
+    It is a context manager. Making one checks every name, shape and file header, so that no error comes half-way. It
+    raises BridgeError for a folder without complete safetensors, a parameter without a rule, a missing or unknown
+    tensor, or a wrong shape, and UserError for an unknown family.
     """
 
     def __init__(self, shards: ModelShards, hf_dir: str | Path) -> None:
@@ -155,14 +156,14 @@ class ShardReader:
         self._files.close()
 
     def _place(self, name: str) -> tuple[int, int]:
-        """This rank among those over which the parameter is split, and their number."""
+        """(rank, size) in the group over which the parameter is split."""
         shards = self._shards
         if self.mapped[name].expert is not None:
             return shards.etp_rank, shards.etp_size
         return shards.tp_rank, shards.tp_size
 
-    def sources(self, name: str) -> list[Any]:
-        """Slice handles of the Hugging Face tensors behind a parameter. BridgeError when their shapes do not fit."""
+    def sources(self, name: str) -> list[TensorSlice]:
+        """Slices of the Hugging Face tensors behind a parameter. Raises BridgeError when their shapes do not fit."""
         mapped, shape = self.mapped[name], tuple(self._shards.parameters[name].shape)
         sources = [self._folder.source(hf_name) for hf_name in mapped.hf_names]
         expected = mapped.rule.hf_shapes(shape, self._place(name)[1])
@@ -190,9 +191,10 @@ class ShardReader:
 
 @torch.no_grad()
 def load_hf_weights(shards: ModelShards, hf_dir: str | Path) -> None:
-    """Fill this rank's parameters from a Hugging Face folder, cast to each parameter's dtype. No communication.
+    """Fill this rank's parameters from a Hugging Face folder, cast to each parameter's dtype, without communication.
 
-    Reads only this rank's slices, one parameter at a time. Raises what `ShardReader` raises, before anything is filled.
+    It reads only this rank's slices, one parameter at a time. It raises what `ShardReader` raises, before it changes
+    any parameter.
     """
     with ShardReader(shards, hf_dir) as reader:
         for name, parameter in shards.parameters.items():

@@ -1,7 +1,7 @@
-"""The arithmetic between Hugging Face tensors and tensor-parallel Megatron shards. Pure and invertible.
+"""The pure and invertible arithmetic between Hugging Face tensors and tensor-parallel Megatron shards.
 
-A rule knows how one Megatron parameter is made of one or more Hugging Face tensors; names are in `families/`. For
-every rule, `from_shards([to_shard(tensors, r, tp) for r in range(tp)])` is `tensors`, bit for bit.
+A rule knows how one Megatron parameter is made of one or more Hugging Face tensors; table.py finds the rule of a name.
+For every rule, `from_shards([to_shard(tensors, r, tp) for r in range(tp)])` is `tensors`, bit for bit.
 
     rule        Hugging Face tensors           the shard of rank r
     Replicated  w                              w
@@ -11,20 +11,36 @@ every rule, `from_shards([to_shard(tensors, r, tp) for r in range(tp)])` is `ten
     QKV         q, k, v                        its query groups, each [q … q k v]
     GatedMLP    gate, up                       [gate_r; up_r]
 
-Sources are tensors or safetensors slices; only what a rank needs is read from them.
+Sources are tensors or safetensors slices. Only what a rank needs is read from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from megatron_srpo.bridge.errors import BridgeError
 
 Shape = tuple[int, ...]
+Index = slice | tuple[slice, ...]
+
+
+class TensorSlice(Protocol):
+    """A tensor in a safetensors file, of which only what is indexed is read."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str:
+        """safetensors' name of it, for example BF16."""
+        ...
+
+    def __getitem__(self, index: Index) -> torch.Tensor: ...
+
+
+Source = torch.Tensor | TensorSlice
 
 
 class Rule(Protocol):
@@ -34,7 +50,7 @@ class Rule(Protocol):
         """Shapes of the full Hugging Face tensors behind a shard of this shape."""
         ...
 
-    def to_shard(self, sources: Sequence[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    def to_shard(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> torch.Tensor:
         """The shard of one rank. `sources` are tensors or safetensors slices of the shapes `hf_shapes` gives."""
         ...
 
@@ -54,7 +70,7 @@ class Replicated:
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
         return [shard_shape]
 
-    def to_shard(self, sources: Sequence[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    def to_shard(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> torch.Tensor:
         return sources[0][:]
 
     def from_shards(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -67,7 +83,7 @@ class Column:
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
         return [(shard_shape[0] * tp_size, *shard_shape[1:])]
 
-    def to_shard(self, sources: Sequence[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    def to_shard(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> torch.Tensor:
         return _rank_rows(sources[0], tp_rank, tp_size)
 
     def from_shards(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -81,7 +97,7 @@ class Row:
         rows, columns = shard_shape
         return [(rows, columns * tp_size)]
 
-    def to_shard(self, sources: Sequence[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    def to_shard(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> torch.Tensor:
         width = shape_of(sources[0])[1] // tp_size
         return sources[0][:, tp_rank * width : (tp_rank + 1) * width]
 
@@ -99,7 +115,7 @@ class Vocab:
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
         return [(self.size, *shard_shape[1:])]
 
-    def to_shard(self, sources: Sequence[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    def to_shard(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> torch.Tensor:
         rows = self.padded_size // tp_size
         start, stop = (min(row, self.size) for row in (tp_rank * rows, (tp_rank + 1) * rows))
         if stop - start == rows:
@@ -135,7 +151,7 @@ class QKV:
         keys = (self.groups * self.head_dim, *rest)
         return [(self.heads * self.head_dim, *rest), keys, keys]
 
-    def to_shard(self, sources: Sequence[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    def to_shard(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> torch.Tensor:
         if self.groups % tp_size:
             raise BridgeError(
                 f"{self.groups} key-value heads cannot be split over tensor parallel size {tp_size}: expected a "
@@ -161,7 +177,7 @@ class GatedMLP:
         full = (shard_shape[0] // 2 * tp_size, *shard_shape[1:])
         return [full, full]
 
-    def to_shard(self, sources: Sequence[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    def to_shard(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> torch.Tensor:
         return torch.cat([_rank_rows(source, tp_rank, tp_size) for source in sources])
 
     def from_shards(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -169,11 +185,11 @@ class GatedMLP:
         return [_join([s[:half] for s in shards], 0), _join([s[half:] for s in shards], 0)]
 
 
-def shape_of(source: Any) -> Shape:
+def shape_of(source: Source) -> Shape:
     """Shape of a tensor or a safetensors slice."""
-    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+    return tuple(source.shape if isinstance(source, torch.Tensor) else source.get_shape())
 
 
-def _rank_rows(source: Any, tp_rank: int, tp_size: int) -> torch.Tensor:
+def _rank_rows(source: Source, tp_rank: int, tp_size: int) -> torch.Tensor:
     rows = shape_of(source)[0] // tp_size
     return source[tp_rank * rows : (tp_rank + 1) * rows]

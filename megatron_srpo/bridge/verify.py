@@ -1,19 +1,20 @@
-"""Whether an engine has the weights that the trainer exported: checksums of every tensor, made on both sides.
+"""Checks that an engine has the weights that the trainer exported, by checksums of every tensor made on both sides.
 
 Two sums modulo 2⁶⁴ over the bit patterns of a tensor's elements, as integers:
 
-    digest    weighted by position: what was sent and what arrived are the same bytes in the same order
-    total     not weighted: the same whatever the order, so that an engine's fused and sharded parameter, before it is
-              repacked for its kernel, can be compared with the tensors that went into it
+    digest    is weighted by position: two tensors with equal digests have the same bytes in the same order
+    total     is not weighted and does not depend on the order. So an engine's fused and sharded parameter, before it
+              is repacked for its kernel, can be compared with the tensors that went into it
 
-Together: every tensor arrived as it was exported, and every parameter of the engine holds exactly the values of its
-own tensors. What they do not show: the order of the values inside a parameter, and what vLLM's repacking makes of it.
+Together they show that every tensor arrived as it was exported, and that every parameter of the engine holds exactly
+the values of its own tensors. They do not show the order of the values inside a parameter, nor what the engine's
+repacking makes of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -22,10 +23,19 @@ from megatron_srpo.bridge.errors import BridgeError
 MODULUS = 2**64
 CHUNK = 1 << 20  # elements that are widened to 64 bits at a time
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-REPEATED = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")  # on several ranks where heads are few
+# Several tensor-parallel ranks hold the same key-value head when there are fewer of them than ranks.
+REPEATED = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
 
 Named = tuple[str, torch.Tensor]
-Report = dict[str, Any]  # of one worker: WeightLoader.report
+
+
+class Report(TypedDict):
+    """The checksums of one worker after a publish."""
+
+    received: dict[str, int]  # published name → digest of what arrived
+    totals: dict[str, int]  # published name → total of what arrived, in the engine's dtype
+    held: dict[str, int]  # engine's parameter → total of what it holds
+    sources: dict[str, list[str]]  # engine's parameter → the published tensors that it is made of
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -34,7 +44,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digest(tensor: torch.Tensor) -> int:
-    """Depends on every element and its place; 0 … 2⁶⁴−1."""
+    """A checksum that depends on every element and its position; 0 … 2⁶⁴−1."""
     result = tensor.numel()
     for chunk in bits(tensor).split(CHUNK):
         places = torch.arange(1, 2 * chunk.numel(), 2, device=chunk.device)  # odd: a changed bit always changes the sum
@@ -43,18 +53,18 @@ def digest(tensor: torch.Tensor) -> int:
 
 
 def total(tensor: torch.Tensor) -> int:
-    """The same for the elements in any order, and for added zeros; 0 … 2⁶⁴−1."""
+    """A checksum that depends neither on the order of the elements nor on added zeros; 0 … 2⁶⁴−1."""
     return int(bits(tensor).sum(dtype=torch.int64)) % MODULUS
 
 
 class Verifier:
-    """The trainer's side. `every`: publishes between two verifications, 1 = all, 0 = none; the first one is verified
-    unless none is. Every rank makes the same calls."""
+    """The trainer's side. It verifies the first publish and then every `every`-th one; 1 verifies all, 0 none. Every
+    rank makes the same calls."""
 
     def __init__(self, every: int) -> None:
         self._every, self._publishes = every, 0
         self._sent: dict[str, int] = {}
-        self.unplaced: list[str] = []  # arrived as they were, in a parameter of which we do not know what it is made of
+        self.unplaced: list[str] = []  # tensors that arrived, but belong to a parameter whose parts we do not know
 
     def begin(self) -> bool:
         """Whether this publish is to be verified."""
@@ -62,14 +72,15 @@ class Verifier:
         return self._every > 0 and number % self._every == 0
 
     def record(self, weights: Iterable[Named]) -> Iterator[Named]:
-        """The weights; the digest of each is kept as it passes."""
+        """Yields the weights, and records the digest of each."""
         self._sent = {}
         for name, tensor in weights:
             self._sent[name] = digest(tensor)
             yield name, tensor
 
     def compare(self, engine: str, reports: list[Report]) -> None:
-        """Raise BridgeError that names the first tensor that one engine's workers, by rank, have otherwise."""
+        """Compare with the reports of one engine's workers, in rank order. Raises BridgeError that names the first
+        tensor that differs."""
         for rank, report in enumerate(reports):
             where = engine if len(reports) == 1 else f"{engine}, rank {rank}"
             received = report["received"]
@@ -92,8 +103,8 @@ class Verifier:
 
 
 def _possible(names: list[str], totals: Mapping[str, int], ranks: int) -> set[int]:
-    """Totals over all ranks of a parameter made of these tensors: split, whole on every rank, or with keys and values
-    on several."""
+    """The possible totals, over all ranks, of a parameter made of these tensors: it may be split over the ranks, whole
+    on every rank, or split with keys and values on several ranks."""
     everything = sum(totals[name] for name in names)
     repeated = sum(totals[name] for name in names if name.endswith(REPEATED))
     times = range(ranks)
@@ -102,10 +113,11 @@ def _possible(names: list[str], totals: Mapping[str, int], ranks: int) -> set[in
 
 def sources_of(
     parameter: str, names: Iterable[str], packed: Mapping[str, list[str]], aliases: Mapping[str, str]
-) -> list:
-    """The Hugging Face tensors that an engine's parameter is made of; empty when unknown.
+) -> list[str]:
+    """The Hugging Face tensors that an engine's parameter is made of, or an empty list when that is unknown.
 
-    `packed`: vLLM's own table of fused modules (packed_modules_mapping); `aliases`: engine name → published name.
+    `packed` is the engine's own table of fused modules (packed_modules_mapping). `aliases` is engine name → published
+    name.
     """
     known = set(names)
     if parameter in known:

@@ -12,7 +12,7 @@ Every refusal is one `ConfigError` that lists all problems: key, value, what was
 
 from megatron_srpo.config.check import check, contradictions, layout_problems, listed
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
-from megatron_srpo.config.model_folder import read_model_folder, unsupported
+from megatron_srpo.config.model_folder import read_model_folder
 from megatron_srpo.config.schema import (
     CheckpointConfig,
     Config,
@@ -52,5 +52,4 @@ __all__ = [
     "read_model_folder",
     "save_resolved",
     "to_toml",
-    "unsupported",
 ]

@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from megatron_srpo.config.check_files import file_problems
-from megatron_srpo.config.model_folder import expert_count, expert_layers, unsupported
 from megatron_srpo.config.schema import Config, ParallelConfig
 from megatron_srpo.config.templates import template_problems
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.families import HfConfig, ModelShape, unsupported
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
 
 def check(
     config: Config,
-    hf_config: dict[str, Any] | None = None,
+    hf_config: HfConfig | None = None,
     world_size: int | None = None,
     *,
     splits: Iterable[str] = (),
@@ -35,7 +34,7 @@ def check(
 
 def contradictions(
     config: Config,
-    hf_config: dict[str, Any] | None = None,
+    hf_config: HfConfig | None = None,
     world_size: int | None = None,
     *,
     splits: Iterable[str] = (),
@@ -239,16 +238,17 @@ def _servers(config: Config) -> Iterator[str]:
         )
 
 
-def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
+def _model(config: Config, hf: HfConfig) -> Iterator[str]:
     problems = unsupported(hf)
     yield from problems
     if problems:  # its numbers may mean something else, or be absent
         return
+    shape = ModelShape.from_hf(hf)
     yield from layout_problems(config.parallel, hf)
-    yield from _engine_split(config, hf)
-    yield from _experts(config, hf)
-    vocabulary, longest = hf["vocab_size"], hf["max_position_embeddings"]
-    topk, head = config.algorithm.needs.topk, head_dim(hf)
+    yield from _engine_split(config, shape)
+    yield from _experts(config, shape)
+    vocabulary, longest = shape.vocab, shape.max_positions
+    topk, head = config.algorithm.needs.topk, shape.head_dim
     if distils(config) and topk > vocabulary:
         yield (
             f"algorithm.distillation_topk = {topk}: the model's vocabulary has {vocabulary} tokens; lower it, or set 0 "
@@ -268,9 +268,10 @@ def _model(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         yield f'run.device = "cpu": the model has head_dim {head}, but vLLM on a CPU supports only {sizes}; use a GPU'
 
 
-def layout_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[str]:
+def layout_problems(parallel: ParallelConfig, hf: HfConfig) -> Iterator[str]:
     """Why the trainer's ranks cannot share this model, a line each."""
-    sizes, layers = _split_sizes(hf), hf["num_hidden_layers"]
+    shape = ModelShape.from_hf(hf)
+    sizes, layers = _split_sizes(shape), shape.layers
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     uneven = [f"{name} = {size}" for name, size in sizes.items() if size % tp]
     if uneven:
@@ -278,7 +279,7 @@ def layout_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[st
             f"parallel.tensor_model_parallel_size = {tp}: does not divide the model's {', '.join(uneven)}; every rank "
             f"needs whole heads and key-value heads: choose one of {_some(_divisors(math.gcd(*sizes.values())))}"
         )
-    yield from _expert_layout(parallel, hf)
+    yield from _expert_layout(parallel, shape)
     virtual = parallel.virtual_pipeline_model_parallel_size
     if pp * virtual > layers:
         pieces = f"{pp} pipeline stages" + (f" in {virtual} pieces each" if virtual > 1 else "")
@@ -288,23 +289,22 @@ def layout_problems(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[st
         )
 
 
-def _split_sizes(hf: dict[str, Any]) -> dict[str, int]:
-    """What tensor parallelism divides; intermediate_size only where a layer has it."""
-    heads = hf["num_attention_heads"]
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": hf.get("num_key_value_heads") or heads}
-    return sizes if all(expert_layers(hf)) else sizes | {"intermediate_size": hf["intermediate_size"]}
+def _split_sizes(shape: ModelShape) -> dict[str, int]:
+    """The sizes that tensor parallelism divides; intermediate_size only if a layer has it."""
+    sizes = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.groups}
+    return sizes if all(shape.expert_layers) else sizes | {"intermediate_size": shape.ffn}
 
 
-def _expert_layout(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[str]:
-    """Whether experts come out even on every rank of the trainer."""
-    count = expert_count(hf)
+def _expert_layout(parallel: ParallelConfig, shape: ModelShape) -> Iterator[str]:
+    """Why the experts cannot be divided evenly among the trainer's ranks."""
+    count = shape.experts
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if not count:
         for name, size in (("model", ep), ("tensor", etp)):
             if size > 1:
                 yield f"parallel.expert_{name}_parallel_size = {size}: the model has no experts; set it to 1"
         return
-    width = hf["moe_intermediate_size"]
+    width = shape.expert_ffn
     if count % ep:
         yield (
             f"parallel.expert_model_parallel_size = {ep}: does not divide the model's {count} experts; choose one of "
@@ -317,9 +317,9 @@ def _expert_layout(parallel: ParallelConfig, hf: dict[str, Any]) -> Iterator[str
         )
 
 
-def _engine_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
-    """Whether heads come out even on every rank of the engine."""
-    sizes = _split_sizes(hf)
+def _engine_split(config: Config, shape: ModelShape) -> Iterator[str]:
+    """Why the heads cannot be divided evenly among the ranks of an engine."""
+    sizes = _split_sizes(shape)
     heads, groups, ffn = sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes.get("intermediate_size", 0)
     engine = config.rollout.tensor_parallel_size
     fits = [size for size in _divisors(math.gcd(heads, ffn)) if groups % size == 0 or size % groups == 0]
@@ -330,14 +330,14 @@ def _engine_split(config: Config, hf: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _experts(config: Config, hf: dict[str, Any]) -> Iterator[str]:
-    """Whether the run's other settings fit the experts, or their absence."""
+def _experts(config: Config, shape: ModelShape) -> Iterator[str]:
+    """Why the run's other settings do not fit a model with experts, or one without."""
     parallel = config.parallel
-    if not expert_count(hf):
+    if not shape.experts:
         if config.train.moe_aux_loss_coef:
             yield f"train.moe_aux_loss_coef = {config.train.moe_aux_loss_coef}: the model has no experts; set it to 0"
         return
-    width, engine = hf["moe_intermediate_size"], config.rollout.tensor_parallel_size
+    width, engine = shape.expert_ffn, config.rollout.tensor_parallel_size
     if width % engine:
         yield (
             f"rollout.tensor_parallel_size = {engine}: does not divide the model's moe_intermediate_size = {width}; "
@@ -348,15 +348,11 @@ def _experts(config: Config, hf: dict[str, Any]) -> Iterator[str]:
             "parallel.sequence_parallel = false: with experts and parallel.tensor_model_parallel_size > 1 "
             "Megatron would send every token from each rank; set it to true"
         )
-    if config.run.device == "cpu" and hf["hidden_size"] % 32:
+    if config.run.device == "cpu" and shape.hidden % 32:
         yield (
-            f'run.device = "cpu": the model has experts and hidden_size {hf["hidden_size"]}, but vLLM on a CPU '
+            f'run.device = "cpu": the model has experts and hidden_size {shape.hidden}, but vLLM on a CPU '
             "supports only multiples of 32 with experts; use a GPU"
         )
-
-
-def head_dim(hf: dict[str, Any]) -> int:
-    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
 def _ranks(config: Config, world_size: int) -> Iterator[str]:

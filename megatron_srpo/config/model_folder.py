@@ -1,4 +1,4 @@
-"""The model folder: whether a Hugging Face model is there, whole, and of a kind that the trainer can build."""
+"""Checks that a Hugging Face model folder exists and that its weight files are complete."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from typing import Any
 
 from megatron_srpo.core.errors import ConfigError
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
-NUMBERS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
-MOE_NUMBERS = ("num_experts_per_tok", "moe_intermediate_size")
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LFS_POINTER = b"version https://git-lfs"
 
 
 def read_model_folder(path: str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder whose safetensors are all there; ConfigError says what is missing."""
+    """The config.json of a Hugging Face folder that has all its safetensors. Raises ConfigError that says what is
+    missing."""
     folder, given = Path(path).expanduser(), f'model.path = "{path}"'
     if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
         raise ConfigError(
@@ -74,7 +69,7 @@ def _require_weights(folder: Path, given: str) -> None:
 
 
 def _damage(file: Path) -> str | None:
-    """What is wrong with a safetensors file as a whole. Reads the header alone: 8 bytes of its length, then JSON with
+    """What is wrong with a safetensors file, or None. Reads only the header: 8 bytes with its length, then JSON with
     the tensors' places."""
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -96,51 +91,3 @@ def _damage(file: Path) -> str | None:
     if size != expected:
         return f"has {size:,} bytes, and its header tells of {expected:,}. The download was not finished: run it again"
     return None
-
-
-def expert_count(hf: dict[str, Any]) -> int:
-    """Experts of a layer that has any, under the hub's name or the one that transformers writes; 0 in a dense model."""
-    return hf.get("num_experts") or hf.get("num_local_experts") or 0
-
-
-def expert_layers(hf: dict[str, Any]) -> list[bool]:
-    """For each layer, whether it has experts."""
-    dense, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
-    some = expert_count(hf) > 0
-    return [some and i not in dense and (i + 1) % step == 0 for i in range(hf["num_hidden_layers"])]
-
-
-def unsupported(hf: dict[str, Any]) -> list[str]:
-    """What in a config.json the trainer would get wrong, a line each; empty when it can be trained."""
-    name = (hf.get("architectures") or [None])[0]
-    if name not in ARCHITECTURES:
-        return [f"model.path: its config.json is for {name or 'no architecture'}; supported are {_all(ARCHITECTURES)}"]
-    moe = name == "Qwen3MoeForCausalLM"
-    missing = [key for key in (*NUMBERS, *(MOE_NUMBERS if moe else ())) if not isinstance(hf.get(key), int | float)]
-    if moe and not expert_count(hf):
-        missing.append("num_experts")
-    if missing:
-        return [f"model.path: its config.json has no number for {_all(missing)}; expected the file of a {name}"]
-    problems = []
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        problems.append(
-            f'model.path: rotary embedding "{kind}" (rope_scaling) is not supported; expected the default one'
-        )
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        problems.append("model.path: partial_rotary_factor is not 1; expected rotary embedding of whole heads")
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if hf.get(key):
-            problems.append(f"model.path: {key} is true in its config.json; expected false, others are not supported")
-    if hf.get("hidden_act", "silu") != "silu":
-        problems.append(f'model.path: hidden_act is "{hf["hidden_act"]}"; expected "silu"')
-    if moe and hf["num_experts_per_tok"] == 1 and hf.get("norm_topk_prob"):
-        problems.append("model.path: norm_topk_prob with one expert a token leaves its router without a gradient")
-    if hf.get("quantization_config"):
-        problems.append("model.path: its weights are quantized; expected the bfloat16 or float32 model")
-    return problems
-
-
-def _all(names: tuple[str, ...] | list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

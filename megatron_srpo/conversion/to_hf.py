@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from megatron_srpo.bridge import BridgeError, read_config, weight_table
-from megatron_srpo.bridge.errors import nearest
 from megatron_srpo.bridge.hf_folder import DEFAULT_SHARD_BYTES, copy_files, refuse_bad_target, write_config
 from megatron_srpo.bridge.rules import Rule
 from megatron_srpo.bridge.stream_folder import Unit, plan_files, write_file, write_index
-from megatron_srpo.config import ParallelConfig, unsupported
+from megatron_srpo.config import ParallelConfig
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
 from megatron_srpo.conversion.source import checkpoint_folder, model_folder
 from megatron_srpo.conversion.team import Team
 from megatron_srpo.conversion.verify import require_equal
+from megatron_srpo.core.errors import nearest
+from megatron_srpo.families import unsupported
 
 STATE = "optimizer."  # keys of what training keeps beside the weights
 
@@ -96,8 +97,8 @@ class _StoredModel:
         problems = unsupported(config)
         if problems:
             raise BridgeError(problems[0].removeprefix("model.path: "))
+        from megatron_srpo.mcore.meta_model import rank_share
         from megatron_srpo.mcore.sharded_files import ShardedReader
-        from megatron_srpo.mcore.stand_in import rank_share
 
         self._reader, self._dtype = ShardedReader(folder), dtype
         self._stored = self._reader.tensors()

@@ -10,12 +10,13 @@ from typing import Any
 from megatron_srpo.bridge import ShardReader, read_config
 from megatron_srpo.bridge.hf_folder import copy_files
 from megatron_srpo.bridge.rules import shape_of
-from megatron_srpo.config import ParallelConfig, layout_problems, listed, unsupported
+from megatron_srpo.config import ParallelConfig, layout_problems, listed
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
 from megatron_srpo.conversion.source import MODEL_FOLDER
 from megatron_srpo.conversion.team import Team
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.families import unsupported
 
 
 def hf_to_megatron(
@@ -29,8 +30,8 @@ def hf_to_megatron(
     config = read_config(hf_dir)
     _refuse(config, parallel, hf_dir)
     refuse_existing(out_dir, dry_run=dry_run)
+    from megatron_srpo.mcore.meta_model import layout_size
     from megatron_srpo.mcore.sharded_files import finish
-    from megatron_srpo.mcore.stand_in import layout_size
 
     team = Team()
     report = _examine(hf_dir, config)
@@ -60,7 +61,7 @@ def _refuse(config: dict[str, Any], parallel: ParallelConfig, hf_dir: Path) -> N
 
 def _examine(hf_dir: Path, config: dict[str, Any]) -> Report:
     """The model in numbers, in the dtype of the files; refuses what cannot be converted, before anything is written."""
-    from megatron_srpo.mcore.stand_in import rank_share
+    from megatron_srpo.mcore.meta_model import rank_share
 
     share, report = rank_share(config, ParallelConfig(), 0), Report()
     with ShardReader(share.shards, hf_dir) as reader:
@@ -75,8 +76,8 @@ def _write_ranks(
     tell: Tell | None,
 ) -> list[Any]:  # fmt: skip
     """The files of these ranks of the layout; returns what `finish` needs to know of them."""
+    from megatron_srpo.mcore.meta_model import rank_share
     from megatron_srpo.mcore.sharded_files import RankFile
-    from megatron_srpo.mcore.stand_in import rank_share
 
     written, done = [], 0
     for rank in ranks:
@@ -96,7 +97,7 @@ def _write_ranks(
 
 def _listed(hf_dir: Path, config: dict, parallel: ParallelConfig, ranks: range) -> Iterable[str]:
     """Every parameter of every rank as a line; reads the files' headers alone."""
-    from megatron_srpo.mcore.stand_in import rank_share
+    from megatron_srpo.mcore.meta_model import rank_share
 
     for rank in ranks:
         share = rank_share(config, parallel, rank)

@@ -21,7 +21,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     found = []
     with WeightFolder(ours) as mine, WeightFolder(theirs) as other:
         names = {name for name in other.names if not name.endswith(IGNORED_SUFFIXES)}
-        if table.dims.tied:
+        if table.shape.tied:
             names.discard("lm_head.weight")
         found += [f"{name}: missing" for name in sorted(names - mine.names)]
         found += [f"{name}: not in {theirs}" for name in sorted(mine.names - names)]

@@ -1,4 +1,4 @@
-"""Core attention on torch's scaled_dot_product_attention, for packed rows, where Transformer Engine is absent.
+"""Core attention for packed rows on torch's scaled_dot_product_attention, used without Transformer Engine.
 
 Megatron's own unfused attention refuses packed (THD) rows. A packed row's sequences are grouped by similar length,
 each group is right-padded into one batch, and runs causally: under a causal mask padding on the right is never seen
@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
-from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_srpo.mcore.context import positions_by_rank
 
-_MAX_PADDING = 1.25  # a length group may be padded to this multiple of its shortest sequence …
-_SHORT = 64  # … except below this length, where one call costs more than the padding
+_MAX_PADDING = 1.25  # a group's longest sequence may have this many times the tokens of its shortest one …
+_SHORT = 64  # … but shorter sequences always share a group: another call costs more than their padding
 
 
 def length_groups(lengths: list[int]) -> list[list[int]]:
-    """Indices of sequences that run as one batch, longest first. Zero-length sequences are left out."""
+    """Groups of sequences of similar length, each of which runs as one batch: their indices, longest first. Sequences
+    of length 0 are left out."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[index] == 0:
@@ -56,7 +59,7 @@ def packed_causal_attention(
         sizes = torch.tensor([lengths[i] for i in group], device=query.device)
         steps = torch.arange(longest, device=query.device)
         valid = steps[None, :] < sizes[:, None]  # [B, L]
-        # Padding repeats the sequence's last token; nothing real looks at it.
+        # Padding repeats the sequence's last token, which the causal mask hides from all real queries.
         positions = starts[:, None] + torch.minimum(steps[None, :], sizes[:, None] - 1)  # [B, L]
         q, k, v = (x[positions].transpose(1, 2) for x in (query, key, value))  # [B, heads, L, d]
         mixed = F.scaled_dot_product_attention(
@@ -67,7 +70,14 @@ def packed_causal_attention(
 
 
 def context_parallel_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, group: Any, *, scale: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    scale: float | None,
+    dropout: float,
 ) -> Tensor:
     """`packed_causal_attention` of a row that is spread over the ranks of `group` (order: mcore/context.py).
 
@@ -105,8 +115,8 @@ class PackedAttention(MegatronModule):
     """`core_attention` of Megatron's self attention; the signature is Megatron's DotProductAttention."""
 
     def __init__(
-        self, config: Any, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
-        attention_dropout: float | None = None, softmax_scale: float | None = None, **unused: Any,
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+        attention_dropout: float | None = None, softmax_scale: float | None = None, **unused: object,
     ) -> None:  # fmt: skip
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
@@ -114,14 +124,15 @@ class PackedAttention(MegatronModule):
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None,
+        attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:  # fmt: skip
         """query [T, heads, d] (THD, this rank's part of one packed row); returns [T, heads·d]."""
         assert packed_seq_params is not None, "rows are always packed"
         given = (query, key, value, packed_seq_params.cu_seqlens_q)
         settings = {"scale": self.softmax_scale, "dropout": self.dropout if self.training else 0.0}
-        # Each rank has heads of its own, and drops by a generator of its own; under sequence parallelism Megatron has
-        # changed to it around the whole layer.
+        # Each tensor-parallel rank has its own heads, and needs its own generator for dropout. Under sequence
+        # parallelism Megatron has switched to it for the whole layer already.
         own = nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
         with own:
             if self.config.context_parallel_size > 1:

@@ -1,11 +1,12 @@
-"""Checkpoints of model, optimizer and shadows in Megatron's sharded format, readable at any other layout.
+"""Checkpoints of model, optimizer and shadows in Megatron's sharded format, which any other layout can read.
 
-The optimizer's flat slices are stored per parameter with the parameter's own sharding (in "model space"): fp32 main
-parameter, Adam's two moments, and every shadow. That is one mechanism for all of them, and it avoids the traps of
-Megatron's own optimizer checkpoint where neither Transformer Engine nor Apex is installed (one shared step counter).
+The optimizer's flat slices are stored for each parameter with the parameter's own sharding (in "model space"): the fp32
+main parameter, Adam's two moments, and every shadow. One mechanism serves all of them. It also avoids a bug of
+Megatron's own optimizer checkpoint without Transformer Engine and Apex: there all parameters share one step counter.
 
-Saving is in three steps, so that training can go on during the second: `snapshot` (collective: copies to host memory,
-plans who writes what), `Snapshot.write` (this rank's files alone, from any thread), `Snapshot.write_index` (driver).
+Saving has three steps, and training continues during the second: `snapshot` (collective) copies to host memory and
+plans which rank writes what, `Snapshot.write` writes this rank's files from any thread, and `Snapshot.write_index`
+runs on rank 0.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import queue
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,12 @@ from megatron_srpo.mcore.optimizer import ParameterShard
 from megatron_srpo.mcore.policy import Policy
 from megatron_srpo.mcore.safe_files import read_index, read_tensors, refuse_objects
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
+    from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.storage import WriteResult
+
 BACKEND = ("torch_dist", 1)
 COMMON = "common.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,9 +55,9 @@ _OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in _SAVE else {}
 
 
 def needed(policy: Policy) -> set[str]:
-    """Kinds of state that training with this policy needs: "main", the moments, the teacher's shadow if it has one.
+    """The kinds of state that training with this policy needs: "main", the moments, and the teacher's shadow if any.
 
-    The reference is not among them: where it is missing, it is the initial model, as loaded.
+    The reference is not needed: without it the reference is the initial model, as loaded.
     """
     return _kinds(policy) - {"reference"}
 
@@ -60,19 +67,19 @@ def _kinds(policy: Policy) -> set[str]:
 
 
 def stored(directory: Path) -> set[str]:
-    """Kinds of state that a checkpoint holds."""
+    """The kinds of state that a checkpoint holds."""
     keys = read_index(directory).state_dict_metadata
     return {key.removeprefix(_PREFIX).partition(".")[0] for key in keys if key.startswith(_PREFIX)}
 
 
 def layout(policy: Policy) -> dict[str, int]:
-    """How the ranks are arranged."""
+    """The sizes of all kinds of parallelism."""
     topology = policy.topology
     return {name: getattr(topology, f"{name}_size") for name in ("world", "tp", "pp", "cp", "dp", "ep", "etp")}
 
 
 def load_generators(directory: Path) -> bool:
-    """Set this rank's random generators to what they were; False if the checkpoint does not have them."""
+    """Restore this rank's random generators. Returns False if the checkpoint does not have them."""
     file = directory / _generators_file()
     if not file.exists():
         return False
@@ -84,7 +91,7 @@ def _generators_file() -> str:
     return f"rng_{dist.get_rank():05d}.pt"
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- the state ----------------------------------------------------------------------------------------------------
 
 
 def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
@@ -93,7 +100,7 @@ def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
 
 
 def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor]]]:
-    """By kind of state: this rank's slices and the tensors that hold them."""
+    """This rank's slices and the tensors that hold them, by kind of state."""
     shards = list(policy.optimizer.shards())
     kinds = {"main": [(shard, shard.main.data) for shard in shards]}
     for moment in _MOMENTS:
@@ -103,8 +110,11 @@ def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor
     return kinds
 
 
-def _whole(policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, fill: bool) -> dict[Any, torch.Tensor]:
-    """Whole fp32 tensors by model parameter; with `fill` put together over the data-parallel ranks, in host memory."""
+def _whole(
+    policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, fill: bool
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Whole fp32 tensors by model parameter. With `fill` they have the values of all data-parallel ranks, and are in
+    host memory; without it they are zeros."""
     mine = {shard.parameter: (shard, tensor) for shard, tensor in held}
     whole = {}
     for parameter in _parameters(policy):
@@ -129,9 +139,9 @@ def model_state(model: list[torch.nn.Module], topology: Topology) -> list[dict[s
 
 
 def _sharded_state(policy: Policy, kinds: Collection[str], *, loading: bool) -> dict[str, Any]:
-    """The sharded state dict of the model and, by kind of state and index of the parameter, of `kinds`.
+    """The sharded state dict of the model and of `kinds`, the latter by kind of state and index of the parameter.
 
-    Not `loading`: all tensors are copies in host memory, which later training does not reach.
+    Unless `loading`, all tensors are copies in host memory, which later training does not change.
     """
     state: dict[str, Any] = {"model": model_state(policy.model, policy.topology)}
     sharded, _ = extract_sharded_tensors_and_factories(state["model"])
@@ -157,36 +167,41 @@ def _sharded_state(policy: Policy, kinds: Collection[str], *, loading: bool) -> 
 
 
 class _Planner(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to the plan: it would start processes to write, and this is done by a thread."""
+    """Megatron's strategy without its last step, which would start processes that write. We write in a thread."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: tuple, *unused: Any) -> tuple[Any, Any]:
+    def _get_save_and_finalize_callbacks(
+        self, writer: FileSystemWriterAsync, planned: tuple[object, Metadata, object], *unused: object
+    ) -> tuple[FileSystemWriterAsync, Metadata]:
         _, index, _ = planned
         return writer, index
 
 
 class Snapshot:
-    """The state of one instant, in host memory."""
+    """The state of one moment, in host memory."""
 
-    def __init__(self, directory: Path, writer: Any, index: Any, common: dict[str, Any] | None) -> None:
+    def __init__(
+        self, directory: Path, writer: FileSystemWriterAsync, index: Metadata, common: dict[str, Any] | None
+    ) -> None:
         self._directory, self._plan, self._index, self._common = directory, writer, index, common
         self._generators = generators.states()
-        self.results: list[Any] = []  # what `write` wrote where, for the index
+        self.results: list[WriteResult] = []  # what `write` wrote and where, for the index
         self.files: list[str] = []
 
     def write(self) -> None:
-        """Write this rank's files, on the disk when it returns. OSError if the disk does not take them."""
+        """Write this rank's files. They are on the disk when this returns. Raises OSError if the disk is full or
+        fails."""
         transforms = [self._plan.transforms] if hasattr(self._plan, "transforms") else []
         for bucket in self._plan.write_buckets or []:
             self.results += _written(transforms, bucket)
             self.files.append(bucket[1])
-        self._plan.write_buckets = None  # the memory
+        self._plan.write_buckets = None  # frees the memory
         self._save(self._generators, _generators_file())
         if self._common is not None:
             self._save(self._common, COMMON)
             save_config(CheckpointingConfig(*BACKEND), str(self._directory))
 
-    def write_index(self, results: list[list[Any]]) -> None:
-        """Write where everything is; `results` are those of all ranks, by rank. For the driver alone."""
+    def write_index(self, results: list[list[WriteResult]]) -> None:
+        """Write the index. `results` are those of all ranks, in rank order. Only rank 0 calls it."""
         self._plan.finish(self._index, results)
 
     def _save(self, values: dict[str, Any], name: str) -> None:
@@ -197,9 +212,9 @@ class Snapshot:
         self.files.append(name)
 
 
-def _written(transforms: list[Any], bucket: Any) -> list[Any]:
-    """Write one of Megatron's buckets, which is one file, here and now."""
-    results: queue.Queue[Any] = queue.Queue()
+def _written(transforms: list[_StorageWriterTransforms], bucket: WriteBucket) -> list[WriteResult]:
+    """Write one of Megatron's buckets, which is one file, in this thread."""
+    results: queue.Queue[tuple[int, list[WriteResult] | Exception]] = queue.Queue()
     open_buckets: queue.Queue[int] = queue.Queue()
     open_buckets.put(0)
     filesystem_async.FileSystemWriterAsync.write_preloaded_data(
@@ -212,13 +227,13 @@ def _written(transforms: list[Any], bucket: Any) -> list[Any]:
 
 
 def snapshot(policy: Policy, directory: Path) -> Snapshot:
-    """Take model, optimizer, shadows and generators as they are now, to be written into `directory` (which exists and
-    is empty). All ranks call it."""
+    """Copy the current state of model, optimizer, shadows and generators, to be written into `directory`, which exists
+    and is empty. All ranks call it."""
     if not any("exp_avg" in shard.state for shard in policy.optimizer.shards()):
-        policy.optimizer.restore_adam(0)  # before the first step torch's Adam has no state yet
+        policy.optimizer.restore_adam(0)  # torch's Adam has no state before the first step
     state = _sharded_state(policy, _kinds(policy), loading=False)
     state["progress"] = {"steps": policy.steps, "adam_steps": policy.optimizer.adam_steps()}
-    filesystem_async._results_queue = queue.Queue()  # or Megatron starts a process for a queue that is not needed
+    filesystem_async._results_queue = queue.Queue()  # or Megatron would start a process for a queue that we do not need
     sharded, common = save_preprocess(state)
     planner = FullyParallelSaveStrategyWrapper(_Planner(*BACKEND, thread_count=1), policy.topology.dp_cp_group)
     writer, index = planner.async_save(sharded, str(directory), **_OWN_WRITER)
@@ -229,10 +244,10 @@ def snapshot(policy: Policy, directory: Path) -> Snapshot:
 
 
 def load(policy: Policy, directory: Path) -> None:
-    """Restore what `snapshot` took, at this layout. All ranks call it.
+    """Restore what `snapshot` copied, at this layout. All ranks call it.
 
-    Kinds of state that the checkpoint does not have start anew: the main parameters as the weights, Adam's moments at
-    zero, the teacher as a copy of the student; the reference stays what it is.
+    Kinds of state that the checkpoint does not have get their initial values: the main parameters those of the weights,
+    Adam's moments zero, and the teacher those of the student. The reference stays as it is.
     """
     refuse_objects(directory)
     read_tensors(directory / COMMON)  # refuses a pickle that runs code, whatever the loader below would do
@@ -258,7 +273,7 @@ def load(policy: Policy, directory: Path) -> None:
 
 
 def _fill(policy: Policy, loaded: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Put this rank's slices of whole tensors, by kind and index of the parameter, where they belong."""
+    """Copy this rank's slices out of whole tensors, which come by kind and index of the parameter."""
     parameters = list(_parameters(policy))
     for kind, held in _slices(policy).items():
         if kind not in loaded:

@@ -1,8 +1,8 @@
-"""Lets Megatron Core train on a machine without CUDA: the one place that patches torch.
+"""Lets Megatron Core train on a machine without CUDA. This is the only place that patches torch.
 
-Megatron Core asks `torch.cuda` for devices, streams and generators, and names the device "cuda" in factories, also
-when nothing of it is needed. `install()` answers those questions for the CPU. It does nothing where CUDA is there, so
-it can never change what a GPU run computes.
+Megatron Core asks `torch.cuda` for devices, streams and generators, and passes device="cuda" to tensor factories, even
+if it does not need them. `install()` makes these calls work on the CPU. It does nothing on a machine with CUDA, so it
+can never change what a GPU run computes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import functools
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -25,33 +28,33 @@ _installed = False
 
 
 class _NullStream:
-    """Stands for torch.cuda.Stream and torch.cuda.Event: everything on a CPU is already in order."""
+    """Replaces torch.cuda.Stream and torch.cuda.Event. It does nothing, because a CPU executes in order."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
 
-    def record_event(self, *args: Any) -> _NullStream:
+    def record_event(self, *args: object) -> _NullStream:
         return _NullStream()
 
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, other: Any) -> float:
+    def elapsed_time(self, other: object) -> float:
         return 0.0
 
 
-def _is_cuda(device: Any) -> bool:
+def _is_cuda(device: object) -> bool:
     if isinstance(device, bool) or device is None:
         return False
     return isinstance(device, int) or str(device).startswith("cuda")
 
 
-def _on_cpu(factory: Any) -> Any:
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
-    def build(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def build(*args: object, **kwargs: object) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
             kwargs.pop("pin_memory", None)
@@ -89,8 +92,8 @@ def _patch_rng() -> None:
 
 
 def _patch_tensors() -> None:
-    # `with torch.device(...)` knows the factories by identity, from a list that is made on first use: have it made of
-    # the originals, which the replacements call, or models built on the meta device come out with garbage buffers.
+    # `with torch.device(...)` knows the factories by identity, from a list that torch makes on first use. It must be
+    # made of the originals, which our replacements call, or models built on the meta device get uninitialised buffers.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -99,7 +102,7 @@ def _patch_tensors() -> None:
 
     original_to = torch.Tensor.to
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if args and isinstance(args[0], (str, torch.device)) and _is_cuda(args[0]):
             args = (_CPU, *args[1:])
         if _is_cuda(kwargs.get("device")):
@@ -110,11 +113,13 @@ def _patch_tensors() -> None:
 
     original_type = torch.Tensor.type
 
-    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def type_(
+        self: torch.Tensor, dtype: torch.dtype | str | None = None, *args: object, **kwargs: object
+    ) -> torch.Tensor | str:
         if dtype is not None:
             return original_type(self, dtype, *args, **kwargs)
         name = original_type(self)
-        # Megatron's optimizers sort parameters by names such as 'torch.cuda.FloatTensor'.
+        # Megatron's optimizers group parameters by type names such as 'torch.cuda.FloatTensor'.
         if "megatron/core/optimizer" in sys._getframe(1).f_code.co_filename:
             name = name.replace("torch.", "torch.cuda.", 1)
         return name
@@ -123,12 +128,15 @@ def _patch_tensors() -> None:
 
 
 def _patch_dispatcher() -> None:
-    # What Megatron moves from the GPU it turns into numpy, which torch's all-to-all takes for its list of sizes.
+    # Megatron converts tensors that it moves from the GPU to numpy, which torch's all-to-all accepts as a list of
+    # sizes. It must convert those of a CPU too.
     from megatron.core.transformer.moe import token_dispatcher
 
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
-    def move_or_stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    def move_or_stay(
+        tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False
+    ) -> torch.Tensor | np.ndarray | None:
         moved = move(tensor, as_numpy, record_stream)
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
@@ -136,12 +144,14 @@ def _patch_dispatcher() -> None:
 
 
 def _patch_uneven_collectives() -> None:
-    # Ranks that share an expert bring different numbers of tokens to it, and gloo wants one number.
+    # Ranks that share an expert send different numbers of tokens to it, and gloo needs equal sizes.
     from megatron.core.tensor_parallel import mappings
 
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def gather_uneven(values: torch.Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def gather_uneven(
+        values: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: object, **kwargs: Any
+    ) -> torch.Tensor:
         sizes = kwargs.pop("output_split_sizes", sizes)
         if sizes is None or group.size() == 1:
             return gather(values, group, sizes, *args, **kwargs)
@@ -152,7 +162,7 @@ def _patch_uneven_collectives() -> None:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def reduce_scatter_uneven(
-        values: torch.Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any
+        values: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: object, **kwargs: Any
     ) -> torch.Tensor:
         sizes = kwargs.pop("input_split_sizes", sizes)
         if sizes is None or group.size() == 1:

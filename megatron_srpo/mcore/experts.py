@@ -1,10 +1,10 @@
-"""Mixtures of experts: Megatron's settings for a Hugging Face router, and what the routers did in a step."""
+"""Mixtures of experts: the router, its load-balancing loss, and metrics of the routers' work in a step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,49 +12,35 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_srpo.config import ParallelConfig
-from megatron_srpo.config.model_folder import expert_count, expert_layers
 from megatron_srpo.core.metrics import Max, Mean, Metric
 from megatron_srpo.mcore.groups import Topology
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # without Transformer Engine Megatron 0.16.1 asks for the name all the same
 
 
-def expert_fields(hf: dict[str, Any], parallel: ParallelConfig, *, grouped: bool) -> dict[str, Any]:
-    """Fields of Megatron's configuration; {} for a dense model. The mathematics is transformers': softmax over all
-    experts in fp32, the best k, renormalised where norm_topk_prob says so; no token is dropped."""
-    if not expert_count(hf):
-        return {}
-    return {
-        "num_moe_experts": expert_count(hf),
-        "moe_layer_freq": [int(some) for some in expert_layers(hf)],
-        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
-        "moe_router_topk": hf["num_experts_per_tok"],
-        # The softmax over the best k logits alone is the renormalised one.
-        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.0,  # set by `set_balancing` for each step
-        "moe_grouped_gemm": grouped,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
-    }
-
-
 class CountingRouter(TopKRouter):
-    """Megatron's router, which also counts: `seen` is [2, E] float64 since the last `take`, on the tokens of training
-    passes: how many tokens each expert got, and the sum of its probabilities before the choice."""
+    """Megatron's router, which also counts its choices in training passes.
 
-    def __init__(self, config: Any, pg_collection: Any = None, **more: Any) -> None:
+    `seen` is [2, E] float64, summed over the tokens since the last `take`: how many tokens each of the E experts got,
+    and its probabilities before the choice."""
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **more: object
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, **more)
         self.seen: torch.Tensor | None = None
         self.tokens = 0
 
-    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(self, logits: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         probs, chosen = super().routing(logits, *args, **kwargs)
-        if self.training and torch.is_grad_enabled():  # once a token, also where activations are computed again
+        if self.training and torch.is_grad_enabled():  # counts a token once even if its activations are recomputed
             with torch.no_grad():
                 shares = logits.detach().reshape(-1, logits.shape[-1]).softmax(-1)
                 seen = torch.stack([chosen.sum(0).double(), shares.sum(0).double()])
@@ -63,23 +49,23 @@ class CountingRouter(TopKRouter):
         return probs, chosen
 
     def attach_and_log_load_balancing_loss(
-        self, activation: torch.Tensor, aux_loss_coeff: float, aux_loss: torch.Tensor, *unused: Any,
-        valid_token_count: Any = None, **also_unused: Any,
+        self, activation: torch.Tensor, aux_loss_coeff: float, aux_loss: torch.Tensor, *unused: object,
+        valid_token_count: torch.Tensor | None = None, **also_unused: object,
     ) -> torch.Tensor:  # fmt: skip
-        """Add a row's loss, times this rank's tokens of it, to the objective (`set_balancing` has the rest of the
-        factor). Megatron's own factor is another one in 0.16 and in 0.19."""
+        """Add the row's loss times this rank's number of tokens to the objective. `set_balancing` has the rest of the
+        factor. Megatron's own factor differs between 0.16 and 0.19."""
         tokens = activation.shape[0] if valid_token_count is None else valid_token_count
         return moe_utils.MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens)
 
     def take(self) -> tuple[torch.Tensor, int]:
-        """What was counted on this rank ([2, E], and the number of tokens), and start anew."""
+        """Return what was counted on this rank ([2, E] and the number of tokens), and set the counts to zero."""
         seen, tokens = self.seen, self.tokens
         self.seen, self.tokens = None, 0
         return (torch.zeros(2, self.num_experts, dtype=torch.float64) if seen is None else seen), tokens
 
 
-def expert_layer_mlp(config: Any, *, transformer_engine: bool) -> Any:
-    """The spec of a layer's experts, with our router."""
+def expert_layer_mlp(config: TransformerConfig, *, transformer_engine: bool) -> ModuleSpec:
+    """The Megatron spec of a layer's experts, with our router."""
     spec = get_moe_module_spec(
         use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
@@ -89,13 +75,13 @@ def expert_layer_mlp(config: Any, *, transformer_engine: bool) -> Any:
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
-    """Whether it belongs to an expert: its gradient is then summed over `Topology.expert_dp_group`."""
+    """Whether the parameter belongs to an expert. Its gradient is then summed over `Topology.expert_dp_group`."""
     return not getattr(parameter, "allreduce", True)
 
 
 def mark_experts(model: torch.nn.Module) -> None:
-    """Make Megatron treat experts as such also without expert parallelism, where it would sum their gradients over the
-    data-parallel ranks alone and miss tokens that tensor-parallel ranks keep apart."""
+    """Mark the experts' parameters as such. Without expert parallelism Megatron does not, and would sum their gradients
+    over the data-parallel ranks only, and miss the tokens of other tensor-parallel ranks."""
     for layer in _expert_layers(model):
         for parameter in layer.experts.parameters():
             parameter.allreduce = False
@@ -105,20 +91,22 @@ def _expert_layers(model: torch.nn.Module) -> Iterator[MoELayer]:
     return (module for module in model.modules() if isinstance(module, MoELayer))
 
 
-def set_balancing(config: Any, coefficient: float, tokens: int, topology: Topology) -> None:
+def set_balancing(config: TransformerConfig, coefficient: float, tokens: int, topology: Topology) -> None:
     """Make the next training step add `coefficient` · Σ row loss · row tokens / `tokens` to its objective.
 
-    A row's loss is E · Σ_e f_e · p_e (f: share of choices, p: mean probability), summed over layers; `tokens` are those
-    of all rows. The router multiplies a row's loss by the tokens of one rank of those that share the row.
+    A row's loss is E · Σ_e f_e · p_e, summed over layers, where f_e is expert e's share of the choices and p_e its mean
+    probability. `tokens` is the number of tokens of all rows. The router multiplies a row's loss by its own
+    rank's number of tokens of the row.
     """
     sharing = topology.tp_size * topology.cp_size
     config.moe_aux_loss_coeff = coefficient * sharing / tokens
 
 
-def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Any) -> dict[str, Metric]:
-    """The routers' work since the last call, over all ranks, as metrics; {} for a dense model. All ranks call it.
+def router_metrics(model: list[torch.nn.Module], topology: Topology, config: TransformerConfig) -> dict[str, Metric]:
+    """Metrics of the routers' choices since the last call, over all ranks; {} for a dense model. All ranks call it.
 
-    Means over layers, and the worst layer for "_max". A perfect balance has 1 for load and loss.
+    A metric is the mean over layers, or the worst layer if its name ends in "_max". With a perfect balance, load and
+    loss are 1.
     """
     if not config.num_moe_experts:
         return {}

@@ -1,11 +1,10 @@
-"""Process groups: Megatron's model-parallel groups, and the control group over which the driver speaks."""
+"""Process groups: Megatron's, and the control group over which rank 0 and the other ranks exchange objects."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,31 +18,32 @@ from megatron_srpo.mcore.device import DevicePath
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands. Groups are torch process groups."""
+    """The place of this rank in every kind of parallelism."""
 
     rank: int
     world_size: int
     tp_rank: int
     tp_size: int
-    tp_group: Any
+    tp_group: dist.ProcessGroup
     pp_rank: int
     pp_size: int
-    pp_group: Any
+    pp_group: dist.ProcessGroup
     cp_rank: int
     cp_size: int
-    cp_group: Any
+    cp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
-    dp_group: Any  # data parallel only
-    dp_cp_group: Any  # data and context parallel: the group over which gradients are summed
-    control_group: Any  # gloo over all ranks, with a long time-out
+    dp_group: dist.ProcessGroup  # data parallel only
+    dp_cp_group: dist.ProcessGroup  # data and context parallel: gradients are summed over it
+    control_group: dist.ProcessGroup  # gloo over all ranks, with a long time-out
     device: torch.device
     ep_rank: int = 0
     ep_size: int = 1
     etp_rank: int = 0
     etp_size: int = 1
-    expert_group: Any = None  # expert and expert tensor parallel: the ranks that have all experts of a stage
-    expert_dp_group: Any = None  # the group over which gradients of experts are summed
+    # Expert and expert tensor parallel: the ranks that together have all experts of a stage.
+    expert_group: dist.ProcessGroup | None = None
+    expert_dp_group: dist.ProcessGroup | None = None  # gradients of experts are summed over it
 
     @property
     def is_driver(self) -> bool:
@@ -57,7 +57,7 @@ class Topology:
 def initialize(
     parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout_minutes: float, control_backend: str = "gloo"
 ) -> Topology:
-    """Join the torchrun world and build Megatron's groups. `seed` starts all random generators."""
+    """Join the ranks that torchrun started, and build Megatron's groups. `seed` starts all random generators."""
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group(path.backend, timeout=timeout)
@@ -102,7 +102,8 @@ def initialize(
 
 
 def virtual_size(parallel: ParallelConfig) -> int | None:
-    """Pieces of a pipeline stage as Megatron wants it: None, not 1, for a schedule that is not interleaved."""
+    """The number of pieces of a pipeline stage. Megatron expects None, not 1, for a schedule that is not
+    interleaved."""
     size = parallel.virtual_pipeline_model_parallel_size
     return size if size > 1 else None
 
@@ -112,7 +113,7 @@ def local_rank() -> int:
 
 
 def shutdown() -> None:
-    """Leave the groups; safe to call twice."""
+    """Destroy all groups. It is safe to call this twice."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -19,33 +20,36 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_srpo.config import ModelConfig, ParallelConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.tensors import ModelShards
+from megatron_srpo.families import HfConfig, ModelShape, family_of
 from megatron_srpo.mcore.attention import PackedAttention
-from megatron_srpo.mcore.experts import expert_fields, expert_layer_mlp, mark_experts
+from megatron_srpo.mcore.experts import expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight says that its gradient must be summed over tensor parallel ranks.
+    """RMSNorm whose weight carries Megatron's mark that its gradient is summed over tensor-parallel ranks.
 
-    Under sequence parallelism every rank normalises its own part of the sequence; Megatron's
-    `finalize_model_grads` sums gradients that carry the mark. Its local norm refuses sequence parallelism.
+    Under sequence parallelism every rank normalises its own part of the sequence, and Megatron's
+    `finalize_model_grads` sums the gradients that carry the mark. Megatron's local norm refuses sequence parallelism.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
 
 
 class DeferredHead(ColumnParallelLinear):
-    """Megatron's LM head without its product, which the objective makes: the logits need not exist as a whole."""
+    """Megatron's LM head without its matrix product. The objective computes it in chunks, so that the logits of a row
+    never exist as a whole."""
 
-    def forward(self, input_: torch.Tensor, *unused: Any, **also_unused: Any) -> tuple[torch.Tensor, None]:
-        """Hidden states [T, 1, H] (this rank's tokens under sequence parallelism), as they came."""
+    def forward(self, input_: torch.Tensor, *unused: object, **also_unused: object) -> tuple[torch.Tensor, None]:
+        """Returns the hidden states [T, 1, H] unchanged; under sequence parallelism they are this rank's tokens."""
         return input_, None
 
 
 def head_weight(module: torch.nn.Module) -> torch.nn.Parameter:
-    """The LM head's weight on the last pipeline stage: the embedding's own where they are tied on one stage."""
+    """The LM head's weight on the last pipeline stage. If it is tied and the embedding is on the same stage, it is the
+    embedding's parameter."""
     gpt = unwrap(module)
     return (
         gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
@@ -57,19 +61,11 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
-def rope_theta(hf: dict[str, Any]) -> float:
-    """Base of the rotary embedding, from either place where a config.json keeps it."""
-    return float((hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", 10000.0)))
-
-
-def head_dim(hf: dict[str, Any]) -> int:
-    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-
-
 def uneven_layout(layers: int, stages: int, pieces: int) -> list[list[str]] | None:
-    """Megatron's pipeline layout where the layers do not come out even over `stages` · `pieces`; None where they do.
+    """Megatron's pipeline layout if `stages` · `pieces` does not divide the number of layers, else None.
 
-    What is left over goes to pieces in the middle first, then to the first, then to the last, which has the LM head.
+    The remaining layers go to the pieces in the middle first, then to the first one, then to the last one, which has
+    the LM head.
     """
     each, more = divmod(layers, stages * pieces)
     if not more:
@@ -81,43 +77,24 @@ def uneven_layout(layers: int, stages: int, pieces: int) -> list[list[str]] | No
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
-def has_qk_norm(hf: dict[str, Any]) -> bool:
-    return hf["architectures"][0].startswith("Qwen3")
-
-
-def has_qkv_bias(hf: dict[str, Any]) -> bool:
-    """Qwen2 has biases there and no key that says so."""
-    return hf["architectures"][0].startswith("Qwen2")
-
-
 def transformer_config(
-    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool, transformer_engine: bool = False
+    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool, transformer_engine: bool = False
 ) -> TransformerConfig:
-    """Megatron's configuration for a decoder of the Llama kind (Llama, Qwen2, Qwen3, with or without experts)."""
+    """Megatron's configuration: the family's fields, and those that follow from our settings."""
     bf16 = model.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shape = ModelShape.from_hf(hf)
     fields: dict[str, Any] = {
-        "num_layers": hf["num_hidden_layers"],
-        "hidden_size": hf["hidden_size"],
-        "num_attention_heads": hf["num_attention_heads"],
-        "num_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "kv_channels": head_dim(hf),
-        "ffn_hidden_size": hf["intermediate_size"],
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf["rms_norm_eps"],
-        "qk_layernorm": has_qk_norm(hf),
-        "gated_linear_unit": True,
+        **family_of(hf).config(shape),
         "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": has_qkv_bias(hf),
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": virtual_size(parallel),
         "pipeline_model_parallel_layout": uneven_layout(
-            hf["num_hidden_layers"], pp, parallel.virtual_pipeline_model_parallel_size
+            shape.layers, pp, parallel.virtual_pipeline_model_parallel_size
         ),
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
@@ -134,12 +111,16 @@ def transformer_config(
         "batch_p2p_comm": False,
         # Gradients are sums, because the objective divides by its own global denominators: see step.py.
         "calculate_per_token_loss": True,
-        # Rows differ in length; Megatron couples this flag to a dispatcher even in dense models. Its exchange of shapes
-        # mixes up the two directions between two stages that interleave: rows of one pass are of one length there.
+        # Rows differ in length. Megatron couples this flag to a dispatcher even in dense models. With an interleaved
+        # schedule its exchange of shapes confuses the two directions between two stages, so there the rows of one pass
+        # have the same length and the flag is off.
         "variable_seq_lengths": pp > 1 and parallel.virtual_pipeline_model_parallel_size == 1,
         "moe_token_dispatcher_type": "alltoall",
-        **expert_fields(hf, parallel, grouped=transformer_engine),
     }
+    if shape.experts:
+        fields["moe_grouped_gemm"] = transformer_engine
+        fields["expert_model_parallel_size"] = parallel.expert_model_parallel_size
+        fields["expert_tensor_parallel_size"] = parallel.expert_tensor_parallel_size
     fields.update(recompute_fields(model))
     if model.fp8 != "off":
         fields.update(fp8=model.fp8, fp8_recipe="tensorwise")
@@ -148,7 +129,7 @@ def transformer_config(
 
 
 def recompute_fields(model: ModelConfig) -> dict[str, Any]:
-    """Megatron's names for what is computed again in the backward pass."""
+    """Megatron's settings for recomputation in the backward pass."""
     if model.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]}
     if model.recompute == "full":
@@ -157,9 +138,11 @@ def recompute_fields(model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transformer_engine: bool) -> Any:
-    """The layers of this stage, or of its piece `virtual_stage`: Transformer Engine's, or Megatron's local ones with
-    our norm and attention."""
+def layer_specs(
+    config: TransformerConfig, virtual_stage: int | None, *, transformer_engine: bool
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of its piece `virtual_stage`. They are Transformer Engine's, or Megatron's
+    local ones with our norm and attention."""
     start = get_transformer_layer_offset(config, virtual_stage)
     stop = start + get_num_layers_to_build(config, virtual_stage)
     kinds = config.moe_layer_freq[start:stop] if config.num_moe_experts else [0] * (stop - start)
@@ -171,7 +154,7 @@ def layer_specs(config: TransformerConfig, virtual_stage: int | None, *, transfo
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
-def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> Any:
+def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     count = config.num_moe_experts if experts else None
@@ -183,7 +166,7 @@ def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> An
     return layer
 
 
-def _local_layer(config: TransformerConfig, *, experts: bool) -> Any:
+def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
@@ -193,16 +176,16 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> Any:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
     if experts:
         parts.mlp = expert_layer_mlp(config, transformer_engine=False)
-        # Transformer Engine fuses this norm into a dense layer's product, and leaves it alone before experts.
+        # Transformer Engine fuses this norm into the first product of a dense MLP, but not before experts.
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     return layer
 
 
 def build_model(
-    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
+    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
 ) -> list[torch.nn.Module]:
-    """This rank's GPTModel (in a Float16Module for bf16), with uninitialised meaning: load weights into it. Several
-    pieces, in order, under an interleaved pipeline."""
+    """This rank's GPTModel, in a Float16Module for bf16. Its weights are random: load weights into it. Under an
+    interleaved pipeline the result has several pieces, in order."""
     if model.fp8 != "off" and not transformer_engine:
         raise UserError(
             f'model.fp8 = "{model.fp8}" needs Transformer Engine on a GPU, which is not there: set it to "off", or see '
@@ -210,6 +193,8 @@ def build_model(
         )
     on_cuda = topology.device.type == "cuda"
     config = transformer_config(hf, model, parallel, on_cuda=on_cuda, transformer_engine=transformer_engine)
+    shape = ModelShape.from_hf(hf)
+    positions: dict[str, Any] = dict(family_of(hf).model(shape))
     count = parallel.virtual_pipeline_model_parallel_size
     pieces = []
     for stage in range(count):
@@ -217,15 +202,14 @@ def build_model(
         gpt = GPTModel(
             config=config,
             transformer_layer_spec=layer_specs(config, virtual_stage, transformer_engine=transformer_engine),
-            vocab_size=padded_vocab_size(hf["vocab_size"], topology.tp_size),
-            max_sequence_length=hf["max_position_embeddings"],
+            vocab_size=padded_vocab_size(shape.vocab, topology.tp_size),
+            max_sequence_length=shape.max_positions,
             pre_process=topology.pp_rank == 0 and stage == 0,
             post_process=topology.is_last_stage and stage == count - 1,
-            share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
-            position_embedding_type="rope",
-            rotary_base=rope_theta(hf),
+            share_embeddings_and_output_weights=shape.tied,
             parallel_output=True,
             vp_stage=virtual_stage,
+            **positions,
         )
         if gpt.post_process:
             gpt.output_layer.__class__ = DeferredHead
@@ -243,7 +227,7 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 
 def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> ModelShards:
-    """The model as the bridge sees it: parameter names with global layer and expert numbers."""
+    """The model as the bridge uses it: parameters by names with global layer and expert numbers."""
     parameters = {}
     for gpt in map(unwrap, model):
         first_expert = topology.ep_rank * (gpt.config.num_moe_experts or 0) // topology.ep_size
@@ -273,7 +257,8 @@ def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: i
 
 
 def _global_expert(part: str, before: str, first: int) -> str:
-    """A part of a parameter's name: the expert's number is after "local_experts", or (grouped) follows "weight"."""
+    """A part of a parameter's name, with the expert's global number. The number follows the part "local_experts", or,
+    in grouped products, the word "weight"."""
     if before == "local_experts":
         return str(int(part) + first)
     if part.startswith("weight") and part != "weight":

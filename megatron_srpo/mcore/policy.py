@@ -16,9 +16,9 @@ from megatron_srpo.core.tensors import LossFunction, ModelShards, PackedBatch, S
 from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
 from megatron_srpo.mcore.experts import router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.mcore.host_offload import HostOffload
 from megatron_srpo.mcore.model import build_model, model_shards
 from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
-from megatron_srpo.mcore.residence import HostResidence
 from megatron_srpo.mcore.shadow import WeightShadow
 from megatron_srpo.mcore.step import PipelineRunner
 
@@ -61,7 +61,7 @@ class Policy:
         self.runner = PipelineRunner(self.model, topology, vocab)
         self.shards = model_shards(self.model, topology, vocab)
         self.shadows = self._build_shadows(config) if trainable else {}
-        self._residence = HostResidence(topology.device)
+        self._residence = HostOffload(topology.device)
         # 8-bit products want token counts in multiples of 16.
         self.padding = row_padding(topology, config.parallel, tokens=1 if config.model.fp8 == "off" else 16)
 

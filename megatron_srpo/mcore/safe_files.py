@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files without letting them run code.
+"""Reads a checkpoint's files without letting them run code.
 
 Tensors and plain values go through torch's weights-only loader. The index of the distributed format is a pickle; it is
 read with an unpickler that knows the classes of such an index and no others. Megatron reads the same bytes with a plain
@@ -30,7 +30,7 @@ _KNOWN = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in _KNOWN:
             return super().find_class(module, name)
         found = getattr(torch, name, None) if module == "torch" else None
@@ -40,7 +40,8 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(directory: Path) -> Metadata:
-    """The index of a checkpoint in the distributed format. UserError if it names anything that is no part of one."""
+    """The index of a checkpoint in the distributed format. Raises UserError if it names a class that an index does not
+    need."""
     file = Path(directory) / INDEX
     try:
         with file.open("rb") as stream:
@@ -50,8 +51,8 @@ def read_index(directory: Path) -> Metadata:
 
 
 def refuse_objects(directory: Path) -> None:
-    """UserError if an entry of the index is an object where a tensor belongs: the distributed loader would unpickle it.
-    Transformer Engine's `_extra_state`, which Megatron's own checkpoints have, is never asked for."""
+    """Raise UserError if an entry of the index is an object and not a tensor: the distributed loader would unpickle it.
+    Transformer Engine's `_extra_state`, which Megatron's own checkpoints have, is never loaded."""
     entries = read_index(directory).state_dict_metadata
     wrong = [
         name for name, entry in entries.items()
@@ -62,7 +63,7 @@ def refuse_objects(directory: Path) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
-    """Tensors and plain values that torch.save wrote. UserError if the file holds anything else."""
+    """Tensors and plain values that torch.save wrote. Raises UserError if the file holds anything else."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:

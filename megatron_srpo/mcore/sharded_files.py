@@ -1,9 +1,9 @@
-"""Megatron's sharded checkpoint format, written and read a tensor at a time, without process groups.
+"""Writes and reads Megatron's sharded checkpoint format one tensor at a time, without process groups.
 
 A checkpoint in this format (torch_dist) is a folder: `metadata.json` names the format, `common.pt` holds plain data,
 `__R_N.distcp` are the chunks of all tensors, one `torch.save` record after another, and `.metadata` says which chunk
-of which tensor is where. Megatron's own functions write and read whole models at once, with all ranks there; what is
-written here is read by them, and the other way round.
+of which tensor is where. Megatron's own functions write and read whole models at once, on all ranks. They can read
+what is written here, and the other way round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config, save_config
@@ -34,12 +34,15 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.mcore.checkpoint import BACKEND, COMMON
 from megatron_srpo.mcore.safe_files import INDEX, read_index
 
-PIECE_BYTES = 2**20  # of a chunk that is read at once
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+PIECE_BYTES = 2**20  # how much of a chunk is read at a time
 
 
 @dataclass(frozen=True)
 class Written:
-    """One chunk: what it is of, where it is, its shape, and the whole tensor's dtype and shape."""
+    """One chunk: its tensor and offset, where it is, its shape, and the dtype and shape of the whole tensor."""
 
     index: MetadataIndex
     place: _StorageInfo
@@ -49,7 +52,7 @@ class Written:
 
 
 class RankFile:
-    """The file of one rank of the layout; a context manager. `written` is what `finish` needs."""
+    """The file of one rank of the layout; a context manager. `finish` needs what it has `written`."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.name = f"__{rank}_0.distcp"
@@ -63,7 +66,7 @@ class RankFile:
         self._stream.close()
 
     def add(self, tensor: ShardedTensor) -> None:
-        """Append one chunk. What it is a view of is not written."""
+        """Append one chunk. If it is a view, only its own values are written."""
         data = tensor.data.detach().view((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)).contiguous()
         if data.untyped_storage().nbytes() != data.nbytes:
             data = data.clone()
@@ -75,7 +78,7 @@ class RankFile:
 
 
 def finish(folder: Path, written: Iterable[Written], common: dict[str, Any]) -> None:
-    """Make the ranks' files a checkpoint: the index of all chunks, `common` (plain data), and the format's name.
+    """Complete the ranks' files to a checkpoint: write the index of all chunks, `common` (plain data), and the format.
 
     Trainers find no optimizer state in it and start at step 0.
     """
@@ -91,7 +94,7 @@ def finish(folder: Path, written: Iterable[Written], common: dict[str, Any]) -> 
 
 
 class ShardedReader:
-    """Reads any region of any tensor of a checkpoint; holds no more than what it returns and a piece of a chunk."""
+    """Reads any region of any tensor of a checkpoint. It holds what it returns and one piece of a chunk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,8 +134,10 @@ class ShardedReader:
         return target
 
     def _copy(self, record: _StorageInfo, sizes: torch.Size, taken: tuple[slice, ...], target: torch.Tensor) -> None:
-        """target ← chunk[taken]. Rows are read piece by piece, and only up to the last one that is wanted."""
-        axis = next((i for i, size in enumerate(sizes) if size > 1), len(sizes) - 1)  # before it there is one index
+        """target ← chunk[taken]. Rows are read piece by piece, up to the last one that is needed."""
+        axis = next(
+            (i for i, size in enumerate(sizes) if size > 1), len(sizes) - 1
+        )  # the axes before it have one index
         row = math.prod(sizes[axis + 1 :]) * target.dtype.itemsize
         step = max(1, PIECE_BYTES // max(1, row))
         target, rest = target[(0,) * axis], taken[axis + 1 :]
@@ -164,7 +169,7 @@ def _index(folder: Path) -> Metadata:
 
 
 class _Window(io.RawIOBase):
-    """The bytes [start, start + length) of a file, as a file."""
+    """The bytes [start, start + length) of a file, as a file object."""
 
     def __init__(self, stream: io.FileIO, start: int, length: int) -> None:
         self._stream, self._start, self._length, self._at = stream, start, length, 0
@@ -180,7 +185,7 @@ class _Window(io.RawIOBase):
         self._at = origin + offset
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)[: max(0, self._length - self._at)]
         self._stream.seek(self._start + self._at)
         count = self._stream.readinto(view) or 0
@@ -192,9 +197,9 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-def _raw(path: Path, record: _StorageInfo, size: int) -> Any:
-    """The tensor's bytes inside a `torch.save` record, which is a zip archive with checksums that compresses nothing.
-    Of the record's pickle nothing is read."""
+def _raw(path: Path, record: _StorageInfo, size: int) -> IO[bytes]:
+    """The tensor's bytes inside a `torch.save` record, which is a zip archive with checksums and without compression.
+    The record's pickle is not read."""
     try:
         archive = zipfile.ZipFile(_Window(path.open("rb", buffering=0), record.offset, record.length))
         (data,) = (entry for entry in archive.infolist() if "/data/" in entry.filename)
@@ -205,7 +210,7 @@ def _raw(path: Path, record: _StorageInfo, size: int) -> Any:
         raise _damaged(path, error) from None
 
 
-def _exactly(stream: Any, size: int, path: Path) -> bytes:
+def _exactly(stream: IO[bytes], size: int, path: Path) -> bytes:
     try:
         content = stream.read(size)
         if len(content) != size:

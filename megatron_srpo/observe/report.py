@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_srpo.algorithms.section import BY_NAME
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.observe.metrics import read_records
 
@@ -17,8 +18,8 @@ STUDENT_T = (
     12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,
 )  # fmt: skip
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2f6fb3", "#e07b26", "#3a923a", "#c23b3b", "#7d5fb2", "#8c8c8c"
-METHOD_COLOURS = {"grpo": BLUE, "sdpo": ORANGE, "srpo": GREEN, "mix": PURPLE}
-METHOD_NAMES = {"grpo": "GRPO", "sdpo": "SDPO", "srpo": "SRPO", "mix": "advantage mix"}
+METHOD_COLOURS = {name: method.colour for name, method in BY_NAME.items() if method.colour}
+METHOD_NAMES = {name: method.title for name, method in BY_NAME.items()}
 OTHER_COLOURS = (RED, GREY, "#8c564b", "#d66ba0", "#17a2b8")
 STYLE = {
     "font.size": 9,

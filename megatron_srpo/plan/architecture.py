@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.families import HfConfig, ModelShape, find_family
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
@@ -52,47 +52,23 @@ SHIPPED: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A dense or mixture-of-experts decoder with gated MLPs. Counts are elements, not bytes."""
+class Architecture(ModelShape):
+    """A model's shape, and the numbers of parameters that follow from it. With experts, all layers are taken to have
+    them. Families that we cannot train are planned as Llama."""
 
-    name: str
-    layers: int
-    hidden: int  # H
-    heads: int
-    groups: int  # key-value heads
-    head_dim: int  # d
-    ffn: int  # of a dense MLP; 0 where every layer has experts
-    vocab: int  # V
-    max_positions: int
-    tied: bool = False  # the output layer is the embedding
+    name: str = "model"
     qk_norm: bool = False
     qkv_bias: bool = False
-    experts: int = 0  # of a layer
-    experts_per_token: int = 0
-    expert_ffn: int = 0
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], name: str = "model") -> Architecture:
-        """From a config.json. With experts, all layers are taken to have them."""
-        heads, experts = hf["num_attention_heads"], hf.get("num_experts") or hf.get("num_local_experts") or 0
-        kind = hf["architectures"][0]
+    def from_hf(cls, hf: HfConfig, name: str = "model") -> Architecture:
+        """From a config.json. Raises KeyError where a number is missing."""
+        shape, family = ModelShape.from_hf(hf), find_family(hf)
+        settings = family.config(shape) if family else {}
         return cls(
-            name=name,
-            layers=hf["num_hidden_layers"],
-            hidden=hf["hidden_size"],
-            heads=heads,
-            groups=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            ffn=0 if experts else hf["intermediate_size"],
-            vocab=hf["vocab_size"],
-            max_positions=hf["max_position_embeddings"],
-            tied=bool(hf.get("tie_word_embeddings", False)),
-            qk_norm=kind.startswith("Qwen3"),
-            qkv_bias=kind.startswith("Qwen2") or bool(hf.get("attention_bias", False)),
-            experts=experts,
-            experts_per_token=hf.get("num_experts_per_tok", 0) if experts else 0,
-            expert_ffn=hf.get("moe_intermediate_size", 0) if experts else 0,
-        )
+            **asdict(replace(shape, ffn=0) if shape.experts else shape), name=name,
+            qk_norm=bool(settings.get("qk_layernorm")), qkv_bias=bool(settings.get("add_qkv_bias")),
+        )  # fmt: skip
 
     @property
     def query(self) -> int:

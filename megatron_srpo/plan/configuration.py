@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_srpo.algorithms.section import name_of
 from megatron_srpo.config import Config, contradictions, listed
 from megatron_srpo.config.load import to_toml_value
 from megatron_srpo.core.errors import ConfigError, UserError
@@ -50,10 +51,9 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
         "parallel": parallel,
         "data": {"train": "runs/data/train.jsonl", "kind": "mcq", "max_prompt_length": workload.prompt_max},
         "rollout": rollout,
-        "algorithm": {
-            "name": "srpo" if workload.distilled > 0 else "grpo",
-            "distillation_topk": workload.topk,
-        },
+        "algorithm": {"name": name_of(teacher=True), "distillation_topk": workload.topk}
+        if workload.distilled > 0
+        else {"name": name_of(teacher=False)},
         "teacher": {"max_prompt_length": workload.teacher_prompt_max, "offload": layout.shadow_on_host},
         "train": {
             "prompts_per_mini_batch": -(-workload.prompts // workload.steps),

@@ -1,31 +1,30 @@
-"""Rollout engines: prompts in, responses with the engine's own log-probs out, new weights every iteration.
+"""Rollout engines: prompts in, responses with the engine's own log-probs out, new weights in every iteration.
 
-    engine.py       the protocol, requests, sampling, seeds
-    environment.py  what must be set before vLLM is imported
-    colocated.py    vLLM inside the training ranks
-    vllm_engine.py  starting and stopping one vLLM engine
-    guest.py        what an engine changes in the trainer's process, put back
-    balance.py      which engine answers which request
-    cpu_worker.py   vLLM's CPU worker with shared memory names of our own (imported by vLLM)
-    servers.py      vLLM servers in processes of their own: the driver asks, and sends them the weights
-    fleet.py        which of them are fit, who answers what; restarts
-    http.py         what is said to one server, and what counts as an answer
-    server_process.py, guardian.py, guard.py   its process, what ends it with the trainer, who may ask it
-    ahead.py        the next batches, generated while this one trains
+    engine.py       the protocol of an engine, requests, sampling settings, seeds
+    balance.py      splits requests among engines
+    prefetcher.py   generates the next batches while this one trains
+    fleet.py        servers: which ones are usable, who answers a request, restarts
+    http.py         HTTP to one server
+    vllm/           the engine: everything that knows vLLM
 
-Importing this package imports no vLLM.
+The rest of the package imports engines from here only, so that another engine is one more folder beside vllm/ and a
+choice in this file. Importing this package imports no vLLM.
 """
 
-from megatron_srpo.rollout.colocated import ColocatedEngine
 from megatron_srpo.rollout.engine import GenerateRequest, RolloutEngine, RolloutError, SamplingSettings, request_seed
-from megatron_srpo.rollout.environment import prepare_environment
+from megatron_srpo.rollout.prefetcher import Prefetcher
+from megatron_srpo.rollout.vllm import ColocatedEngine, ServersEngine, become_server, prepare_environment, prompt_traces
 
 __all__ = [
     "ColocatedEngine",
     "GenerateRequest",
+    "Prefetcher",
     "RolloutEngine",
     "RolloutError",
     "SamplingSettings",
+    "ServersEngine",
+    "become_server",
     "prepare_environment",
+    "prompt_traces",
     "request_seed",
 ]

@@ -1,4 +1,4 @@
-"""Which engine answers which request."""
+"""Splits requests among engines."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from megatron_srpo.rollout.engine import GenerateRequest
 
 
 def split_requests(requests: Sequence[GenerateRequest], engines: int, max_tokens: int) -> list[list[GenerateRequest]]:
-    """Deal requests to engines: equal shares of prompt plus response tokens, neighbours together.
+    """One list of requests for each engine, with about equal numbers of prompt plus response tokens.
 
-    Requests are cut in (prompt, sample) order, so that the samples of a prompt mostly share an engine, and its prefix
-    cache. Responses are taken at their full length, which nobody knows beforehand. The result depends on the arguments
-    alone: every rank computes the same.
+    Requests are split in (prompt, sample) order, so that the samples of a prompt mostly share an engine and its prefix
+    cache. The length of a response is not known beforehand, so it counts as `max_tokens`. The result depends on the
+    arguments only: every rank computes the same.
     """
     ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
     costs = [len(request.token_ids) + max_tokens for request in ordered]

@@ -1,11 +1,11 @@
-"""What the trainer asks of a rollout engine, whatever runs it."""
+"""The protocol of a rollout engine: what the trainer asks, whichever engine answers."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -13,10 +13,20 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Rollout
 
 OnRollout = Callable[[Rollout], None]
+T = TypeVar("T")
+
+
+class Control(Protocol):
+    """The control channel between ranks, as far as engines use it."""
+
+    def share(self, compute: Callable[[], T]) -> T:
+        """Run `compute` on rank 0. Every rank gets its result, or raises its exception."""
+        ...
 
 
 class RolloutError(UserError):
-    """An engine that cannot start, or a request that it cannot serve: expected, got, cure."""
+    """An engine cannot start, or cannot serve a request. The message says what was expected, what came, and the
+    cure."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     max_tokens: int = 16
-    ignore_eos: bool = False  # go on to max_tokens (benchmarks)
+    ignore_eos: bool = False  # continue to max_tokens (benchmarks)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class GenerateRequest:
 
 
 def request_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
-    """A seed in 0 … 2⁶³−1 that depends on nothing else: not on the batch, the number of engines, or the process."""
+    """A seed in 0 … 2⁶³−1 that depends on its arguments only: not on the batch, the number of engines or the
+    process."""
     key = f"{run_seed}/{iteration}/{sample}/{uid}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
@@ -70,28 +81,29 @@ class RolloutEngine(Protocol):
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
         on_rollout: OnRollout | None = None,
     ) -> list[Rollout] | None:  # fmt: skip
-        """One Rollout a request, sorted by (prompt, sample), on global rank 0; None on the other ranks.
+        """One Rollout for each request, sorted by (prompt, sample), on global rank 0; None on the other ranks.
 
         Every rank passes the same requests. A seed gives the same response whatever else is in the batch. `on_rollout`
-        is called with each response when it is complete, while others are still being generated, on one of the ranks:
-        the one that has it first. It must be quick, and must not raise.
+        is called with each response when it is complete, while others are still being generated. It is called on one
+        rank, the one that has the response first. It must be quick, and must not raise.
         """
         ...
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take new weights: (Hugging Face name, full tensor), on every rank. Caches are dropped. Until the next publish
-        every iteration of `weights` must give the same: engines that are restarted get them again."""
+        """Load new weights, given as (Hugging Face name, full tensor) on every rank, and drop the caches. Until the
+        next publish every iteration of `weights` must give the same tensors: engines that are restarted get them
+        again."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What the log should know of the last `generate`, on the driver."""
+        """Metrics of the last `generate`, on rank 0."""
         ...
 
     def sleep(self) -> None:
-        """Free the device's memory until it is needed, where the device supports it: a publish takes back the weights'
-        alone, `generate` all of it."""
+        """Free the device's memory until it is needed, if the device supports it. A publish takes back the memory of
+        the weights only, `generate` all of it."""
         ...
 
     def close(self) -> None:
-        """Release everything; safe to call twice."""
+        """Release all resources. It is safe to call this twice."""
         ...

@@ -1,9 +1,9 @@
-"""The driver's view of its servers: which are fit, how much each has to do, and who answers what.
+"""Rank 0's view of its rollout servers: which are usable, how much work each has, and which one answers a request.
 
-Everything here runs in one event loop, in a thread of its own; `Fleet.run` and `Fleet.start` are called from outside.
+Everything here runs in one event loop, in a thread of its own. `Fleet.run` and `Fleet.start` are called from outside.
 
     starting ─► stale ─► ready ─► failed ─► starting …        a server that we started
-                  ▲________________│ (weights of another version)
+                  ▲________________│ (the wanted version changes: a publish)
 """
 
 from __future__ import annotations
@@ -15,89 +15,149 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, RolloutError, SamplingSettings
-from megatron_srpo.rollout.http import BadAnswer, ServerClient, ServerError, UnacceptableRequest
-from megatron_srpo.rollout.server_process import ServerProcess
+from megatron_srpo.rollout.http import BadAnswer, ServerError, UnacceptableRequest
 
-KEEP_TOGETHER = 8  # samples of one prompt stay on a server, for its prefix cache, until it is so many requests ahead
-ATTEMPTS = 4  # of one request, before it counts as the cause
-HEALTH_SECONDS = 1.0  # between two looks at a server
+KEEP_TOGETHER = 8  # a prompt's samples stay on one server, for its prefix cache, until it is this many requests ahead
+ATTEMPTS = 4  # failures of one request after which the request itself counts as their cause
+HEALTH_SECONDS = 1.0  # time between two health checks of a server
+
+T = TypeVar("T")
+ServerT = TypeVar("ServerT", bound="Server")
+
+
+class ServerClient(Protocol):
+    """What the fleet asks of a server. Calls raise ServerError, or UnacceptableRequest. Time-outs are in seconds."""
+
+    url: str
+
+    async def close(self) -> None: ...
+
+    async def health(self, timeout: float) -> None: ...
+
+    async def world_size(self, timeout: float) -> int:
+        """The number of the engine's workers."""
+        ...
+
+    async def weight_version(self) -> int | None:
+        """0 for the weights of the folder, None for others."""
+        ...
+
+    async def generate(
+        self, request: GenerateRequest, sampling: SamplingSettings, salt: str, decode: Callable[[list[int]], str]
+    ) -> Rollout | None:
+        """One response, or None when the server aborted it."""
+        ...
+
+
+class ServerProcess(Protocol):
+    """The process of a server that we started."""
+
+    url: str
+    fixed_port: int  # 0: any free port
+
+    def start(self) -> None: ...
+
+    def ended(self) -> str | None:
+        """How it ended, in words, or None while it runs."""
+        ...
+
+    def port_was_taken(self) -> bool: ...
+
+    def last_words(self) -> str:
+        """The last lines of its log that tell something, on one line."""
+        ...
+
+    def ask_to_stop(self) -> None: ...
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+        ...
+
+    def stop(self) -> None:
+        """`ask_to_stop`, then `wait`."""
+        ...
 
 
 @dataclass(eq=False)
 class Server:
-    """One engine. `version`: of its weights, None while unknown or mixed; it answers only at the wanted version."""
+    """One engine. `version` is that of its weights, None while it is unknown or mixed. A server gets requests only
+    while it has the wanted version."""
 
     name: str
     client: ServerClient
-    process: ServerProcess | None = None  # None: somebody else's
-    alive: bool = False  # answers, as far as we know
+    process: ServerProcess | None = None  # None: the server was started by somebody else
+    alive: bool = False  # it answers, as far as we know
     version: int | None = None
     world_size: int = 0
-    outstanding: int = 0  # tokens, prompt and longest response, of what it works on
-    jobs: set[asyncio.Task] = field(default_factory=set)
+    outstanding: int = 0  # tokens of the requests it works on: prompt and longest response
+    jobs: set[asyncio.Task[Rollout | None]] = field(default_factory=set)
     restarts: int = 0  # since it last answered a request
-    losses: int = 0  # in all
-    gone: bool = False  # given up
+    losses: int = 0  # how often it was lost in all
+    gone: bool = False  # we have given it up
     answered: int = 0
-    trouble: str = ""  # the last one
+    trouble: str = ""  # why it was lost last
 
 
 @dataclass(eq=False)
 class Job:
+    """One request on its way to an answer."""
+
     request: GenerateRequest
     sampling: SamplingSettings
     salt: str
     on_rollout: OnRollout | None
-    answer: asyncio.Future
+    answer: asyncio.Future[Rollout]
     attempts: list[str] = field(default_factory=list)
 
     @property
     def cost(self) -> int:
+        """Its tokens, if the response is of full length."""
         return len(self.request.token_ids) + self.sampling.max_tokens
 
 
-class Fleet:
-    """Starts, watches and restarts servers, and deals requests to them.
+class Fleet(Generic[ServerT]):
+    """Starts, watches and restarts servers, and distributes requests among them.
 
-    `say` takes a line for the user. `needs_weights(server)` is called, in the loop's thread, when a server has come up
-    with weights of another version than the wanted one. `exact`: every token must be of the wanted version.
+    `limit` is the number of requests that one server works on at a time. `say` takes a line for the user.
+    `needs_weights(server)` is called, in the loop's thread, when a server has come up with weights of another version
+    than the wanted one. With `exact`, a response with a token of another version counts as a failure.
     """
 
     def __init__(
-        self, servers: Sequence[Server], *, limit: int, exact: bool, timeout_s: float, start_timeout_s: float,
-        max_restarts: int, say: Callable[[str], None], needs_weights: Callable[[Server], None],
+        self, servers: Sequence[ServerT], *, limit: int, exact: bool, timeout_s: float, start_timeout_s: float,
+        max_restarts: int, say: Callable[[str], None], needs_weights: Callable[[ServerT], None],
         decode: Callable[[list[int]], str],
     ) -> None:  # fmt: skip
         self.servers = list(servers)
-        self.version = 0  # wanted
+        self.version = 0  # the wanted one
         self.restarted = self.retried = 0
         self._limit, self._exact, self._timeout, self._start_timeout = limit, exact, timeout_s, start_timeout_s
         self._max_restarts, self._say, self._needs_weights, self._decode = max_restarts, say, needs_weights, decode
         self._pending: deque[Job] = deque()
-        self._homes: dict[tuple[str, int], Server] = {}  # of a call's prompts
+        self._homes: dict[tuple[str, int], ServerT] = {}  # (salt of the call, prompt) → the server of its samples
         self._held = False
         self._closing = False
-        self._restarting: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="engine-servers", daemon=True)
         self._thread.start()
 
     # ---- from outside ------------------------------------------------------------------------------------------------
 
-    def start(self, work: Coroutine) -> Future:
+    def start(self, work: Coroutine[None, None, T]) -> Future[T]:
         """Begin `work` in the loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
-    def run(self, work: Coroutine) -> Any:
+    def run(self, work: Coroutine[None, None, T]) -> T:
         """The result of `work`, which runs in the loop."""
         return self.start(work).result()
 
     def close(self) -> None:
-        """End all servers that we started; safe to call twice."""
+        """End all servers that we started. It is safe to call this twice."""
         if self._closing:
             return
         self._closing = True
@@ -122,7 +182,7 @@ class Fleet:
     # ---- life of servers ---------------------------------------------------------------------------------------------
 
     async def bring_up(self) -> None:
-        """Start all, and wait until they answer. Raises RolloutError when one cannot."""
+        """Start all servers and wait until they answer. Raises RolloutError when one does not."""
         for server in self.servers:
             if server.process is not None:
                 server.process.start()
@@ -130,8 +190,8 @@ class Fleet:
         for server in self.servers:
             self._keep(asyncio.ensure_future(self._watch(server)))
 
-    async def _until_up(self, server: Server) -> None:
-        """Wait for a first answer; a port that was taken meanwhile is changed for another."""
+    async def _until_up(self, server: ServerT) -> None:
+        """Wait for the first answer. If another program has taken the port meanwhile, start again on another port."""
         process, deadline = server.process, asyncio.get_running_loop().time() + self._start_timeout
         while True:
             if process is not None:
@@ -146,7 +206,7 @@ class Fleet:
             try:
                 server.world_size = await server.client.world_size(timeout=5)
                 break
-            except UnacceptableRequest as error:  # it answers, and refuses us
+            except UnacceptableRequest as error:  # it answers, but refuses us
                 raise RolloutError(f"{server.name} at {server.client.url} refuses us: {error}") from error
             except ServerError as error:
                 if asyncio.get_running_loop().time() > deadline:
@@ -156,11 +216,11 @@ class Fleet:
                     ) from error
                 await asyncio.sleep(0.2)
         server.alive = True
-        # A given server may have the weights of an earlier run; ours has just loaded the folder.
+        # A server that we did not start may have the weights of an earlier run; ours has just loaded the folder.
         server.version = await server.client.weight_version() if process is None else 0
 
-    async def _watch(self, server: Server) -> None:
-        """Look at a server's process and health, as long as we use it."""
+    async def _watch(self, server: ServerT) -> None:
+        """Check a server's process and health until it is given up."""
         while not server.gone:
             await asyncio.sleep(HEALTH_SECONDS)
             if not server.alive:
@@ -174,8 +234,8 @@ class Fleet:
             if ended is not None and server.alive:
                 self.lost(server, ended)
 
-    def lost(self, server: Server, why: str) -> None:
-        """Give up on a server as it is: its requests go elsewhere, and it is started anew if it is ours."""
+    def lost(self, server: ServerT, why: str) -> None:
+        """A server has failed: its requests go to others, and it is started again if it is ours."""
         if not server.alive or self._closing:
             return
         server.alive, server.version, server.trouble = False, None, why
@@ -195,7 +255,7 @@ class Fleet:
             self._keep(asyncio.ensure_future(self._restart(server)))
         self._fail_if_none_left()
 
-    async def _restart(self, server: Server) -> None:
+    async def _restart(self, server: ServerT) -> None:
         if server.process is not None:
             await asyncio.to_thread(server.process.stop)
             server.process.start()
@@ -210,13 +270,13 @@ class Fleet:
             self._needs_weights(server)
         self.pump()
 
-    def _keep(self, task: asyncio.Task) -> None:
-        """Hold a reference: the loop itself holds none."""
-        self._restarting.add(task)
-        task.add_done_callback(self._restarting.discard)
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Hold a reference to a task: the event loop itself holds only a weak one."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def usable(self) -> list[Server]:
-        """Servers that answer, at whatever version."""
+    def usable(self) -> list[ServerT]:
+        """The servers that answer, at any version of the weights."""
         return [server for server in self.servers if server.alive and not server.gone]
 
     def _fail_if_none_left(self) -> None:
@@ -235,8 +295,8 @@ class Fleet:
     async def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, salt: str, on_rollout: OnRollout | None
     ) -> list[Rollout]:
-        """An answer to each request, sorted by (prompt, sample). `salt` separates this call's part of the prefix
-        cache: what an earlier call left there would change roundings."""
+        """An answer to each request, sorted by (prompt, sample). `salt` separates this call's entries in the prefix
+        cache, because entries of an earlier call would change roundings."""
         loop = asyncio.get_running_loop()
         ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
         jobs = [Job(request, sampling, salt, on_rollout, loop.create_future()) for request in ordered]
@@ -253,7 +313,7 @@ class Fleet:
             self._homes = {place: server for place, server in self._homes.items() if place[0] != salt}
 
     def hold(self) -> None:
-        """Send nothing more until `release`."""
+        """Send no further request until `release`."""
         self._held = True
 
     def release(self) -> None:
@@ -261,19 +321,19 @@ class Fleet:
         self.pump()
 
     async def finish_running(self) -> None:
-        """Wait until no server works on anything."""
+        """Wait until no server works on a request."""
         while running := [job for server in self.servers for job in server.jobs]:
             await asyncio.wait(running)
 
     async def abort_running(self) -> None:
-        """End what servers work on; it is asked for again later."""
+        """Cancel the requests that servers work on. They are sent again later."""
         for server in self.servers:
             for job in list(server.jobs):
                 job.cancel()
         await self.finish_running()
 
     def pump(self) -> None:
-        """Send what can be sent."""
+        """Send waiting requests to servers that have room for them."""
         while self._pending and not self._held:
             if self._pending[0].answer.done():  # cancelled
                 self._pending.popleft()
@@ -287,11 +347,12 @@ class Fleet:
                 server.client.generate(job.request, job.sampling, job.salt, self._decode)
             )  # fmt: skip
             server.jobs.add(task)
-            # A callback, not the task's own code: a task that is cancelled before it has begun runs none.
+            # A callback and not the task's own code, because a task that is cancelled before it starts runs no code.
             task.add_done_callback(partial(self._served, server, job))
 
-    def _choose(self, job: Job) -> Server | None:
-        """The server with the fewest outstanding tokens; the prompt's earlier one, if it is not far ahead."""
+    def _choose(self, job: Job) -> ServerT | None:
+        """The prompt's earlier server if it has not much more to do than others, else the one with the fewest
+        tokens."""
         ready = [
             server for server in self.usable() if server.version == self.version and len(server.jobs) < self._limit
         ]
@@ -300,13 +361,13 @@ class Fleet:
         least = min(ready, key=lambda server: server.outstanding)
         place = job.salt, job.request.prompt
         home = self._homes.get(place)
-        if home in ready and home.outstanding <= least.outstanding + KEEP_TOGETHER * job.cost:
+        if home is not None and home in ready and home.outstanding <= least.outstanding + KEEP_TOGETHER * job.cost:
             return home
         self._homes[place] = least
         return least
 
-    def _served(self, server: Server, job: Job, task: asyncio.Task) -> None:
-        """After one attempt: the job has an answer, an error, or is back in the queue."""
+    def _served(self, server: ServerT, job: Job, task: asyncio.Task[Rollout | None]) -> None:
+        """Called after one attempt: the job gets an answer or an error, or goes back into the queue."""
         server.jobs.discard(task)
         server.outstanding -= job.cost
         error = None if task.cancelled() else task.exception()
@@ -327,12 +388,12 @@ class Fleet:
             job.answer.set_result(rollout)
             if job.on_rollout is not None:
                 job.on_rollout(rollout)
-        if not job.answer.done():  # failed, cancelled, or aborted by the server: a publish
+        if not job.answer.done():  # it failed, or it was cancelled or aborted for a publish
             self._pending.appendleft(job)
             self._fail_if_none_left()
         self.pump()
 
-    def _note_failure(self, server: Server, job: Job, error: ServerError) -> None:
+    def _note_failure(self, server: ServerT, job: Job, error: ServerError) -> None:
         self.retried += 1
         job.attempts.append(f"{server.name}: {error}")
         if len(job.attempts) >= ATTEMPTS:

@@ -35,8 +35,8 @@ def _longest(config: Config) -> int:
 
 def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
     from megatron_srpo.bridge import Verifier
-    from megatron_srpo.bridge.wire import Sender, local_address
-    from megatron_srpo.rollout.servers import ServersEngine
+    from megatron_srpo.bridge.weight_stream import Sender, local_address
+    from megatron_srpo.rollout import ServersEngine
 
     rollout, device = config.rollout, session.topology.device
     cuda = device.type == "cuda"
@@ -56,6 +56,6 @@ def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngin
 def serve(config: Config, host: str, port: int) -> None:
     """Become a vLLM server for runs with this configuration; does not return."""
     from megatron_srpo.mcore.device import choose_device
-    from megatron_srpo.rollout.server_process import become_server
+    from megatron_srpo.rollout import become_server
 
     become_server(config, _longest(config), choose_device(config.run.device, 0).device.type, host, port)

@@ -1,4 +1,7 @@
-"""A training run and an evaluation on this rank, from beginning to end."""
+"""A training run and an evaluation on this rank, from beginning to end.
+
+Nothing heavy is imported before `open_session` has set the environment of the libraries.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,6 @@ from typing import TYPE_CHECKING
 from megatron_srpo.config import Config
 from megatron_srpo.core import exit_codes
 from megatron_srpo.core.protocols import Weights
-from megatron_srpo.run.assembly import build_exporter, build_parts, build_policy, build_scorer
-from megatron_srpo.run.engines import build_engine
-from megatron_srpo.run.generation import Evaluator
 from megatron_srpo.run.session import Session, open_session
 from megatron_srpo.run.stopping import StopRequest
 from megatron_srpo.run.timer import PhaseTimer
@@ -44,6 +44,7 @@ def _open_role(config: Config, session: Session, splits: tuple[str, ...], closin
 
 
 def _train(config: Config, session: Session, closing: ExitStack) -> int:
+    from megatron_srpo.run.assembly import build_parts, build_scorer
     from megatron_srpo.trainer import Trainer
 
     control = session.control
@@ -93,9 +94,12 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
 
 def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
     """Evaluate model.path, or a checkpoint of ours, on a split; prints the metrics as JSON on rank 0."""
-    from megatron_srpo import checkpoints
-
     with open_session(config) as session, ExitStack() as closing:
+        from megatron_srpo import checkpoints
+        from megatron_srpo.run.assembly import build_scorer
+        from megatron_srpo.run.engines import build_engine
+        from megatron_srpo.run.generation import Evaluator
+
         control = session.control
         role = _open_role(config, session, (split,), closing)
         scorer = build_scorer(config, session, role, closing)
@@ -115,6 +119,7 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
 def _evaluated_weights(config: Config, session: Session, folder: Path | None) -> Iterable:
     """The weights of one of our checkpoints, or of model.path, in Hugging Face names."""
     from megatron_srpo.mcore import checkpoint
+    from megatron_srpo.run.assembly import build_exporter, build_policy
 
     policy = build_policy(config, session, trainable=False)
     if folder is not None:

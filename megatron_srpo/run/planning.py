@@ -1,4 +1,4 @@
-"""The plan command: a search over layouts, a configuration of the best one, or a rehearsal of a given configuration."""
+"""The plan command: a search over layouts, a configuration of the best one, or a check of a given configuration."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _check(positions: int, workload: Workload) -> None:
         raise UserError("plan: a mean length is above its maximum: lower --response-mean or --prompt-mean")
 
 
-# ---- the rehearsal ---------------------------------------------------------------------------------------------------
+# ---- the check of a configuration ------------------------------------------------------------------------------------
 
 
 def check(config_file: Path, gpus: int, overrides: list[str], model: str | None) -> int:
@@ -111,7 +111,7 @@ def check(config_file: Path, gpus: int, overrides: list[str], model: str | None)
     if problems:
         raise UserError(listed(f"{config_file} on {gpus} GPUs", problems))
     from megatron_srpo.bridge.inventory import stage_inventory
-    from megatron_srpo.mcore.rehearsal import rehearse
+    from megatron_srpo.mcore.meta_model import meta_ranks
 
     console, stages, layers = _console(), {}, []
     table = Table(title=f"{arch.name} on {gpus} GPUs, each distinct rank built on the meta device")
@@ -123,7 +123,7 @@ def check(config_file: Path, gpus: int, overrides: list[str], model: str | None)
     row = config.train.max_tokens_per_gpu * arch.hidden * itemsize
     tensor_split = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
     handed = row / tensor_split if config.parallel.pipeline_model_parallel_size > 1 else 0
-    for built in rehearse(config, hf, gpus):
+    for built in meta_ranks(config, hf, gpus):
         found = stage_inventory(built.shards, hf)
         count = sum(parameter.numel() for parameter in built.shards.parameters.values())
         if stages.setdefault(built.stage, found.tensors) != found.tensors:

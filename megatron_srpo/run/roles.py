@@ -93,9 +93,9 @@ class Driver:
         config, (loader,) = self._config, self._loaders
         requests, sampling = _requests(config), training_sampling(config)
         if config.rollout.max_staleness:
-            from megatron_srpo.rollout.ahead import Ahead
+            from megatron_srpo.rollout import Prefetcher
 
-            engine = loader = Ahead(
+            engine = loader = Prefetcher(
                 engine, loader, requests, sampling, batches=config.rollout.max_staleness, start=start,
                 total=config.run.iterations,
             )  # fmt: skip

@@ -33,7 +33,7 @@ def open_session(config: Config) -> Iterator[Session]:
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.control import Control
     from megatron_srpo.mcore.device import choose_device
-    from megatron_srpo.rollout.environment import prepare_environment
+    from megatron_srpo.rollout import prepare_environment
 
     path = choose_device(config.run.device, groups.local_rank())
     prepare_environment(path.device.type)  # before vLLM is imported

@@ -101,14 +101,14 @@ def _check_memory(folder: str, place: dict, bucket_bytes: int) -> None:
     for size in (bucket_bytes, 10**9):
         gathered.clear()
         exporter = Exporter(shards, read_config(folder), bucket_bytes=size)
-        buckets = [bucket for bucket in exporter._buckets if bucket[0].copies > 1]
+        buckets = [bucket for bucket in exporter.buckets if bucket[0].copies > 1]
         begun = []
         for _ in exporter.items():
             assert sum(storage() is not None for storage in alive) <= 2
             begun.append(len(gathered))
         assert max(gathered) <= size
         assert len(buckets) == len(gathered)
-        if len(buckets) == len(exporter._buckets):  # the second is on its way once the first begins to be consumed
+        if len(buckets) == len(exporter.buckets):  # the second is on its way once the first begins to be consumed
             assert begun[:2] == [1, min(2, len(buckets))]
         times.append(len(gathered))
     assert times[0] > times[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_srpo.config.model_folder import expert_layers
+from megatron_srpo.families import ModelShape
 from tests.distributed.test_policy import VOCAB, _policy, _rows, logprobs, scored, train_and_report
 from tests.distributed_harness import run_distributed
 from tests.routed_reference import count_choices, hub_names, load
@@ -180,4 +180,4 @@ def test_the_layers_with_experts_are_transformers(step, dense):
     config = Qwen3MoeConfig(**sizes, num_experts_per_tok=2, decoder_sparse_step=step, mlp_only_layers=dense)
     with torch.device("meta"):
         layers = Qwen3MoeForCausalLM(config).model.layers
-    assert expert_layers(config.to_dict()) == [hasattr(layer.mlp, "experts") for layer in layers]
+    assert ModelShape.from_hf(config.to_dict()).expert_layers == [hasattr(layer.mlp, "experts") for layer in layers]

@@ -119,6 +119,7 @@ def returns_from_the_host(policy):
 def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | None = None) -> dict:
     """`other`: a checkpoint of another layout at the same point of training, to go on from at the end."""
     from megatron_srpo.bridge import Exporter, read_config
+    from megatron_srpo.core.metrics import Mean
     from megatron_srpo.mcore import checkpoint
 
     policy = _policy(model, parallel)
@@ -126,7 +127,7 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
 
     def loss(given, row):
         value = -logprobs(given, row).sum() / 96
-        return value, {"loss": torch.stack([value.detach() * 96, value.new_tensor(float(row.targets.numel()))])}
+        return value, {"loss": Mean(value.detach() * 96, value.new_tensor(float(row.targets.numel())))}
 
     before = scored(policy, rows)
     norms, losses = [], []

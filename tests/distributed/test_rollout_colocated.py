@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
 from megatron_srpo.core.records import Rollout
-from megatron_srpo.rollout.environment import SHARED_MEMORY, shared_memory_name
+from megatron_srpo.rollout.vllm.environment import SHARED_MEMORY, shared_memory_name
 from tests.distributed_harness import run_distributed
 from tests.tiny_engines import SAMPLED, VOCAB, largest_error, tiny_engine, tiny_requests
 from tests.tiny_models import make_tiny_model

@@ -14,7 +14,7 @@ import torch
 
 from megatron_srpo.bridge import BridgeError
 from megatron_srpo.rollout import RolloutError, SamplingSettings
-from megatron_srpo.rollout.servers import ServersEngine
+from megatron_srpo.rollout.vllm.servers import ServersEngine
 from tests.tiny_engines import (
     GREEDY,
     SAMPLED,

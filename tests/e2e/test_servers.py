@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_srpo.core.exit_codes import STOPPED
-from megatron_srpo.rollout.environment import COMMON, CPU
+from megatron_srpo.rollout.vllm.environment import COMMON, CPU
 from tests.e2e.test_training import CONFIG, REWARD, ROOT, torchrun
 from tests.tiny_models import make_tiny_model
 

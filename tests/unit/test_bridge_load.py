@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_srpo.bridge import BridgeError, Exporter, family_of, load_hf_weights, read_config, weight_table
+from megatron_srpo.bridge import BridgeError, Exporter, load_hf_weights, read_config, weight_table
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.families import family_of
 from tests.tiny_models import make_tiny_model
 from tests.tiny_shards import empty_shards
 
@@ -164,10 +166,10 @@ def test_an_expert_without_a_rule_is_refused_with_the_nearest(folders, part, nea
 
 
 def test_an_unknown_architecture_is_refused_with_the_supported_ones():
-    with pytest.raises(BridgeError, match=r"'Qwen3NextForCausalLM'.*LlamaForCausalLM, Qwen2ForC.*nearest"):
+    with pytest.raises(UserError, match=r"'Qwen3NextForCausalLM'.*Qwen2ForCausalLM, LlamaForC.*nearest"):
         family_of({"architectures": ["Qwen3NextForCausalLM"]})
     assert family_of({"model_type": "llama"}).name == "llama"
-    with pytest.raises(BridgeError, match="None"):
+    with pytest.raises(UserError, match="None"):
         family_of({})
 
 

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_srpo.algorithms.section import NAMES
 
 PACKAGE = "megatron_srpo"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 
 EVERYTHING = None
-BASE = {"core", "config"}
+BASE = {"core", "config", "families"}
 # Rooms (a module or a folder directly under the package) and what they may import; all others, future ones included,
 # may import BASE and what is in their own folder.
 ALLOWED = {
     "core": set(),
     "algorithms": {"core"},
-    "config": {"core", "algorithms"},
+    "families": {"core"},
+    "config": {"core", "algorithms", "families"},
     "losses": BASE | {"algorithms"},
     "batching": BASE | {"algorithms"},
     "observe": BASE | {"algorithms"},
     "plan": BASE | {"algorithms"},
     "trainer": BASE | {"batching", "observe"},
     "conversion": BASE | {"bridge", "mcore", "checkpoints"},  # Hugging Face's names in Megatron's files
-    "comparison": BASE | {"batching", "bridge", "mcore"},
+    "comparison": BASE | {"batching", "bridge", "mcore", "rollout"},
+    "rollout": BASE | {"bridge"},  # engines load and verify what the bridge exports
     "run": EVERYTHING,  # builds the parts and starts them
     "torchrun": {"run"},  # the name by which users start it
     "__main__": {"run"},
@@ -32,7 +38,7 @@ ALLOWED = {
 # Foreign packages that only these places may import; everything else is tested without them.
 FOREIGN = {
     "megatron": ("mcore/",),
-    "vllm": ("rollout/", "bridge/worker.py", "bridge/worker_layers.py", "bridge/worker_transfer.py"),
+    "vllm": ("rollout/vllm/",),
     "wandb": ("observe/",),
 }
 
@@ -107,6 +113,8 @@ def test_the_package_itself_imports_nothing_heavy():
         ("trainer.py", "def f():\n    import megatron.core.optimizer", "megatron.core"),
         ("mcore/step.py", "import vllm", "vllm"),
         ("bridge/rules.py", "from vllm import LLM", "vllm"),
+        ("rollout/fleet.py", "from vllm import LLM", "vllm"),
+        ("families/llama.py", "import megatron_srpo.config", "config"),
         ("algorithms/routing.py", "import importlib\nimportlib.import_module('wandb')", "wandb"),
         ("trainer.py", "class A:\n    def f(self):\n        if 1:\n            import wandb.sdk", "wandb.sdk"),
     ],
@@ -126,10 +134,43 @@ def test_a_forbidden_import_is_found(path, source, offender):
         ("trainer.py", "from megatron_srpo.batching.passes import BatchPasses"),
         ("run/launch.py", "from megatron_srpo.mcore.policy import Policy"),
         ("mcore/step.py", "from megatron.core import parallel_state"),
-        ("bridge/worker.py", "import vllm"),
+        ("rollout/vllm/weight_loader.py", "import vllm"),
         ("observe/trackers.py", "def f():\n    import wandb"),
         ("config/schema.py", "from megatron_srpo import __version__"),
     ],
 )
 def test_an_allowed_import_is_not_found(path, source):
     assert violations(path, source) == []
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not path.startswith("rollout/")])
+def test_engines_are_imported_from_the_package_rollout_alone(path):
+    """So that another engine beside vLLM is the work of one room."""
+    parts = Path(path).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    module = ".".join([PACKAGE, *(parts[:-1] if is_package else parts)])
+    found = imported_modules((ROOT / path).read_text(encoding="utf-8"), module, is_package=is_package)
+    assert not [name for name in found if name.startswith(f"{PACKAGE}.rollout.vllm")]
+
+
+def test_the_configuration_is_read_without_torch():
+    """A wrong configuration is refused in the first second."""
+    code = "import sys, megatron_srpo.config, megatron_srpo.families; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
+
+
+def algorithm_names(source: str) -> list[str]:
+    """Texts in `source` that are the name of an algorithm."""
+    texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return [text for text in texts if text in NAMES]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not path.startswith("algorithms/")])
+def test_nothing_outside_the_algorithms_asks_for_an_algorithms_name(path):
+    found = algorithm_names((ROOT / path).read_text(encoding="utf-8"))
+    # The name of a run is the project's by default.
+    assert found == (["srpo"] if path == "config/schema.py" else []), f"{path} names {found}"
+
+
+def test_a_name_of_an_algorithm_is_found():
+    assert algorithm_names("if algorithm.name != 'grpo':\n    pass") == ["grpo"]

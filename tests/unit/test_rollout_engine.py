@@ -9,7 +9,7 @@ import torch
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, request_seed
-from megatron_srpo.rollout.vllm_engine import check_model
+from megatron_srpo.rollout.vllm.settings import check_model
 from tests.tiny_engines import (
     EOS,
     GREEDY,

@@ -15,9 +15,17 @@ import pytest
 import torch
 
 from megatron_srpo.config import RolloutConfig
-from megatron_srpo.rollout import ColocatedEngine, RolloutError, environment, prepare_environment
-from megatron_srpo.rollout.environment import COMMON, CPU, SOCKETS, remove_leftovers, shared_memory_name, unlink_blocks
-from megatron_srpo.rollout.vllm_engine import check_model
+from megatron_srpo.rollout import ColocatedEngine, RolloutError, prepare_environment
+from megatron_srpo.rollout.vllm import environment
+from megatron_srpo.rollout.vllm.environment import (
+    COMMON,
+    CPU,
+    SOCKETS,
+    remove_leftovers,
+    shared_memory_name,
+    unlink_blocks,
+)
+from megatron_srpo.rollout.vllm.settings import check_model
 from tests.tiny_engines import GREEDY, VOCAB, tiny_engine, tiny_requests
 from tests.tiny_models import make_tiny_model
 
@@ -129,7 +137,7 @@ def test_vllms_sockets_are_in_a_folder_that_goes_with_the_process_or_with_the_ne
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         temporary, expected = (tmp_path / ("x" * 60), Path("/tmp")) if long else (Path(short), Path(short))
         program = (
-            "import os, socket, tempfile; from megatron_srpo.rollout.environment import SOCKETS, prepare_environment;"
+            "import os, socket, tempfile; from megatron_srpo.rollout.vllm.environment import *;"
             f"tempfile.tempdir = {str(temporary)!r}; prepare_environment('cuda');"
             "socket.socket(socket.AF_UNIX).bind(os.path.join(os.environ[SOCKETS], 36 * 's'));"
             "print(os.environ[SOCKETS], flush=True);"
@@ -156,6 +164,7 @@ def model(tmp_path):
 
     def check(tensor_parallel_size=1, max_model_len=64, device="cpu", **changes):
         config = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 32, "hidden_size": 384}
+        config |= {"num_hidden_layers": 2, "vocab_size": 100}
         config |= {"intermediate_size": 120, "max_position_embeddings": 128} | changes
         (tmp_path / "config.json").write_text(json.dumps(config))
         check_model(str(tmp_path), RolloutConfig(tensor_parallel_size=tensor_parallel_size), max_model_len, device)

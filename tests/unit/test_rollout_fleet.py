@@ -19,13 +19,20 @@ import pytest
 from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.core.exit_codes import STOPPED
 from megatron_srpo.core.records import Rollout
-from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, server_process
-from megatron_srpo.rollout.environment import COMMON, CPU
+from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
-from megatron_srpo.rollout.guard import TOKEN_VARIABLE
-from megatron_srpo.rollout.http import BadAnswer, ServerClient, read_answer
-from megatron_srpo.rollout.server_process import ServerProcess, become_server, check_address, server_environment
-from megatron_srpo.rollout.vllm_engine import EngineSettings
+from megatron_srpo.rollout.http import BadAnswer
+from megatron_srpo.rollout.vllm import parent_watcher, server_process
+from megatron_srpo.rollout.vllm.client import VllmClient, read_answer
+from megatron_srpo.rollout.vllm.environment import COMMON, CPU
+from megatron_srpo.rollout.vllm.server_process import (
+    VllmServerProcess,
+    become_server,
+    check_address,
+    server_environment,
+)
+from megatron_srpo.rollout.vllm.settings import EngineSettings
+from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 from tests.fake_server import answer, damaged
 from tests.tiny_models import make_tiny_model
 
@@ -56,8 +63,8 @@ def fleet_of(tmp_path, monkeypatch) -> Callable:
             file.write_text("".join(f"{start}\n" for start in starts))
             made = EngineSettings(str(file), "", "float32", RolloutConfig(), 100, 0, "cpu", "")
             environment = server_environment(TOKEN, None, 1)
-            process = ServerProcess(made, environment, "127.0.0.1", port, tmp_path / f"server-{number}.log")
-            client = ServerClient("", TOKEN, request_timeout_s=settings.pop("request_s", 60), control_timeout_s=20)
+            process = VllmServerProcess(made, environment, "127.0.0.1", port, tmp_path / f"server-{number}.log")
+            client = VllmClient("", TOKEN, request_timeout_s=settings.pop("request_s", 60), control_timeout_s=20)
             servers.append(Server(f"server {number}", client, process))
         options = {"limit": 4, "exact": True, "timeout_s": 20, "start_timeout_s": PATIENCE, "max_restarts": 2}
         fleet = Fleet(
@@ -242,7 +249,7 @@ def test_a_port_of_the_configuration_that_is_taken_is_one_message(fleet_of):
 
 def test_a_server_of_somebody_else_is_one_message(tmp_path, fleet_of):
     with fleet_of([]) as (fleet, _):
-        client = ServerClient(fleet.servers[0].client.url, "wrong", request_timeout_s=5, control_timeout_s=5)
+        client = VllmClient(fleet.servers[0].client.url, "wrong", request_timeout_s=5, control_timeout_s=5)
         stranger = Fleet(
             [Server("server 0", client)], limit=1, exact=True, timeout_s=5, start_timeout_s=5, max_restarts=0,
             say=[].append, needs_weights=lambda server: None, decode=str,
@@ -278,12 +285,12 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from megatron_srpo.config import Config, RolloutConfig
-from megatron_srpo.rollout import server_process
-from megatron_srpo.rollout.vllm_engine import EngineSettings
+from megatron_srpo.rollout.vllm import server_process
+from megatron_srpo.rollout.vllm.settings import EngineSettings
 server_process.server_arguments = lambda made, host, port: ["-m", "tests.fake_server", host, str(port), "none"]
 made = EngineSettings("", "", "float32", RolloutConfig(), 1, 0, "cpu", "")
 environment = server_process.server_environment("token", None, 1)
-server = server_process.ServerProcess(made, environment, "127.0.0.1", 0, Path({log!r}))
+server = server_process.VllmServerProcess(made, environment, "127.0.0.1", 0, Path({log!r}))
 server.start()
 print(server.pid, flush=True)
 sys.stdin.read()
@@ -295,8 +302,8 @@ def test_servers_end_with_a_trainer_that_is_killed(tmp_path):
     trainer = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    guardian = psutil.Process(int(trainer.stdout.readline()))
-    processes = [guardian, *guardian.children(recursive=True)]
+    watcher = psutil.Process(int(trainer.stdout.readline()))
+    processes = [watcher, *watcher.children(recursive=True)]
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.wait(PATIENCE)
     assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
@@ -331,7 +338,7 @@ def test_a_server_for_others_has_the_environment_that_a_runs_own_has(tmp_path, m
     monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
     become_server(config, 32, "cpu", "127.0.0.1", server_process.free_port("127.0.0.1"))
     ((_, command, environment),) = started
-    assert command[3:6] == [str(server_process.GUARDIAN), "--alone", sys.executable]
+    assert command[3:6] == [str(parent_watcher.__file__), "--alone", sys.executable]
     wanted = COMMON | CPU | {"VLLM_LOGGING_LEVEL": "WARNING", TOKEN_VARIABLE: TOKEN}
     assert wanted.items() <= environment.items()
     assert int(environment["OMP_NUM_THREADS"]) == len(os.sched_getaffinity(0))
@@ -351,11 +358,11 @@ time.sleep(600)
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_server_for_others_ends_whole_with_the_process_that_holds_it(how):
-    command = server_process.guarded("--alone", sys.executable, "-c", FAMILY)
+    command = server_process.watched("--alone", sys.executable, "-c", FAMILY)
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     grandchild = psutil.Process(int(holder.stdout.readline()))
     family = psutil.Process(holder.pid).children(recursive=True)
-    assert grandchild in family and len(family) == 3  # guardian, server, the server's own
+    assert grandchild in family and len(family) == 3  # watcher, server, the server's own
     holder.send_signal(how)
     assert psutil.wait_procs(family, PATIENCE)[1] == []
     assert holder.wait(PATIENCE) == (-how if how == signal.SIGKILL else STOPPED)
@@ -363,5 +370,5 @@ def test_a_server_for_others_ends_whole_with_the_process_that_holds_it(how):
 
 
 def test_the_exit_code_of_a_server_for_others_is_its_own():
-    command = server_process.guarded("--alone", sys.executable, "-c", "exit(3)")
+    command = server_process.watched("--alone", sys.executable, "-c", "exit(3)")
     assert subprocess.run(command, check=False).returncode == 3

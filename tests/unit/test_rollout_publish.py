@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_srpo.bridge import BridgeError
-from megatron_srpo.bridge.worker import Ledger
-from megatron_srpo.bridge.worker_layers import Packed, is_loaded_in_place, packed_layers
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest
+from megatron_srpo.rollout.vllm.layer_loading import PackedLayers, is_loaded_in_place, packed_layers
+from megatron_srpo.rollout.vllm.weight_loader import LoadChecksums
 from tests.tiny_engines import (
     LONG,
     SAMPLED,
@@ -141,23 +141,23 @@ def test_a_bit_that_flips_on_the_way_is_found_and_its_tensor_named(running, whol
 def test_a_parameter_that_the_engine_loads_wrongly_is_found(running, whole, monkeypatch):
     """vLLM's loader mixes up two layers: everything has arrived, and is in the wrong place."""
     first, second = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
-    receive = Ledger.receive
+    receive = LoadChecksums.receive
 
-    def swapped(ledger, name, tensor):
-        receive(ledger, name, tensor)
+    def swapped(checksums, name, tensor):
+        receive(checksums, name, tensor)
         if name in (first, second):
             other = dict(whole)[second if name == first else first]
             tensor.copy_(other.clone())
 
     items = [(name, tensor.clone()) for name, tensor in whole]
-    monkeypatch.setattr(Ledger, "receive", swapped)
+    monkeypatch.setattr(LoadChecksums, "receive", swapped)
     with pytest.raises(BridgeError, match=r"engine 0 does not hold in 'model.layers.0.mlp.down_proj.weight' what it"):
         publish(running, items)
 
 
 def test_layers_are_packed_one_by_one_and_no_embedding_is(running, whole, monkeypatch):
     publish(running, weights(running.old).items())
-    model, pack, layers = engine_model(running.engine), Packed._pack, packed(running.engine)
+    model, pack, layers = engine_model(running.engine), PackedLayers._pack, packed(running.engine)
     assert model.model.embed_tokens not in layers
     loaded = []
 
@@ -165,7 +165,7 @@ def test_layers_are_packed_one_by_one_and_no_embedding_is(running, whole, monkey
         loaded.append(sum(other.weight.numel() > 0 for other in layers if other is not model.lm_head))
         pack(self, layer)
 
-    monkeypatch.setattr(Packed, "_pack", counting)
+    monkeypatch.setattr(PackedLayers, "_pack", counting)
     publish(running, whole)
     assert len(loaded) == len(layers)
     assert not layers or (max(loaded), loaded[-1]) == (2, 0)  # by name o_proj comes amid q, k and v; the head is last

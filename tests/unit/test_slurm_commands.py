@@ -14,7 +14,7 @@ import pytest
 
 from megatron_srpo.config import load_config
 from megatron_srpo.core.exit_codes import DONE, MISTAKE
-from megatron_srpo.rollout.guard import TOKEN_VARIABLE
+from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 from slurm import commands, launch, serve
 from slurm.job import BrokenJob, Job, job_from, parse
 

@@ -1,0 +1,208 @@
+"""vLLM engines inside the training ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.bridge import Verifier
+from megatron_srpo.bridge.verify import Report
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.core.records import Rollout
+from megatron_srpo.rollout.balance import split_requests
+from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, RolloutError, SamplingSettings, check_lengths
+from megatron_srpo.rollout.vllm.environment import shared_memory_name, unlink_blocks
+from megatron_srpo.rollout.vllm.process_state import preserved_generators
+from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model
+from megatron_srpo.rollout.vllm.start import start_engine, stop_engine
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+SLEEPERS = ("weights", "kv_cache")  # vLLM's tags of the memory that it gives back while it sleeps
+
+
+class ColocatedEngine:
+    """A RolloutEngine on the training ranks: rollout.tensor_parallel_size consecutive ranks are one engine.
+
+    Making one is collective. Without a torch.distributed world it is a single engine in this process. `control_group`
+    is a gloo group over all ranks, which carries token ids, log-probs and text. `device` is "cpu" or "cuda".
+    `tokenizer` is the tokenizer's folder if it is not `hf_dir`. Call prepare_environment first.
+    """
+
+    def __init__(
+        self, *, hf_dir: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
+        control_group: dist.ProcessGroup | None = None, device: str = "cpu", tokenizer: str = "",
+        verifier: Verifier | None = None,
+    ) -> None:  # fmt: skip
+        self._control, self._device, self._max_model_len = control_group, device, max_model_len
+        self._owns_world = not dist.is_initialized()
+        self._rank, world = (0, 1) if self._owns_world else (dist.get_rank(), dist.get_world_size())
+        if not self._owns_world and "RANK" not in os.environ:
+            raise RolloutError(
+                "torch.distributed runs, but RANK is not set: the ranks must be torchrun's (or set its variables). Is "
+                "another engine open in this process? Close it first."
+            )
+        self._size = size = rollout.tensor_parallel_size
+        if world % size:
+            raise RolloutError(
+                f"rollout.tensor_parallel_size = {size} does not divide the {world} rank(s): every engine is a group "
+                "of that many. Choose a divisor, or start another number of processes."
+            )
+        check_model(str(hf_dir), rollout, max_model_len, device)
+        self._engines, self._engine, self._is_leader = world // size, self._rank // size, self._rank % size == 0
+        name = shared_memory_name(self._pids(world)[self._engine * size])
+        settings = EngineSettings(
+            str(hf_dir), str(tokenizer or hf_dir), dtype, rollout, max_model_len, seed, device, name
+        )
+        self._engine_llm: LLM | None = start_engine(settings)
+        if size > 1:
+            unlink_blocks(name)
+        self._tokenizer = self._llm.get_tokenizer()
+        self._asleep: set[str] = set()  # of SLEEPERS
+        self._half_published = False
+        self._verifier = verifier or Verifier(0)
+        self.weight_version = 0
+
+    def _pids(self, world: int) -> list[int]:
+        pids = [os.getpid()] * world
+        if world > 1:
+            dist.all_gather_object(pids, os.getpid(), group=self._control)
+        return pids
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        on_rollout: OnRollout | None = None,
+    ) -> list[Rollout] | None:  # fmt: skip
+        """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
+        if self._half_published:
+            raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
+        check_lengths(requests, sampling, self._max_model_len)
+        self._wake(*SLEEPERS)
+        mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
+        try:
+            answers, error = self._run(mine, sampling, on_rollout if self._is_leader else None), None
+        except Exception as failure:
+            if self._size > 1:  # this engine's other ranks wait inside vLLM and never reach the gather: end the job
+                raise
+            answers, error = [], failure  # the other ranks wait in the gather and must learn of the error there
+        found = self._gather(answers if self._is_leader else [], error)
+        return None if found is None else sorted(found, key=lambda rollout: (rollout.prompt, rollout.sample))
+
+    def _run(
+        self, requests: list[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None
+    ) -> list[Rollout]:
+        """The answers of this rank's engine, in the order in which they are complete."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        if not requests:
+            return []
+        # Cache entries of an earlier call would change roundings, and a resumed run has no earlier call.
+        self._reset_cache()
+        engine, answers = self._llm.llm_engine, []
+        asked = {str(number): request for number, request in enumerate(requests)}
+        with preserved_generators(self._device):
+            for number, request in asked.items():
+                parameters = SamplingParams(
+                    temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                    max_tokens=sampling.max_tokens, ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
+                    flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                )  # fmt: skip
+                engine.add_request(number, {"prompt_token_ids": request.token_ids}, parameters)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    answers.append(self._rollout(asked.pop(output.request_id), output))
+                    if on_rollout is not None:
+                        on_rollout(answers[-1])
+        assert not asked, f"vLLM left {len(asked)} requests without an answer"
+        return answers
+
+    def _rollout(self, request: GenerateRequest, output: RequestOutput) -> Rollout:
+        (answer,) = output.outputs
+        ids, logprobs = list(answer.token_ids), list(answer.logprobs.logprobs)
+        if len(ids) != len(logprobs) or answer.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM returned {len(ids)} tokens, {len(logprobs)} log-probs and finish_reason "
+                f"{answer.finish_reason!r} for prompt {request.prompt}, sample {request.sample}"
+            )
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Rollout(
+            request.prompt, request.sample, ids, logprobs, text, answer.finish_reason, self.weight_version
+        )  # fmt: skip
+
+    def _gather(self, answers: list[Rollout], error: Exception | None) -> list[Rollout] | None:
+        """All answers on rank 0, None elsewhere. A failure of any rank is raised on that rank and on rank 0."""
+        mine = answers, repr(error) if error else None
+        parts: list[tuple[list[Rollout], str | None]] | None = [mine]
+        if not self._owns_world:
+            parts = [mine] * dist.get_world_size() if self._rank == 0 else None
+            dist.gather_object(mine, parts, dst=0, group=self._control)
+        if error is not None:
+            raise error
+        if parts is None:
+            return None
+        failed = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(parts) if why]
+        if failed:
+            raise RuntimeError(f"generation failed on {'; '.join(failed)}")
+        return [answer for answers, _ in parts for answer in answers]
+
+    def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See RolloutEngine. The worker takes the tensors one by one, and copies them only into its own weights.
+
+        Raises BridgeError when the tensors are not those of the engine's model. After a failure the engine refuses to
+        generate until a whole publish has succeeded.
+        """
+        self._half_published = True
+        self._wake("weights")
+        verify = self._verifier.begin()
+        items = self._verifier.record(weights) if verify else iter(weights)
+        reports = self._llm.collective_rpc("publish_weights", args=(items, verify))
+        if verify:
+            self._compare(reports[0])
+        self._reset_cache()
+        self.weight_version, self._half_published = version, False
+
+    def _compare(self, report: Report) -> None:
+        """Every rank compares all engines, so that all ranks raise the same error."""
+        reports = [report]
+        if not self._owns_world:
+            reports = reports * dist.get_world_size()
+            dist.all_gather_object(reports, report, group=self._control)
+        for engine in range(self._engines):
+            mine = reports[engine * self._size : (engine + 1) * self._size]
+            self._verifier.compare(f"engine {engine}", mine)
+
+    def _reset_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM's prefix cache is in use and cannot be reset: requests are still running")
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def sleep(self) -> None:
+        """Move the weights to the host and drop the cache. On a CPU nothing happens."""
+        if self._device == "cuda" and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = set(SLEEPERS)
+
+    def _wake(self, *parts: str) -> None:
+        """Give the parts that sleep their memory back."""
+        sleeping = [part for part in parts if part in self._asleep]
+        if sleeping:
+            self._llm.wake_up(tags=sleeping)
+            self._asleep -= set(sleeping)
+
+    @property
+    def _llm(self) -> LLM:
+        assert self._engine_llm is not None, "the engine is closed"
+        return self._engine_llm
+
+    def close(self) -> None:
+        """Collective, like the constructor. The trainer's own process groups stay."""
+        if self._engine_llm is not None:
+            llm, self._engine_llm = self._engine_llm, None
+            stop_engine(llm)

@@ -1,0 +1,29 @@
+"""vLLM's CPU worker with shared memory names that belong to one run. vLLM imports this module by its name."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+SHARED_MEMORY_NAME = "shared_memory_name"  # a key of vLLM's additional_config
+
+
+class NamedCPUWorker(CPUWorker):
+    """Gives the shared memory blocks of a tensor-parallel engine a name of our own.
+
+    vLLM names them after the last part of the rendezvous address. Under an external launcher that is the same for every
+    job of the machine ("env://"), so a second job, or the leftovers of a killed one, make the start fail with errno 17.
+    The process group exists already, so the address is free to carry our name.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,
+    ) -> None:
+        if distributed_init_method.startswith("env:"):
+            distributed_init_method += f":{vllm_config.additional_config[SHARED_MEMORY_NAME]}"
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)

@@ -1,0 +1,116 @@
+"""Prepares the environment before vLLM is imported, and removes what a killed run may have left behind."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import glob
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets; an address has 107 characters at most
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "msrpo"
+LONGEST_FOLDER = 107 - len("/") - 36  # <sys/un.h> takes 107 bytes for the path of a socket, whose name is a UUID
+
+COMMON = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and takes weights without copies
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",  # models and tokenizers are folders
+    "TOKENIZERS_PARALLELISM": "false",
+}
+CPU = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would put the engines of all ranks on the same cores
+    "TORCHDYNAMO_DISABLE": "1",  # compiling costs more than small models gain
+}
+
+
+def prepare_environment(device: str) -> None:
+    """Set vLLM's variables for `device` ("cpu" or "cuda") unless the user has set them, and remove the leftovers of
+    killed runs.
+
+    Call it before anything imports vLLM. On a CPU it also limits the threads, so that all ranks of the machine together
+    use no more threads than there are cores: more threads are slower by an order of magnitude.
+    """
+    for name, value in (COMMON | CPU if device == "cpu" else COMMON).items():
+        os.environ.setdefault(name, value)
+    _own_socket_folder()
+    if device != "cpu":
+        return
+    # Every rank would log that Triton cannot compile for CPUs, which nothing here needs.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM logs where it binds memory
+    if os.environ["TORCHDYNAMO_DISABLE"] == "1" and "torch._dynamo.config" in sys.modules:
+        sys.modules["torch._dynamo.config"].disable = True  # it reads the variable only when it is imported
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
+        torch.set_num_threads(max(1, cores // ranks))
+    remove_leftovers()
+
+
+def _own_socket_folder() -> None:
+    """Give vLLM a folder for its sockets that is removed with this process: it leaves one socket at every start.
+
+    The folder is in the temporary folder, or in /tmp when the temporary folder's name is too long for a socket."""
+    places = list(dict.fromkeys((Path(tempfile.gettempdir()), Path("/tmp"))))
+    for place in places:
+        remove_leftovers(place)
+    if SOCKETS in os.environ:
+        return
+    folders = [place / f"{shared_memory_name(os.getpid())}-sockets" for place in places]
+    folder = next((folder for folder in folders if len(os.fsencode(folder)) <= LONGEST_FOLDER), None)
+    if folder is None:
+        return
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.environ[SOCKETS] = str(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def shared_memory_name(pid: int) -> str:
+    """The first part of the names of an engine's shared memory blocks: host, process namespace and process id. A later
+    run can tell from it whether their owner is alive, and two runs on one machine never use the same name."""
+    return f"{PREFIX}.{_machine()}.{pid}"
+
+
+def _machine() -> str:
+    """Identifies this host and process namespace, outside of which a process id means nothing."""
+    namespace = "0"
+    with contextlib.suppress(OSError):
+        namespace = str(os.stat("/proc/self/ns/pid").st_ino)
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}-{namespace}"
+
+
+def remove_leftovers(folder: Path = SHARED_MEMORY) -> list[str]:
+    """Remove shared memory, or entries of another folder, that our dead processes left. Returns the names.
+
+    It removes only entries that have our own name, belong to this user, were made in this process namespace, and whose
+    process is gone. Other entries, also those with vLLM's own names, may be in use.
+    """
+    ours = re.compile(rf".?{PREFIX}\.{re.escape(_machine())}\.(\d+)-.*")
+    removed = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = ours.fullmatch(path.name)
+        with contextlib.suppress(OSError):
+            if found and path.stat().st_uid == os.getuid() and not Path(f"/proc/{found[1]}").exists():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed.append(path.name)
+    return removed
+
+
+def unlink_blocks(name: str, folder: Path = SHARED_MEMORY) -> None:
+    """Unlink the blocks of a running engine: its processes have mapped them and keep them, and a crash leaves
+    nothing."""
+    for path in folder.glob(f"*{glob.escape(name)}-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()

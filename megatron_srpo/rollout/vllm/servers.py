@@ -1,0 +1,352 @@
+"""A rollout engine of vLLM servers in processes of their own: rank 0 asks them, and sends them the weights."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import urllib.parse
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_srpo.bridge import Verifier
+from megatron_srpo.bridge.weight_stream import Sender
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.core.records import Rollout
+from megatron_srpo.rollout.engine import Control, GenerateRequest, OnRollout, SamplingSettings, check_lengths
+from megatron_srpo.rollout.fleet import Fleet, Server
+from megatron_srpo.rollout.http import ServerError, UnacceptableRequest, results_or_errors
+from megatron_srpo.rollout.vllm.client import VllmClient
+from megatron_srpo.rollout.vllm.server_process import VllmServerProcess, server_environment, visible_devices
+from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model
+from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+Answers = Future[list[Rollout]]
+
+
+@dataclass(eq=False)
+class VllmServer(Server):
+    """A server of the fleet, whose client knows vLLM's routes."""
+
+    client: VllmClient
+
+
+@dataclass
+class Transfer:
+    """One publish on its way to some servers."""
+
+    key: str
+    version: int
+    servers: list[VllmServer]
+    updates: dict[str, Future[Any]]  # server's name → the call to /update_weights
+
+
+class ServersEngine:
+    """A RolloutEngine whose engines are HTTP servers, which rank 0 starts unless rollout.servers names running ones.
+
+    Making one is collective, but only rank 0 has servers. `make_sender(host)` makes rank 0's end of the weight streams
+    to servers on that host. `logs` is a folder. `decode` turns response ids into text and `say` takes a line for the
+    user; both are used on rank 0 only, and may be None elsewhere.
+    """
+
+    def __init__(
+        self, *, hf_dir: str, tokenizer: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
+        device: str, control: Control, make_sender: Callable[[str], Sender], verifier: Verifier, logs: Path,
+        decode: Callable[[list[int]], str] | None, say: Callable[[str], None] | None,
+    ) -> None:  # fmt: skip
+        self._rollout, self._control, self._max_model_len = rollout, control, max_model_len
+        self._verifier, self._verify = verifier, False
+        self._settings = EngineSettings(hf_dir, tokenizer or hf_dir, dtype, rollout, max_model_len, seed, device)
+        # Servers that need weights, and None when all answers of a call have come.
+        self._events: queue.SimpleQueue[VllmServer | None] = queue.SimpleQueue()
+        self._weights: Weights = ()
+        self._calls = 0
+        self._metrics: dict[str, float] = {}
+        self._transfer: Transfer | None = None  # the last one, on rank 0
+        self._losses_at_join: dict[str, int] = {}  # server's name → Server.losses when its workers joined
+        self._half_published = False
+        self._fleet: Fleet[VllmServer] | None = None
+        self.weight_version = 0
+        control.share(lambda: self._open(logs, make_sender, decode, say))
+
+    def _open(
+        self, logs: Path, make_sender: Callable[[str], Sender], decode: Callable[[list[int]], str] | None,
+        say: Callable[[str], None] | None,
+    ) -> None:  # fmt: skip
+        """On rank 0: start the servers, or find those that run already."""
+        assert decode is not None and say is not None, "rank 0 decodes and talks to the user"
+        rollout = self._rollout
+        check_model(self._settings.hf_dir, rollout, self._max_model_len, self._settings.device)
+        servers = self._running_servers() if rollout.servers else self._own_servers(logs)
+        self._sender = make_sender(host_of(rollout.servers[0]) if rollout.servers else rollout.server_host)
+        self._fleet = Fleet(
+            servers, limit=rollout.max_num_seqs, exact=rollout.max_staleness == 0,
+            timeout_s=rollout.server_timeout_seconds, start_timeout_s=rollout.server_start_seconds,
+            max_restarts=rollout.max_server_restarts, say=say, needs_weights=self._events.put, decode=decode,
+        )  # fmt: skip
+        try:
+            self._fleet.run(self._fleet.bring_up())
+        except BaseException:
+            self._fleet.close()
+            raise
+
+    def _client(self, url: str, token: str) -> VllmClient:
+        return VllmClient(
+            url, token, request_timeout_s=self._rollout.request_timeout_seconds,
+            control_timeout_s=self._rollout.server_timeout_seconds,
+        )  # fmt: skip
+
+    def _running_servers(self) -> list[VllmServer]:
+        token = os.environ.get(TOKEN_VARIABLE, "")
+        urls = [url.rstrip("/") for url in self._rollout.servers]
+        return [VllmServer(f"server {i}", self._client(url, token)) for i, url in enumerate(urls)]
+
+    def _own_servers(self, logs: Path) -> list[VllmServer]:
+        rollout, cpu = self._rollout, self._settings.device == "cpu"
+        token = secrets.token_urlsafe(32)
+        workers = rollout.num_servers * rollout.tensor_parallel_size
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        servers = []
+        for i in range(rollout.num_servers):
+            devices = None if cpu else visible_devices(i, rollout.tensor_parallel_size, rollout.server_devices)
+            environment = server_environment(token, devices, threads if cpu else None)
+            port = rollout.server_port and rollout.server_port + i
+            log = logs / f"server-{i}.log"
+            process = VllmServerProcess(self._settings, environment, rollout.server_host, port, log)
+            servers.append(VllmServer(f"server {i}", self._client("", token), process))
+        return servers
+
+    # ---- responses ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
+    ) -> list[Rollout] | None:
+        """See RolloutEngine. Servers that fail meanwhile are restarted and given the weights, by all ranks together.
+
+        Raises RolloutError for a prompt that leaves no room for `max_tokens`, and when no server is left.
+        """
+        return self.collect(self.submit(requests, sampling, on_rollout))
+
+    def submit(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
+    ) -> Answers | None:
+        """On rank 0: begin to generate. `collect` waits for the answers. Other ranks get None."""
+        check_lengths(requests, sampling, self._max_model_len)
+        if self._half_published:
+            raise RuntimeError("the last publish failed: no engine has whole weights. Publish again first.")
+        if self._fleet is None:
+            return None
+        self._calls += 1
+        salt = f"{secrets.token_hex(4)}-{self._calls}"
+        answers = self._fleet.start(self._fleet.generate(requests, sampling, salt, on_rollout))
+        answers.add_done_callback(lambda _: self._events.put(None))
+        return answers
+
+    def collect(self, answers: Answers | None) -> list[Rollout] | None:
+        """The answers to what was submitted, sorted by (prompt, sample), on rank 0; None on other ranks. Collective."""
+        while names := self._control.share(lambda: self._next_event(answers)):
+            self._send_weights(names)
+        if answers is None:
+            return None
+        rollouts = answers.result()
+        self._mark_stale(rollouts)
+        return rollouts
+
+    def _next_event(self, answers: Answers | None) -> list[str]:
+        """On rank 0: wait until a server needs weights, or all answers have come. Returns the server's name, or no
+        name at the end."""
+        assert answers is not None
+        while not answers.done():
+            server = self._events.get()
+            if server is not None and server.alive and server.version != self.weight_version:
+                return [server.name]
+        answers.result()  # an error is raised here, and so on every rank
+        return []
+
+    def _mark_stale(self, rollouts: list[Rollout]) -> None:
+        """Mark the rollouts that are older than allowed: they are left out of the loss."""
+        ages = [self.weight_version - rollout.weight_version for rollout in rollouts]
+        for rollout, age in zip(rollouts, ages, strict=True):
+            rollout.stale = age > self._rollout.max_staleness
+        self._metrics = {
+            "rollout/staleness_mean": sum(ages) / max(1, len(ages)),
+            "rollout/staleness_max": max(ages, default=0),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        fleet = self._on_rank_0()
+        return self._metrics | {"rollout/server_restarts": fleet.restarted, "rollout/retried_requests": fleet.retried}
+
+    def _on_rank_0(self) -> Fleet[VllmServer]:
+        assert self._fleet is not None, "only rank 0 has servers"
+        return self._fleet
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """See RolloutEngine. `weights` is iterated again for every server that is restarted before the next publish,
+        and must give the same tensors each time, so it cannot be an iterator.
+
+        Raises BridgeError when the tensors are not those of the engines' model, or did not arrive as they were. A
+        server that fails is restarted; it gets no requests until a whole publish has reached it.
+        """
+        if iter(weights) is weights:
+            raise ValueError("publish() needs weights that can be iterated again, got an iterator")
+        self._half_published = True
+        self._weights, self.weight_version, self._verify = weights, version, self._verifier.begin()
+        self._control.share(self._settle_requests)
+        self._send_weights(None)
+        self._half_published = False
+        if self._fleet is not None:
+            self._fleet.loop.call_soon_threadsafe(self._fleet.release)
+
+    def _settle_requests(self) -> None:
+        """Let requests in flight finish, abort them (they are sent again later), or leave them to be paused."""
+        fleet, mode = self._on_rank_0(), self._rollout.in_flight
+
+        async def settle() -> None:
+            fleet.hold()
+            fleet.version = self.weight_version
+            if mode == "finish":
+                await fleet.finish_running()
+            elif mode == "abort":
+                await fleet.abort_running()
+
+        fleet.run(settle())
+
+    def _send_weights(self, names: list[str] | None) -> None:
+        """Send the weights to the servers of these names, or to all that answer. Collective."""
+        self._control.share(lambda: self._begin_transfer(names))
+        failed: dict[str, str] = {}
+        if self._transfer is None:
+            for _ in self._weights:  # making them is collective
+                pass
+        else:
+            weights = self._verifier.record(self._weights) if self._verify else self._weights
+            failed = self._sender.send([server.name for server in self._transfer.servers], weights)
+        self._control.share(lambda: self._finish_transfer(failed))
+
+    def _begin_transfer(self, names: list[str] | None) -> None:
+        """On rank 0: pause the servers, join their workers if they have not joined, and let them wait for weights."""
+        fleet = self._on_rank_0()
+        self._calls += 1
+        servers = [server for server in fleet.usable() if names is None or server.name in names]
+        for server in servers:
+            server.version = None
+        mode = "keep" if self._rollout.in_flight == "pause" else "abort"
+        self._call_all(servers, lambda server: server.client.call("POST", "/pause", mode=mode))
+        for server in servers:
+            if server.alive and not self._has_joined(server):
+                self._join(server)
+        self._call_all(servers, lambda server: server.client.call("POST", "/start_weight_update"))
+        ready = [server for server in servers if server.alive and self._has_joined(server)]
+        key = f"report/{self._calls}"
+        body = {"update_info": {"report": key, "verify": self._verify}}
+        updates = {
+            server.name: fleet.start(
+                server.client.call("POST", "/update_weights", body=body, timeout=self._rollout.request_timeout_seconds)
+            )
+            for server in ready
+        }
+        self._transfer = Transfer(key, self.weight_version, ready, updates)
+
+    def _call_all(self, servers: list[VllmServer], call: Callable[[VllmServer], Coroutine[Any, Any, object]]) -> None:
+        """Make the same call to all servers that are alive. A server whose call fails is lost."""
+        alive = [server for server in servers if server.alive]
+        results = self._on_rank_0().run(results_or_errors([call(server) for server in alive]))
+        for server, result in zip(alive, results, strict=True):
+            if isinstance(result, ServerError | UnacceptableRequest):
+                self._lose(server, str(result))
+            elif isinstance(result, BaseException):
+                raise result
+
+    def _lose(self, server: VllmServer, why: str) -> None:
+        self._sender.leave(server.name)
+        fleet = self._on_rank_0()
+
+        async def lose() -> None:
+            fleet.lost(server, why)
+
+        fleet.run(lose())
+
+    def _has_joined(self, server: VllmServer) -> bool:
+        """Whether the workers of its current process have joined a group with us."""
+        return self._sender.has_group(server.name) and self._losses_at_join.get(server.name) == server.losses
+
+    def _join(self, server: VllmServer) -> None:
+        self._losses_at_join[server.name] = server.losses
+        address = self._sender.new_address(server.name, server.world_size)
+        body = {"init_info": {"group": asdict(address)}}
+        answer = self._on_rank_0().start(server.client.call("POST", "/init_weight_transfer_engine", body=body))
+        try:
+            self._sender.join(server.name, address)
+            answer.result()
+        except (RuntimeError, ServerError, UnacceptableRequest) as error:
+            self._lose(server, f"its workers did not join for the weights: {error}")
+
+    def _finish_transfer(self, failed: dict[str, str]) -> None:
+        """On rank 0: check that every server has loaded all weights, and let it continue."""
+        transfer = self._transfer
+        assert transfer is not None
+        try:
+            for server in transfer.servers:
+                self._check(server, transfer, failed.get(server.name))
+        except Exception:  # a server refused the weights, or has wrong ones: all stay paused until another publish
+            calls = [server.client.call("POST", "/finish_weight_update") for server in transfer.servers]
+            self._on_rank_0().run(results_or_errors(calls))
+            raise
+        done = [server for server in transfer.servers if server.alive]
+        body = {"weight_version": str(transfer.version)}
+        self._call_all(done, lambda server: server.client.call("POST", "/finish_weight_update", body=body))
+        self._call_all(done, lambda server: server.client.call("POST", "/reset_prefix_cache"))
+        self._call_all(done, lambda server: server.client.call("POST", "/resume"))
+        for server in done:
+            if server.alive:
+                server.version = transfer.version
+        fleet = self._on_rank_0()
+        fleet.loop.call_soon_threadsafe(fleet.pump)
+
+    def _check(self, server: VllmServer, transfer: Transfer, failure: str | None) -> None:
+        """Wait until the server has loaded all weights. A server that fails is lost; wrong weights raise
+        BridgeError."""
+        try:
+            if failure is not None:
+                raise RuntimeError(failure)
+            self._wait_until_loaded(server, transfer)
+        except (RuntimeError, ServerError, UnacceptableRequest) as error:
+            self._lose(server, f"the publish of version {transfer.version} failed: {error}")
+
+    def _wait_until_loaded(self, server: VllmServer, transfer: Transfer) -> None:
+        """The workers' own reports say more than the HTTP status, so their errors are raised first."""
+        timeout_s = self._rollout.server_timeout_seconds
+        try:  # all tensors have been sent: only the last layer is still to be loaded
+            failure = transfer.updates[server.name].exception(timeout_s)
+        except TimeoutError:
+            raise RuntimeError(f"it has not loaded them {timeout_s:g} s after the last was sent") from None
+        reports = [self._sender.report(server.name, transfer.key, worker) for worker in range(server.world_size)]
+        if failure is not None:
+            raise failure
+        if self._verify:
+            checksums = [report.get("checksums") if report else None for report in reports]
+            self._verifier.compare(server.name, [found for found in checksums if found is not None])
+
+    # ---- the rest ----------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Does nothing: servers have devices of their own."""
+
+    def close(self) -> None:
+        """End the servers that we started. Not collective."""
+        if self._fleet is not None:
+            self._fleet.close()
+
+
+def host_of(url: str) -> str:
+    """The host in a server's address."""
+    return urllib.parse.urlsplit(url).hostname or ""

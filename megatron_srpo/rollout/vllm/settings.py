@@ -1,0 +1,107 @@
+"""What a vLLM engine is started with: our settings, and the arguments of vLLM that follow from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_srpo.bridge import BridgeError, read_config
+from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config.check import CPU_HEAD_DIMS
+from megatron_srpo.families import ModelShape
+from megatron_srpo.rollout.engine import RolloutError
+
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+Arguments = dict[str, "str | int | float | bool | dict[str, str]"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The settings of one engine. `shared_memory` names its blocks (tensor-parallel engines on CPUs)."""
+
+    hf_dir: str
+    tokenizer: str
+    dtype: str
+    rollout: RolloutConfig
+    max_model_len: int
+    seed: int
+    device: str
+    shared_memory: str = ""
+
+
+def qualified_name(cls: type) -> str:
+    """The dotted name by which another process imports a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device: str) -> None:
+    """Refuse a model that vLLM would refuse deep inside its start. Raises RolloutError."""
+    try:
+        shape = ModelShape.from_hf(read_config(hf_dir))
+    except BridgeError as error:
+        raise RolloutError(str(error)) from None
+    size = rollout.tensor_parallel_size
+    if device == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
+        raise RolloutError(
+            f"the model in {hf_dir} has head_dim {shape.head_dim}: on a CPU, vLLM takes "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model, or a GPU."
+        )
+    heads, groups, ffn = shape.heads, shape.groups, shape.ffn
+    if heads % size or ffn % size or (groups % size and size % groups):
+        raise RolloutError(
+            f"rollout.tensor_parallel_size = {size} does not fit the model in {hf_dir}: it must divide the {heads} "
+            f"attention heads and intermediate_size ({ffn}), and divide the {groups} key-value heads or be a multiple "
+            "of them. Choose another."
+        )
+    step = rollout.max_num_batched_tokens
+    if device == "cpu" and 0 < step < max_model_len:
+        raise RolloutError(
+            f"rollout.max_num_batched_tokens = {step}: on a CPU vLLM cannot cut a prompt into parts, so expected 0 or "
+            f"at least data.max_prompt_length + rollout.max_response_length = {max_model_len}. Raise it, or lower one "
+            "of those."
+        )
+    if shape.max_positions and max_model_len > shape.max_positions:
+        raise RolloutError(
+            f"prompt and response together may be {max_model_len} tokens long, the model in {hf_dir} ends at "
+            f"{shape.max_positions} (max_position_embeddings): lower data.max_prompt_length or "
+            "rollout.max_response_length."
+        )
+
+
+def engine_arguments(settings: EngineSettings) -> Arguments:
+    """The arguments that an engine in this process and a server share, by their Python names."""
+    rollout, cpu = settings.rollout, settings.device == "cpu"
+    arguments: Arguments = {
+        "model": settings.hf_dir,
+        "tokenizer": settings.tokenizer,
+        "dtype": settings.dtype,
+        "seed": settings.seed,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": rollout.max_num_seqs,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "enforce_eager": rollout.enforce_eager or (cpu and os.environ.get("TORCHDYNAMO_DISABLE") == "1"),
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from, after temperature
+    }
+    if rollout.max_num_batched_tokens:
+        arguments["max_num_batched_tokens"] = rollout.max_num_batched_tokens
+    if cpu:
+        # After a part of a prompt vLLM takes back a step of the request's generator, which a CPU generator cannot do.
+        arguments["enable_chunked_prefill"] = False
+        arguments["kv_cache_memory_bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
+    else:
+        arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+    return arguments
+
+
+def command_line(arguments: Mapping[str, object]) -> list[str]:
+    """The same arguments as options of vLLM's command line: --name=value, and --name or --no-name for a switch."""
+    options = []
+    for name, value in arguments.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            options.append(f"--{option}={value}")
+    return options

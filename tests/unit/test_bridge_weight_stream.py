@@ -1,0 +1,169 @@
+"""The stream of weights, over real gloo groups whose ranks are threads of this process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
+
+import pytest
+import torch
+
+from megatron_srpo.bridge import BridgeError
+from megatron_srpo.bridge import weight_stream as module
+from megatron_srpo.bridge.weight_stream import Group, Sender, local_address, pack, receive_stream, unpack
+
+CPU = torch.device("cpu")
+PATIENCE = 30
+
+
+def items() -> list[tuple[str, torch.Tensor]]:
+    """Odd shapes and dtypes; small ones between large ones; a view that is not contiguous."""
+    draw = torch.Generator().manual_seed(0)
+    found = [
+        ("scalar", torch.tensor(2.5)), ("odd", torch.randn(3, 5, generator=draw).bfloat16()),
+        ("large", torch.randn(40, 50, generator=draw)), ("turned", torch.randn(7, 9, generator=draw).T),
+        ("bytes", torch.arange(13, dtype=torch.uint8)), ("double", torch.randn(4, generator=draw).double()),
+    ]  # fmt: skip
+    return found + [(f"norm.{i}", torch.randn(17, generator=draw)) for i in range(6)]
+
+
+def same(found: list[tuple[str, torch.Tensor]]) -> bool:
+    expected = items()
+    return [name for name, _ in found] == [name for name, _ in expected] and all(
+        ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        for (_, ours), (_, theirs) in zip(found, expected, strict=True)
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    monkeypatch.setattr(module, "PACKED_BYTES", 200)
+
+
+def test_packed_tensors_are_unpacked_bit_for_bit_and_small_ones_share_a_buffer():
+    packed = list(pack(items()))
+    assert same([pair for header, flat in packed for pair in unpack(header, flat, CPU)])
+    assert 4 < len(packed) < len(items())
+    assert max(flat.numel() for header, flat in packed if header.count("[[") and header.count("],") > 1) <= 200
+
+
+def test_a_large_tensor_is_sent_without_a_copy():
+    (_, large) = items()[2]
+    _, flat = next(iter(pack([("large", large)])))
+    assert flat.data_ptr() == large.data_ptr()
+
+
+@pytest.fixture
+def engines(request):
+    """A sender, and two engines of two workers each, whose ends `receive` takes."""
+    patience = getattr(request, "param", PATIENCE)
+    sender = Sender("127.0.0.1", timeout_s=patience, backend="gloo", device=CPU)
+    with ThreadPoolExecutor(4) as pool:
+        ends: dict[str, list[Future]] = {}
+        for name in ("a", "b"):
+            address = sender.new_address(name, 2)
+            ends[name] = [pool.submit(Group, address, rank, CPU) for rank in (1, 2)]
+            sender.join(name, address)
+        groups = {name: [end.result(PATIENCE) for end in found] for name, found in ends.items()}
+
+        def receive(name: str, work: Callable[[Group], object]) -> list[Future]:
+            return [pool.submit(work, group) for group in groups[name]]
+
+        yield sender, receive, groups
+
+
+def everything(group: Group) -> bool:
+    return same([(name, tensor.clone()) for name, tensor in receive_stream(group, CPU)])
+
+
+def results(futures: list[Future]) -> list:
+    return [future.result(PATIENCE) for future in futures]
+
+
+def test_every_worker_of_every_engine_gets_everything_again_and_again(engines):
+    sender, receive, _ = engines
+    for _ in range(2):
+        futures = receive("a", everything) + receive("b", everything)
+        assert sender.send(["a", "b"], items()) == {}
+        assert results(futures) == [True] * 4
+
+
+def test_one_engine_alone_can_be_sent_to(engines):
+    sender, receive, _ = engines
+    futures = receive("b", everything)
+    assert sender.send(["b"], items()) == {} and results(futures) == [True, True]
+
+
+def test_an_engine_that_leaves_half_way_is_named_and_the_other_gets_everything(engines):
+    sender, receive, _ = engines
+
+    def leave(group: Group) -> None:
+        group.receive()
+        del group._group  # closes its connections
+
+    leaving, staying = receive("a", leave), receive("b", everything)
+    failed = sender.send(["a", "b"], items())
+    assert list(failed) == ["a"] and "peer" in failed["a"]
+    assert results(leaving) == [None, None] and results(staying) == [True, True]
+    assert not sender.has_group("a") and sender.has_group("b")
+
+
+@pytest.mark.parametrize("engines", [1.0], indirect=True, ids=["one second"])
+def test_an_engine_that_hangs_half_way_is_named_and_the_other_gets_everything(engines):
+    sender, receive, _ = engines
+    over = Event()
+
+    def hang(group: Group) -> None:
+        group.receive()
+        over.wait()
+
+    def count(group: Group) -> int:
+        return sum(1 for _ in receive_stream(group, CPU))
+
+    hanging, going_on = receive("a", hang), receive("b", count)
+    large = [(str(i), torch.zeros(16 * 2**20, dtype=torch.uint8)) for i in range(4)]  # more than sockets hold
+    failed = sender.send(["a", "b"], large)
+    over.set()
+    assert list(failed) == ["a"] and "imed out" in failed["a"]
+    assert results(hanging) == [None, None] and results(going_on) == [4, 4]
+
+
+def test_when_the_export_fails_every_worker_hears_why(engines):
+    sender, receive, _ = engines
+
+    def broken():
+        yield from items()[:4]
+        raise ZeroDivisionError("in the export")
+
+    futures = receive("a", everything)
+    with pytest.raises(ZeroDivisionError, match="in the export"):
+        sender.send(["a"], broken())
+    for future in futures:
+        with pytest.raises(BridgeError, match="the trainer stopped sending: ZeroDivisionError: in the export"):
+            future.result(PATIENCE)
+    futures = receive("a", everything)
+    assert sender.send(["a"], items()) == {} and results(futures) == [True, True]
+
+
+def test_workers_reports_arrive_once_and_refusals_are_raised(engines):
+    sender, _, groups = engines
+    worker = groups["a"][0]
+    assert sender.report("a", "publish", 0) is None
+    worker.report("publish/0", '{"checksums": null}')
+    assert sender.report("a", "publish", 0) == {"checksums": None}
+    assert sender.report("a", "publish", 0) is None
+    worker.report("publish/1", '{"error": "BridgeError: a does not fit"}')
+    with pytest.raises(BridgeError, match=r"^a: a does not fit$"):
+        sender.report("a", "publish", 1)
+    worker.report("publish/1", '{"error": "MemoryError: too large"}')
+    with pytest.raises(RuntimeError, match=r"^MemoryError: too large$"):
+        sender.report("a", "publish", 1)
+
+
+def test_the_drivers_address_is_the_one_that_the_other_side_sees():
+    assert local_address("127.0.0.1", 9) == "127.0.0.1"
+    assert local_address("localhost", 9) in ("127.0.0.1", "::1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert local_address(*taken.getsockname()[:2]) == "127.0.0.1"
