@@ -188,3 +188,10 @@ def test_a_gpu_set_up_without_a_gpu_or_the_right_python_is_one_clear_message(che
     said = capsys.readouterr().err
     assert said.startswith("set-up stopped: ") and len(said.splitlines()) == 1
     assert not (checkout / ".venv").exists()
+
+
+def test_a_default_run_names_the_tests_that_it_leaves_out():
+    command = [sys.executable, "-m", "pytest", "-q", "tests/slurm"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip().splitlines()
+    assert re.fullmatch(r"This run left out \d+ slurm tests \(run make test-slurm\)", told[-2])
+    assert "deselected" in told[-1]  # pytest's own summary stays the last line
