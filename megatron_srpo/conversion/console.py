@@ -27,11 +27,19 @@ def quiet() -> None:
 def _progress(title: str) -> Iterator[Tell]:
     """A bar of bytes on stderr, from the first call on; nothing on processes that do not speak."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=Console(stderr=True), disable=not leads())
-    tasks = []
+    tasks: list[TaskID] = []
 
     def tell(done: int, total: int) -> None:
         if not tasks:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ def rank_share(hf: HfConfig, parallel: ParallelConfig, rank: int) -> RankShare:
             for name, parameter in shards.parameters.items()
             if is_main_replica(places[id(parameter)].replica_id)
         }
-        no_groups = {f.name: None for f in dataclasses.fields(shards) if f.name.endswith("_group")}
+        no_groups: dict[str, Any] = {f.name: None for f in dataclasses.fields(shards) if f.name.endswith("_group")}
         return RankShare(dataclasses.replace(shards, **no_groups), written)
 
 
