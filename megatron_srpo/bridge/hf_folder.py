@@ -69,7 +69,7 @@ def _shards(items: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype | None
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in items:
-        # A copy, because the exporter may change the tensor's memory before the file is written.
+        # A copy, because a tensor of an export may keep a whole bucket alive.
         tensor = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         if shard and size + tensor.nbytes > limit:
             yield shard

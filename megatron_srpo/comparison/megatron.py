@@ -6,7 +6,7 @@ import os
 import socket
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from megatron_srpo.bridge import load_hf_weights, read_config
 from megatron_srpo.comparison.trace import Trace
 from megatron_srpo.config import Config
 from megatron_srpo.core.records import HeadInput, PackedBatch
+
+if TYPE_CHECKING:
+    from megatron_srpo.mcore.policy import Policy
 
 
 def policy_traces(
@@ -49,7 +52,7 @@ def policy_traces(
 class _Watch:
     """Keeps what every layer of this rank puts out."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Policy) -> None:
         from megatron_srpo.mcore.model import unwrap
 
         self._policy = policy
@@ -60,7 +63,9 @@ class _Watch:
             for layer in gpt.decoder.layers:
                 layer.register_forward_hook(partial(self._keep, layer.layer_number))
 
-    def _keep(self, number: int, module: torch.nn.Module, inputs: object, output: Any) -> None:
+    def _keep(
+        self, number: int, module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output).flatten(0, 1).detach()  # [T or T/TP, 1, H]
         topology = self._policy.topology
         if self._policy.runner.config.sequence_parallel:

@@ -13,7 +13,7 @@ from megatron_srpo.conversion.report import Report, Tell
 
 
 def leads() -> bool:
-    """Whether this process speaks."""
+    """Whether this process writes to the terminal."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -25,7 +25,7 @@ def quiet() -> None:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Tell]:
-    """A bar of bytes on stderr, from the first call on; nothing on processes that do not speak."""
+    """A bar of bytes on stderr, from the first call on; other processes show nothing."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

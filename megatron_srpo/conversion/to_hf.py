@@ -22,7 +22,7 @@ from megatron_srpo.conversion.verify import require_equal
 from megatron_srpo.core.errors import nearest
 from megatron_srpo.families import unsupported
 
-STATE = "optimizer."  # keys of what training keeps beside the weights
+STATE = "optimizer."  # the prefix of the keys of optimizer state and shadows
 
 
 def megatron_to_hf(
@@ -30,7 +30,8 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES, dry_run: bool = False,
     tell: Tell | None = None,
 ) -> Report:  # fmt: skip
-    """Convert the model's weights of a checkpoint, ours of training or a converted one, whatever its layout.
+    """Convert the model's weights of a checkpoint, which may be a training checkpoint or a converted one, of any
+    layout.
 
     `hf_dir` has the model's config.json and tokenizer where the checkpoint does not know them. `dtype` converts; None
     keeps what is stored. `verify_against` compares the written files bit for bit with another folder before they get

@@ -1,8 +1,8 @@
 """Core attention for packed rows on torch's scaled_dot_product_attention, used without Transformer Engine.
 
 Megatron's own unfused attention refuses packed (THD) rows. A packed row's sequences are grouped by similar length,
-each group is right-padded into one batch, and runs causally: under a causal mask padding on the right is never seen
-by a real query, so no mask is built and no [T, T] matrix exists.
+each group is right-padded into one batch, and runs causally. Under a causal mask no real query sees the padding on its
+right, so no mask is built and no [T, T] matrix exists.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def load(policy: Policy, directory: Path) -> None:
     Adam's moments zero, and the teacher those of the student. The reference stays as it is.
     """
     refuse_objects(directory)
-    read_tensors(directory / COMMON)  # refuses a pickle that runs code, whatever the loader below would do
+    read_tensors(directory / COMMON)  # refuses a pickle that runs code, before the loader below could run it
     optimizer = policy.optimizer
     kinds = _kinds(policy) & stored(directory) if optimizer else set()
     if optimizer:

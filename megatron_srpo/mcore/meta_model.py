@@ -1,6 +1,6 @@
-"""The ranks of a layout, built one after the other in one process, without memory for weights and without other ranks.
+"""Builds the ranks of a layout, one after the other, in one process without memory for weights and without other ranks.
 
-torch's fake process groups, which exchange nothing, let Megatron build the groups of any rank, and the rank's model is
+torch's fake process groups, which exchange nothing, let Megatron build the groups of any rank. The rank's model is
 built on the meta device. So names, shapes and the place of every shard in the whole are Megatron's own, for all layers
 and kinds of parallelism that it knows.
 """

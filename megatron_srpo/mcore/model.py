@@ -1,4 +1,4 @@
-"""A Megatron GPTModel from a Hugging Face config.json."""
+"""Builds a Megatron GPTModel from a Hugging Face config.json."""
 
 from __future__ import annotations
 
