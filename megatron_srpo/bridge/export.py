@@ -80,9 +80,8 @@ class Exporter:
         """All parameters of the model, stage after stage. The list is the same on every rank."""
         shards = self._shards
         mine = [(name, tuple(p.shape), dtype or p.dtype) for name, p in shards.parameters.items()]
-        stages = [mine]
+        stages = [mine] * shards.pp_size
         if shards.pp_size > 1:
-            stages = [None] * shards.pp_size
             dist.all_gather_object(stages, mine, group=shards.pp_group)
         parts = []
         for stage, found in enumerate(stages):
@@ -134,7 +133,8 @@ class Exporter:
             flat = self._shards_memory.take(size)
             for parameter, view in zip(held, _views(flat, bucket), strict=False):  # `held` is empty on other stages
                 view.copy_(parameter)
-        work, full = None, flat
+        work: dist.Work | None = None
+        full = flat
         if shards.pp_size > 1:
             source = dist.get_global_rank(shards.pp_group, stage)
             work = dist.broadcast(flat, source, group=shards.pp_group, async_op=True)
@@ -144,8 +144,11 @@ class Exporter:
             full = self._full_memory.take(copies * size)
             work = dist.all_gather_into_tensor(full, flat, group=group, async_op=True)
 
+        assert work is not None
+        last = work
+
         def finish() -> list[list[torch.Tensor]]:
-            work.wait()
+            last.wait()
             by_rank = [_views(mine, bucket) for mine in full.chunk(copies)]
             return [list(parts) for parts in zip(*by_rank, strict=True)]
 

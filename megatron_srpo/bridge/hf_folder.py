@@ -1,4 +1,4 @@
-"""An export → a complete Hugging Face folder, or none."""
+"""Writes an export as a Hugging Face folder, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_srpo.bridge.errors import BridgeError
-from megatron_srpo.bridge.load import INDEX, SINGLE, read_config
+from megatron_srpo.bridge.load import read_config
+from megatron_srpo.bridge.safetensors_file import PlannedFile, TensorGroup, file_names, write_file, write_index
 
-# What a model needs beside its weights; everything else in the source folder stays there.
+# The files that a model needs in addition to its weights. Other files of the source folder are not copied.
 COPIED = (
     "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "spiece.model", "*.tiktoken", "preprocessor_config.json", "LICENSE*", "NOTICE*",
@@ -29,12 +29,13 @@ def write_hf_folder(
     items: Items, source_hf_dir: str | Path, out_dir: str | Path, dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Path:  # fmt: skip
-    """Write an export with the configuration and tokenizer of `source_hf_dir`; returns `out_dir`.
+    """Write an export with the configuration and tokenizer of `source_hf_dir`. Returns `out_dir`.
 
-    One process calls this; all other ranks drain their own iterator, because producing items is collective. The folder
-    is written aside and renamed: `out_dir` is the old one or the complete new one. `dtype` (also by name) converts;
-    None keeps what comes. Holds at most `max_shard_bytes` of weights. On an error the iterator is drained before it is
-    raised, so that no other rank waits. Raises BridgeError when `out_dir` is the source, or no model folder.
+    One rank calls this. All other ranks consume their own iterator, because producing items is collective. The folder
+    is written under another name and renamed at the end, so `out_dir` is always the old one or the complete new one.
+    `dtype` (or its name) converts; None keeps the dtype of the items. The function holds at most `max_shard_bytes` of
+    weights. On an error it consumes the iterator before it raises, so that no other rank waits. Raises BridgeError when
+    `out_dir` is the source, or is not a model folder.
     """
     source, target = Path(source_hf_dir), Path(out_dir)
     stream = iter(items)
@@ -64,11 +65,11 @@ def refuse_bad_target(source: Path, target: Path) -> None:
 
 
 def _shards(items: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype | None, limit: int) -> Iterator[dict]:
-    """Tensors on the CPU, converted, in dicts of at most `limit` bytes (at least one tensor)."""
+    """Converted tensors on the CPU, in dicts of at most `limit` bytes with at least one tensor."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in items:
-        # Own memory: the file must not hold what the tensor is a view of.
+        # A copy, because a tensor of an export may keep a whole bucket alive.
         tensor = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         if shard and size + tensor.nbytes > limit:
             yield shard
@@ -82,34 +83,28 @@ def _shards(items: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype | None
 def _write_weights(
     items: Iterator[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype | None, limit: int
 ) -> torch.dtype:
-    """safetensors files, and an index where there are several; returns the dtype of the first tensor."""
-    placed: list[list[str]] = []
-    total, first = 0, None
+    """Write safetensors files, and an index if there are several. Returns the dtype of the first tensor."""
+    parts: list[tuple[TensorGroup, ...]] = []
+    first: torch.dtype | None = None
     for shard in _shards(items, dtype, limit):
-        part = folder / f"part-{len(placed)}"
-        part.touch()
-        usual = part.stat().st_mode  # what the user's umask gives; safetensors writes files that only the owner reads
-        save_file(shard, part, metadata={"format": "pt"})
-        part.chmod(usual)
-        placed.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
         first = first or next(iter(shard.values())).dtype
+        ordered = sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0]))  # the library's order
+        groups = tuple(TensorGroup(name, (name,), (tuple(t.shape),), t.dtype) for name, t in ordered)
+        part = PlannedFile(f"part-{len(parts)}", groups)
+        write_file(folder / part.name, part, lambda group, shard=shard: [shard[group.key]])
+        parts.append(groups)
     if first is None:
         raise BridgeError("the export is empty: there is nothing to write")
-    if len(placed) == 1:
-        (folder / "part-0").rename(folder / SINGLE)
-        return first
-    files = [f"model-{i + 1:05d}-of-{len(placed):05d}.safetensors" for i in range(len(placed))]
-    for i, file in enumerate(files):
-        (folder / f"part-{i}").rename(folder / file)
-    weight_map = {name: file for file, names in zip(files, placed, strict=True) for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files = [PlannedFile(name, groups) for name, groups in zip(file_names(len(parts)), parts, strict=True)]
+    for i, file in enumerate(files):  # their names contain the number of files, which is known only now
+        (folder / f"part-{i}").rename(folder / file.name)
+    write_index(folder, files)
     return first
 
 
 def write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the dtype that was written, under the key that its transformers version uses."""
+    """Write the source's config.json with the written dtype, under the key that the source's transformers version
+    uses."""
     config = read_config(source)
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
@@ -118,14 +113,14 @@ def write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """The tokenizer, the generation configuration and the licence."""
+    """Copy the tokenizer, the generation configuration and the licence."""
     for path in source.iterdir():
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, folder / path.name)
 
 
 def _swap_in(aside: Path, target: Path) -> None:
-    """Rename; an old folder is moved out of the way first, and removed only when the new one has its name."""
+    """Rename the new folder. An old one is renamed before that, and removed after it."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         target.rename(old)

@@ -60,12 +60,12 @@ class Rule(Protocol):
 
 
 def _join(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenation that copies nothing when there is one part."""
+    """Concatenate the parts. One part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 class Replicated:
-    """The same on every rank: norms."""
+    """One tensor that is the same on every rank, such as a norm."""
 
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
         return [shard_shape]
@@ -78,7 +78,7 @@ class Replicated:
 
 
 class Column:
-    """Split along the first dimension: output features of a linear layer, or its bias."""
+    """One tensor, split along its first dimension: the output features of a linear layer, or its bias."""
 
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
         return [(shard_shape[0] * tp_size, *shard_shape[1:])]
@@ -91,7 +91,7 @@ class Column:
 
 
 class Row:
-    """Split along the second dimension: input features of a linear layer."""
+    """One tensor, split along its second dimension: the input features of a linear layer."""
 
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
         rows, columns = shard_shape
@@ -107,7 +107,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Vocab:
-    """Split along the vocabulary, which is padded with zero rows so that it divides; padding never leaves."""
+    """One tensor, split along the vocabulary. Zero rows pad it to a multiple of the ranks; they are never exported."""
 
     size: int
     padded_size: int
@@ -125,7 +125,7 @@ class Vocab:
 
     def from_shards(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         rows = shards[0].shape[0]
-        # Trim before joining: the padding is not copied.
+        # The padding is cut off before the parts are joined, so that it is not copied.
         parts = [shard[: max(0, min(rows, self.size - rank * rows))] for rank, shard in enumerate(shards)]
         return [_join(parts, 0)]
 
@@ -143,7 +143,7 @@ class QKV:
 
     @property
     def _queries(self) -> int:
-        """Query heads of a group."""
+        """The number of query heads of a group."""
         return self.heads // self.groups
 
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
@@ -171,7 +171,7 @@ class QKV:
 
 
 class GatedMLP:
-    """Gate and up projection of a gated MLP in one matrix; every rank holds its rows of both."""
+    """Gate and up projection of a gated MLP in one matrix. Every rank holds its rows of both."""
 
     def hf_shapes(self, shard_shape: Shape, tp_size: int) -> list[Shape]:
         full = (shard_shape[0] // 2 * tp_size, *shard_shape[1:])

@@ -33,7 +33,8 @@ END = "end"
 WORKER_TIMEOUTS = 3  # a worker waits this many times as long as rank 0, which may be waiting for another engine
 
 Named = tuple[str, torch.Tensor]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class WorkerReport(TypedDict, total=False):
@@ -87,24 +88,25 @@ class Group:
         self._device = device if address.backend == "nccl" else torch.device("cpu")
         self._buffers = Buffers(self._device)
         self._timeout = timeout
+        self._group: dist.ProcessGroupNCCL | dist.ProcessGroupGloo
         if address.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(self.store, rank, address.size, options)
             return
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout, options._threads = timeout, 2
+        gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch has no type for it
+        gloo._timeout, gloo._threads = timeout, 2
         # By default gloo listens on the address of the machine's host name, which may be any.
         here = local_address(address.address, address.port)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=here)]
-        self._group = dist.ProcessGroupGloo(self.store, rank, address.size, options)
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=here)]
+        self._group = dist.ProcessGroupGloo(self.store, rank, address.size, gloo)
 
     def start_broadcast(self, flat: torch.Tensor) -> dist.Work:
         """Broadcast from rank 0. wait() of the result raises when a rank is gone or too slow. Keep `flat` until
         then."""
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
-        return self._group.broadcast([flat], options)
+        return self._group.broadcast([flat], options)  # type: ignore[union-attr]  # nor for this
 
     def receive(self) -> tuple[str, torch.Tensor | None]:
         """On ranks above 0: (header, its bytes). At the end of the stream there are no bytes."""
@@ -198,7 +200,7 @@ def send_stream(groups: dict[str, Group], items: Iterable[Named]) -> dict[str, s
         alive = {name: group for name, group in groups.items() if name not in failed}
         frames = {name: group.frames(header, payload) for name, group in alive.items()}
         for step in range(2 if payload is None else 3):
-            works = {}
+            works: dict[str, dist.Work | None] = {}
             for name, group in alive.items():
                 if name not in failed:
                     works[name] = _attempt(failed, name, group.start_broadcast, frames[name][step])

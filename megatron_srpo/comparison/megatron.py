@@ -7,7 +7,7 @@ import socket
 from array import array
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from megatron_srpo.comparison.trace import Trace
 from megatron_srpo.config import Config
 from megatron_srpo.core.records import Padding, Row, Sample, Stream
 from megatron_srpo.core.tensors import HeadInput, PackedBatch
+
+if TYPE_CHECKING:
+    from megatron_srpo.mcore.policy import Policy
 
 
 def policy_traces(
@@ -53,7 +56,7 @@ def policy_traces(
 class _Watch:
     """Keeps what every layer of this rank puts out."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Policy) -> None:
         from megatron_srpo.mcore.model import unwrap
 
         self._policy = policy
@@ -64,7 +67,9 @@ class _Watch:
             for layer in gpt.decoder.layers:
                 layer.register_forward_hook(partial(self._keep, layer.layer_number))
 
-    def _keep(self, number: int, module: torch.nn.Module, inputs: object, output: Any) -> None:
+    def _keep(
+        self, number: int, module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output).flatten(0, 1).detach()  # [T or T/TP, 1, H]
         topology = self._policy.topology
         if self._policy.runner.config.sequence_parallel:

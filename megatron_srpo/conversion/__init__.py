@@ -1,7 +1,7 @@
 """Hugging Face folders ↔ Megatron's sharded checkpoints, streamed: one tensor in memory at a time.
 
     source.py       where a checkpoint's model configuration and tokenizer are
-    team.py         one process or torchrun's several, without process groups
+    store_group.py  the processes that share a conversion, without process groups
     memory.py       the peak of host memory, measured
     report.py       a conversion in numbers; a folder that appears complete or not at all
     to_megatron.py  Hugging Face folder → checkpoint of any layout

@@ -13,7 +13,7 @@ from megatron_srpo.conversion.report import Report, Tell
 
 
 def leads() -> bool:
-    """Whether this process speaks."""
+    """Whether this process writes to the terminal."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -25,13 +25,21 @@ def quiet() -> None:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Tell]:
-    """A bar of bytes on stderr, from the first call on; nothing on processes that do not speak."""
+    """A bar of bytes on stderr, from the first call on; other processes show nothing."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=Console(stderr=True), disable=not leads())
-    tasks = []
+    tasks: list[TaskID] = []
 
     def tell(done: int, total: int) -> None:
         if not tasks:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_srpo.conversion.team import Team
+from megatron_srpo.conversion.store_group import StoreGroup
 from megatron_srpo.core.disk import disk_problem, interrupt
 from megatron_srpo.core.errors import UserError
 
@@ -58,22 +58,22 @@ def _make(aside: Path, out_dir: Path) -> None:
 
 
 @contextmanager
-def written_aside(out_dir: Path, team: Team) -> Iterator[Path]:
+def written_aside(out_dir: Path, processes: StoreGroup) -> Iterator[Path]:
     """A folder to write into, which gets its name when all processes are through, and is removed on an error. What an
     interrupted conversion left is removed. UserError when the disk is full or may not be written."""
     aside = out_dir.with_name(f".{out_dir.name}.writing")
     try:
-        if team.leads:
+        if processes.is_leader:
             shutil.rmtree(aside, ignore_errors=True)
             _make(aside, out_dir)
-        team.collect(None)
+        processes.gather(None)
         yield aside
-        team.collect(None)
-        if team.leads:
+        processes.gather(None)
+        if processes.is_leader:
             aside.rename(out_dir)
-        team.collect(None)
+        processes.gather(None)
     except BaseException as error:
-        if team.leads:
+        if processes.is_leader:
             shutil.rmtree(aside, ignore_errors=True)
         if (stop := interrupt(error)) is not None:
             raise stop from None  # a writer that is interrupted may raise an error of its own

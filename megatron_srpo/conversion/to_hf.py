@@ -1,4 +1,4 @@
-"""Megatron's sharded checkpoint → Hugging Face folder. Needs no GPU and nothing of the run that wrote it."""
+"""Converts Megatron's sharded checkpoint to a Hugging Face folder, without a GPU and without the run that wrote it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from megatron_srpo.bridge import BridgeError, read_config, weight_table
 from megatron_srpo.bridge.hf_folder import DEFAULT_SHARD_BYTES, copy_files, refuse_bad_target, write_config
 from megatron_srpo.bridge.rules import Rule
-from megatron_srpo.bridge.stream_folder import Unit, plan_files, write_file, write_index
+from megatron_srpo.bridge.safetensors_file import TensorGroup, plan_files, write_file, write_index
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
 from megatron_srpo.conversion.source import checkpoint_folder, model_folder
-from megatron_srpo.conversion.team import Team
+from megatron_srpo.conversion.store_group import StoreGroup
 from megatron_srpo.conversion.verify import require_equal
 from megatron_srpo.core.errors import nearest
 from megatron_srpo.families import unsupported
 
-STATE = "optimizer."  # keys of what training keeps beside the weights
+STATE = "optimizer."  # the prefix of the keys of optimizer state and shadows
 
 
 def megatron_to_hf(
@@ -30,7 +30,8 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES, dry_run: bool = False,
     tell: Tell | None = None,
 ) -> Report:  # fmt: skip
-    """Convert the model's weights of a checkpoint, ours of training or a converted one, whatever its layout.
+    """Convert the model's weights of a checkpoint, which may be a training checkpoint or a converted one, of any
+    layout.
 
     `hf_dir` has the model's config.json and tokenizer where the checkpoint does not know them. `dtype` converts; None
     keeps what is stored. `verify_against` compares the written files bit for bit with another folder before they get
@@ -41,30 +42,30 @@ def megatron_to_hf(
     refuse_existing(out_dir, dry_run=dry_run)
     refuse_bad_target(source, out_dir)
     model = _StoredModel(folder, read_config(source), dtype)
-    files = plan_files(model.units.values(), max_shard_bytes)
+    files = plan_files(model.groups.values(), max_shard_bytes)
     report = model.report
     if dry_run:
-        report.lines = [model.line(name) for name in model.units]
+        report.lines = [model.line(name) for name in model.groups]
         return report
-    team = Team()
-    mine = team.share_of(files)
+    processes = StoreGroup()
+    mine = processes.share_of(files)
     total, done = sum(file.nbytes for file in mine), 0
 
-    def produce(unit: Unit) -> Iterable[torch.Tensor]:
+    def produce(group: TensorGroup) -> Iterable[torch.Tensor]:
         nonlocal done
-        yield from model.tensors(unit.key)
-        done += unit.nbytes
+        yield from model.tensors(group.key)
+        done += group.nbytes
         if tell:
             tell(done, total)
 
-    with written_aside(out_dir, team) as aside:
+    with written_aside(out_dir, processes) as aside:
         with PeakMemory() as memory:
             for file in mine:
-                write_file(aside, file, produce)
-        report.peak = max(team.collect(memory.peak))
-        if team.leads:
+                write_file(aside / file.name, file, produce)
+        report.peak = max(processes.gather(memory.peak))
+        if processes.is_leader:
             write_index(aside, files)
-            write_config(source, aside, dtype or files[0].units[0].dtype)
+            write_config(source, aside, dtype or files[0].groups[0].dtype)
             copy_files(source, aside)
             if verify_against:
                 require_equal(aside, verify_against)
@@ -75,7 +76,7 @@ def megatron_to_hf(
 def check_stored(folder: Path, hf_dir: Path) -> None:
     """Raise UserError unless the checkpoint has all weights of `hf_dir`'s model, in its shapes and undamaged."""
     model = _StoredModel(folder, read_config(hf_dir), None)
-    for name in model.units:
+    for name in model.groups:
         for _ in model.tensors(name):
             pass
 
@@ -105,14 +106,14 @@ class _StoredModel:
         self._share = rank_share(config, ParallelConfig(), 0)
         table = weight_table(config, self._share.shards.padded_vocab_size)
         self._places: dict[str, Place] = {}
-        self.units: dict[str, Unit] = {}
+        self.groups: dict[str, TensorGroup] = {}
         self.report = Report()
         for name in self._share.places:
             mapped, parameter = table.lookup(name), self._share.shards.parameters[name]
             self._places[name] = place = self._find(name, mapped.rule)
             stored = self._stored[place.key][1]
             shapes = tuple(map(tuple, mapped.rule.hf_shapes(tuple(parameter.shape), 1)))
-            self.units[name] = Unit(name, mapped.hf_names, shapes, dtype or stored)
+            self.groups[name] = TensorGroup(name, mapped.hf_names, shapes, dtype or stored)
             self.report.add(name, parameter.numel() * stored.itemsize)
         self._refuse_unread()
 
@@ -156,7 +157,7 @@ class _StoredModel:
 
     def line(self, name: str) -> str:
         """A parameter, for a dry run."""
-        unit, place = self.units[name], self._places[name]
-        theirs = ", ".join(f"{hf} {list(shape)}" for hf, shape in zip(unit.names, unit.shapes, strict=True))
+        group, place = self.groups[name], self._places[name]
+        theirs = ", ".join(f"{hf} {list(shape)}" for hf, shape in zip(group.names, group.shapes, strict=True))
         stored = f"{place.key} {list(self._stored[place.key][0])}"
         return f"{stored} at {list(place.regions[0][0])}  → {type(place.rule).__name__} →  {theirs}"

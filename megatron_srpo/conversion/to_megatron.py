@@ -14,7 +14,7 @@ from megatron_srpo.config import ParallelConfig, layout_problems, listed
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
 from megatron_srpo.conversion.source import MODEL_FOLDER
-from megatron_srpo.conversion.team import Team
+from megatron_srpo.conversion.store_group import StoreGroup
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.families import unsupported
 
@@ -33,20 +33,20 @@ def hf_to_megatron(
     from megatron_srpo.mcore.meta_model import layout_size
     from megatron_srpo.mcore.sharded_files import finish
 
-    team = Team()
+    processes = StoreGroup()
     report = _examine(hf_dir, config)
     ranks = range(layout_size(parallel))
     if dry_run:
         report.lines = list(_listed(hf_dir, config, parallel, ranks))
         return report
-    mine = team.share_of(ranks)
+    mine = processes.share_of(ranks)
     expected = report.nbytes * len(mine) // len(ranks)
-    with written_aside(out_dir, team) as aside:
+    with written_aside(out_dir, processes) as aside:
         with PeakMemory() as memory:
             written = _write_ranks(hf_dir, aside, config, parallel, mine, expected, tell)
-        everything = [record for part in team.collect(written) for record in part]
-        report.peak = max(team.collect(memory.peak))
-        if team.leads:
+        everything = [record for part in processes.gather(written) for record in part]
+        report.peak = max(processes.gather(memory.peak))
+        if processes.is_leader:
             finish(aside, everything, {"hf_config": config, "layout": parallel.model_dump()})
             _copy_model(hf_dir, aside / MODEL_FOLDER)
     return report

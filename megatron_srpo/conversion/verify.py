@@ -14,7 +14,7 @@ from megatron_srpo.bridge.rules import shape_of
 def differences(ours: Path, theirs: Path) -> list[str]:
     """A line for every tensor that is in one folder only, or has another dtype, shape or value; a tensor at a time.
 
-    A head that a tied model's folder holds beside the embedding is not missed.
+    If the model is tied, a head in one folder only is no difference.
     """
     config = read_config(theirs)
     table = weight_table(config, config["vocab_size"])

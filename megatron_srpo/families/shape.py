@@ -63,7 +63,7 @@ def _numbers(hf: HfConfig) -> dict[str, Any]:
         "max_positions": hf.get("max_position_embeddings", 0),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         # Older files have the base at the top, newer ones inside rope_parameters.
-        "rope_theta": float((hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", 10000.0))),
+        "rope_theta": float({**hf, **(hf.get("rope_parameters") or {})}.get("rope_theta", 10000.0)),
         "tied": bool(hf.get("tie_word_embeddings", False)),
     }
     if experts:

@@ -1,1 +1,1 @@
-"""Everything that touches Megatron Core. `Policy` is what the rest of the package sees."""
+"""Everything that imports Megatron Core. The rest of the package uses `Policy`."""

@@ -1,8 +1,8 @@
 """Core attention for packed rows on torch's scaled_dot_product_attention, used without Transformer Engine.
 
 Megatron's own unfused attention refuses packed (THD) rows. A packed row's sequences are grouped by similar length,
-each group is right-padded into one batch, and runs causally: under a causal mask padding on the right is never seen
-by a real query, so no mask is built and no [T, T] matrix exists.
+each group is right-padded into one batch, and runs causally. Under a causal mask no real query sees the padding on its
+right, so no mask is built and no [T, T] matrix exists.
 """
 
 from __future__ import annotations
@@ -130,13 +130,14 @@ class PackedAttention(MegatronModule):
         """query [T, heads, d] (THD, this rank's part of one packed row); returns [T, heads·d]."""
         assert packed_seq_params is not None, "rows are always packed"
         given = (query, key, value, packed_seq_params.cu_seqlens_q)
-        settings = {"scale": self.softmax_scale, "dropout": self.dropout if self.training else 0.0}
+        scale, dropout = self.softmax_scale, self.dropout if self.training else 0.0
         # Each tensor-parallel rank has its own heads, and needs its own generator for dropout. Under sequence
         # parallelism Megatron has switched to it for the whole layer already.
         own = nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
         with own:
             if self.config.context_parallel_size > 1:
-                mixed = context_parallel_attention(*given, parallel_state.get_context_parallel_group(), **settings)
+                group = parallel_state.get_context_parallel_group()
+                mixed = context_parallel_attention(*given, group, scale=scale, dropout=dropout)
             else:
-                mixed = packed_causal_attention(*given, **settings)
+                mixed = packed_causal_attention(*given, scale=scale, dropout=dropout)
         return mixed.reshape(mixed.size(0), -1)

@@ -35,7 +35,7 @@ from megatron_srpo.mcore import generators
 from megatron_srpo.mcore.experts import is_expert
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import unwrap
-from megatron_srpo.mcore.optimizer import ParameterShard
+from megatron_srpo.mcore.optimizer import ParameterShard, ShardedOptimizer
 from megatron_srpo.mcore.policy import Policy
 from megatron_srpo.mcore.safe_files import read_index, read_tensors, refuse_objects
 
@@ -94,6 +94,11 @@ def _generators_file() -> str:
 # ---- the state ----------------------------------------------------------------------------------------------------
 
 
+def _optimizer(policy: Policy) -> ShardedOptimizer:
+    assert policy.optimizer is not None, "only a trainable policy has state to save"
+    return policy.optimizer
+
+
 def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
     for piece in policy.model:
         yield from unwrap(piece).parameters()
@@ -101,7 +106,7 @@ def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
 
 def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor]]]:
     """This rank's slices and the tensors that hold them, by kind of state."""
-    shards = list(policy.optimizer.shards())
+    shards = list(_optimizer(policy).shards())
     kinds = {"main": [(shard, shard.main.data) for shard in shards]}
     for moment in _MOMENTS:
         kinds[moment] = [(shard, shard.state[moment]) for shard in shards]
@@ -124,7 +129,7 @@ def _whole(
                 shard, values = mine[parameter]
                 tensor.view(-1)[shard.start : shard.stop] = values.detach()
             group = policy.topology.expert_dp_group if is_expert(parameter) else policy.topology.dp_cp_group
-            if group.size() > 1:
+            if group is not None and group.size() > 1:
                 dist.all_reduce(tensor, group=group)
             tensor = tensor.cpu()
         whole[parameter] = tensor
@@ -153,7 +158,7 @@ def _sharded_state(policy: Policy, kinds: Collection[str], *, loading: bool) -> 
         state[kind] = {}
         for index, parameter in enumerate(_parameters(policy)):
             entry = by_parameter[parameter]
-            replaced = {"key": f"{_PREFIX}{kind}.{entry.key}", "data": whole[parameter]}
+            replaced: dict[str, Any] = {"key": f"{_PREFIX}{kind}.{entry.key}", "data": whole[parameter]}
             if not isinstance(entry, ShardedTensorFactory):
                 replaced["dtype"] = torch.float32
             state[kind][str(index)] = dataclasses.replace(entry, **replaced)
@@ -229,10 +234,11 @@ def _written(transforms: list[_StorageWriterTransforms], bucket: WriteBucket) ->
 def snapshot(policy: Policy, directory: Path) -> Snapshot:
     """Copy the current state of model, optimizer, shadows and generators, to be written into `directory`, which exists
     and is empty. All ranks call it."""
-    if not any("exp_avg" in shard.state for shard in policy.optimizer.shards()):
-        policy.optimizer.restore_adam(0)  # torch's Adam has no state before the first step
+    optimizer = _optimizer(policy)
+    if not any("exp_avg" in shard.state for shard in optimizer.shards()):
+        optimizer.restore_adam(0)  # torch's Adam has no state before the first step
     state = _sharded_state(policy, _kinds(policy), loading=False)
-    state["progress"] = {"steps": policy.steps, "adam_steps": policy.optimizer.adam_steps()}
+    state["progress"] = {"steps": policy.steps, "adam_steps": optimizer.adam_steps()}
     filesystem_async._results_queue = queue.Queue()  # or Megatron would start a process for a queue that we do not need
     sharded, common = save_preprocess(state)
     planner = FullyParallelSaveStrategyWrapper(_Planner(*BACKEND, thread_count=1), policy.topology.dp_cp_group)
@@ -250,7 +256,7 @@ def load(policy: Policy, directory: Path) -> None:
     Adam's moments zero, and the teacher those of the student. The reference stays as it is.
     """
     refuse_objects(directory)
-    read_tensors(directory / COMMON)  # refuses a pickle that runs code, whatever the loader below would do
+    read_tensors(directory / COMMON)  # refuses a pickle that runs code, before the loader below could run it
     optimizer = policy.optimizer
     kinds = _kinds(policy) & stored(directory) if optimizer else set()
     if optimizer:

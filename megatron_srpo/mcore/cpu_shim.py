@@ -150,9 +150,14 @@ def _patch_uneven_collectives() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_uneven(
-        values: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: object, **kwargs: Any
+        values: torch.Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        *args: object,
+        output_split_sizes: list[int] | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
-        sizes = kwargs.pop("output_split_sizes", sizes)
+        sizes = sizes if output_split_sizes is None else output_split_sizes
         if sizes is None or group.size() == 1:
             return gather(values, group, sizes, *args, **kwargs)
         filled = values.new_zeros(max(sizes), *values.shape[1:])
@@ -162,9 +167,14 @@ def _patch_uneven_collectives() -> None:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def reduce_scatter_uneven(
-        values: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: object, **kwargs: Any
+        values: torch.Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        *args: object,
+        input_split_sizes: list[int] | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
-        sizes = kwargs.pop("input_split_sizes", sizes)
+        sizes = sizes if input_split_sizes is None else input_split_sizes
         if sizes is None or group.size() == 1:
             return reduce_scatter(values, group, sizes, *args, **kwargs)
         total = values.clone(memory_format=torch.contiguous_format)

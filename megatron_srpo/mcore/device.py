@@ -1,4 +1,4 @@
-"""Decides, once, on what hardware path the trainer runs. Nothing else asks `is_available()`."""
+"""Decides once on which hardware path the trainer runs. No other module asks `is_available()`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_srpo.core.errors import UserError
 
 @dataclass(frozen=True)
 class DevicePath:
-    """The chosen path and why; `str()` is the line for the log."""
+    """The chosen path and the reason. `str()` is the line for the log."""
 
     device: torch.device
     backend: str  # torch.distributed backend
@@ -25,12 +25,12 @@ class DevicePath:
 
 
 def device_name(device: torch.device) -> str:
-    """torch's name of a GPU; "" for a CPU."""
+    """torch's name of a GPU, or "" for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process has had at a time: of tensors on a GPU, resident on a CPU."""
+    """Peak memory of this process in GiB: of its tensors on a GPU, of its resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

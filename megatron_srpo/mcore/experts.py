@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = None  # without Transformer Engine Megatron 0.16.1 asks for the name all the same
+    moe_utils.te_general_gemm = None  # Megatron 0.16.1 imports this name also without Transformer Engine
 
 
 class CountingRouter(TopKRouter):
@@ -69,7 +69,8 @@ def expert_layer_mlp(config: TransformerConfig, *, transformer_engine: bool) -> 
     spec = get_moe_module_spec(
         use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
-    parts = spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules  # Megatron Core 0.19, 0.16
+    # Megatron Core 0.19 returns a partial, 0.16 a ModuleSpec.
+    parts = spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
     parts.router = CountingRouter
     return spec
 
@@ -117,7 +118,7 @@ def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Tra
             seen, tokens = layer.router.take()
             counted[layer.layer_number - 1, :-1] = seen.flatten().cpu()
             counted[layer.layer_number - 1, -1] = tokens
-    dist.all_reduce(counted, group=topology.control_group)  # every token is on one rank, every layer on one stage
+    dist.all_reduce(counted, group=topology.control_group)  # each token is counted on one rank, each layer on one stage
     counted = counted[counted[:, -1] > 0]
     if not len(counted):
         return {}

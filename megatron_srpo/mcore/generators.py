@@ -1,4 +1,4 @@
-"""The state of every random generator of a rank, as plain values that torch reads back without running code."""
+"""Saves and restores all random generators of a rank, as plain values that torch loads without running code."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 
 def seed(value: int) -> None:
-    """Start Python's, numpy's and torch's CPU generators; Megatron's are started with its groups."""
+    """Seed the generators of Python, NumPy and torch (CPU). Megatron's generators are seeded with its groups."""
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
 
 
 def states() -> dict[str, Any]:
-    """Python's, numpy's and torch's generators (CPU, and this rank's GPU), and Megatron's by name."""
+    """The states of the generators of Python, NumPy and torch (CPU and this rank's GPU), and of Megatron's, by name."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -31,7 +31,7 @@ def states() -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Set all generators to `saved`, as `states` gave it."""
+    """Set all generators to the states that `states` returned."""
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = saved["numpy"]

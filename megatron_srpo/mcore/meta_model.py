@@ -1,6 +1,6 @@
-"""The ranks of a layout, built one after the other in one process, without memory for weights and without other ranks.
+"""Builds the ranks of a layout, one after the other, in one process without memory for weights and without other ranks.
 
-torch's fake process groups, which exchange nothing, let Megatron build the groups of any rank, and the rank's model is
+torch's fake process groups, which exchange nothing, let Megatron build the groups of any rank. The rank's model is
 built on the meta device. So names, shapes and the place of every shard in the whole are Megatron's own, for all layers
 and kinds of parallelism that it knows.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ def rank_share(hf: HfConfig, parallel: ParallelConfig, rank: int) -> RankShare:
             for name, parameter in shards.parameters.items()
             if is_main_replica(places[id(parameter)].replica_id)
         }
-        no_groups = {f.name: None for f in dataclasses.fields(shards) if f.name.endswith("_group")}
+        no_groups: dict[str, Any] = {f.name: None for f in dataclasses.fields(shards) if f.name.endswith("_group")}
         return RankShare(dataclasses.replace(shards, **no_groups), written)
 
 

@@ -1,4 +1,4 @@
-"""A Megatron GPTModel from a Hugging Face config.json."""
+"""Builds a Megatron GPTModel from a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  # Megatron's attribute
 
 
 class DeferredHead(ColumnParallelLinear):
@@ -148,9 +148,11 @@ def layer_specs(
     kinds = config.moe_layer_freq[start:stop] if config.num_moe_experts else [0] * (stop - start)
     build = _transformer_engine_layer if transformer_engine else _local_layer
     specs = {kind: build(config, experts=bool(kind)) for kind in set(kinds)}
-    norm = SequenceParallelRMSNorm
+    norm: type[torch.nn.Module] = SequenceParallelRMSNorm
     if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm as norm
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm = TENorm
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
@@ -221,9 +223,10 @@ def build_model(
 
 def unwrap(module: torch.nn.Module) -> GPTModel:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
-    while hasattr(module, "module"):
-        module = module.module
-    return module
+    inner: Any = module
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
 
 
 def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> ModelShards:

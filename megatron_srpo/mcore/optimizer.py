@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer: building it, stepping it, and its state by model parameter.
+"""Megatron's distributed optimizer: builds it, steps it, and gives its state by model parameter.
 
 The optimizer is always the distributed one: each data-parallel rank keeps its shard of the fp32 main parameters
 and of Adam's moments. Everything else that is kept per parameter (the teacher's shadow) uses the same sharding.
@@ -24,20 +24,21 @@ from megatron_srpo.config import OptimizerConfig
 class ParameterShard:
     """One model parameter and this data-parallel rank's flat slice of it in the optimizer."""
 
-    parameter: torch.nn.Parameter  # the model's, whole (its tensor-parallel shard)
+    parameter: torch.nn.Parameter  # the model's parameter: the whole tensor-parallel shard
     main: torch.Tensor  # [stop − start] fp32, this rank's slice of the main parameter
-    start: int  # in the flattened parameter
+    start: int  # where the slice starts in the flattened parameter
     stop: int
     state: dict[str, torch.Tensor]  # Adam's state of the slice
 
     @property
     def model(self) -> torch.Tensor:
-        """The same slice of the model's parameter, in its dtype; the same memory as `main` where that is fp32."""
+        """The same slice of the model's parameter, in its dtype. It is the same memory as `main` if the model is
+        fp32."""
         return self.parameter.data.view(-1)[self.start : self.stop]
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0-based): linear warm-up, then the schedule down to min_lr."""
+    """The learning rate of optimizer step `step` (0-based): a linear warm-up, then the schedule down to min_lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -48,7 +49,7 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 class ShardedOptimizer:
-    """Adam over the shards of a wrapped model, which may come in pieces (interleaved pipeline)."""
+    """Adam on the shards of a model. The model has several pieces under an interleaved pipeline."""
 
     def __init__(
         self, model: list[torch.nn.Module], config: OptimizerConfig, *, overlap_grad_reduce: bool = False
@@ -62,8 +63,8 @@ class ShardedOptimizer:
         if overlap_grad_reduce:
             for piece in self.model:
                 for parameter in piece.parameters():
-                    parameter.awaited = True  # DDP counts the gradients of a bucket
-            waits = [piece.no_sync for piece in self.model]  # until the last row
+                    parameter.awaited = True  # DDP waits for the gradients of all parameters of a bucket
+            waits = [piece.no_sync for piece in self.model]  # gradients are reduced with the last row only
             megatron_config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self._megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -80,7 +81,7 @@ class ShardedOptimizer:
             ),
             self.model,
         )
-        for group in self._megatron.param_groups:  # torch's Adam would have temporaries of all parameters at once
+        for group in self._megatron.param_groups:  # foreach would allocate temporaries of all parameters at once
             if "foreach" in group:
                 group["foreach"] = False
         megatron_config.grad_scale_func = self._megatron.scale_loss
@@ -93,7 +94,8 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """Clip and step; returns the gradient norm. A non-finite norm leaves every parameter untouched."""
+        """Clip the gradients and take a step. Returns the gradient norm. If the norm is not finite, no parameter
+        changes."""
         for group in self._megatron.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         self._megatron.prepare_grads()
@@ -108,25 +110,25 @@ class ShardedOptimizer:
         return norm
 
     def reload_main_from_model(self) -> None:
-        """The model's parameters were written (weights loaded): take them as the fp32 main parameters."""
+        """Copy the model's parameters, into which weights were loaded, to the fp32 main parameters."""
         self._megatron.reload_model_params()
 
     def publish_main_to_model(self) -> None:
-        """The main slices were written: copy them into the model and gather the whole parameters."""
+        """Copy the main slices into the model, and gather the whole parameters from all ranks."""
         for part in self._parts:
             part._copy_main_params_to_model_params()
         self.gather_model()
 
     def gather_model(self) -> None:
-        """The model's slices of every rank were written: gather the whole parameters."""
+        """Gather the whole parameters of the model from the slices that each rank has written."""
         for piece in self.model:
             for buckets in [*piece.bucket_groups, *piece.expert_parallel_bucket_groups]:
                 if buckets.intra_distributed_optimizer_instance_size > 1:
                     buckets.start_param_sync(force_sync=True)
 
     def shards(self) -> Iterator[ParameterShard]:
-        """This rank's slices, in the same order on every call. A parameter of which this data-parallel rank holds
-        nothing does not appear."""
+        """This rank's slices, in the same order on every call. Parameters of which this data-parallel rank holds
+        nothing are left out."""
         for part in self._parts:
             for parameter, (group, index) in part.model_param_group_index_map.items():
                 span = part._get_model_param_range_map(parameter)["param"]
@@ -134,28 +136,28 @@ class ShardedOptimizer:
                 yield ParameterShard(parameter, main, span.start, span.end, part.optimizer.state[main])
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Main parameters, then Adam's state, which comes with the first step."""
+        """The main parameters, then Adam's state, which exists from the first step on."""
         yield from (shard.main.detach() for shard in self.shards())
         yield from (value for shard in self.shards() for value in shard.state.values())
 
     def gradients(self) -> Iterator[torch.Tensor]:
-        """The buffers that all gradients are views of."""
+        """The buffers of the gradients. Every gradient is a view of one of them."""
         for piece in self.model:
             for buffer in [*piece.buffers, *piece.expert_parallel_buffers]:
                 yield buffer.grad_data
 
     def adam_steps(self) -> int:
-        """How many steps Adam has taken."""
+        """The number of steps that Adam has taken."""
         steps = {int(shard.state["step"]) for shard in self.shards() if "step" in shard.state}
         steps |= {int(group["step"]) for group in self._megatron.param_groups if "step" in group}
         assert len(steps) <= 1, f"Adam's step differs between parameters: {steps}"
         return steps.pop() if steps else 0
 
     def restore_adam(self, steps: int) -> None:
-        """Create Adam's state with `steps` taken and zero moments; the caller fills the moments.
+        """Create Adam's state after `steps` steps, with zero moments, which the caller fills.
 
-        torch's Adam counts steps per parameter, in a tensor of its own each (one shared tensor would be counted
-        once per parameter); the fused ones count per group.
+        torch's Adam counts the steps of each parameter in a tensor of its own. A shared tensor would be incremented
+        once for each parameter. Fused optimizers count the steps of a group.
         """
         fused = any("step" in group for group in self._megatron.param_groups)
         for shard in self.shards():

@@ -1,8 +1,7 @@
 """A second set of weights that shares the model: the self-teacher, or the reference policy.
 
-Only this data-parallel rank's fp32 slices are kept, in the optimizer's own sharding. To use them they are written over
-the model's parameters for the time of a `with` block; the student comes back from the optimizer's main parameters,
-whatever happens inside.
+Each data-parallel rank keeps its fp32 slices only, in the optimizer's own sharding. A `with` block writes them over the
+model's parameters. At its end the student is restored from the optimizer's main parameters, also after an error.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import torch
 
 from megatron_srpo.mcore.optimizer import ParameterShard, ShardedOptimizer
 
-EXCHANGED = 2**22  # numbers at a time
+EXCHANGED = 2**22  # how many numbers are copied at a time
 
 
 class WeightShadow:
-    """Weights beside the model's, starting as a copy of them. `offload`: in host memory, page-locked beside a GPU; they
-    then travel to the device and back one slice at a time."""
+    """A second set of weights, which starts as a copy of the model's. With `offload` it is in host memory, page-locked
+    if there is a GPU, and is copied to the device and back one slice at a time."""
 
     def __init__(self, optimizer: ShardedOptimizer, *, offload: bool = False) -> None:
         self._optimizer = optimizer
@@ -29,18 +28,18 @@ class WeightShadow:
     def update(self, rate: float) -> None:
         """shadow ← (1 − rate)·shadow + rate·student (SDPO's EMA teacher)."""
         for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
-            here = mine.to(shard.main.device)  # itself, unless it is offloaded
+            here = mine.to(shard.main.device)  # the same tensor, unless it is offloaded
             here.lerp_(shard.main.detach(), rate)
             if here is not mine:
                 mine.copy_(here)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the block the model computes with these weights; afterwards the student is back, bit for bit
-        (the model's parameters are always its main parameters rounded to the model's dtype), whatever fails inside or
-        on the way there."""
+        """Inside this block the model computes with these weights. Afterwards the student's weights are restored bit
+        for bit, also after an error: the model's parameters are always the main parameters rounded to the model's
+        dtype."""
         with ExitStack() as leaving:
-            leaving.callback(self._optimizer.gather_model)  # the last of the callbacks
+            leaving.callback(self._optimizer.gather_model)  # runs after the other callbacks
             for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
                 _show(mine, shard)
                 leaving.callback(_restore, mine, shard)
@@ -54,7 +53,7 @@ def _show(mine: torch.Tensor, shard: ParameterShard) -> None:
         _exchange(mine, shard.main.data)
     elif mine.device == shard.model.device:
         shard.model.copy_(mine)
-    else:  # rounded on the device: a copy between devices would round on the host, ten times slower than the link
+    else:  # rounds on the device: a copy between devices would round on the host, ten times slower than the link
         for ours, theirs in zip(mine.split(EXCHANGED), shard.model.split(EXCHANGED), strict=True):
             theirs.copy_(ours.to(theirs.device, non_blocking=True))
 
@@ -68,13 +67,13 @@ def _restore(mine: torch.Tensor, shard: ParameterShard) -> None:
 
 
 def _same_memory(shard: ParameterShard) -> bool:
-    """An fp32 model's parameters are the optimizer's main ones."""
+    """Whether the model's parameter is the optimizer's main parameter, as in an fp32 model."""
     return shard.main.data_ptr() == shard.model.data_ptr()
 
 
 def _exchange(some: torch.Tensor, others: torch.Tensor) -> None:
-    """Swap the values of two flat tensors, a piece at a time: no second copy of either exists."""
-    held = torch.empty_like(others[:EXCHANGED])  # before anything has moved: there may be no memory for it
+    """Swap the values of two flat tensors piece by piece, without a whole copy of either."""
+    held = torch.empty_like(others[:EXCHANGED])  # allocated first, because the allocation may fail
     for one, other in zip(some.split(EXCHANGED), others.split(EXCHANGED), strict=True):
         held[: other.numel()].copy_(other)
         other.copy_(one)

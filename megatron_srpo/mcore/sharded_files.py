@@ -85,8 +85,11 @@ def finish(folder: Path, written: Iterable[Written], common: dict[str, Any]) -> 
     index = Metadata({}, storage_data={}, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
     for record in written:
         whole = TensorStorageMetadata(TensorProperties(record.dtype), torch.Size(record.size), [])
-        chunk = ChunkStorageMetadata(record.index.offset, torch.Size(record.chunk))
-        index.state_dict_metadata.setdefault(record.index.fqn, whole).chunks.append(chunk)
+        offset = record.index.offset
+        assert offset is not None
+        entry = index.state_dict_metadata.setdefault(record.index.fqn, whole)
+        assert isinstance(entry, TensorStorageMetadata)
+        entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(record.chunk)))
         index.storage_data[record.index] = record.place
     torch.save({**common, "progress": {"steps": 0, "adam_steps": 0}}, folder / COMMON)
     (folder / INDEX).write_bytes(pickle.dumps(index))
@@ -112,6 +115,7 @@ class ShardedReader:
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """The region [offset, offset + shape) of a tensor. UserError when the checkpoint does not hold all of it."""
         entry = self._index.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
         target = torch.empty(tuple(shape), dtype=entry.properties.dtype)
         filled = 0
         for chunk in entry.chunks:

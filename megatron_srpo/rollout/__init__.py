@@ -7,8 +7,8 @@
     http.py         HTTP to one server
     vllm/           the engine: everything that knows vLLM
 
-The rest of the package imports engines from here only, so that another engine is one more folder beside vllm/ and a
-choice in this file. Importing this package imports no vLLM.
+The rest of the package imports engines from here only, so that another engine is one more folder and a choice in this
+file. Importing this package imports no vLLM.
 """
 
 from megatron_srpo.rollout.engine import GenerateRequest, RolloutEngine, RolloutError, SamplingSettings, request_seed

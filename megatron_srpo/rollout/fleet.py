@@ -372,8 +372,9 @@ class Fleet(Generic[ServerT]):
         server.outstanding -= job.cost
         error = None if task.cancelled() else task.exception()
         rollout = None if task.cancelled() or error else task.result()
-        if rollout is not None and self._exact and set(rollout.token_versions) != {self.version}:
-            error = BadAnswer(f"weights of version {sorted(set(rollout.token_versions))}, wanted {self.version}")
+        versions = set(rollout.token_versions or ()) if rollout is not None else {self.version}
+        if self._exact and versions != {self.version}:
+            error = BadAnswer(f"weights of version {sorted(versions)}, wanted {self.version}")
         if self._closing or job.answer.done():
             return
         if isinstance(error, ServerError):

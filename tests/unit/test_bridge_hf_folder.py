@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_srpo.bridge import BridgeError, write_hf_folder
@@ -98,3 +98,15 @@ def test_a_folder_that_is_no_model_is_not_replaced(source, tmp_path):
     with pytest.raises(BridgeError, match="its own source"):
         write_hf_folder([("a", torch.zeros(3))], source, source)
     assert (tmp_path / "thesis" / "chapter1.tex").exists() and (source / "model.safetensors").exists()
+
+
+def test_files_are_those_that_the_safetensors_library_writes(source, tmp_path):
+    mixed = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(7).bfloat16(),
+        "c": torch.randn(2, 2).double(),
+        "é": torch.ones(1),
+    }
+    out = write_hf_folder(mixed.items(), source, tmp_path / "out")
+    save_file(mixed, tmp_path / "library", metadata={"format": "pt"})
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "library").read_bytes()

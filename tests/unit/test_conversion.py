@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_srpo.conversion.report import written_aside
-from megatron_srpo.conversion.team import Team
+from megatron_srpo.conversion.store_group import StoreGroup
 from tests.distributed_harness import free_port
 from tests.fresh_process import fresh_process, run_as_torchrun_does
 from tests.tiny_models import make_tiny_model
@@ -163,16 +163,19 @@ def test_two_processes_make_the_same_checkpoint_and_folder_as_one(folders, to_me
 
 
 def test_ctrl_c_ends_the_wait_for_another_process():
-    team = Team()
-    team.size, team._store = 2, torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    processes = StoreGroup()
+    processes.size, processes._store = (
+        2,
+        torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False),
+    )
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        team.collect("mine")
+        processes.gather("mine")
 
 
 def test_ctrl_c_is_not_taken_for_a_full_disk(tmp_path):
     """torch's writer raises an error of its own when it is interrupted, which says the same as on a full disk."""
-    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "out", Team()):
+    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "out", StoreGroup()):
         try:
             raise KeyboardInterrupt
         finally:

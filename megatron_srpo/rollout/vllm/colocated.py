@@ -190,7 +190,7 @@ class ColocatedEngine:
             self._asleep = set(SLEEPERS)
 
     def _wake(self, *parts: str) -> None:
-        """Give the parts that sleep their memory back."""
+        """Give these parts their memory back, if they sleep."""
         sleeping = [part for part in parts if part in self._asleep]
         if sleeping:
             self._llm.wake_up(tags=sleeping)

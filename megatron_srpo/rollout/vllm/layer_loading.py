@@ -8,11 +8,18 @@ repacked    other layers (experts, quantised ones): vLLM's layer-wise reload reb
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from megatron_srpo.bridge.buffers import Buffers
 from megatron_srpo.bridge.verify import sources_of
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    PackedLayer: TypeAlias = LinearBase | ParallelLMHead
 
 
 def _is_plain(layer: torch.nn.Module) -> bool:
@@ -54,10 +61,10 @@ def forget_packed_embeddings(model: torch.nn.Module) -> None:
     heads = {id(getattr(module, "lm_head", None)) for module in model.modules()}
     for layer in model.modules():
         if type(layer) is VocabParallelEmbedding and _is_packed(layer) and id(layer) not in heads:
-            layer.cpu_linear = torch.nn.functional.linear
+            layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]  # vLLM's attribute
 
 
-def packed_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def packed_layers(model: torch.nn.Module) -> dict[str, PackedLayer]:
     """A model's packed layers, by name."""
     return {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
 
@@ -83,7 +90,7 @@ class PackedLayers:
             for name, layer in packed.items()
             if layer.weight.numel() == 0
         }
-        self._awaited: dict[torch.nn.Module, int] = {}  # layer → number of its tensors that are still to come
+        self._awaited: dict[PackedLayer, int] = {}  # layer → number of its tensors that are still to come
 
     def begin(self) -> None:
         """Make the linear layers ready to load."""
@@ -91,13 +98,13 @@ class PackedLayers:
         for layer in self._parts:
             layer.register_parameter("weight", self._loading_form(layer, buffers))
 
-    def _loading_form(self, layer: torch.nn.Module, buffers: Buffers) -> torch.nn.Parameter:
+    def _loading_form(self, layer: PackedLayer, buffers: Buffers) -> torch.nn.Parameter:
         """The weight's parameter as it was before vLLM first packed it, still without memory."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
         from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
         recorded = get_layerwise_info(layer).restore_metadata[0]["weight"]
-        form = torch.empty(0, dtype=recorded.dtype)
+        form: Any = torch.empty(0, dtype=recorded.dtype)  # becomes one of vLLM's parameters
         form.__class__, form.__dict__ = recorded.__class__, recorded.__dict__.copy()
         load = restore_layer_refs(form, layer).weight_loader
 
@@ -114,7 +121,7 @@ class PackedLayers:
         form.weight_loader = load_and_pack
         return form
 
-    def _pack(self, layer: torch.nn.Module) -> None:
+    def _pack(self, layer: PackedLayer) -> None:
         layer.cpu_linear = None  # frees the old copy before the new one is made
         layer.quant_method.process_weights_after_loading(layer)
         self._awaited.pop(layer, None)

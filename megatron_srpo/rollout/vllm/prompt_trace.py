@@ -42,7 +42,7 @@ def prompt_traces(hf_dir: Path, prompts: list[list[int]], dtype: str, device: st
         question, answer = Path(folder, "question.pt"), Path(folder, "answer.pt")
         torch.save({"hf_dir": str(hf_dir), "prompts": prompts, "dtype": dtype, "device": device}, question)
         code = f"import sys; from {__name__} import main; main(*sys.argv[1:])"
-        command = [sys.executable, "-c", code, question, answer]
+        command = [sys.executable, "-c", code, str(question), str(answer)]
         done = subprocess.run(command, env=alone, capture_output=True, text=True)
         if done.returncode != 0:
             last = "\n".join(done.stderr.strip().splitlines()[-5:])
@@ -76,8 +76,9 @@ def _trace(llm: LLM, ids: list[int]) -> PromptTrace:
         seen.append(output[: len(ids)].detach().float().cpu())
 
     def add_hooks(model: torch.nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        inner = model.model
-        return [module.register_forward_hook(keep) for module in (inner.embed_tokens, *inner.layers)]
+        layers = model.get_submodule("model.layers").children()
+        watched = (model.get_submodule("model.embed_tokens"), *layers)
+        return [module.register_forward_hook(keep) for module in watched]
 
     (hooks,) = llm.apply_model(add_hooks)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=TOP, logprobs=TOP, detokenize=False)

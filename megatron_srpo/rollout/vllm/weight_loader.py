@@ -49,7 +49,7 @@ def _forget_packed_experts(model: torch.nn.Module) -> None:
 
     for layer in model.modules() if current_platform.is_cpu() else ():
         method = getattr(layer, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
 
@@ -103,7 +103,7 @@ class WeightLoader:
         from vllm.config import set_current_vllm_config
 
         with self._abandoned_on_failure(), set_current_vllm_config(self._vllm_config):
-            self._awaited -= self._model.load_weights(self._checked(items))
+            self._awaited -= self._model.load_weights(self._checked(items))  # type: ignore[operator]  # vLLM's method
 
     def _checked(self, items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in items:
