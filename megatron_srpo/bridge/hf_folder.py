@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.load import INDEX, SINGLE, read_config
+from megatron_srpo.core.atomic import atomic_folder
 
 # What a model needs beside its weights; everything else in the source folder stays there.
 COPIED = (
@@ -38,18 +38,14 @@ def write_hf_folder(
     """
     source, target = Path(source_hf_dir), Path(out_dir)
     stream = iter(items)
-    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         refuse_bad_target(source, target)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        written = _write_weights(stream, aside, kind, max_shard_bytes)
-        write_config(source, aside, kind or written)
-        copy_files(source, aside)
-        _swap_in(aside, target)
+        with atomic_folder(target) as aside:
+            kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            written = _write_weights(stream, aside, kind, max_shard_bytes)
+            write_config(source, aside, kind or written)
+            copy_files(source, aside)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
         for _ in stream:
             pass
         raise
@@ -122,12 +118,3 @@ def copy_files(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, folder / path.name)
-
-
-def _swap_in(aside: Path, target: Path) -> None:
-    """Rename; an old folder is moved out of the way first, and removed only when the new one has its name."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_srpo.config.check import listed
 from megatron_srpo.config.schema import Config, Section
+from megatron_srpo.core.atomic import atomic_write
 from megatron_srpo.core.errors import ConfigError
 
 SHOWN = 70  # characters of a value in a message
@@ -285,10 +286,8 @@ def save_resolved(config: Config, path: str | Path) -> None:
     """Write `to_toml(config)` to `path`, whole or not at all; makes its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
     header = "# Resolved configuration of this run: the file, the overrides and the defaults.\n\n"
-    aside.write_text(header + to_toml(config), encoding="utf-8")
-    aside.replace(path)
+    atomic_write(path, header + to_toml(config))
 
 
 def to_toml_value(value: Any) -> str:

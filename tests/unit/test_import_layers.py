@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 
 EVERYTHING = None
 BASE = {"core", "config"}
-# Rooms (a module or a folder directly under the package) and what they may import; all others, future ones included, may
-# import BASE and what is in their own folder.
+# Rooms (a module or a folder directly under the package) and what they may import. All others, future ones included,
+# may import BASE and what is in their own folder.
 ALLOWED = {
     "core": set(),
     "config": {"core"},
