@@ -62,9 +62,10 @@ doctor: setup  ## what is installed, which device path will be taken, what is mi
 soak: setup  ## the tiny job with faults injected at random; what was lost: nothing (MINUTES=60)
 	@$(VENV_PYTHON) tools/soak.py --minutes '$(MINUTES)' $(ARGS)
 
-lint: setup  ## ruff: rules and formatting
+lint: setup  ## ruff: rules and formatting; mypy: types of megatron_srpo
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
 
 format: setup  ## ruff: apply the formatting
 	@$(VENV_PYTHON) -m ruff format .
