@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from megatron_srpo.core.errors import UserError
+
 RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
 
 FEEDBACK_LIMIT = 8192  # characters; feedback is read by the teacher, whose prompt is bounded anyway
@@ -27,7 +29,7 @@ _PLUMBING = {"pool", "process", "registry", "tags", "worker", "gym_guard"}  # fi
 _FUNCTIONS: dict[str, RewardFunction] = {}
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A kind that cannot be scored: unknown, not importable, or a function that returns no reward."""
 
 
