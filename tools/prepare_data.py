@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_srpo.config import DataConfig
+from megatron_srpo.core.atomic import atomic_file
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.data import load_rows, read_records
 from megatron_srpo.rewards.registry import RewardError, unknown
@@ -280,25 +281,17 @@ def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
     """`folder`/<name>.jsonl for each split, complete or not at all; read back before they take their names. A split
     without rows has no file."""
     folder.mkdir(parents=True, exist_ok=True)
-    staged: dict[Path, Path] = {}
-    try:
+    with ExitStack() as all_or_none:  # a file takes its name only when every split has been read back
         for name, rows in splits.items():
-            part = folder / f".{name}.{os.getpid()}.jsonl"
-            staged[part] = folder / f"{name}.jsonl"
+            if not rows:
+                continue
+            part = all_or_none.enter_context(atomic_file(folder / f"{name}.jsonl", durable=True))
             with part.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-            if rows:
-                load_rows(str(part), DataConfig(train=str(part)))
-        for part, final in staged.items():
-            if part.stat().st_size:
-                part.replace(final)
-            else:
-                final.unlink(missing_ok=True)
-    finally:
-        for part in staged:
-            part.unlink(missing_ok=True)
+            load_rows(str(part), DataConfig(train=str(part)))
+    for name, rows in splits.items():
+        if not rows:
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
 
 
 @dataclass

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers.utils import logging
 
 from examples.tiny.task import Example, Task, draw_question
 from examples.tiny.tokenizer import character_tokenizer
+from megatron_srpo.core.atomic import atomic_folder
 
 IGNORED = -100  # the label that cross_entropy skips
 
@@ -151,12 +151,9 @@ def warm_started_model(task: Task, settings: WarmStart, cache: Path, report: Cal
         model, facts = train(task, settings, report)
     finally:
         torch.set_num_threads(threads)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
     logging.disable_progress_bar()
-    model.save_pretrained(aside)
-    character_tokenizer(task.characters, task.chat_template).save_pretrained(aside)
-    (aside / "warm_start.json").write_text(json.dumps({**dataclasses.asdict(settings), **facts}, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with atomic_folder(folder) as aside:
+        model.save_pretrained(aside)
+        character_tokenizer(task.characters, task.chat_template).save_pretrained(aside)
+        (aside / "warm_start.json").write_text(json.dumps({**dataclasses.asdict(settings), **facts}, indent=2) + "\n")
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.load import read_config
 from megatron_srpo.bridge.safetensors_file import PlannedFile, TensorGroup, file_names, write_file, write_index
+from megatron_srpo.core.atomic import atomic_folder
 
 # The files that a model needs in addition to its weights. Other files of the source folder are not copied.
 COPIED = (
@@ -39,18 +39,14 @@ def write_hf_folder(
     """
     source, target = Path(source_hf_dir), Path(out_dir)
     stream = iter(items)
-    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         refuse_bad_target(source, target)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        written = _write_weights(stream, aside, kind, max_shard_bytes)
-        write_config(source, aside, kind or written)
-        copy_files(source, aside)
-        _swap_in(aside, target)
+        with atomic_folder(target) as aside:
+            kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            written = _write_weights(stream, aside, kind, max_shard_bytes)
+            write_config(source, aside, kind or written)
+            copy_files(source, aside)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
         for _ in stream:
             pass
         raise
@@ -117,12 +113,3 @@ def copy_files(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, folder / path.name)
-
-
-def _swap_in(aside: Path, target: Path) -> None:
-    """Rename the new folder. An old one is renamed before that, and removed after it."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.core.atomic import atomic_write, replace_folder, sync
 from megatron_srpo.core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -74,7 +74,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[st
     """Write the manifest: `facts` (plain data) and the `checksum` of every file, by name. It vouches for itself too."""
     manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     manifest["self"] = _digest_of(manifest)
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1), durable=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -142,38 +142,14 @@ def prune(root: Path, keep: int, keep_best: str = "") -> list[Path]:
 
 def publish(aside: Path, target: Path) -> None:
     """Give a complete folder its name, and point `latest` to it."""
-    flush(aside)
-    replaced = target.with_name(f"replaced_{target.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    aside.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
-    write_whole(target.parent / "latest", target.name + "\n")
-    flush(target.parent)
+    sync(aside)
+    replace_folder(aside, target)
+    atomic_write(target.parent / "latest", target.name + "\n", durable=True)
+    sync(target.parent)
 
 
 def remove_unfinished(root: Path) -> None:
     """Remove what killed runs left. Only for the run that owns the folder."""
-    for pattern in ("writing_*", "replaced_*"):
+    for pattern in ("writing_*", ".step_*.replaced-*"):
         for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all, and on the disk when this returns."""
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def flush(folder: Path) -> None:
-    """Have a folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

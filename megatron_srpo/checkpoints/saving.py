@@ -24,6 +24,7 @@ from typing import Any
 from megatron_srpo.checkpoints import folder as folders
 from megatron_srpo.checkpoints.changes import Change, architecture, changes
 from megatron_srpo.config import Config
+from megatron_srpo.core.atomic import atomic_write, set_aside
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import UserError
 
@@ -144,8 +145,8 @@ class Checkpoints:
         """The driver's own files, the manifest, the name; then drop what is no longer kept."""
         aside = pending.aside
         pending.snapshot.write_index([results for results, _ in parts])
-        folders.write_whole(aside / folders.CONFIG, self._config.model_dump_json(indent=1))
-        folders.write_whole(aside / folders.STATE, json.dumps(pending.state, indent=1))
+        atomic_write(aside / folders.CONFIG, self._config.model_dump_json(indent=1), durable=True)
+        atomic_write(aside / folders.STATE, json.dumps(pending.state, indent=1), durable=True)
         files = {name: facts for _, sums in parts for name, facts in sums.items()}
         for path in aside.iterdir():
             if path.name not in files:
@@ -279,11 +280,7 @@ class Checkpoints:
         of them would count as the newest."""
         if not folders.published(self.root):
             return
-        number = 1
-        while (aside := self.root.with_name(f"checkpoints.previous.{number}")).exists():
-            number += 1
-        self.root.rename(aside)
-        self._say(f"checkpoint.resume = false: an earlier run's checkpoints are now in {aside}")
+        self._say(f"checkpoint.resume = false: an earlier run's checkpoints are now in {set_aside(self.root)}")
 
 
 def versions() -> dict[str, str]:

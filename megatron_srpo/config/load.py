@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from megatron_srpo.algorithms.section import BY_NAME, DEFAULT, foreign_keys, known_fields, users_of
 from megatron_srpo.config.check import listed
 from megatron_srpo.config.schema import Config
+from megatron_srpo.core.atomic import atomic_write
 from megatron_srpo.core.errors import ConfigError
 
 ALGORITHM = "algorithm"  # the section whose keys depend on its `name`
@@ -310,10 +311,8 @@ def save_resolved(config: Config, path: str | Path) -> None:
     """Write `to_toml(config)` to `path`, whole or not at all; makes its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
     header = "# Resolved configuration of this run: the file, the overrides and the defaults.\n\n"
-    aside.write_text(header + to_toml(config), encoding="utf-8")
-    aside.replace(path)
+    atomic_write(path, header + to_toml(config))
 
 
 def to_toml_value(value: Any) -> str:

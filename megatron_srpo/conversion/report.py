@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_srpo.conversion.store_group import StoreGroup
+from megatron_srpo.core.atomic import atomic_folder
 from megatron_srpo.core.disk import disk_problem, interrupt
 from megatron_srpo.core.errors import UserError
 
@@ -50,9 +50,9 @@ def refuse_existing(out_dir: Path, *, dry_run: bool) -> None:
         raise UserError(f"{out_dir} exists and is not replaced: remove it, or choose another folder with --out")
 
 
-def _make(aside: Path, out_dir: Path) -> None:
+def _make_parent(out_dir: Path) -> None:
     try:
-        aside.mkdir(parents=True)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out_dir}: the folder cannot be made ({error.strerror}); choose another") from error
 
@@ -61,20 +61,16 @@ def _make(aside: Path, out_dir: Path) -> None:
 def written_aside(out_dir: Path, processes: StoreGroup) -> Iterator[Path]:
     """A folder to write into, which gets its name when all processes are through, and is removed on an error. What an
     interrupted conversion left is removed. UserError when the disk is full or may not be written."""
-    aside = out_dir.with_name(f".{out_dir.name}.writing")
+    aside = out_dir.with_name(f".{out_dir.name}.writing")  # the same on all processes, and for the next attempt
     try:
         if processes.is_leader:
-            shutil.rmtree(aside, ignore_errors=True)
-            _make(aside, out_dir)
-        processes.gather(None)
-        yield aside
-        processes.gather(None)
-        if processes.is_leader:
-            aside.rename(out_dir)
+            _make_parent(out_dir)
+        with atomic_folder(out_dir, aside=aside, replace=False) if processes.is_leader else nullcontext():
+            processes.gather(None)
+            yield aside
+            processes.gather(None)
         processes.gather(None)
     except BaseException as error:
-        if processes.is_leader:
-            shutil.rmtree(aside, ignore_errors=True)
         if (stop := interrupt(error)) is not None:
             raise stop from None  # a writer that is interrupted may raise an error of its own
         problem = disk_problem(error)

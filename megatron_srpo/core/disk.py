@@ -1,4 +1,4 @@
-"""Whether an error is the disk's, however deep a library has wrapped it."""
+"""Finds out whether the disk caused an error, however deeply a library has wrapped it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Iterator
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 FULL = os.strerror(errno.ENOSPC)
-# What libraries that raise no OSError say: safetensors the system's words, torch.save its file position.
-SAYINGS = re.compile(rf"{FULL}|inline_container\.cc:\d+\] \. unexpected pos")
+# Texts of libraries that raise no OSError: safetensors quotes the system, torch.save names a file position.
+TEXTS = re.compile(rf"{FULL}|inline_container\.cc:\d+\] \. unexpected pos")
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What the disk said ("runs/x: No space left on device") if it is the cause of `error`; else None.
+    """The disk's message, e.g. "runs/x: No space left on device", if the disk is the cause of `error`; else None.
 
-    Looks into causes, and into the failures by rank that a checkpoint's writer collects.
+    It searches the chain of causes, and the failures by rank that the writer of a checkpoint collects.
     """
     for part in _parts(error, depth=8):
         if isinstance(part, OSError) and part.errno in ERRORS:
             return f"{part.filename or 'the disk'}: {part.strerror}"
-        if SAYINGS.search(str(part)):
+        if TEXTS.search(str(part)):
             return f"the disk: {FULL}"
     return None
 
 
 def interrupt(error: BaseException) -> KeyboardInterrupt | None:
-    """The Ctrl-C that led to `error`, if one did."""
+    """The KeyboardInterrupt that caused `error`, or None."""
     return next((part for part in _parts(error, depth=8) if isinstance(part, KeyboardInterrupt)), None)
 
 
 def _parts(error: BaseException, depth: int) -> Iterator[BaseException]:
-    """`error`, what it collects, and its causes. Innermost collected ones first, because they are the precise ones."""
+    """`error`, the errors that it collects, and its causes. Collected errors come first: they are more precise."""
     if depth == 0:
         return
     failures = getattr(error, "failures", None)  # torch.distributed.checkpoint.api.CheckpointException: rank → failure

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the user, or of the machine. str() is the whole message: what was expected, what came, the cure."""
+    """A mistake that the user can correct. str() is the whole message: what was expected, what came, the cure."""
 
 
 class ConfigError(UserError):
-    """A configuration that must not be run."""
+    """A configuration that cannot be run."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

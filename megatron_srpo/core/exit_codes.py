@@ -1,11 +1,11 @@
-"""What a process of ours ends with. 1, a defect with its traceback, is Python's own."""
+"""The exit codes of our processes. Python itself ends with 1 after a defect, and prints the traceback."""
 
 DONE = 0
-MISTAKE = 2  # the user's, or the machine's: told in one message; starting again changes nothing
+MISTAKE = 2  # a mistake of the user, or of the machine, reported in one message; starting again does not help
 UNHEALTHY = 69  # a machine failed its check before the run (EX_UNAVAILABLE of sysexits.h)
-REQUEUE = 75  # stopped on request with what was done saved: start the same command again (EX_TEMPFAIL)
-LOST = 76  # another rank of the run has ended, for a reason of its own
-STOPPED = 130  # by Ctrl-C or SIGTERM, with a checkpoint where there was something to save
+REQUEUE = 75  # stopped on request after a checkpoint: start the same command again (EX_TEMPFAIL)
+LOST = 76  # another rank of the run has ended for a reason of its own
+STOPPED = 130  # stopped by Ctrl-C or SIGTERM, after a checkpoint if there was anything to save
 
-TOLD = (MISTAKE, UNHEALTHY, REQUEUE, LOST, STOPPED)  # whoever ends so has said why
-FINAL = (MISTAKE, UNHEALTHY, REQUEUE, STOPPED)  # starting the same ranks again at once would be wrong
+TOLD = (MISTAKE, UNHEALTHY, REQUEUE, LOST, STOPPED)  # a process that ends with one of these has printed the reason
+FINAL = (MISTAKE, UNHEALTHY, REQUEUE, STOPPED)  # after one of these, do not start the same ranks again at once

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.core.atomic import atomic_write, set_aside
+
 METRICS_FILE = "metrics.jsonl"  # in a run's folder
 WAITING_LINES = 10_000  # kept in memory while the file cannot be written; the oldest go first
 
@@ -74,15 +76,10 @@ class JsonlWriter:
             if not self._path.exists():
                 return
             if step == 0:
-                number = 1
-                while (aside := self._path.with_suffix(f".previous.{number}{self._path.suffix}")).exists():
-                    number += 1
-                self._path.replace(aside)
+                set_aside(self._path)
                 return
             kept = [json_line(record["step"], record) for record in read_records(self._path) if record["step"] <= step]
-            aside = self._path.with_name(self._path.name + ".new")
-            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            aside.replace(self._path)
+            atomic_write(self._path, "".join(line + "\n" for line in kept))
         except OSError as error:
             self._report(error)
 

@@ -1,16 +1,16 @@
-"""Rewards: what a response is worth, and in words what was wrong with it.
+"""Rewards: scores a response, and says in words what is wrong with it.
 
-    registry.py   which function scores which kind, the built-in ones and the user's own
-    mcq.py tooluse.py math.py exact.py reasoning_gym.py    one file a kind, named after it
-    pool.py       scores a batch in worker processes, so that no answer can hang or kill the run
-    process.py    one worker process, seen from the driver
-    worker.py     what runs inside it
+    registry.py   finds the function of a kind: a built-in one or the user's own
+    mcq.py tooluse.py math.py exact.py reasoning_gym.py    one file for each built-in kind, named after it
+    pool.py       scores a batch in worker processes, so that no response can hang or kill the run
+    process.py    the driver's side of one worker process
+    worker.py     the program of a worker process
 
-Everything but pool.py stays clear of torch: workers import it, and torch would cost each of them seconds and memory.
-Hence RewardPool and RewardTask are imported on first use.
+Only pool.py imports torch: workers import the other files, and torch would cost each worker seconds and memory. For the
+same reason RewardPool and RewardTask are imported on first use.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_srpo.rewards.registry import RewardError, Verdict, known_kinds, register, resolve
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["RewardError", "RewardPool", "RewardTask", "Verdict", "known_kinds", "register", "resolve"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in ("RewardPool", "RewardTask"):
         from megatron_srpo.rewards import pool
 

@@ -1,14 +1,14 @@
-"""exact: the whole response is the answer, white space around it aside."""
+"""The kind exact: the whole response must be the answer. White space around it does not count."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from megatron_srpo.rewards.registry import RewardError, Verdict, register
 
 
 @register("exact")
-def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     """1 if the stripped response equals the answer (text, or a number as Python writes it), else 0."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise RewardError(f"kind 'exact' expects text or a number as answer, got {type(answer).__name__}")

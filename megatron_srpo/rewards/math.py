@@ -1,10 +1,10 @@
-r"""math: the last `\boxed{…}` of the response is mathematically equal to the answer, judged by math-verify."""
+r"""The kind math: the last `\boxed{…}` of the response must equal the answer mathematically, as math-verify judges."""
 
 from __future__ import annotations
 
 import logging
 import re
-from typing import Any
+from collections.abc import Mapping
 
 import math_verify
 from math_verify import LatexExtractionConfig
@@ -14,15 +14,15 @@ from megatron_srpo.rewards.registry import RewardError, Verdict, register
 BOXED_LIMIT = 2000  # characters; a longer box is no answer, and parsing it could take minutes
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{")
 
-# Its own time-outs are signals, which fail outside the main thread. The pool's time-out covers them, so they are off,
-# and the library's reminder to bring one is not needed either.
+# math-verify's own time-outs use signals, which fail outside the main thread. They are off, because the pool has a
+# time-out, and so is the library's warning that they are off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 @register("math")
-def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     r"""1 if the content of the last `\boxed{…}` equals the answer, else 0. The answer is LaTeX, plain text or a number,
-    boxed or not. Never evaluates the text: only LaTeX is parsed."""
+    boxed or not. The text is parsed as LaTeX and never evaluated."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise RewardError(f"kind 'math' expects text or a number as answer, got {type(answer).__name__}")
     given = last_boxed(response)
@@ -38,9 +38,10 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` with balanced braces (`\{` does not count); None where there is none.
+    r"""The content of the last `\boxed{…}` with balanced braces (`\{` does not count); None if there is none.
 
-    Reads at most BOXED_LIMIT + 1 characters of content, so that a response of boxes that never close stays linear.
+    It reads at most BOXED_LIMIT + 1 characters of content, so that a response with many boxes that never close takes
+    linear time.
     """
     for mark in reversed(list(_BOX.finditer(text))):
         content = _balanced(text, mark.end() - 1)

@@ -1,19 +1,19 @@
-"""mcq: a multiple-choice question whose option letter is given as `<answer>LETTER</answer>`."""
+"""The kind mcq: the response names an option of a multiple-choice question, as `<answer>LETTER</answer>`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from megatron_srpo.rewards.registry import RewardError, Verdict, register
 from megatron_srpo.rewards.tags import last_tagged
 
 
 @register("mcq")
-def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     """1 if the text between the last `<answer>` and `</answer>` is the answer's letter, else 0.
 
-    Well-formed: the response ends with that pair, and it holds one capital letter. The feedback never names the right
-    option: a teacher that reads it would only have to copy it.
+    The response is well-formed if it ends with that pair and one capital letter is between the tags. The feedback never
+    names the right option, because a teacher that reads it would only have to copy it.
     """
     if not isinstance(answer, str) or not answer.strip():
         raise RewardError(f"kind 'mcq' expects the letter of the right option as answer, got {answer!r:.80}")

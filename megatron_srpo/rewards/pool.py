@@ -1,8 +1,8 @@
-"""Scores responses in worker processes: in order, within a time for each one, whatever the functions do.
+"""Scores responses in worker processes: in order, with a time limit for each, whatever the reward functions do.
 
-A worker reports every result when it has it. So when one hangs or dies, the driver knows at which task: that one fails,
-and the rest of its chunk goes to another worker. A task at which a worker died gets a second try alone, because an
-earlier one may have done the damage.
+A worker reports each result as soon as it has it. When it hangs or dies, the driver therefore knows at which task: that
+task fails, and the rest of its chunk goes to another worker. A task at which a worker died is tried once more, alone,
+because an earlier task may have damaged the worker.
 """
 
 from __future__ import annotations
@@ -15,61 +15,60 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_srpo.config import RewardConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Reward
 from megatron_srpo.rewards.process import STOP_SECONDS, WorkerProcess
-from megatron_srpo.rewards.worker import Setup
+from megatron_srpo.rewards.worker import Result, Setup, Task
 
-CHUNKS_PER_WORKER = 4  # more balance better, fewer cost less
+CHUNKS_PER_WORKER = 4  # more chunks balance the workers better, fewer chunks cost less
 LARGEST_CHUNK = 64
-STARTS = 3  # that may fail in a row: one process killed from outside is no reason to end a run
+FAILED_STARTS = 3  # in a row before the pool gives up: one process killed from outside is no reason to end a run
 
 
 @dataclass(frozen=True)
 class RewardTask:
-    """One response to score: the row's kind, the response's text, the row's answer and other fields."""
+    """One response to score: the row's kind, the response's text, the row's answer and its other fields.
+
+    Example: RewardTask("mcq", "It is <answer>B</answer>", "B", {"topic": "algebra"})
+    """
 
     kind: str
     response: str
-    answer: Any
-    metadata: dict[str, Any] = field(default_factory=dict)
+    answer: object
+    metadata: dict[str, object] = field(default_factory=dict)
 
-    def as_tuple(self) -> tuple:
+    def as_tuple(self) -> Task:
         return self.kind, self.response, self.answer, self.metadata
 
 
 @dataclass
 class _Batch:
-    """Tasks on their way. They are known by their number, in the order in which they came."""
+    """Tasks that were added and not yet returned. They are identified by their number, in the order of `add`."""
 
     tasks: list[RewardTask] = field(default_factory=list)
-    rewards: list[Reward | None] = field(default_factory=list)
+    rewards: dict[int, Reward] = field(default_factory=dict)  # by task
     waiting: deque[list[int]] = field(default_factory=deque)  # chunks that no worker has
-    open: int = 0  # tasks without a reward
-    retried: set[int] = field(default_factory=set)
+    retried: set[int] = field(default_factory=set)  # tasks at which a worker died once
 
     def add(self, tasks: Sequence[RewardTask], chunk: int) -> None:
         numbers = range(len(self.tasks), len(self.tasks) + len(tasks))
         self.tasks += tasks
-        self.rewards += [None] * len(tasks)
-        self.open += len(tasks)
         self.waiting += [list(numbers[start : start + chunk]) for start in range(0, len(tasks), chunk)]
 
-    def settle(self, number: int, reward: Reward) -> None:
-        self.rewards[number] = reward
-        self.open -= 1
+    @property
+    def done(self) -> bool:
+        return len(self.rewards) == len(self.tasks)
 
 
 class RewardPool:
-    """`reward.workers` processes that have imported the reward functions of `kinds`. A context manager; for one thread.
+    """`reward.workers` processes that have imported the reward functions of `kinds`. A context manager, for one thread.
 
-    `score` takes a whole batch; `add` and `finish` one that comes bit by bit.
+    `score` takes a whole batch; `add` and `finish` take a batch that arrives in parts.
 
-    The constructor returns when every function is imported; UserError if one cannot be: unknown kind, an error in the
-    user's module.
+    The constructor returns when every function is imported. It raises UserError if one cannot be: an unknown kind, or
+    an error in the user's module.
     """
 
     def __init__(self, config: RewardConfig, kinds: Iterable[str]) -> None:
@@ -79,14 +78,14 @@ class RewardPool:
         )
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
-        self._batch = _Batch()  # of `add` and `finish`
+        self._batch = _Batch()
         self._failed_starts = 0  # in a row
-        self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())  # also at exit
+        self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())  # also runs at exit
         try:
             for _ in range(config.workers):
                 self._start()
             while not all(worker.ready for worker in self._workers):
-                self._turn(None)
+                self._handle_events()
         except BaseException:
             self.close()
             raise
@@ -98,7 +97,7 @@ class RewardPool:
         self.close()
 
     def score(self, tasks: Sequence[RewardTask]) -> list[Reward]:
-        """The reward of each task, in order. What cannot be scored gets `reward.failure_score` and an `error`.
+        """The reward of each task, in order. A task that cannot be scored gets `reward.failure_score` and an `error`.
 
         Raises UserError only if workers cannot be started again.
         """
@@ -106,125 +105,124 @@ class RewardPool:
         return self.finish()
 
     def add(self, tasks: Sequence[RewardTask]) -> None:
-        """Begin to score tasks and return at once. Between calls the workers do what they were given, and no more."""
+        """Start scoring tasks and return at once. Workers get further chunks only during `add` and `finish`."""
         if not self._finalizer.alive:
             raise RuntimeError("the reward pool is closed")
         unknown = {task.kind for task in tasks} - set(self._setup.kinds)
         if unknown:
             raise UserError(f"reward kinds {sorted(unknown)} are not among those the pool was made for")
         self._batch.add(tasks, self._chunk_size(len(tasks)))
-        with self._abandoned_on_failure():
-            self._turn(self._batch, wait=False)
-            self._hand_out(self._batch)
+        with self._discard_batch_on_error():
+            self._handle_events(wait=False)
+            self._assign_chunks()
 
     def finish(self) -> list[Reward]:
-        """The rewards of all that was added since the last call, in order; see `score`."""
-        batch = self._batch
-        with self._abandoned_on_failure():
-            while batch.open:
-                self._hand_out(batch)
-                self._turn(batch)
-        self._batch = _Batch()
-        return batch.rewards
-
-    @contextmanager
-    def _abandoned_on_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:  # interrupted: results on their way belong to no later batch
-            self._batch = _Batch()
-            for worker in [worker for worker in self._workers if worker.pending]:
-                self._forget(worker).kill()
-            raise
+        """The rewards of all tasks that were added since the last call, in order; see `score`."""
+        with self._discard_batch_on_error():
+            while not self._batch.done:
+                self._assign_chunks()
+                self._handle_events()
+        done, self._batch = self._batch, _Batch()
+        return [done.rewards[number] for number in range(len(done.tasks))]
 
     def close(self) -> None:
-        """End the workers. May be called again."""
+        """End the workers. It may be called again."""
         self._finalizer()
         self._selector.close()
+
+    @contextmanager
+    def _discard_batch_on_error(self) -> Iterator[None]:
+        """After an interruption, end the workers that still have tasks: their results belong to no later batch."""
+        try:
+            yield
+        except BaseException:
+            self._batch = _Batch()
+            for worker in [worker for worker in self._workers if worker.pending]:
+                self._remove(worker).kill()
+            raise
 
     def _chunk_size(self, count: int) -> int:
         return min(LARGEST_CHUNK, max(1, -(-count // (CHUNKS_PER_WORKER * self._config.workers))))
 
-    def _hand_out(self, batch: _Batch) -> None:
+    def _assign_chunks(self) -> None:
+        """Give a waiting chunk to every idle worker."""
         while len(self._workers) < self._config.workers:  # after an interrupted batch
             self._start()
         for worker in [worker for worker in self._workers if worker.idle]:
-            if not batch.waiting:
+            if not self._batch.waiting:
                 return
-            numbers = batch.waiting.popleft()
+            numbers = self._batch.waiting.popleft()
             try:
-                worker.assign(numbers, [batch.tasks[number].as_tuple() for number in numbers])
+                worker.assign(numbers, [self._batch.tasks[number].as_tuple() for number in numbers])
             except OSError:
-                self._died(worker, batch)
+                self._on_exit(worker)
 
-    def _turn(self, batch: _Batch | None, *, wait: bool = True) -> None:
-        """Wait for the workers' next news, or for the first deadline, and act on it; or act on what there is."""
+    def _handle_events(self, *, wait: bool = True) -> None:
+        """Handle what workers have sent and whose time is over. With `wait`, wait for the first such event."""
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
         until = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         for key, _ in self._selector.select(until if wait else 0):
             worker: WorkerProcess = key.data
-            if worker not in self._workers:  # its end was noticed a moment ago
+            if worker not in self._workers:  # it was removed during this loop
                 continue
             if key.fileobj is worker.channel:
-                self._receive(worker, batch)
+                self._receive(worker)
             elif not worker.drain_output():
                 self._selector.unregister(worker.output)
         now = time.monotonic()
         for worker in [w for w in self._workers if w.deadline is not None and w.deadline <= now]:
-            self._hangs(worker, batch)
+            self._on_timeout(worker)
 
-    def _receive(self, worker: WorkerProcess, batch: _Batch | None) -> None:
+    def _receive(self, worker: WorkerProcess) -> None:
         messages = worker.read()
         if messages is None:
-            self._died(worker, batch)
+            self._on_exit(worker)
             return
         for message in messages:
-            if isinstance(message, list):
-                batch.settle(worker.take_first(), self._reward(*message))
+            if isinstance(message, Result):
+                self._settle(worker.take_first(), message)
             elif "failed" in message:
                 raise UserError(message["failed"])
             else:
                 worker.ready, worker.deadline = True, None
                 self._failed_starts = 0
 
-    def _reward(
-        self, score: float | None, feedback: str | None, well_formed: bool | None, prediction: str | None,
-        error: str | None,
-    ) -> Reward:  # fmt: skip
-        if score is None:
-            return Reward(self._config.failure_score, error=error)
-        return Reward(score, feedback, well_formed, prediction=prediction)
+    def _settle(self, number: int, result: Result) -> None:
+        self._batch.rewards[number] = (
+            Reward(self._config.failure_score, error=result.error)
+            if result.score is None
+            else Reward(result.score, result.feedback, result.well_formed, prediction=result.prediction)
+        )
 
-    def _hangs(self, worker: WorkerProcess, batch: _Batch | None) -> None:
-        self._forget(worker).kill()
+    def _on_timeout(self, worker: WorkerProcess) -> None:
+        self._remove(worker).kill()
         if not worker.ready:
             raise UserError("a reward worker did not start: importing the reward functions takes too long")
         first, *rest = worker.pending
-        error = f"time-out after {self._config.timeout_seconds:g} s (reward.timeout_seconds)"
-        batch.settle(first, Reward(self._config.failure_score, error=error))
-        self._replace(rest, batch)
+        seconds = self._config.timeout_seconds
+        self._settle(first, Result(error=f"time-out after {seconds:g} s (reward.timeout_seconds)"))
+        self._replace(rest)
 
-    def _died(self, worker: WorkerProcess, batch: _Batch | None) -> None:
-        how = self._forget(worker).end()
+    def _on_exit(self, worker: WorkerProcess) -> None:
+        how = self._remove(worker).end()
         if not worker.ready:
             self._failed_starts += 1
-            if self._failed_starts == STARTS:
+            if self._failed_starts == FAILED_STARTS:
                 raise UserError(f"a reward worker ended while it imported the reward functions ({how})")
-            self._start()
-            return
         rest = worker.pending
         if rest:
             first, *rest = rest
-            if first in batch.retried:
-                batch.settle(first, Reward(self._config.failure_score, error=f"crash: {how}"))
+            if first in self._batch.retried:
+                self._settle(first, Result(error=f"crash: {how}"))
             else:
-                batch.retried.add(first)
-                batch.waiting.append([first])
-        self._replace(rest, batch)
+                self._batch.retried.add(first)
+                self._batch.waiting.append([first])
+        self._replace(rest)
 
-    def _replace(self, rest: list[int], batch: _Batch | None) -> None:
+    def _replace(self, rest: list[int]) -> None:
+        """Start another worker, and put the rest of a chunk first in the queue."""
         if rest:
-            batch.waiting.appendleft(rest)
+            self._batch.waiting.appendleft(rest)
         self._start()
 
     def _start(self) -> None:
@@ -233,7 +231,7 @@ class RewardPool:
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         self._selector.register(worker.output, selectors.EVENT_READ, worker)
 
-    def _forget(self, worker: WorkerProcess) -> WorkerProcess:
+    def _remove(self, worker: WorkerProcess) -> WorkerProcess:
         self._workers.remove(worker)
         self._selector.unregister(worker.channel)
         if worker.output.fileno() in self._selector.get_map():
@@ -242,10 +240,11 @@ class RewardPool:
 
 
 def _end_all(workers: list[WorkerProcess], owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the driver exits: the workers are not its own
+    """End all workers. Does nothing in a fork of the process `owner`, to which they belong."""
+    if os.getpid() != owner:
         return
     for worker in workers:
-        worker.hang_up()
+        worker.close_channel()
     limit = time.monotonic() + STOP_SECONDS
     while workers:
         worker = workers.pop()

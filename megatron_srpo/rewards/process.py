@@ -1,27 +1,28 @@
-"""One reward worker, seen from the driver: start it, give it a chunk, read its results, end it.
+"""The driver's side of one reward worker: start it, give it a chunk of tasks, read its results, end it.
 
-A worker is a fresh interpreter that runs `worker.main`, not a fork and not a multiprocessing child: the driver's memory
-(models, engines) is not duplicated, its threads and locks are not copied, and its __main__ is not imported again.
+A worker is a fresh interpreter that runs `worker.main`, not a fork and not a multiprocessing child. So the driver's
+memory (models, engines) is not duplicated, its threads and locks are not copied, and its __main__ is not imported.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from typing import Any
+from typing import IO
 
-from megatron_srpo.rewards.worker import Setup, encode
+from megatron_srpo.rewards.worker import Result, Setup, Task, encode
 
-START_SECONDS = 120.0  # imports of the user's functions included
-SEND_SECONDS = 30.0  # an idle worker reads at once; one that does not is broken
-STOP_SECONDS = 1.0
-TAIL_BYTES = 2048  # of what the worker printed, for the message when it dies
+START_SECONDS = 120.0  # limit for starting a worker, importing the user's functions included
+SEND_SECONDS = 30.0  # limit for sending a chunk: an idle worker reads at once
+STOP_SECONDS = 1.0  # limit for workers to end by themselves
+TAIL_BYTES = 2048  # how much of its last output is kept, for the message when the worker dies
 
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -30,8 +31,8 @@ _PROGRAM = (
 
 
 class WorkerProcess:
-    """`ready` after its functions are imported; `pending` are the tasks (the caller's numbers) of its chunk, the one it
-    works on first; past `deadline` (monotonic seconds) it hangs."""
+    """`ready`: its functions are imported. `pending`: the tasks of its chunk that have no result, by the caller's
+    numbers; it works on the first one. `deadline`: it hangs after this monotonic time; None while it is idle."""
 
     def __init__(self, setup: Setup) -> None:
         self.ready = False
@@ -48,31 +49,29 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(child.fileno(),),
-                start_new_session=True,  # Ctrl-C is the driver's alone; and its children end with it
+                start_new_session=True,  # Ctrl-C reaches the driver alone, and `kill` reaches the worker's children
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
-        self.output = self._process.stdout
+        assert self._process.stdout is not None
+        self.output: IO[bytes] = self._process.stdout
         os.set_blocking(self.output.fileno(), False)
         self.channel.settimeout(SEND_SECONDS)
-        with suppress(OSError):  # it died at once: the end of its channel will say so
+        with suppress(OSError):  # it died at once, which reading its channel will show
             self.channel.sendall(encode(setup))
 
     @property
     def idle(self) -> bool:
         return self.ready and not self.pending
 
-    def assign(self, numbers: list[int], tasks: list[tuple]) -> None:
-        """Send a chunk: `tasks[i]` = (kind, response, answer, metadata) is the caller's `numbers[i]`. OSError: it is
-        dead or deaf."""
+    def assign(self, numbers: list[int], tasks: list[Task]) -> None:
+        """Send a chunk; `tasks[i]` has the caller's number `numbers[i]`. OSError if the worker does not read it."""
         self.pending = list(numbers)
         self.deadline = time.monotonic() + self._timeout
         self.channel.sendall(encode(tasks))
 
-    def read(self) -> list[Any] | None:
-        """The messages that arrived; None at the end of the channel, which is the worker's. Call when readable.
-
-        A task's deadline runs from the result before it.
-        """
+    def read(self) -> list[Result | dict[str, str]] | None:
+        """The messages that have arrived; None if the worker has closed its channel, because it ended. Call it when the
+        channel is readable."""
         try:
             data = self.channel.recv(1 << 16)
         except OSError:
@@ -80,16 +79,18 @@ class WorkerProcess:
         if not data:
             return None
         *lines, self._received = (self._received + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        messages = [json.loads(line) for line in lines]
+        return [Result(*message) if isinstance(message, list) else message for message in messages]
 
     def take_first(self) -> int:
-        """The task whose result has just come; the next one's time starts."""
+        """The task whose result has just arrived. The time of the next one starts."""
         number = self.pending.pop(0)
         self.deadline = time.monotonic() + self._timeout if self.pending else None
         return number
 
     def drain_output(self) -> bool:
-        """Drop what the worker printed, but for its end; False when it will print no more. Call when readable."""
+        """Discard what the worker printed, except for its tail. False if it will print no more. Call it when the output
+        is readable."""
         try:
             data = os.read(self.output.fileno(), 1 << 16)
         except BlockingIOError:
@@ -100,9 +101,9 @@ class WorkerProcess:
         return bool(data)
 
     def end(self) -> str:
-        """End it and its children, now; returns how it ended, e.g. "killed by SIGSEGV", with its last printed line."""
+        """Kill it and its children. Returns how it ended, e.g. "killed by SIGSEGV", with its last printed line."""
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)  # at the end of its channel it is about to exit: that code is the one to report
+            self._process.wait(0.2)  # it has closed its channel, so it is about to exit: report that exit code
         code = self._process.poll()
         self._kill()
         while self.drain_output() and self._printed_more():
@@ -113,12 +114,12 @@ class WorkerProcess:
         return f"{how}: {last[0][:200]}" if last else how
 
     def kill(self) -> None:
-        """End it and its children, now."""
+        """Kill it and its children."""
         self._kill()
         self._close()
 
-    def hang_up(self) -> None:
-        """Ask an idle worker to end; `kill` afterwards collects it."""
+    def close_channel(self) -> None:
+        """Make an idle worker end by itself. Call `kill` afterwards, which also collects its exit status."""
         with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)
 
@@ -127,13 +128,11 @@ class WorkerProcess:
             self._process.wait(seconds)
 
     def _printed_more(self) -> bool:
-        import select
-
         return bool(select.select([self.output], [], [], 0)[0])
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its session: children that a reward function left too
+            os.killpg(self._process.pid, signal.SIGKILL)  # its session, with children that a reward function started
         self._process.wait()
 
     def _close(self) -> None:
@@ -142,7 +141,7 @@ class WorkerProcess:
 
 
 def _search_path() -> list[str]:
-    """The driver's module search path, with the working directory, where users keep their reward functions."""
+    """The driver's module search path, and the working directory, where users keep their reward functions."""
     here = os.getcwd()
     path = list(dict.fromkeys(os.path.abspath(entry or here) for entry in sys.path))
     return path if here in path else [*path, here]

@@ -1,27 +1,30 @@
-"""reasoning_gym: the tasks of the reasoning-gym library, judged by its own scorers.
+"""The kind reasoning_gym: tasks of the reasoning-gym library, scored by the library's own scorers.
 
-A row: {"kind": "reasoning_gym", "prompt": …, "answer": …, "dataset": "chain_sum", "entry": {…}}, where `entry` is what
-the library generated ({"question", "answer", "metadata"}). Without "entry" the row's "question" and "metadata" are
-used, without "dataset" the entry's own "source_dataset".
+A row is {"kind": "reasoning_gym", "prompt": …, "answer": …, "dataset": "chain_sum", "entry": {…}}, where `entry` is
+what the library generated ({"question", "answer", "metadata"}). A row without "entry" must have "question" and
+"metadata"; in a row without "dataset", the entry's own "source_dataset" names it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from megatron_srpo.rewards.gym_guard import disarm, is_safe
+from megatron_srpo.rewards.reasoning_gym_safety import is_safe, replace_eval
 from megatron_srpo.rewards.registry import RewardError, Verdict, register
 from megatron_srpo.rewards.tags import last_tagged
 
 ANSWER_LIMIT = 20_000  # characters
 
+Entry = dict[str, Any]  # as the library generates it: "question", "answer", "metadata"
+
 
 @register("reasoning_gym")
-def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     """The library's score (0 … 1) of the text between the last `<answer>` and `</answer>`."""
     entry = _entry(answer, metadata)
     dataset = _dataset(entry, metadata)
@@ -39,7 +42,7 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
     return Verdict(value, feedback, well_formed, given)
 
 
-def _entry(answer: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+def _entry(answer: object, metadata: Mapping[str, object]) -> Entry:
     entry = metadata.get("entry")
     if entry is None:
         entry = {
@@ -52,7 +55,7 @@ def _entry(answer: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _dataset(entry: dict[str, Any], metadata: dict[str, Any]) -> str:
+def _dataset(entry: Entry, metadata: Mapping[str, object]) -> str:
     for name in (metadata.get("dataset"), entry["metadata"].get("source_dataset")):
         if isinstance(name, str) and name in DATASETS:
             return name
@@ -61,6 +64,6 @@ def _dataset(entry: dict[str, Any], metadata: dict[str, Any]) -> str:
 
 
 @cache
-def _scorer(dataset: str) -> Any:
-    disarm(dataset)
+def _scorer(dataset: str) -> Callable[[str, Entry], float]:
+    replace_eval(dataset)
     return reasoning_gym.get_score_answer_fn(dataset)

@@ -1,8 +1,8 @@
-"""Which function scores which kind of row.
+"""Finds the reward function of a kind of row.
 
 A reward function is `(response: str, answer, metadata: dict) -> float | tuple | Verdict | Reward`. A built-in kind is
-the name of a file in this folder, whose function carries `@register(kind)`; the user's own come by reference,
-"module:function" or "path/file.py:function".
+the name of a file in this folder whose function has the decorator `@register(kind)`. The user's own functions are given
+as "module:function" or "path/file.py:function".
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from megatron_srpo.core.errors import UserError
+
 RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
 
-FEEDBACK_LIMIT = 8192  # characters; feedback is read by the teacher, whose prompt is bounded anyway
+FEEDBACK_LIMIT = 8192  # characters; the teacher reads the feedback, and its prompt has a limit too
 PREDICTION_LIMIT = 1000  # characters
-_PLUMBING = {"pool", "process", "registry", "tags", "worker", "gym_guard"}  # files of this folder that are no kinds
+_NOT_KINDS = {"pool", "process", "registry", "tags", "worker", "reasoning_gym_safety"}  # other files of this folder
 _FUNCTIONS: dict[str, RewardFunction] = {}
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A kind that cannot be scored: unknown, not importable, or a function that returns no reward."""
 
 
 class Verdict(NamedTuple):
-    """What a reward function returns; the same fields as types.Reward, without importing torch."""
+    """What a reward function returns: the fields of records.Reward, without importing torch."""
 
     score: float
-    feedback: str | None = None  # what was wrong, in words that may be shown to the teacher
-    well_formed: bool | None = None  # the response ends in the required format; None: not applicable
-    prediction: str | None = None  # the answer that was read from the response; None: the whole response
+    feedback: str | None = None  # what is wrong with the response, in words that may be shown to the teacher
+    well_formed: bool | None = None  # whether the response ends in the required format; None if the kind has no format
+    prediction: str | None = None  # the answer that was read from the response; None stands for the whole response
 
 
 def register(kind: str) -> Callable[[RewardFunction], RewardFunction]:
@@ -55,14 +57,14 @@ def register(kind: str) -> Callable[[RewardFunction], RewardFunction]:
 
 def known_kinds() -> list[str]:
     """The built-in kinds and those registered so far."""
-    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} - _PLUMBING
+    files = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} - _NOT_KINDS
     return sorted(files | set(_FUNCTIONS))
 
 
 def resolve(kind: str, functions: dict[str, str] | None = None) -> RewardFunction:
-    """The function that scores `kind`; `functions` (kind → reference) goes before the built-in ones.
+    """The function that scores `kind`. An entry of `functions` (kind → reference) overrides a built-in kind.
 
-    "reasoning-gym" and "reasoning_gym" are the same kind. Raises RewardError with the cure.
+    "reasoning-gym" and "reasoning_gym" are the same kind. RewardError if there is no such function, with the cure.
     """
     if functions and kind in functions:
         return _by_reference(kind, functions[kind])
@@ -75,8 +77,8 @@ def resolve(kind: str, functions: dict[str, str] | None = None) -> RewardFunctio
     return function
 
 
-def as_verdict(result: Any) -> Verdict:
-    """A reward function's result in one form; raises RewardError for what is no reward or no finite number."""
+def as_verdict(result: object) -> Verdict:
+    """A reward function's result as a Verdict. RewardError if it is no reward, or its score is not finite."""
     if isinstance(result, tuple):
         parts = list(result)
     elif hasattr(result, "score"):
@@ -96,11 +98,11 @@ def as_verdict(result: Any) -> Verdict:
     )
 
 
-def _finite(score: Any) -> float:
+def _finite(score: object) -> float:
     try:
         if isinstance(score, str | bytes | None):
             raise TypeError
-        number = float(score)  # bool, numpy and one-element tensors too
+        number = float(score)  # type: ignore[arg-type]  # anything with __float__: bool, numpy, one-element tensors
     except (TypeError, ValueError, OverflowError):
         raise RewardError(f"expected a number as score from the reward function, got {type(score).__name__}") from None
     if not math.isfinite(number):
@@ -119,7 +121,7 @@ def _import_built_in(name: str) -> None:
 
 
 def unknown(kind: str, functions: dict[str, str]) -> str | None:
-    """What is wrong with the name, without importing anything; None if it is known."""
+    """The message for an unknown kind; None if the kind is known. Imports nothing."""
     if kind in functions or kind in _FUNCTIONS or kind.replace("-", "_") in known_kinds():
         return None
     return _unknown(kind, functions)
@@ -178,10 +180,11 @@ def _load_file(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # there is a loader for every .py file
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # files beside it can be imported, and shadow nothing
+        sys.path.append(str(path.parent))  # it can import files of its folder; at the end, so that they hide nothing
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -191,7 +194,7 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _last_frame(error: BaseException) -> str:
-    """ "KeyError: 'x' (judge.py, line 3)": enough to find it, without a traceback."""
+    """The error and its line, without a traceback: "KeyError: 'x' (judge.py, line 3)"."""
     place, frame = "", error.__traceback__
     while frame is not None:
         file = Path(frame.tb_frame.f_code.co_filename)

@@ -1,10 +1,11 @@
-"""tooluse: the calls that the response makes, as `Action: name` and `Action Input: {json}`, are the expected ones."""
+"""The kind tooluse: the response must make the expected calls, as `Action: name` and `Action Input: {json}`."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,30 +14,30 @@ from megatron_srpo.rewards.tags import after_thinking
 
 MARK_LIMIT = 512  # actions and inputs of one response
 DEPTH_LIMIT = 64  # of an input's JSON
-NAMED_LIMIT = 8  # items that a feedback names
+NAMED_LIMIT = 8  # names that a feedback lists
 
 _MARK = re.compile(r"\bAction( Input)?:")
 _BLANK = re.compile(r"\s*")
 _LINE = re.compile(r"[^\r\n]*")
-_CONTINUES = "{}[],:\"'"  # behind an object on its line: it was not the whole input
+_CONTINUES = "{}[],:\"'"  # if one of these follows an object on its line, the object was not the whole input
 
 
 @dataclass
 class Calls:
-    """What a response calls."""
+    """The calls of a response."""
 
     actions: list[str] = field(default_factory=list)
     inputs: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)  # inputs that cannot be read, in words
+    problems: list[str] = field(default_factory=list)  # a sentence for each input that cannot be read
 
     @property
     def merged(self) -> dict[str, Any]:
-        """All inputs in one object; of a name given twice the later value counts, as in the reference."""
+        """All inputs in one object. If a name occurs twice, the later value counts, as in the reference."""
         return {name: value for one in self.inputs for name, value in one.items()}
 
 
 @register("tooluse")
-def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
+def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     """1 if the multiset of actions and the merged inputs equal the expected ones, and every input is an object; else 0.
 
     `answer`: [{"Action": name, "Action_Input": object or its JSON}, …], or that list as JSON. Calls inside a closed
@@ -55,17 +56,16 @@ def score(response: str, answer: Any, metadata: dict[str, Any]) -> Verdict:
 
 
 def read_calls(text: str) -> Calls:
-    """The calls of a text. Each input is read as one JSON value, so braces and "Action:" inside its strings are no
-    calls; an input that is broken, or goes on behind its closing brace, is a problem and no guess is made."""
+    """The calls of a text. Each input is read as one JSON value, so that braces and "Action:" inside its strings do not
+    count as calls. An input that is broken, or that continues after its closing brace, is reported as a problem."""
     calls, position, marks = Calls(), 0, 0
     while (mark := _MARK.search(text, position)) is not None:
         marks += 1
-        if marks > MARK_LIMIT:  # broken inputs count too: each costs a look at the whole text
+        if marks > MARK_LIMIT:  # broken inputs count too, because each costs a pass over the whole text
             calls.problems.append(f"The response makes more than {MARK_LIMIT // 2} calls.")
             break
         if mark.group(1) is None:
-            line = _LINE.match(text, mark.end()).group()
-            name = line.partition("Action Input:")[0]
+            name = _line(text, mark.end()).partition("Action Input:")[0]
             calls.actions.append(name.strip())
             position = mark.end() + len(name)
         else:
@@ -73,8 +73,8 @@ def read_calls(text: str) -> Calls:
     return calls
 
 
-def expected_calls(answer: Any) -> Calls:
-    """The calls of a row's answer; RewardError if it is not of the form that `score` describes."""
+def expected_calls(answer: object) -> Calls:
+    """The calls of a row's answer. RewardError if the answer does not have the form that `score` describes."""
     if isinstance(answer, str):
         try:
             answer = json.loads(answer)
@@ -98,9 +98,22 @@ def expected_calls(answer: Any) -> Calls:
     return calls
 
 
+def _line(text: str, position: int) -> str:
+    """The rest of the line from `position` on."""
+    match = _LINE.match(text, position)
+    assert match is not None  # the pattern matches nothing, too
+    return match.group()
+
+
+def _skip_blank(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    assert match is not None
+    return match.end()
+
+
 def _read_input(text: str, position: int, calls: Calls) -> int:
-    """Read the input that starts behind `position`; returns where to go on."""
-    start = _BLANK.match(text, position).end()
+    """Read the input that starts after `position`; returns the position at which to continue."""
+    start = _skip_blank(text, position)
     number = len(calls.inputs) + len(calls.problems) + 1
     if text[start : start + 1] != "{":
         calls.problems.append(f"Action Input {number} is not a JSON object.")
@@ -110,7 +123,7 @@ def _read_input(text: str, position: int, calls: Calls) -> int:
     except ValueError as error:
         calls.problems.append(f"Action Input {number} is not valid JSON: {_reason(error)}.")
         return start + 1
-    rest = _LINE.match(text, end).group().lstrip()
+    rest = _line(text, end).lstrip()
     if rest[:1] and rest[0] in _CONTINUES:
         calls.problems.append(f"Action Input {number} goes on behind its closing brace.")
         return end
@@ -119,9 +132,9 @@ def _read_input(text: str, position: int, calls: Calls) -> int:
 
 
 def _decode(text: str, start: int) -> tuple[Any, int]:
-    """(value, end) of the JSON value at `start`; ValueError for what is no JSON, NaN, or nested too deeply."""
+    """(value, end) of the JSON value at `start`. ValueError if it is no JSON, contains NaN or is nested too deeply."""
     try:
-        value, end = _DECODER.raw_decode(text, start + len(_BLANK.match(text, start).group()))
+        value, end = _DECODER.raw_decode(text, _skip_blank(text, start))
         if _depth(value) > DEPTH_LIMIT:
             raise RecursionError
     except RecursionError:
@@ -129,18 +142,18 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
     return value, end
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
-def _depth(value: Any) -> int:
-    """How deeply lists and objects are nested: level by level, so that no depth can exhaust the stack."""
+def _depth(value: object) -> int:
+    """How deeply lists and objects are nested. It goes level by level, so that no depth can exhaust the stack."""
     depth, level = 0, [value]
     while level and depth <= DEPTH_LIMIT:
-        inner: list[Any] = []
+        inner: list[object] = []
         for one in level:
             inner.extend(one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
         depth, level = depth + 1, inner
@@ -151,8 +164,8 @@ def _reason(error: ValueError) -> str:
     return error.msg.lower() if isinstance(error, json.JSONDecodeError) else str(error)[:80]
 
 
-def _same(one: Any, other: Any) -> bool:
-    """JSON equality: 1 and 1.0 are the same number, true is not 1 (to Python it is)."""
+def _same(one: object, other: object) -> bool:
+    """Equality of JSON values: 1 and 1.0 are the same number, and true is not 1 (in Python it is)."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, dict) and isinstance(other, dict):
@@ -172,7 +185,7 @@ def _compare_actions(given: list[str], expected: list[str]) -> list[str]:
     return complaints
 
 
-def _compare_inputs(given: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def _compare_inputs(given: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
     problems = {
         "Unknown input names": [name for name in given if name not in expected],
         "Missing input names": [name for name in expected if name not in given],
@@ -181,6 +194,6 @@ def _compare_inputs(given: dict[str, Any], expected: dict[str, Any]) -> list[str
     return [f"{what}: {_named(names)}." for what, names in problems.items() if names]
 
 
-def _named(names: Any) -> str:
+def _named(names: Collection[str]) -> str:
     shown = [repr(name[:80]) for name in list(names)[:NAMED_LIMIT]]
     return ", ".join(shown) + (", …" if len(names) > NAMED_LIMIT else "")

@@ -1,8 +1,9 @@
-"""What runs inside a reward worker: reads chunks of tasks, writes one result a task, as soon as it has it.
+"""The program of a reward worker: it reads chunks of tasks and writes the result of each task as soon as it has it.
 
-The channel is one end of a socket pair. In: 8 bytes of length, then a pickle (first the Setup, then chunks). Out: one
-line of JSON for each task, so that nothing a reward function does can make the driver execute anything. Standard output
-is the driver's to read and to drop. Imports neither torch nor anything that does.
+It talks to the driver over a socket. The driver sends 8 bytes with a length, then a pickle: first the Setup, then
+chunks. The worker sends one line of JSON for each task, so that nothing that a reward function does can make the driver
+execute anything. The driver reads and discards the worker's standard output. This module imports neither torch nor
+anything that imports it.
 """
 
 from __future__ import annotations
@@ -15,55 +16,69 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_srpo.rewards.registry import RewardError, RewardFunction, as_verdict, resolve
 
 HEADER_BYTES = 8
-ORPHAN_GRACE = 5  # seconds after which a task outlives its time-out only if nobody is left to enforce it
+# The driver enforces the time-out of a task. A worker that is still busy so many seconds later has no driver any more.
+ORPHAN_SECONDS = 5
 ERROR_LIMIT = 500  # characters
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is told first."""
+    """The first message to a worker."""
 
     kinds: tuple[str, ...]
-    functions: dict[str, str]  # kind → reference of the user's own functions
+    functions: dict[str, str]  # the user's own functions: kind → reference
     timeout_seconds: float
-    memory_mib: int  # address space above what the worker has at its start; 0 = no limit
+    memory_mib: int  # limit of the address space above what the worker has at its start; 0 means no limit
 
 
-def encode(message: Any) -> bytes:
+Task = tuple[str, str, object, dict[str, object]]  # (kind, response, answer, metadata)
+
+
+class Result(NamedTuple):
+    """The worker's answer to one task, sent as a JSON list. Without a score there is an error."""
+
+    score: float | None = None
+    feedback: str | None = None
+    well_formed: bool | None = None
+    prediction: str | None = None
+    error: str | None = None
+
+
+def encode(message: Setup | list[Task]) -> bytes:
     """A message to a worker, with its header."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
 def main(descriptor: int) -> None:
-    """Serve the driver at the other end of the socket until it closes it. Never returns."""
+    """Serve the driver at the other end of the socket until the driver closes it. Never returns."""
     channel = socket.socket(fileno=descriptor)
     setup = _receive(channel)
     if setup is not None:
         functions = _resolve_all(channel, setup)
         if functions is not None:
             _limit(setup.memory_mib)
-            _send(channel, {"ready": True})
+            _send(channel, {"ready": "yes"})
             _serve(channel, functions, setup.timeout_seconds)
-    os._exit(0)  # quick, and whatever threads the user's functions started do not keep it
+    os._exit(0)  # at once, even if the user's functions started threads
 
 
-def score_one(function: RewardFunction, response: str, answer: Any, metadata: dict[str, Any]) -> list[Any]:
-    """[score or None, feedback, well_formed, prediction, error]; whatever the function raises is the error."""
+def score_one(function: RewardFunction, response: str, answer: object, metadata: dict[str, object]) -> Result:
+    """Call the function; whatever it raises becomes the result's error."""
     try:
-        return [*as_verdict(function(response, answer, metadata)), None]
+        return Result(*as_verdict(function(response, answer, metadata)))
     except MemoryError:
-        return [None, None, None, None, "crash: out of memory (reward.memory_mib limits it)"]
+        return Result(error="crash: out of memory (reward.memory_mib limits it)")
     except RewardError as error:
         text = str(error)
     except BaseException as error:  # SystemExit too: a reward function must not end the worker
         text = f"{type(error).__name__}: {error}"
-    return [None, None, None, None, f"exception: {text[:ERROR_LIMIT]}"]
+    return Result(error=f"exception: {text[:ERROR_LIMIT]}")
 
 
 def _resolve_all(channel: socket.socket, setup: Setup) -> dict[str, RewardFunction] | None:
@@ -77,21 +92,21 @@ def _resolve_all(channel: socket.socket, setup: Setup) -> dict[str, RewardFuncti
 
 
 def _serve(channel: socket.socket, functions: dict[str, RewardFunction], timeout_seconds: float) -> None:
-    # The driver enforces the time-out. The alarm only ends a worker that hangs after its driver was killed; its default
-    # action needs no Python code to run, so that it works inside a C extension too.
-    alarm, worker = math.ceil(timeout_seconds) + ORPHAN_GRACE, os.getpid()
+    # The alarm ends a worker that hangs after its driver was killed. Its default action runs no Python code, so that it
+    # works inside a C extension too.
+    alarm, worker = math.ceil(timeout_seconds) + ORPHAN_SECONDS, os.getpid()
     while (chunk := _receive(channel)) is not None:
         for kind, response, answer, metadata in chunk:
             signal.alarm(alarm)
             result = score_one(functions[kind], response, answer, metadata)
             signal.alarm(0)
-            if os.getpid() != worker:  # a process that the function has forked comes back here too
+            if os.getpid() != worker:  # a process that the function has forked returns here too
                 os._exit(0)
             _send(channel, result)
 
 
 def _limit(memory_mib: int) -> None:
-    """Cap the address space above its present size, where the system lets us; no core files."""
+    """Limit the address space above its present size (Linux), and write no core files."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -102,7 +117,7 @@ def _limit(memory_mib: int) -> None:
 
 
 def _receive(channel: socket.socket) -> Any:
-    """The next message, or None when the driver is gone."""
+    """The next message, a Setup or a list of Tasks; None if the driver has ended."""
     header = _read(channel, HEADER_BYTES)
     body = header and _read(channel, int.from_bytes(header, "big"))
     return pickle.loads(body) if body else None
@@ -122,8 +137,8 @@ def _read(channel: socket.socket, size: int) -> bytearray | None:
     return data
 
 
-def _send(channel: socket.socket, message: Any) -> None:
+def _send(channel: socket.socket, message: Result | dict[str, str]) -> None:
     try:
         channel.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
-        os._exit(0)  # the driver is gone
+        os._exit(0)  # the driver has ended

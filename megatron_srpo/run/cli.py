@@ -1,13 +1,16 @@
-"""The command line: train, eval, checkpoints, doctor, report.
+"""The command line: train, eval, serve, plan, checkpoints, doctor, report.
 
-Exit codes: 0 done; 1 the doctor found something missing, or a defect, which keeps its traceback; 2 a user's mistake,
-told in one message by one rank; 75 stopped by SIGUSR1, to be started again; 76 another rank ended; 130 stopped by
-Ctrl-C or SIGTERM (exit_codes.py). torchrun itself ends with 0 or 1.
+Exit codes (core/exit_codes.py): 0 done; 1 the doctor found something missing, or a defect, which is shown with its
+traceback; 2 a mistake of the user, which one rank reports in one message; 75 stopped by SIGUSR1, to be started again;
+76 another rank ended; 130 stopped by Ctrl-C or SIGTERM. The original torchrun ends with 0 or 1 whatever its ranks
+return; megatron_srpo.torchrun passes their code on.
+
+Which errors are messages: a UserError, or a subclass, is a mistake that the user can correct, and only its text is
+shown. So are a port in use and a disk that does not take more. Everything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import dis
 import errno
 import json
 import os
@@ -20,7 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 import typer
 
@@ -32,10 +35,12 @@ from megatron_srpo.run import stopping
 from megatron_srpo.run.output_lock import OutputLock
 
 PACKAGE = "megatron_srpo"
-TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set: tracebacks for users' mistakes too
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for what its report shows
-SPEAK_AFTER_SECONDS = 5.0  # a rank that failed waits so long for torchrun to end it, because the driver failed too
-# What gloo and NCCL say when another rank has ended.
+TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set this variable to see tracebacks of users' mistakes too
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names the file from which torchrun's report takes its text
+# Rank 0 prints an error at once, and torchrun then ends the other ranks. Another rank that failed waits this long
+# before it prints, so that the same error is printed once.
+SPEAK_AFTER_SECONDS = 5.0
+# Texts of gloo and NCCL after another rank has ended.
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Connection refused|ncclRemoteError|remote process exited")
 
 app = typer.Typer(
@@ -44,6 +49,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="SRPO on Megatron Core and vLLM. Train with: torchrun --nproc-per-node N -m megatron_srpo train CONFIG.toml",
 )
+
+
+@runtime_checkable
+class CommandLineError(Protocol):
+    """A wrong command line, as typer raises it. By its method, because the class depends on typer's version."""
+
+    def format_message(self) -> str: ...
 
 
 SPLITS = ("train", "test")
@@ -56,7 +68,7 @@ def train(context: typer.Context, config: ConfigFile) -> int:
     settings = load_config(config, context.obj, tell=print if is_driver() else lambda text: None)
     check_run(settings, train=True)
     run_alone()
-    with stopping.EarlyStop(speaks=is_driver()), _open_output(settings) if is_driver() else nullcontext():
+    with stopping.StopDuringStartup(prints=is_driver()), _open_output(settings) if is_driver() else nullcontext():
         from megatron_srpo.run import launch
 
         return launch.train(settings)
@@ -72,9 +84,9 @@ def evaluate(
     hf: Annotated[Path | None, typer.Option(metavar="DIR", help="A Hugging Face folder.")] = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="Which data file: train or test.")] = "test",
 ) -> int:
-    """Evaluate: avg@k, pass@k and maj@k on a split, k = eval.n_samples. Takes --section.key VALUE too.
+    """Evaluate: avg@k, pass@k and maj@k on a split, with k = eval.n_samples. Any key can be set: --section.key VALUE.
 
-    Started without torchrun it runs as one process, whatever layout the configuration has.
+    Without torchrun it runs as one process, whatever layout the configuration has.
     """
     if (checkpoint is None) == (hf is None):
         raise UserError("eval: expected one of --checkpoint DIR and --hf DIR, got " + ("both" if hf else "neither"))
@@ -100,7 +112,7 @@ def serve(
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Where to listen.", min=1, max=65535)] = 8000,
 ) -> int:
-    """Be one rollout server for runs with rollout.servers, on this machine (docs/rollout-engines.md)."""
+    """Start one rollout server on this machine, for runs with rollout.servers (docs/rollout-engines.md)."""
     settings = load_config(config, context.obj)
     check_run(settings, ranks=False)
     from megatron_srpo.run import engines
@@ -111,7 +123,7 @@ def serve(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> int:
-    """What is installed, which device path will be taken, what is missing and how to get it."""
+    """Show what is installed, whether runs will use CPU or GPU, and how to install what is missing."""
     from megatron_srpo.run.doctor import report as examine
 
     return examine(as_json=as_json)
@@ -139,9 +151,9 @@ def plan(
     check: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Build a configuration's ranks instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> int:
-    """Which layouts of a model fit on a cluster, and how long an iteration takes: predictions, without a GPU.
+    """Predict which layouts of a model fit on a cluster and how long an iteration takes. Needs no GPU.
 
-    With --check CONFIG every distinct rank of that configuration is built, without memory for weights.
+    With --check CONFIG it builds every distinct rank of that configuration, without memory for weights.
     """
     from megatron_srpo.plan import Workload
     from megatron_srpo.run import planning
@@ -179,21 +191,22 @@ def checkpoints(
     prune: Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the newest N (and --best).")] = None,
     best: Annotated[str, typer.Option(metavar="METRIC", help='Name the best by a metric; "-name": the least.')] = "",
 ) -> int:
-    """List a run's checkpoints, verify them, remove old ones. Exit code 1 if --verify finds damage."""
+    """List a run's checkpoints, verify them, or remove old ones. The exit code is 1 if --verify finds damage."""
     from megatron_srpo.checkpoints import listing
 
     return listing.show(folder, verify=verify, prune=prune or 0, best=best)
 
 
-# ---- what the commands share -----------------------------------------------------------------------------------------
+# ---- helpers of the commands -----------------------------------------------------------------------------------------
 
 
 def is_driver() -> bool:
+    """Whether this process is rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _open_output(config: Config) -> OutputLock:
-    """Make the run's folder and lock it."""
+    """Make the run's output folder and lock it. ConfigError if it cannot be written."""
     try:
         return OutputLock(Path(config.run.output_dir))
     except OSError as error:
@@ -205,9 +218,10 @@ def _open_output(config: Config) -> OutputLock:
 
 
 def check_run(config: Config, *, train: bool = False, splits: tuple[str, ...] = (), ranks: bool = True) -> None:
-    """Every check that needs no model in memory; ConfigError lists all problems, the model folder's among them.
+    """Run every check that needs no model in memory. ConfigError lists all problems, with those of the model folder.
 
-    `ranks`: whether this process is one of the ranks that the layout is for (an engine server is not).
+    `train` adds the splits that training reads. `ranks` is False for an engine server, which is not one of the ranks
+    of the layout.
     """
     if train:
         splits = ("train", "test") if config.eval.every and config.data.test else ("train",)
@@ -223,7 +237,7 @@ def check_run(config: Config, *, train: bool = False, splits: tuple[str, ...] = 
 
 
 def run_alone() -> None:
-    """Started without torchrun: a world of one on loopback."""
+    """Without torchrun, set the environment of a world of one rank on the loopback address."""
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -235,7 +249,7 @@ def run_alone() -> None:
 
 
 def one_process(given: Sequence[str]) -> list[str]:
-    """Overrides that fold the layout into one process, for the keys that the user has not set."""
+    """Overrides that reduce the layout to one process. Keys that the user has set keep their value."""
     layout = {
         "parallel.tensor_model_parallel_size": "1",
         "parallel.pipeline_model_parallel_size": "1",
@@ -247,8 +261,11 @@ def one_process(given: Sequence[str]) -> list[str]:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the command's own arguments, the overrides): an option with a dot in its name is an override, wherever it
-    stands, and takes the next argument as its value unless it has a "="."""
+    """Split the command line into (the command's own arguments, the overrides of the configuration).
+
+    An option with a dot in its name is an override, wherever it stands. Its value is the next argument, unless the
+    option contains "=".
+    """
     own: list[str] = []
     overrides: list[str] = []
     rest = list(arguments)
@@ -267,14 +284,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def message_for_user(error: BaseException) -> str | None:
-    """The text of a mistake that the user can mend; None for a defect, which keeps its traceback.
+    """The message for a mistake that the user can correct; None for a defect, which keeps its traceback.
 
-    A mistake is a UserError; a ValueError of ours (its class, or a `raise` statement in this package; not one that
-    int() or zip() raises inside it); a taken port; a disk that is full or may not be written.
+    A mistake is a UserError, a port in use, a disk that is full or not writable, or the end of another rank.
     """
     if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, ValueError) and (type(error).__module__.startswith(PACKAGE) or _raised_by_us(error)):
         return str(error)
     if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT", "?")
@@ -288,23 +302,12 @@ def message_for_user(error: BaseException) -> str | None:
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Whether it only says that another rank is gone."""
+    """Whether the error only says that another rank has ended."""
     return isinstance(error, RuntimeError) and bool(LOST_RANK.search(str(error)))
 
 
-def _raised_by_us(error: ValueError) -> bool:
-    trace = error.__traceback__
-    if type(error) is not ValueError or trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    frame = trace.tb_frame
-    ours = frame.f_globals.get("__name__", "").startswith(f"{PACKAGE}.")
-    return ours and dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-
-
-def _usage(error: Exception) -> str:
-    """What is wrong with the command line itself; an option that looks like a configuration key is pointed to it."""
+def _usage(error: CommandLineError) -> str:
+    """The message for a wrong command line. An option that resembles a configuration key is pointed to that key."""
     option = getattr(error, "option_name", None)
     key = nearest_key(option.lstrip("-")) if option else None
     if key:
@@ -313,9 +316,12 @@ def _usage(error: Exception) -> str:
 
 
 def _fail(text: str, *, secondary: bool = False) -> int:
-    """Say it once in the whole run. The driver speaks; when it ends, torchrun ends the other ranks. So a rank that is
-    still there after a while is the only one with this problem, and speaks too, unless it is `secondary`: the
-    consequence of another rank's end."""
+    """Print an error once in the whole run; returns the exit code.
+
+    Rank 0 prints at once and ends, and torchrun then ends the other ranks. A rank that is still alive after
+    SPEAK_AFTER_SECONDS is the only one with this error, so it prints too, unless the error is `secondary`: the
+    consequence of another rank's end.
+    """
     speaker = "error"
     if not is_driver():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -330,7 +336,7 @@ def _fail(text: str, *, secondary: bool = False) -> int:
 
 
 def _tell_torchrun(text: str) -> None:
-    """torchrun's report then shows the message where it would show a traceback."""
+    """Have torchrun's report show the message where it would show a traceback."""
     file = os.environ.get(ERROR_FILE)
     if file:
         details = {"py_callstack": f"none: {text}", "timestamp": str(int(time.time()))}
@@ -348,7 +354,7 @@ def _run(command: Callable[[], int]) -> int:
             print("stopped by Ctrl-C or SIGTERM", file=sys.stderr, flush=True)
         return exit_codes.STOPPED
     except Exception as error:
-        text = _usage(error) if hasattr(error, "format_message") else message_for_user(error)
+        text = _usage(error) if isinstance(error, CommandLineError) else message_for_user(error)
         if text is None:
             raise
         if os.environ.get(TRACEBACK) and is_driver():
@@ -363,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
 
-    def invoke() -> int:  # without typer's own main(), which has its ways with Ctrl-C and with errors
+    def invoke() -> int:  # not typer's own main(), which handles Ctrl-C and errors in another way
         with command.make_context(f"python -m {PACKAGE}", own or ["--help"], obj=overrides) as context:
             return command.invoke(context)
 
@@ -371,14 +377,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_tool(tool: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
-    """The command line of a script in tools/, whose user's mistakes are told as here; returns the exit code."""
+    """Run the command line of a script in tools/, with the same handling of errors; returns the exit code."""
     command = typer.main.get_command(tool)
 
     def invoke() -> int:
         with command.make_context(name, list(sys.argv[1:] if arguments is None else arguments)) as context:
             return command.invoke(context)
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a tool as Ctrl-C does, tidied up
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a tool ends as after Ctrl-C, cleaned up
     try:
         return _run(invoke)
     finally:

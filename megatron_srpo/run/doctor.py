@@ -1,7 +1,7 @@
-"""`python -m megatron_srpo doctor`: what is installed, which device path will be taken, what is missing.
+"""`python -m megatron_srpo doctor`: shows what is installed, whether runs will use CPU or GPU, and what is missing.
 
-`probe` looks at the machine, `examine` judges what it found, `report` prints it. The path itself is chosen by the
-function that the trainer uses, so that the two cannot disagree.
+`probe` inspects the machine, `examine` judges what it found, `report` prints the result. The trainer's own function
+chooses the device, so that doctor and trainer cannot disagree.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ DISTRIBUTIONS = (
     "torchvision", "torchaudio", "torchcodec",
 )  # fmt: skip
 TESTED = {"megatron-core": ("0.16.1", "0.19.2"), "vllm-cpu": ("0.32.0",), "vllm": ("0.32.0",)}
-BREAK_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")  # their published builds break its import on a CPU
+BREAK_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")  # their published builds break the import of vllm-cpu
 IMPORTS = "import torch, transformers, megatron.core, vllm"
 IMPORT_SECONDS = 180
 
-# ok; warning: runs, but badly; missing: the path cannot run; optional: not there, and can be done without
+# ok; warning: runs work, but badly; missing: runs cannot work; optional: not installed, and not needed
 State = Literal["ok", "warning", "missing", "optional"]
+Device = Literal["cpu", "cuda", "none"]
 COLOURS = {"ok": "green", "warning": "yellow", "missing": "red", "optional": "dim"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What `probe` saw."""
+    """The facts that `probe` collects about a machine."""
 
     python: tuple[int, int, int]
     versions: dict[str, str]  # installed distributions among DISTRIBUTIONS
-    device: Literal["cpu", "cuda", "none"]  # the path that the trainer will take
-    reason: str  # in its words, or why there is none
+    device: Device  # which the trainer will use; "none" if no device works
+    reason: str  # the trainer's reason for it, or why no device works
     torch_build: str  # "CPU build", "CUDA 12.9 build", or ""
     nvidia_driver: bool
     compiler: str  # path, or ""
-    cores: int  # that this process may use
+    cores: int  # how many this process may use
     memory_gib: float
     shared_memory_gib: float  # free on /dev/shm
     omp_threads: str  # OMP_NUM_THREADS, or ""
@@ -56,25 +57,29 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
+    """One line of the report."""
+
     name: str
-    found: str
+    found: str  # a version or another fact; "" if nothing was found
     state: State
-    cure: str = ""  # a command, or what to know
+    cure: str = ""  # a command, or an explanation
 
 
 @dataclass(frozen=True)
 class Report:
-    path: str
+    """The result of `examine`. `ready`: whether runs can work on this machine."""
+
+    path: Device
     reason: str
     ready: bool
     findings: list[Finding] = field(default_factory=list)
 
 
-# ---- looking ---------------------------------------------------------------------------------------------------------
+# ---- probe -----------------------------------------------------------------------------------------------------------
 
 
 def probe() -> Machine:
-    """Look at this machine; a few seconds, because the main packages are imported once, in another process."""
+    """Inspect this machine. It takes a few seconds, because another process imports the main packages once."""
     device, reason, build = _device()
     compilers = (os.environ.get("CXX", "").split() or [""])[0], "g++", "clang++", "c++"
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
@@ -105,8 +110,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device() -> tuple[Literal["cpu", "cuda", "none"], str, str]:
-    """The trainer's own choice for run.device = "auto", its reason, and torch's build."""
+def _device() -> tuple[Device, str, str]:
+    """The device that the trainer chooses for run.device = "auto", its reason, and torch's build."""
     try:
         import torch
 
@@ -116,10 +121,11 @@ def _device() -> tuple[Literal["cpu", "cuda", "none"], str, str]:
         chosen = choose_device("auto", 0)
     except Exception as error:  # a broken package may raise anything
         return "none", f"torch or Megatron Core does not work: {_last_line(str(error))}", ""
-    return chosen.device.type, chosen.reason, build
+    return "cuda" if chosen.device.type == "cuda" else "cpu", chosen.reason, build
 
 
 def _import_error() -> str:
+    """The last line of what importing the main packages printed when it failed; "" if it works."""
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     try:
         done = subprocess.run(
@@ -135,11 +141,11 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1][:300]
 
 
-# ---- judging ---------------------------------------------------------------------------------------------------------
+# ---- examine ---------------------------------------------------------------------------------------------------------
 
 
 def examine(machine: Machine) -> Report:
-    """What the machine's path needs, has and lacks. Without a path, the one that the machine could have."""
+    """What the machine's device needs, has and lacks. If no device works, judge for the one that the machine has."""
     cuda = machine.device == "cuda" or (machine.device == "none" and machine.nvidia_driver)
     findings = [
         _python(machine, cuda), *_required(machine, cuda), *_harmful(machine, cuda), _imports(machine, cuda),
@@ -154,12 +160,12 @@ def _python(machine: Machine, cuda: bool) -> Finding:
     oldest = (3, 12) if cuda else (3, 11)
     if machine.python[:2] >= oldest:
         return Finding("python", version, "ok")
-    wanted = f"python3.{oldest[1]}"
-    return Finding("python", version, "missing", f"this path needs Python 3.{oldest[1]}: make setup PYTHON={wanted}")
+    wanted, device = f"python3.{oldest[1]}", "GPU" if cuda else "CPU"
+    return Finding("python", version, "missing", f"{device} runs need Python 3.{oldest[1]}: make setup PYTHON={wanted}")
 
 
 def _required(machine: Machine, cuda: bool) -> list[Finding]:
-    """The packages without which nothing runs."""
+    """The packages that every run needs."""
     setup = GPU_SETUP if cuda else CPU_SETUP
     engine, other = ("vllm", "vllm-cpu") if cuda else ("vllm-cpu", "vllm")
     findings = []
@@ -167,7 +173,7 @@ def _required(machine: Machine, cuda: bool) -> list[Finding]:
         version, tested = machine.versions.get(name, ""), TESTED.get(name, ())
         if not version:
             wrong = name == engine and other in machine.versions
-            why = f"{other} is there instead, which is for {'CPUs' if cuda else 'GPUs'}: " if wrong else ""
+            why = f"{other} is installed instead, which is for {'CPUs' if cuda else 'GPUs'}: " if wrong else ""
             findings.append(Finding(name, "", "missing", why + setup))
         elif tested and version.partition("+")[0] not in tested:
             findings.append(Finding(name, version, "warning", f"tested with {' and '.join(tested)}: {setup}"))
@@ -175,7 +181,7 @@ def _required(machine: Machine, cuda: bool) -> list[Finding]:
             note = machine.torch_build if name == "torch" else ""
             findings.append(Finding(name, f"{version} {note}".strip(), "ok"))
     if machine.device == "cpu" and machine.nvidia_driver:
-        cure = f"a GPU is here, but torch does not see it: {GPU_SETUP}; or CUDA_VISIBLE_DEVICES is empty"
+        cure = f"this machine has a GPU, but torch does not see it: {GPU_SETUP}; or CUDA_VISIBLE_DEVICES is empty"
         findings.append(Finding("NVIDIA driver", "found", "warning", cure))
     return findings
 
@@ -184,7 +190,7 @@ def _harmful(machine: Machine, cuda: bool) -> list[Finding]:
     there = [name for name in BREAK_VLLM_CPU if name in machine.versions]
     if cuda or not there:
         return []
-    cure = f"break vLLM on a CPU: {sys.executable} -m pip uninstall -y {' '.join(there)}"
+    cure = f"they break the import of vLLM on a CPU: {sys.executable} -m pip uninstall -y {' '.join(there)}"
     return [Finding("in the way", ", ".join(there), "warning", cure)]
 
 
@@ -201,7 +207,7 @@ def _gpu_extras(machine: Machine, cuda: bool) -> list[Finding]:
         "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
     )
     wanted = (
-        ("transformer-engine", "fused layers and attention, else torch SDPA: " + GPU_SETUP),
+        ("transformer-engine", "fused layers and attention; without it torch SDPA is used: " + GPU_SETUP),
         ("apex", "fused optimizer: " + apex),
         ("flash-attn", "attention of Transformer Engine: pip install --no-build-isolation flash-attn"),
     )
@@ -209,7 +215,7 @@ def _gpu_extras(machine: Machine, cuda: bool) -> list[Finding]:
     for name, cure in wanted:
         version = machine.versions.get(name, "")
         if version or not cuda:
-            unused = "" if cuda else "not used on this path (GPU only)"
+            unused = "" if cuda else "not used on a CPU"
             findings.append(Finding(name, version, "ok" if version and cuda else "optional", unused))
         else:
             findings.append(Finding(name, "", "warning" if name == "transformer-engine" else "optional", cure))
@@ -246,29 +252,29 @@ def _hardware(machine: Machine) -> list[Finding]:
         Finding("cores", str(machine.cores), "ok"),
         Finding(
             "memory", f"{machine.memory_gib:.0f} GiB", "warning" if little else "ok",
-            "two ranks with their engines take about 5 GiB" if little else "",
+            "two ranks with their engines need about 5 GiB" if little else "",
         ),
         Finding(
             "/dev/shm", f"{machine.shared_memory_gib:.1f} GiB free", "warning" if shared else "ok",
-            "ranks on one machine talk through it: docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm"
+            "ranks on one machine exchange data in it: docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm"
             if shared else "",
         ),
         Finding(
             "OMP_NUM_THREADS", threads or "not set", "warning" if too_many else "ok",
-            f"more threads than cores slow everything down: export OMP_NUM_THREADS={max(1, machine.cores // 2)}"
+            f"more threads than cores make everything slow: export OMP_NUM_THREADS={max(1, machine.cores // 2)}"
             if too_many else "" if threads else "torchrun sets 1",
         ),
         Finding("Slurm", machine.sbatch, "ok")
         if machine.sbatch
-        else Finding("Slurm", "", "optional", "no sbatch here: only for clusters"),
+        else Finding("Slurm", "", "optional", "no sbatch found; only clusters need it"),
     ]  # fmt: skip
 
 
-# ---- telling ---------------------------------------------------------------------------------------------------------
+# ---- report ----------------------------------------------------------------------------------------------------------
 
 
 def report(*, as_json: bool) -> int:
-    """Print the report; 0 when the chosen path can run, 1 otherwise."""
+    """Print the report; returns 0 if runs can work on this machine, 1 otherwise."""
     result = examine(probe())
     if as_json:
         print(json.dumps(asdict(result), indent=1))
@@ -278,7 +284,7 @@ def report(*, as_json: bool) -> int:
 
 
 def show(result: Report, console: Console) -> None:
-    """The table, then the verdict; commands stand whole on lines of their own."""
+    """Print the table and the verdict. Commands are printed on lines of their own and never wrapped."""
     table = Table(title="megatron_srpo doctor", title_justify="left")
     for heading in ("", "found", ""):
         table.add_column(heading, overflow="fold")
@@ -297,4 +303,4 @@ def show(result: Report, console: Console) -> None:
 
 
 def _absence(state: State) -> str:
-    return {"missing": "missing", "warning": "missing, wanted"}.get(state, "not there, optional")
+    return {"missing": "missing", "warning": "missing, recommended"}.get(state, "not installed, optional")

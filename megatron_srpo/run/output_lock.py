@@ -1,7 +1,7 @@
-"""One run at a time in an output folder.
+"""Allows one run at a time in an output folder.
 
-The driver holds a lock on a file in it for as long as it lives; the system frees it however the process ends, also by
-SIGKILL. So there is no stale lock to remove.
+Rank 0 holds a lock (flock) on a file in the folder. The operating system releases it however the process ends, also
+after SIGKILL, so that nobody ever has to remove a stale lock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ LOCK_FILE = "run.lock"
 
 
 class OutputLock:
-    """Held until `release`, the end of its `with` block, or the end of the process. UserError if another run has it."""
+    """Makes the folder and locks it, until `release`, the end of the `with` block, or the end of the process.
+
+    Raises UserError, which names the other process, if another run holds the lock; OSError if the folder cannot be
+    written. A file system without locks is accepted, and nothing is locked.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +39,7 @@ class OutputLock:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            return  # a file system without locks: the run goes on without one
+            return
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
@@ -46,7 +50,7 @@ class OutputLock:
         self.release()
 
     def release(self) -> None:
-        """May be called again."""
+        """Release the lock. It may be called again."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

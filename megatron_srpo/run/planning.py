@@ -25,12 +25,14 @@ from megatron_srpo.plan import (
 from megatron_srpo.plan.configuration import as_toml, configuration
 from megatron_srpo.plan.report import as_json, assumptions, show
 
+Tensors = dict[str, tuple[int, ...]]  # exported tensors of a stage: Hugging Face name → shape
+
 
 def plan(
     model: str, gpus: int, gpu: str, workload: Workload, *, calibration: Path | None, top: int, write: Path | None,
     json_output: bool,
 ) -> int:  # fmt: skip
-    """Search, print, and write the best layout's configuration; returns 1 where nothing fits."""
+    """Search, print, and write the best layout's configuration. Returns 0, or 1 if no layout fits."""
     arch, hf = read_architecture(model)
     machine = machine_of(gpu, calibration)
     _check(arch.max_positions, workload)
@@ -48,14 +50,14 @@ def plan(
     if write is not None:
         best = found.best[0]
         path = model if Path(model).expanduser().is_dir() else f"runs/models/{model}"
-        configuration(best.layout, workload, path, hf)  # refused here rather than by the trainer
+        configuration(best.layout, workload, path, hf)  # raises here what the trainer would refuse later
         notes = [
             f"{arch.name} on {gpus} {machine.name}: {best.layout.name()}. Written by python -m megatron_srpo plan.",
-            f"Start {best.layout.training_gpus} ranks. Predicted: {best.time.total:.1f} s an iteration, "
+            f"Start {best.layout.training_gpus} ranks. Predicted: {best.step_seconds:.1f} s an iteration, "
             f"{best.memory.total / 2**30:.0f} of {best.memory.limit / 2**30:.0f} GiB a GPU.",
             *([] if best.layout.colocated else [f"Engines: {_engine_nodes(best.layout, machine)}"]),
             *assumptions(machine, workload),
-            "data.train, data.kind and the learning rate are yours to set.",
+            "Set data.train, data.kind and the learning rate yourself.",
         ]
         write.write_text(as_toml(best.layout, workload, path, notes), encoding="utf-8")
         if not json_output:
@@ -66,28 +68,29 @@ def plan(
 def _engine_nodes(layout: Layout, machine: Machine) -> str:
     nodes = -(-layout.engine_gpus // machine.node)
     return (
-        f"{layout.engines} servers on GPUs of their own. On the last nodes of a Slurm job: --rollout-nodes {nodes} "
-        "after the batch script's name; without it the driver starts them on its own node."
+        f"{layout.engines} servers on GPUs of their own. To run them on the last nodes of a Slurm job, add "
+        f"--rollout-nodes {nodes} after the batch script's name; without it rank 0 starts them on its own node."
     )
 
 
 def _console() -> Console:
-    """As wide as the terminal, or wide enough for the tables."""
+    """As wide as the terminal; wide enough for the tables if the output is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def _check(positions: int, workload: Workload) -> None:
+    """UserError for a workload that cannot be, or that is longer than the model's `positions`."""
     if not 0 <= workload.distilled <= 1:
         raise UserError(f"plan: --distilled {workload.distilled}: expected a share, from 0 to 1")
     if workload.prompts % workload.steps:
         raise UserError(
-            f"plan: --steps {workload.steps} of --batch {workload.prompts} prompts: expected a divisor, so that every "
-            "optimiser step has as many prompts"
+            f"plan: --steps {workload.steps} of --batch {workload.prompts} prompts: expected a divisor, because every "
+            "optimiser step takes the same number of prompts"
         )
     if workload.longest_row > positions:
         raise UserError(
             f"plan: the longest sequence has {workload.longest_row} tokens (--prompt-max, --teacher-prompt-max, "
-            f"--response-max), the model ends at {positions}: shorten one of them"
+            f"--response-max), but the model has {positions} positions: shorten one of them"
         )
     if workload.response_mean > workload.response_max or workload.prompt_mean > workload.prompt_max:
         raise UserError("plan: a mean length is above its maximum: lower --response-mean or --prompt-mean")
@@ -97,32 +100,37 @@ def _check(positions: int, workload: Workload) -> None:
 
 
 def check(config_file: Path, gpus: int, overrides: list[str], model: str | None) -> int:
-    """Build every distinct rank of a configuration on the meta device, and compare with what config.json implies."""
+    """Build every distinct rank of a configuration on the meta device, and compare the parameters with config.json.
+
+    Prints a table; returns 0. UserError if they differ, or for a configuration that the trainer would refuse.
+    """
     from megatron_srpo.config import contradictions, listed, load_config
 
     config = load_config(config_file, overrides)
-    found = shipped_if_absent(config.model.path)
-    if model is None and found != config.model.path:
-        print(f"{config.model.path} is not there: taken from the shipped numbers of {found}")
+    name = shipped_if_absent(config.model.path)
+    if model is None and name != config.model.path:
+        print(f"{config.model.path} does not exist: using the shipped numbers of {name}")
     elif model is not None and Path(model).name != Path(config.model.path).name:
-        print(f"note: {config_file} trains {config.model.path}; its ranks are built for {model}")
-    arch, hf = read_architecture(model or found)
+        print(f"note: {config_file} trains {config.model.path}, but its ranks are built for {model}")
+    arch, hf = read_architecture(model or name)
     problems = contradictions(config, hf, gpus)
     if problems:
         raise UserError(listed(f"{config_file} on {gpus} GPUs", problems))
     from megatron_srpo.bridge.inventory import stage_inventory
     from megatron_srpo.mcore.meta_model import meta_ranks
 
-    console, stages, layers = _console(), {}, []
+    console = _console()
+    stages: dict[int, Tensors] = {}
+    layers: list[list[int]] = []  # by stage
     table = Table(title=f"{arch.name} on {gpus} GPUs, each distinct rank built on the meta device")
-    columns = ("rank", "stage", "layers", "parameters", "gradients MiB", "gathered MiB", "handed over MiB",
+    columns = ("rank", "stage", "layers", "parameters", "gradients MiB", "gathered MiB", "sent on MiB",
                "publish buckets", "largest MiB")  # fmt: skip
-    for name in columns:
-        table.add_column(name, justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
     itemsize = 2 if config.model.dtype == "bfloat16" else 4
     row = config.train.max_tokens_per_gpu * arch.hidden * itemsize
     tensor_split = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-    handed = row / tensor_split if config.parallel.pipeline_model_parallel_size > 1 else 0
+    sent = row / tensor_split if config.parallel.pipeline_model_parallel_size > 1 else 0
     for built in meta_ranks(config, hf, gpus):
         found = stage_inventory(built.shards, hf)
         count = sum(parameter.numel() for parameter in built.shards.parameters.values())
@@ -132,7 +140,7 @@ def check(config_file: Path, gpus: int, overrides: list[str], model: str | None)
             layers.append(built.layers)
         table.add_row(
             str(built.rank), str(built.stage), _span(built.layers), f"{count:,}", f"{4 * count / 2**20:,.0f}",
-            f"{itemsize * count / 2**20:,.0f}", f"{handed / 2**20:,.1f}", str(len(found.buckets)),
+            f"{itemsize * count / 2**20:,.0f}", f"{sent / 2**20:,.1f}", str(len(found.buckets)),
             f"{max(found.buckets) / 2**20:,.0f}",
         )  # fmt: skip
     console.print(table)
@@ -142,7 +150,7 @@ def check(config_file: Path, gpus: int, overrides: list[str], model: str | None)
 
 
 def _span(layers: list[int]) -> str:
-    """Layer numbers as runs: 0–8, 18–26."""
+    """Layer numbers as ranges: 0–8, 18–26."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and runs[-1][1] == layer - 1:
@@ -152,14 +160,14 @@ def _span(layers: list[int]) -> str:
     return ", ".join(f"{first}–{last}" if first < last else str(first) for first, last in runs)
 
 
-def _agreement(stages: dict, layers: list[list[int]], arch: Architecture, folder: str) -> Iterator[str]:
-    """What agrees between the ranks and the model's own description; UserError for what does not."""
-    tensors: dict[str, tuple[int, ...]] = {}
-    for found in stages.values():
-        twice = sorted(tensors.keys() & found.keys())
+def _agreement(stages: dict[int, Tensors], layers: list[list[int]], arch: Architecture, folder: str) -> Iterator[str]:
+    """A line for every fact in which the ranks agree with the model's description; UserError for one that differs."""
+    tensors: Tensors = {}
+    for exported in stages.values():
+        twice = sorted(tensors.keys() & exported.keys())
         if twice:
             raise UserError(f"plan: {twice[0]} and {len(twice) - 1} others would be exported by two stages")
-        tensors |= found
+        tensors |= exported
     if sorted(number for part in layers for number in part) != list(range(arch.layers)):
         raise UserError(f"plan: the stages have layers {layers}, expected 0 to {arch.layers - 1} once each")
     yield f"layers: {arch.layers}, each on one stage"
@@ -177,4 +185,4 @@ def _agreement(stages: dict, layers: list[list[int]], arch: Architecture, folder
             raise UserError(f"plan: {len(odd)} names differ between {index} and the export, first {odd[0]}")
         yield f"tensors: {len(tensors):,}, the names of {index.name}"
     else:
-        yield f"tensors: {len(tensors):,} for the engines (no {index.name} to compare names with)"
+        yield f"tensors: {len(tensors):,} for the engines (their names are not checked: {index.name} does not exist)"

@@ -1,10 +1,11 @@
-"""How a run is asked to stop: Ctrl-C (SIGINT) and SIGTERM, and SIGUSR1 for a stop that a cluster goes on from.
+"""Signals that stop a run: Ctrl-C (SIGINT), SIGTERM, and SIGUSR1 from a cluster that will start the run again.
 
-Outside the loop the first two end the process at once: nothing is lost, and there is no traceback. Inside it, the
-first one asks for a clean stop at the end of the iteration and another one ends the process at once. SIGUSR1 asks for
-the same clean stop, and the run then ends with exit_codes.REQUEUE. It never ends a process by itself: it is held back
-(`hold_requeue`), and the loop looks whether one has come. So a request during the start is kept, and a cluster's
-manager may send it to every process of a job, helpers included, as often as it likes.
+Before the training loop starts, SIGINT and SIGTERM end the process at once: nothing is lost, and no traceback is shown.
+Inside the loop the first of them asks for a clean stop at the end of the iteration, and a second one ends the process
+at once. SIGUSR1 asks for the same clean stop, and the run then exits with exit_codes.REQUEUE. SIGUSR1 never ends a
+process by itself: it stays blocked (`hold_requeue`), and the loop checks whether one is pending. Therefore a request
+that arrives during startup is not lost, and a cluster manager may send it to every process of a job, helpers included,
+as often as it likes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
 
 from megatron_srpo.core import exit_codes
 
@@ -23,47 +25,53 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEUE = signal.SIGUSR1
 SAME_REQUEST_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-TORCHRUN_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's variable, seconds; or its option --shutdown-timeout
+# How many seconds torchrun waits for its ranks before it kills them; its option --shutdown-timeout sets it too.
+TORCHRUN_SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+SignalHandler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None  # as signal.signal returns it
 
 
 def hold_requeue() -> None:
-    """SIGUSR1 stays pending, in this thread, in those that it starts, and in every process started from it."""
+    """Block SIGUSR1 so that it stays pending, in this thread, in the threads it starts and in its child processes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {REQUEUE})
 
 
 def end_with_launcher() -> None:
-    """Ask this rank to stop when torchrun is gone (Linux): one that was killed leaves ranks that train on unseen, and
-    hold GPUs, ports and the run's folder."""
+    """Have Linux send SIGTERM to this rank when torchrun ends. A killed torchrun would otherwise leave ranks that go on
+    training and hold GPUs, ports and the run's folder."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class EarlyStop:
-    """A `with` block around a run: SIGINT and SIGTERM before its loop are one line, and the end of the process with
-    exit_codes.STOPPED, wherever it is.
+class StopDuringStartup:
+    """A `with` block around a run: until the training loop starts, SIGINT and SIGTERM print one line (if `prints`) and
+    end the process with exit_codes.STOPPED, whatever the main thread is doing.
 
-    Python's own handlers run between two instructions of the main thread, which may be inside a library for minutes.
-    The system's part of them writes into a pipe at once, and a thread that waits there ends the process.
+    Python runs signal handlers between two instructions of the main thread, which may be inside a library for minutes.
+    But the C half of the handler writes the signal's number to a pipe at once, and a thread that reads the pipe ends
+    the process.
     """
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, *, prints: bool) -> None:
+        self._prints = prints
 
-    def __enter__(self) -> EarlyStop:
-        self._ears, self._mouth = os.pipe()
-        os.set_blocking(self._mouth, False)
-        signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+    def __enter__(self) -> StopDuringStartup:
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, lambda *unused: None) for number in taken}
-        self._thread = threading.Thread(target=self._wait, name="early stop", daemon=True)
+        self._before: dict[signal.Signals, SignalHandler] = {
+            number: signal.signal(number, lambda *unused: None) for number in taken
+        }
+        self._thread = threading.Thread(target=self._wait, name="stop during startup", daemon=True)
         self._thread.start()
         return self
 
     def _wait(self) -> None:
-        while heard := os.read(self._ears, 1):
-            if heard[0] not in SIGNALS:
+        while received := os.read(self._read_end, 1):
+            if received[0] not in SIGNALS:
                 continue
-            if self._speaks:
+            if self._prints:
                 os.write(2, b"\nstopped before the first iteration: there is nothing to save\n")
             os._exit(exit_codes.STOPPED)
 
@@ -71,17 +79,17 @@ class EarlyStop:
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        os.close(self._mouth)
+        os.close(self._write_end)
         self._thread.join()
-        os.close(self._ears)
+        os.close(self._read_end)
 
 
 class StopRequest:
-    """Calling it says whether a stop was asked for. `speaks`: this rank tells the user what happens.
+    """Calling it returns whether somebody asked the run to stop. If `speaks`, this rank prints what happens next.
 
-    torchrun passes a first Ctrl-C on as SIGINT and a second one as SIGTERM. A cluster's manager that signals all
-    processes reaches a rank twice for one request, directly and through torchrun: the same signal within
-    SAME_REQUEST_SECONDS counts once.
+    torchrun passes the first Ctrl-C on as SIGINT and the second one as SIGTERM. A cluster manager that signals all
+    processes reaches each rank twice, directly and through torchrun, so the same signal within SAME_REQUEST_SECONDS
+    counts once.
     """
 
     def __init__(self, *, speaks: bool) -> None:
@@ -93,23 +101,23 @@ class StopRequest:
 
     @property
     def requeue(self) -> bool:
-        """Whether SIGUSR1 has come since `hold_requeue`."""
+        """Whether a SIGUSR1 has arrived since `hold_requeue`."""
         return REQUEUE in signal.sigpending()
 
     def install(self) -> None:
-        """Take the signals over; from here on the loop answers them."""
-        signal.set_wakeup_fd(-1)  # the end of EarlyStop's part
+        """Install the handlers: from here on the training loop reacts to the signals."""
+        signal.set_wakeup_fd(-1)  # StopDuringStartup no longer ends the process
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             for other in SIGNALS:
                 if other != number or not _under_torchrun():
-                    signal.signal(other, signal.SIG_DFL)  # ends the process also while it waits inside a collective
+                    signal.signal(other, signal.SIG_DFL)  # it then ends the process even inside a collective
             if self._speaks:
-                os.write(2, f"\n{_what_happens()}\n".encode())  # print() is not safe in a signal handler
+                os.write(2, f"\n{_stop_message()}\n".encode())  # print() is not safe in a signal handler
         elif time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -119,9 +127,9 @@ def _under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _what_happens() -> str:
+def _stop_message() -> str:
     text = "stopping: this iteration is finished and saved first; Ctrl-C again stops at once"
     if not _under_torchrun():
         return text
-    seconds = os.environ.get(TORCHRUN_PATIENCE, "30")
+    seconds = os.environ.get(TORCHRUN_SHUTDOWN_TIMEOUT, "30")
     return f"{text}. torchrun waits {seconds} s for it, unless started with --shutdown-timeout SECONDS"

@@ -1,11 +1,12 @@
-"""torchrun that adds nothing to what the ranks have said: the same arguments, a short ending, the ranks' exit code.
+"""torchrun with the same arguments that prints no report of its own and ends with the exit code of the ranks.
 
     python -m megatron_srpo.torchrun --nproc-per-node 2 -m megatron_srpo train CONFIG.toml
 
-torchrun itself ends a refused or stopped run with two dozen lines of its own, always with exit code 1, and kills ranks
-that need more than 30 s for a clean stop; this one waits for SHUTDOWN_SECONDS. SIGUSR1 is passed on to the ranks, which
-then stop with a checkpoint and exit_codes.REQUEUE. With --max-restarts N all ranks are started again when one was lost,
-and go on from the last checkpoint; never after a refusal, or a stop that was asked for.
+The original torchrun ends a refused or stopped run with two dozen lines of its own and always with exit code 1, and it
+kills ranks that need more than 30 s for a clean stop. This one waits SHUTDOWN_SECONDS. It passes SIGUSR1 on to the
+ranks, which then save a checkpoint and exit with exit_codes.REQUEUE. With --max-restarts N it starts all ranks again
+when one was lost, and they continue from the last checkpoint; it never does so after a rank refused its configuration
+or stopped on request.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_srpo.core.exit_codes import FINAL, TOLD
 from megatron_srpo.run import stopping
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 SHUTDOWN_SECONDS = 3600
-# Without it, restarted ranks find the addresses of the lost ones in the launcher's store, and connect to nobody.
+# Without this variable restarted ranks read the addresses of the lost ranks from the launcher's store and connect to
+# nobody.
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
 
@@ -59,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pass_requeue_on() -> None:
+    """Send every SIGUSR1 of this process to the ranks."""
     import psutil
 
     while True:
@@ -69,29 +77,29 @@ def _pass_requeue_on() -> None:
 
 
 def _restart_only_after_a_fault() -> None:
-    """--max-restarts N is for ranks that were lost: a rank that refused, or stopped as it was asked to, has ended."""
+    """Have torchrun's agent restart ranks only when one was lost, not when one refused or stopped on request."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     monitor = LocalElasticAgent._monitor_workers
 
-    def monitored(agent: Any, group: Any) -> Any:
+    def monitor_workers(agent: LocalElasticAgent, group: WorkerGroup) -> RunResult:
         result = monitor(agent, group)
         if any(failure.exitcode in FINAL for failure in result.failures.values()):
             agent._remaining_restarts = 0
         return result
 
-    LocalElasticAgent._monitor_workers = monitored
+    LocalElasticAgent._monitor_workers = monitor_workers  # type: ignore[method-assign]
 
 
 def _silence_launcher() -> None:
-    """Every module of torch's launcher has a logger with a handler of its own."""
+    """Raise the level of all loggers of torch's launcher: each module has its own logger with its own handler."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(LOGGERS):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _ended(failed: BaseException) -> int:
-    """The exit code of the rank that failed first; one line if that rank could not say anything."""
+def _ended(failed: ChildFailedError) -> int:
+    """The exit code of the rank that failed first. Prints one line if that rank could not print a message itself."""
     rank, failure = failed.get_first_failure()
     if failure.exitcode in TOLD:
         return failure.exitcode

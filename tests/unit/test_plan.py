@@ -170,7 +170,7 @@ def test_nothing_that_fits_is_exit_code_1(capsys):
         (["plan", "Qwen3-8B", "--steps", "64"], "expected a divisor"),
         (["plan", "Qwen3-8B", "--write", "absent/run.toml"], "a folder that exists"),
         (["plan", "Qwen3-8B", "--check", "run.toml", "--json"], "belong to a search"),
-        (["plan", "Qwen3-8B", "--response-max", "40000"], "the model ends at 40960"),
+        (["plan", "Qwen3-8B", "--response-max", "40000"], "the model has 40960 positions"),
         (["plan", "Qwen3-8B", "--response-mean", "9000"], "above its maximum"),
         (["plan", "Qwen3-8B", "--calibration", "absent.json"], "python -m benchmarks.calibrate"),
     ],

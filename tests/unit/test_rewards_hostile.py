@@ -9,7 +9,7 @@ import pytest
 import reasoning_gym
 
 from megatron_srpo.rewards import resolve
-from megatron_srpo.rewards.gym_guard import EVALUATING, PARSING, is_arithmetic
+from megatron_srpo.rewards.reasoning_gym_safety import EVALUATING, PARSING, is_arithmetic
 
 LIBRARY = Path(reasoning_gym.__file__).parent
 EVALUATORS = {"eval", "exec", "parse_expr", "sympify", "S", "literal_eval", "loads_pickle"}

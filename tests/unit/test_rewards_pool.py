@@ -199,14 +199,14 @@ def test_workers_that_died_between_two_batches_are_replaced(pool):
 
 
 def test_an_interrupted_batch_leaves_no_results_for_the_next(pool, monkeypatch):
-    turn, count = pool._turn, iter(range(100))
+    handle, count = pool._handle_events, iter(range(100))
 
-    def interrupted(batch, **how):
-        turn(batch, **how)
+    def interrupted(**how):
+        handle(**how)
         if next(count) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool, "_turn", interrupted)
+    monkeypatch.setattr(pool, "_handle_events", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pool.score(own(*["1"] * 50, "hang", "hang"))
     monkeypatch.undo()
@@ -231,7 +231,7 @@ def test_tasks_that_come_bit_by_bit_are_scored_like_a_batch_and_meanwhile(pool):
 
 def test_what_was_added_before_an_interruption_is_forgotten(pool, monkeypatch):
     pool.add(own("1", "1"))
-    monkeypatch.setattr(pool, "_hand_out", lambda batch: 1 / 0)
+    monkeypatch.setattr(pool, "_assign_chunks", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pool.finish()
     monkeypatch.undo()
@@ -260,12 +260,12 @@ def test_workers_that_are_killed_while_they_start_are_started_again_but_not_for_
         newest = pool._workers[-1]
         os.kill(newest._process.pid, 9)
         while newest in pool._workers:
-            pool._turn(None)
+            pool._handle_events()
 
     for _ in range(3):  # a ready one, then two while they start
         kill_the_newest()
     while not all(worker.ready for worker in pool._workers):
-        pool._turn(None)
+        pool._handle_events()
     for _ in range(3):
         kill_the_newest()
     with pytest.raises(UserError, match=r"ended while it imported the reward functions \(killed by SIGKILL\)"):

@@ -69,6 +69,7 @@ def test_only_kinds_are_imported_by_name(kind):
 
 
 def test_a_kind_is_registered_once():
+    resolve("mcq")
     with pytest.raises(RewardError, match="registered twice"):
         register("mcq")(lambda response, answer, metadata: 1.0)
 

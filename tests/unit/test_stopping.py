@@ -48,8 +48,8 @@ def installed(monkeypatch, *, torchrun, speaks=True):
 
 STARTING = """
 import os, sys, time
-from megatron_srpo.run.stopping import EarlyStop
-with EarlyStop(speaks=sys.argv[1] == "1"):
+from megatron_srpo.run.stopping import StopDuringStartup
+with StopDuringStartup(prints=sys.argv[1] == "1"):
     os.write(1, b".")
     os.read(0, 1)  # where no instruction of Python's comes until the pipe is written to
 """
@@ -67,7 +67,7 @@ def test_a_signal_during_the_start_ends_the_process_at_once_in_one_line(number, 
 
 def test_after_the_block_signals_are_what_they_were(clock):
     before = [signal.getsignal(number) for number in SIGNALS]
-    with stopping.EarlyStop(speaks=False):
+    with stopping.StopDuringStartup(prints=False):
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1

@@ -1,7 +1,7 @@
-"""Keeps reasoning-gym's scorers from running what a model wrote.
+"""Keeps reasoning-gym's scorers from executing code that a model wrote.
 
-Some of them read the answer with Python's `eval`, others with sympy's `parse_expr`, which evaluates too. The first get
-a reader of literals in its place; for the others an answer must be plain arithmetic before they see it.
+Some scorers read the answer with Python's `eval`, others with sympy's `parse_expr`, which evaluates too. In the first,
+`eval` is replaced by a reader of literals. The others get an answer only if it is plain arithmetic.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import ast
 import importlib
 import re
 
-EVALUATING = {  # data set: its module
+EVALUATING = {  # data sets whose scorer calls `eval`, and their module
     "binary_matrix": "algorithmic.binary_matrix",
     "n_queens": "games.n_queens",
     "spiral_matrix": "algorithmic.spiral_matrix",
     "string_insertion": "algorithmic.string_insertion",
 }
-PARSING = {
+PARSING = {  # data sets whose scorer calls `parse_expr`, and their module
     "countdown": "games.countdown",
     "intermediate_integration": "algebra.intermediate_integration",
     "polynomial_multiplication": "algebra.polynomial_multiplication",
@@ -31,20 +31,20 @@ FUNCTIONS = {
 _TOKEN = re.compile(r"\s*(?:([A-Za-z]+)|[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\*\*|[-+*/^(),])", re.ASCII)
 
 
-def disarm(dataset: str) -> None:
-    """Give the data set's module a reader of literals where it would call `eval`; others stay as they are."""
+def replace_eval(dataset: str) -> None:
+    """If the data set's scorer calls `eval`, let it call `ast.literal_eval` instead."""
     if dataset in EVALUATING:
-        importlib.import_module(f"reasoning_gym.{EVALUATING[dataset]}").eval = ast.literal_eval
+        vars(importlib.import_module(f"reasoning_gym.{EVALUATING[dataset]}"))["eval"] = ast.literal_eval
 
 
 def is_safe(dataset: str, answer: str) -> bool:
-    """Whether the data set's scorer may see `answer`."""
+    """Whether the data set's scorer may read `answer`."""
     return dataset not in PARSING or is_arithmetic(answer)
 
 
 def is_arithmetic(text: str) -> bool:
-    """Numbers, + - * / ^ ** and brackets, one-letter variables and the usual functions: nothing that could be called or
-    reached otherwise. Linear in the length."""
+    """Whether `text` has nothing but numbers, + - * / ^ ** and brackets, one-letter variables and the usual functions.
+    Takes time linear in the length."""
     position, text = 0, text.rstrip()
     while position < len(text):
         token = _TOKEN.match(text, position)
