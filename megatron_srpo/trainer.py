@@ -20,7 +20,18 @@ from megatron_srpo.batching.diagnosis import SkippedSteps, explain_skip
 from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.protocols import Control, Engine, IterationTimer, Log, Objective, Policy, Source, Store, Weights
+from megatron_srpo.core.protocols import (
+    Control,
+    Engine,
+    IterationTimer,
+    Log,
+    Objective,
+    Policy,
+    Source,
+    State,
+    Store,
+    Weights,
+)
 from megatron_srpo.core.records import MiniBatchPlan
 from megatron_srpo.core.tensors import StepStats
 from megatron_srpo.observe.iteration import Meter, speed_metrics, step_metrics
@@ -116,8 +127,13 @@ class Trainer:
         parts.store.poll()
         if last or (every and self.iteration % every == 0):
             with parts.timer.phase("checkpoint"):
-                state = parts.control.share(
-                    lambda: {"loader": parts.source.state_dict(), "observer": parts.log.state_dict()}
-                )
-                state["skipped_in_a_row"] = parts.skipped.in_a_row
-                parts.store.save(parts.policy, self.iteration, state, metrics, last=last)
+                parts.store.save(parts.policy, self.iteration, parts.control.share(self._state), metrics, last=last)
+
+    def _state(self) -> State:
+        """Rank 0: what a resumed run goes on with, besides the policy."""
+        parts = self.parts
+        return {
+            "loader": parts.source.state_dict(),
+            "observer": parts.log.state_dict(),
+            "skipped_in_a_row": parts.skipped.in_a_row,
+        }

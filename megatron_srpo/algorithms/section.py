@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import BeforeValidator, Discriminator, Tag
 from pydantic.fields import FieldInfo
@@ -22,7 +22,7 @@ def known_fields() -> dict[str, FieldInfo]:
     found: dict[str, FieldInfo] = {}
     for cls in sorted(ALGORITHMS, key=lambda cls: len(cls.__mro__)):
         found |= {key: field for key, field in cls.model_fields.items() if key not in found}
-    name = FieldInfo.from_annotated_attribute(Literal[NAMES], DEFAULT)
+    name = FieldInfo(annotation=Literal[NAMES], default=DEFAULT)  # type: ignore[arg-type]
     name.description = "The algorithm. It decides which other keys of this section are known."
     return {**found, "name": name}
 
@@ -38,7 +38,7 @@ def foreign_keys(given: Mapping[str, object]) -> list[str]:
     return [] if chosen is None else [key for key in given if key in known_fields() and key not in chosen.model_fields]
 
 
-def _own_keys(given: Any) -> Any:
+def _own_keys(given: object) -> object:
     """One file may hold the settings of several methods: those of the others are left out."""
     if not isinstance(given, dict):
         return given
@@ -46,7 +46,7 @@ def _own_keys(given: Any) -> Any:
     return {key: value for key, value in given.items() if key not in foreign}
 
 
-def _name(given: Any) -> str:
+def _name(given: object) -> str:
     return str(given.get("name", DEFAULT) if isinstance(given, dict) else getattr(given, "name", DEFAULT))
 
 
@@ -64,4 +64,4 @@ def algorithm(name: str = DEFAULT, **keys: object) -> Algorithm:
 
 def name_of(*, teacher: bool) -> str:
     """The first algorithm that has a teacher, or has none."""
-    return next(name for name, cls in BY_NAME.items() if cls().needs.teacher is teacher)
+    return next(name for name, cls in BY_NAME.items() if cls.model_validate({"name": name}).needs.teacher is teacher)

@@ -38,7 +38,7 @@ class Prompt:
     token_ids: list[int]  # the chat template applied, generation prompt included
     answer: JsonValue  # what the reward function compares with
     kind: str  # which reward function scores it
-    metadata: dict[str, JsonValue] = field(default_factory=dict)  # the row's other fields
+    metadata: Mapping[str, JsonValue] = field(default_factory=dict)  # the row's other fields
     source: str = ""  # "file:line", for messages
 
 
@@ -62,7 +62,7 @@ class Rollout:
     weight_version: int  # the publish that produced it; the oldest one if there were several
     token_versions: list[int] | None = None  # the publish behind each token; None: weight_version for all of them
     stale: bool = False  # older than rollout.max_staleness: left out of the loss
-    trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool), compare=False)
     """[len(token_ids)] True for tokens that the policy sampled, False for tokens of the environment (a tool's answer).
     An empty mask, the default, becomes True everywhere."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +19,11 @@ Owner = TypeVar("Owner", "Scores", "PackedBatch")
 
 def _with_tensors(owner: Owner, function: Callable[[Tensor], Tensor], *, without: tuple[str, ...] = ()) -> Owner:
     """`owner` with `function` of each of its tensors."""
-    found = {
-        f.name: function(value)
-        for f in dataclasses.fields(owner)
-        if f.name not in without and torch.is_tensor(value := getattr(owner, f.name))
-    }
-    return dataclasses.replace(owner, **found)
+    changed = copy.copy(owner)
+    for name in (f.name for f in dataclasses.fields(owner) if f.name not in without):
+        if torch.is_tensor(value := getattr(owner, name)):
+            setattr(changed, name, function(value))
+    return changed
 
 
 @dataclass

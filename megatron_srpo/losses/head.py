@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_srpo.losses.linear import iterate_logits, linear_gather_logprobs
 from megatron_srpo.losses.vocab_parallel import gather_logprobs, local_candidates, merge_candidates, topk
@@ -15,8 +16,11 @@ from megatron_srpo.losses.vocab_parallel import gather_logprobs, local_candidate
 class Head(Protocol):
     """Distributions softmax(logits ÷ temperature) of T positions over a vocabulary that is split over `group`."""
 
-    group: Any
-    temperature: float
+    @property
+    def group(self) -> ProcessGroup | None: ...
+
+    @property
+    def temperature(self) -> float: ...
 
     def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs at global ids [T, M] and entropies [T], fp32, over the whole vocabulary; differentiable."""
@@ -34,7 +38,7 @@ class LogitsHead:
 
     values: Tensor
     vocab_start: int = 0
-    group: Any = None
+    group: ProcessGroup | None = None
     temperature: float = 1.0
 
     def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +61,7 @@ class LinearHead:
     weight: Tensor
     width: int
     vocab_start: int = 0
-    group: Any = None
+    group: ProcessGroup | None = None
     temperature: float = 1.0
     budget_bytes: int = 2**30  # of logits that exist at a time
 

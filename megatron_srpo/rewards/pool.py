@@ -12,7 +12,7 @@ import selectors
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ class RewardTask:
     kind: str
     response: str
     answer: object
-    metadata: dict[str, object] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
     def as_tuple(self) -> Task:
         return self.kind, self.response, self.answer, self.metadata

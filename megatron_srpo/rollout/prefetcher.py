@@ -42,7 +42,8 @@ class AsyncEngine(Protocol):
 class PromptLoader(Protocol):
     """Draws batches of prompts; `state_dict` says where it continues."""
 
-    epoch: int
+    @property
+    def epoch(self) -> int: ...
 
     def next_batch(self) -> list[Prompt]: ...
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import Scorer, Timer
 from megatron_srpo.core.records import Group, Prompt
-from megatron_srpo.rollout import GenerateRequest, RolloutEngine, SamplingSettings, request_seed
+from megatron_srpo.rollout import GenerateRequest, Prefetcher, RolloutEngine, SamplingSettings, request_seed
 from megatron_srpo.run.evaluation import accuracy_metrics
 
 EVALUATION = -1  # the iteration of its seeds: the same at every evaluation, so that curves differ by the weights alone
@@ -35,7 +35,9 @@ class Requests:
 class GroupGenerator:
     """Answers prompts and scores the answers."""
 
-    def __init__(self, engine: RolloutEngine, scorer: Scorer, requests: Requests, sampling: SamplingSettings) -> None:
+    def __init__(
+        self, engine: RolloutEngine | Prefetcher, scorer: Scorer, requests: Requests, sampling: SamplingSettings
+    ) -> None:
         self._engine, self._scorer, self._requests, self._sampling = engine, scorer, requests, sampling
 
     def __call__(self, prompts: list[Prompt], iteration: int, refill: int, timer: Timer) -> list[Group]:
@@ -44,7 +46,7 @@ class GroupGenerator:
             requests = self._requests(prompts, iteration, refill)
             rollouts = self._engine.generate(requests, self._sampling, self._scorer.start(prompts))
         with timer.phase("reward"):
-            return self._scorer.finish(rollouts)
+            return self._scorer.finish(rollouts or [])
 
 
 def training_sampling(config: Config) -> SamplingSettings:

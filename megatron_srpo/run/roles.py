@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from megatron_srpo.batching.source import DriverSource, FollowerSource
 from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import Log, RoleControl, Scorer, Source, State
 from megatron_srpo.core.records import Padding, Prompt
 from megatron_srpo.observe import Observer, SilentLog
-from megatron_srpo.rollout import RolloutEngine
+from megatron_srpo.rollout import Prefetcher, RolloutEngine
 from megatron_srpo.run.generation import GroupGenerator, Requests, training_sampling
+
+if TYPE_CHECKING:
+    from megatron_srpo.data import PromptLoader
+    from megatron_srpo.rollout.prefetcher import AsyncEngine
 
 RestoreData = Callable[["Restorable", State], None]
 
@@ -90,18 +94,19 @@ class Driver:
     def source(
         self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
     ) -> DriverSource:
-        config, (loader,) = self._config, self._loaders
-        requests, sampling = _requests(config), training_sampling(config)
+        config, requests, sampling = self._config, _requests(self._config), training_sampling(self._config)
+        loader: PromptLoader | Prefetcher
+        generating: RolloutEngine | Prefetcher = engine
+        (loader,) = self._loaders
         if config.rollout.max_staleness:
-            from megatron_srpo.rollout import Prefetcher
-
-            engine = loader = Prefetcher(
-                engine, loader, requests, sampling, batches=config.rollout.max_staleness, start=start,
-                total=config.run.iterations,
+            generating = loader = Prefetcher(
+                cast("AsyncEngine", engine), loader, requests, sampling, batches=config.rollout.max_staleness,
+                start=start, total=config.run.iterations,
             )  # fmt: skip
         return DriverSource(
-            config, control, GroupGenerator(engine, scorer, requests, sampling), loader, self._prompting.teacher_prompt,
-            self.log, dp_size=dp_size, padding=padding, engine_metrics=engine.metrics,
+            config, control, GroupGenerator(generating, scorer, requests, sampling), loader,
+            self._prompting.teacher_prompt, self.log, dp_size=dp_size, padding=padding,
+            engine_metrics=generating.metrics,
         )  # fmt: skip
 
     def close(self) -> None:

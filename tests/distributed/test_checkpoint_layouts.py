@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_srpo.core.metrics import Mean
 from tests.distributed.test_policy import _policy, _rows, logprobs
 from tests.distributed_harness import run_distributed
 from tests.tiny_models import make_tiny_model
@@ -24,7 +25,7 @@ CHANGES = {  # (ranks, layout) before and after
 
 def loss(given, row):
     value = -logprobs(given, row).sum() / 96
-    return value, {"loss": torch.stack([value.detach() * 96, torch.tensor(float(row.targets.numel()))])}
+    return value, {"loss": Mean(value.detach() * 96, torch.tensor(float(row.targets.numel())))}
 
 
 def exported(policy, model) -> dict:

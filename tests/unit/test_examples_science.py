@@ -54,7 +54,10 @@ def test_the_baselines_named_at_the_head_of_a_file_are_the_papers_columns(size, 
     config = load_config(path, " ".join(overrides).split())
     check(config, QWEN3_8B if size == "8b" else QWEN3_4B, 8)
     assert (config.algorithm.name, config.optimizer.lr) == (algorithm, rate)
-    assert (config.train.prompts_per_mini_batch, config.algorithm.beta) == (prompts, beta)
+    assert (
+        config.train.prompts_per_mini_batch,
+        (config.algorithm.distillation.beta if config.algorithm.needs.teacher else 0.0),
+    ) == (prompts, beta)
 
 
 def test_the_laptop_configuration_fits_smollm2_on_two_ranks_by_pipeline_or_three_by_tensor():
