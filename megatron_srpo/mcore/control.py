@@ -68,17 +68,16 @@ class Control:
 
     def everywhere(self, compute: Callable[[], T]) -> T:
         """Run `compute` on every rank; when it fails on one, every rank raises the first rank's exception."""
-        result, failure = None, None
+        results: list[T] = []
+        failure: Exception | None = None
         try:
-            result = compute()
+            results.append(compute())
         except Exception as error:
             failure = error
         failures = [error for error in self.collect(failure) if error is not None]
-        if failure is not None:
-            raise failure
         if failures:
-            raise failures[0]
-        return result
+            raise failure or failures[0]
+        return results[0]
 
     def gather(self, mine: T) -> list[T]:
         """What every rank brings, by rank, on rank 0; [] elsewhere."""
@@ -129,7 +128,7 @@ class Control:
         dist.recv(size, sender, group=self._topology.control_group)
         box = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(box, sender, group=self._topology.control_group)
-        return memoryview(box.numpy())
+        return memoryview(box.numpy())  # type: ignore[arg-type]
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""

@@ -40,7 +40,7 @@ class RewardTask:
     metadata: Mapping[str, object] = field(default_factory=dict)
 
     def as_tuple(self) -> Task:
-        return self.kind, self.response, self.answer, self.metadata
+        return self.kind, self.response, self.answer, dict(self.metadata)
 
 
 @dataclass
