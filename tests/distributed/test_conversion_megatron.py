@@ -46,7 +46,7 @@ def _on_ranks(source: Path, other: Path, converted: Path, saved: Path) -> None:
     assert policy.steps == 0
     for name, tensor in Exporter(policy.shards, read_config(source)).items():
         assert torch.equal(tensor, expected[name]), name
-    with policy.teacher():  # has started anew, as a copy of the student
+    with policy.weights("teacher"):  # has started anew, as a copy of the student
         for name, tensor in Exporter(policy.shards, read_config(source)).items():
             assert torch.equal(tensor, expected[name]), name
     groups.parallel_state.destroy_model_parallel()
