@@ -1,11 +1,11 @@
-"""What a run leaves behind and shows while it goes.
+"""Records what a run does, and shows it while it runs.
 
-metrics.py   metrics.jsonl: one JSON object an iteration
+metrics.py   metrics.jsonl: one JSON object for each iteration
 rollouts.py  rollouts.jsonl: scores, branches, teachers and some texts
 trackers.py  TensorBoard and Weights & Biases
-progress.py  the terminal
-observer.py  all of these behind one `log(step, metrics)`
-report.py    figures from metrics.jsonl
+progress.py  the display in the terminal
+observer.py  `Observer`: one `log(step, metrics)` for all of these
+report.py    draws figures from metrics.jsonl
 """
 
 from megatron_srpo.observe.observer import Observer, SilentLog

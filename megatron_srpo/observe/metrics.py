@@ -1,8 +1,8 @@
-"""metrics.jsonl: one JSON object a line, "step" first.
+"""Writes and reads metrics.jsonl: one JSON object in each line, with "step" first.
 
-Every line is valid JSON: numbers that JSON has no words for become the strings "NaN", "Infinity" and "-Infinity",
-which Python's float() reads. Logging never stops training: when the disk is full, lines wait in memory and are
-written when there is room again.
+Every line is valid JSON: numbers that JSON cannot express become the strings "NaN", "Infinity" and "-Infinity", which
+Python's float() reads. Logging never stops training: when the disk is full, lines wait in memory and are written when
+there is room again.
 """
 
 from __future__ import annotations
@@ -14,32 +14,34 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from megatron_srpo.core.atomic import atomic_write, set_aside
+from megatron_srpo.core.json_types import JsonValue
 
 METRICS_FILE = "metrics.jsonl"  # in a run's folder
-WAITING_LINES = 10_000  # kept in memory while the file cannot be written; the oldest go first
+WAITING_LINES = 10_000  # lines kept in memory while the file cannot be written; the oldest are dropped first
 
 
-def json_line(step: int, metrics: Mapping[str, Any]) -> str:
-    """One line of metrics.jsonl, without its end."""
+def json_line(step: int, metrics: Mapping[str, object]) -> str:
+    """One line of metrics.jsonl, without the line break."""
     record = {"step": step} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it; 0-d tensors and numpy numbers become Python's."""
+def _plain(value: object) -> JsonValue:
+    """A value that JSON can express. 0-d tensors and numpy numbers become Python numbers."""
     if isinstance(value, str | bool) or value is None:
         return value
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, int):
         return value
+    assert isinstance(value, SupportsFloat), f"{type(value).__name__} is no JSON value"
     number = float(value)
     if math.isfinite(number):
         return number
@@ -47,7 +49,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl. A torn last line, as a killed process leaves it, is passed over."""
+    """The records of a metrics.jsonl. An incomplete last line, which a killed process leaves, is skipped."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -59,7 +61,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class JsonlWriter:
-    """Appends records to a file, each on the disk when `log` returns."""
+    """Appends records to a file; `log` returns when the record is written. `warn` gets a message about each failure."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path
@@ -69,8 +71,11 @@ class JsonlWriter:
         self._failing = False
 
     def resume(self, step: int) -> None:
-        """Make the file ready for a run that continues after `step`: later lines are dropped, in one rename. Step 0
-        starts afresh, and what an earlier run left moves to metrics.previous.1.jsonl, or a higher number."""
+        """Prepare the file for a run that continues after `step`: lines of later steps are dropped, in one rename.
+
+        A run that starts at step 0 gets a new file; an earlier run's file becomes metrics.previous.1.jsonl, or the next
+        free number.
+        """
         self.close()
         try:
             if not self._path.exists():
@@ -83,8 +88,8 @@ class JsonlWriter:
         except OSError as error:
             self._report(error)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one record. On failure it waits, and is tried again with the next one."""
+    def log(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Write one record. If that fails, the record is kept and written with the next one."""
         self._waiting.append((json_line(step, metrics) + "\n").encode())
         try:
             while self._waiting:
@@ -98,7 +103,7 @@ class JsonlWriter:
             self._warn(f"{self._path}: writing again, with the lines that waited")
 
     def close(self) -> None:
-        """Close the file, after one more attempt at lines that wait."""
+        """Close the file, after one more attempt to write the lines that wait."""
         try:
             while self._waiting:
                 self._append(self._waiting[0])
@@ -108,7 +113,7 @@ class JsonlWriter:
         self._close_file()
 
     def _append(self, line: bytes) -> None:
-        """Write `line` whole or not at all."""
+        """Write the whole `line`, or nothing of it."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

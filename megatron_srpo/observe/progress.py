@@ -1,4 +1,4 @@
-"""The terminal: a live display where there is one, else a plain line an iteration."""
+"""Shows a run's progress: a live display in a terminal, otherwise one plain line for each iteration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol, SupportsFloat
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,13 +14,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-RECENT = 20  # iterations that the time left is judged by
+RECENT = 20  # the remaining time is estimated from this many iterations
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
 
+Metrics = Mapping[str, SupportsFloat]  # of one step, by name
+
 
 class Clock:
-    """Seconds an iteration, and what is left."""
+    """Measures iterations and estimates the remaining time. `now` returns monotonic seconds."""
 
     def __init__(self, total: int, start: int, now: Callable[[], float] = time.monotonic) -> None:
         self._total, self._now = total, now
@@ -29,11 +31,11 @@ class Clock:
         self._durations: deque[float] = deque(maxlen=RECENT)
 
     def tick(self, step: int) -> None:
-        """An iteration is finished; a repeated step (an evaluation on its own) only moves the clock."""
+        """Record the end of an iteration. A repeated step (an evaluation of its own) is not counted."""
         now = self._now()
         if step > self._last_step:
             if self._last_step and len(self._durations) == 1:
-                self._durations.clear()  # the first iteration warms everything up: no measure of the others
+                self._durations.clear()  # the first iteration includes warm-up, so it says nothing about the others
             self._durations.append((now - self._last) / (step - self._last_step))
             self._last_step = step
         self._last = now
@@ -44,7 +46,7 @@ class Clock:
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end; None before the first iteration is through."""
+        """Estimated seconds to the end; None until the first iteration has ended."""
         if not self._durations:
             return None
         each = sum(self._durations) / len(self._durations)
@@ -52,7 +54,7 @@ class Clock:
 
 
 def duration(seconds: float | None) -> str:
-    """90 → 1:30, 3700 → 1:01:40."""
+    """Seconds as text: 90 → 1:30, 3700 → 1:01:40, None → –."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
@@ -61,7 +63,7 @@ def duration(seconds: float | None) -> str:
 
 
 def sparkline(values: list[float]) -> str:
-    """The last values as a row of bars, between their least and their greatest."""
+    """The last values as a row of bars, scaled between their minimum and their maximum."""
     shown = [value for value in values if value == value][-SPARK_WIDTH:]
     if not shown:
         return ""
@@ -70,8 +72,8 @@ def sparkline(values: list[float]) -> str:
     return "".join(BARS[round((value - low) * scale)] for value in shown)
 
 
-def facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(what, value) pairs worth a glance, those that the metrics have."""
+def facts(metrics: Metrics) -> list[tuple[str, str]]:
+    """The (name, value) pairs that are displayed, for those metrics that exist."""
     shown = (
         ("reward", "critic/score/mean", "{:.3f}"),
         ("GRPO", "srpo/grpo_fraction", "{:.0%}"),
@@ -87,18 +89,18 @@ def facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]  # mix: a sample takes both
 
 
-def evaluation(metrics: Mapping[str, Any]) -> str:
-    """The held-out result in words, "" if there is none."""
+def evaluation(metrics: Metrics) -> str:
+    """The result of the evaluation in words; "" if there is none."""
     if "eval/accuracy" not in metrics:
         return ""
-    prompts = f" ({int(metrics['eval/prompts'])} prompts)" if "eval/prompts" in metrics else ""
+    prompts = f" ({int(float(metrics['eval/prompts']))} prompts)" if "eval/prompts" in metrics else ""
     return f"held-out accuracy {float(metrics['eval/accuracy']):.3f}{prompts}"
 
 
 class Progress(Protocol):
-    """Where iterations and messages are shown."""
+    """Shows iterations and messages."""
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def update(self, step: int, metrics: Metrics) -> None: ...
 
     def message(self, text: str) -> None: ...
 
@@ -106,12 +108,12 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Mode "off": messages only."""
+    """Mode "off": shows messages only."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def update(self, step: int, metrics: Metrics) -> None:
         pass
 
     def message(self, text: str) -> None:
@@ -122,13 +124,13 @@ class Silent:
 
 
 class PlainLines(Silent):
-    """One line an iteration, for log files."""
+    """Mode "plain": one line for each iteration, for log files."""
 
     def __init__(self, console: Console, total: int, clock: Clock) -> None:
         super().__init__(console)
         self._total, self._clock = total, clock
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def update(self, step: int, metrics: Metrics) -> None:
         self._clock.tick(step)
         heading = f"iteration {step:>{len(str(self._total))}}/{self._total}"
         parts = [f"{what} {value}" for what, value in facts(metrics)]
@@ -142,18 +144,18 @@ class PlainLines(Silent):
 
 
 class LiveDisplay:
-    """A bar and two lines of numbers that stay in place at the bottom of the terminal."""
+    """Mode "live": a bar and two lines of numbers that stay at the bottom of the terminal."""
 
     def __init__(self, console: Console, name: str, total: int, start: int, clock: Clock) -> None:
         self._name, self._total, self._clock = name, total, clock
         self._step = start
-        self._metrics: Mapping[str, Any] = {}
+        self._metrics: Metrics = {}
         self._rewards: list[float] = []
         self._held_out = ""
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=2)
         self._live.start()
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def update(self, step: int, metrics: Metrics) -> None:
         self._clock.tick(step)
         self._step = step
         if "critic/score/mean" in metrics:
@@ -168,7 +170,7 @@ class LiveDisplay:
         self._live.stop()
 
     def render(self) -> Group:
-        """The display as it is now; the live thread calls it."""
+        """The display as it is now. The thread of the live display calls it."""
         top = Table.grid(padding=(0, 2))
         top.add_row(
             Text(self._name, style="bold"),
@@ -177,7 +179,7 @@ class LiveDisplay:
             Text(f"{duration(self._clock.elapsed)} elapsed, {duration(self._clock.left)} left", style="dim"),
         )
         if not self._metrics:
-            return Group(top, Text("  the first iteration is under way …", style="dim"))
+            return Group(top, Text("  the first iteration is running …", style="dim"))
         reward, *others = facts(self._metrics)
         score = Text.assemble("  ", (f"{reward[0]} ", "dim"), (reward[1], "bold green"))
         score.append(f" {sparkline(self._rewards)}", style="green")
@@ -189,9 +191,9 @@ class LiveDisplay:
 
 
 def _print(console: Console, text: str) -> None:
-    # Standard output may be a file on a full disk. Training goes on; what could not be written rich tries again later.
+    # Standard output may be a file on a full disk. Training continues, and rich writes the text later.
     with suppress(OSError):
-        # No mark-up, colours or folding: these are other people's words, and a log file has no width.
+        # No mark-up, colours or wrapping: the text may be anybody's, and a log file has no width.
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         console.file.flush()
 
@@ -199,7 +201,8 @@ def _print(console: Console, text: str) -> None:
 def open_progress(
     mode: str, *, name: str, total: int, start: int = 0, console: Console | None = None, clock: Clock | None = None
 ) -> Progress:
-    """`mode` auto | live | plain | off; auto is live in a terminal that can move its cursor, else plain."""
+    """The display for `mode` (auto, live, plain or off). "auto" is live in a terminal that can move its cursor, and
+    plain everywhere else."""
     console = console or Console()
     clock = clock or Clock(total, start)
     if mode == "auto":

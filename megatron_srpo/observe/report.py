@@ -1,4 +1,4 @@
-"""Figures from metrics.jsonl: one run over its iterations, and methods compared over seeds."""
+"""Draws figures from metrics.jsonl: one run over its iterations, or methods compared over seeds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_srpo.algorithms.section import BY_NAME
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.observe.metrics import read_records
 
-# Two-sided 97.5 % quantile of Student's t by degrees of freedom; 1.96 beyond.
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, float | str | None]  # of metrics.jsonl; float() reads its strings
+
+# 97.5 % quantile of Student's t by degrees of freedom, from 1 on. For more of them 1.96 is used.
 STUDENT_T = (
     12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,
 )  # fmt: skip
@@ -21,7 +28,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2f6fb3", "#e07b26", "#3a923a", "#c23b
 METHOD_COLOURS = {name: method.colour for name, method in BY_NAME.items() if method.colour}
 METHOD_NAMES = {name: method.title for name, method in BY_NAME.items()}
 OTHER_COLOURS = (RED, GREY, "#8c564b", "#d66ba0", "#17a2b8")
-STYLE = {
+STYLE: dict[Any, object] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -40,7 +47,7 @@ STYLE = {
 
 
 class Interval(NamedTuple):
-    """Mean over seeds, and half the width of its 95 % confidence interval (nan for one seed)."""
+    """Mean over seeds, and half the width of its 95 % confidence interval (NaN for one seed)."""
 
     mean: float
     half_width: float
@@ -48,12 +55,12 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: metrics that share a unit. `lines` are (metric, legend, colour)."""
+    """One set of axes, for metrics that share a unit. `lines` are (metric, legend, colour)."""
 
     title: str
     lines: tuple[tuple[str, str, str], ...]
     unit: str = ""
-    kind: str = "number"  # "score": 0 … 1 at least; "percent": 0 … 100 %; "positive": from 0; "log": logarithmic
+    kind: str = "number"  # axis: "score" 0 … 1 at least; "percent" 0 … 100 %; "positive" from 0; "log" logarithmic
 
 
 RUN_PANELS = (
@@ -95,14 +102,18 @@ TITLES = {
 }
 
 
-def load_curve(records: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
-    """Step → value of one metric, where it was logged and is finite; the last record of a step counts."""
-    found = {record["step"]: float(record[name]) for record in records if record.get(name) is not None}
+def load_curve(records: Sequence[Record], name: str) -> dict[int, float]:
+    """Step → value of one metric, for steps at which it was logged and is finite. The last record of a step counts."""
+    found = {}
+    for record in records:
+        value = record.get(name)
+        if value is not None:
+            found[int(record["step"] or 0)] = float(value)
     return {step: value for step, value in sorted(found.items()) if math.isfinite(value)}
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval by Student's t."""
+    """Mean and 95 % confidence interval by Student's t."""
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
         return Interval(mean, math.nan)
@@ -145,7 +156,7 @@ def plot_comparison(
 
 
 def comparison_table(curves: Mapping[str, Mapping[int, Interval]], columns: int = 6) -> str:
-    """One metric of `plot_comparison` as a Markdown table, at about `columns` of its steps."""
+    """One metric of `plot_comparison` as a Markdown table of at most `columns` steps."""
     steps = sorted({step for curve in curves.values() for step in curve})
     count = min(columns, len(steps))
     shown = [steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)]
@@ -170,7 +181,7 @@ def _records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> dict[int, Interval]:
+def _over_seeds(runs: Sequence[Sequence[Record]], name: str) -> dict[int, Interval]:
     curves = [load_curve(records, name) for records in runs]
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: mean_interval([curve[step] for curve in curves]) for step in common}
@@ -180,14 +191,18 @@ def _over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> dict[
 
 
 @contextmanager
-def _figure(rows: int, columns: int, out_png: str | Path, *, width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """(figure, its axes [rows, columns]); saved at the end. No pyplot: no screen and no global state is touched."""
+def _figure(
+    rows: int, columns: int, out_png: str | Path, *, width: float, height: float
+) -> Iterator[tuple[Figure, np.ndarray]]:
+    """Yields (figure, its axes as an array [rows, columns]) and saves the figure when the block ends. It does not use
+    pyplot, which needs a screen and keeps global state."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+        figure = Figure(figsize=(width * columns, height * rows), layout=layout)
         grid = figure.subplots(rows, columns, squeeze=False)
         yield figure, grid
         for axes in grid[-1]:
@@ -198,13 +213,13 @@ def _figure(rows: int, columns: int, out_png: str | Path, *, width: float, heigh
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving average; the window shrinks towards the ends."""
+    """Centred moving average. The window shrinks towards the ends."""
     half = window // 2
     parts = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [math.fsum(part) / len(part) for part in parts]
 
 
-def _draw_panel(axes: Any, panel: Panel, records: Sequence[Mapping[str, Any]]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
     drawn = 0
@@ -224,8 +239,8 @@ def _draw_panel(axes: Any, panel: Panel, records: Sequence[Mapping[str, Any]]) -
         axes.legend(loc="best", fontsize=8)
 
 
-def _draw_curve(axes: Any, curve: Mapping[int, float], label: str, colour: str, *, sparse: bool) -> None:
-    """Points with a line for evaluations; for the rest the values pale and their moving average in full colour."""
+def _draw_curve(axes: Axes, curve: Mapping[int, float], label: str, colour: str, *, sparse: bool) -> None:
+    """Draw points and a line for `sparse` values (evaluations); else the values pale and their moving average."""
     steps, values = list(curve), list(curve.values())
     if sparse or len(steps) < 8:
         axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.4, label=label)
@@ -234,7 +249,7 @@ def _draw_curve(axes: Any, curve: Mapping[int, float], label: str, colour: str, 
     axes.plot(steps, smoothed(values, max(3, len(values) // 20)), color=colour, linewidth=1.8, label=label)
 
 
-def _finish_axes(axes: Any, kind: str) -> None:
+def _finish_axes(axes: Axes, kind: str) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -254,7 +269,7 @@ def _finish_axes(axes: Any, kind: str) -> None:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
 
 
-def _draw_comparison(axes: Any, name: str, methods: Mapping[str, Mapping[int, Interval]]) -> None:
+def _draw_comparison(axes: Axes, name: str, methods: Mapping[str, Mapping[int, Interval]]) -> None:
     title, unit = TITLES.get(name, (name, ""))
     axes.set_title(title)
     axes.set_ylabel(unit)
@@ -264,14 +279,14 @@ def _draw_comparison(axes: Any, name: str, methods: Mapping[str, Mapping[int, In
         steps, means = list(curve), [value.mean for value in curve.values()]
         halves = [0.0 if math.isnan(value.half_width) else value.half_width for value in curve.values()]
         colour = _colour(method, number)
-        if len(steps) > 60:  # measured every iteration: the band of the raw values would hide the curves
+        if len(steps) > 60:  # measured in every iteration: without smoothing the band would hide the curves
             window = len(steps) // 25
             means, halves = smoothed(means, window), smoothed(halves, window)
         low = [mean - half for mean, half in zip(means, halves, strict=True)]
         high = [mean + half for mean, half in zip(means, halves, strict=True)]
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        marker = {"marker": "o", "markersize": 3.5} if len(steps) <= 30 else {}
-        axes.plot(steps, means, color=colour, linewidth=1.8, label=METHOD_NAMES.get(method, method), **marker)
+        marker, label = "o" if len(steps) <= 30 else None, METHOD_NAMES.get(method, method)
+        axes.plot(steps, means, color=colour, linewidth=1.8, label=label, marker=marker, markersize=3.5)
     _finish_axes(axes, "percent" if name in PERCENT_METRICS else "positive")
 
 
@@ -279,7 +294,7 @@ def _colour(method: str, number: int) -> str:
     return METHOD_COLOURS.get(method, OTHER_COLOURS[number % len(OTHER_COLOURS)])
 
 
-def _shared_legend(figure: Any, runs: Mapping[str, Sequence[Any]]) -> None:
+def _shared_legend(figure: Figure, runs: Mapping[str, Sequence[object]]) -> None:
     """One legend above all axes, with the number of seeds."""
     from matplotlib.lines import Line2D
 

@@ -65,7 +65,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb_steps(folder) -> list[int]:
-    from megatron_srpo.observe.wandb_file import offline_steps
+    from tests.wandb_records import offline_steps
 
     return sorted(offline_steps(folder / "out", (folder / "out/wandb_run_id").read_text().strip()))
 

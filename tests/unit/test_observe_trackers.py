@@ -12,7 +12,7 @@ import pytest
 from megatron_srpo.config import Config, DataConfig, ModelConfig, ObserveConfig, RolloutConfig, RunConfig
 from megatron_srpo.observe import Observer
 from megatron_srpo.observe.trackers import Trackers, WeightsAndBiases
-from megatron_srpo.observe.wandb_file import _records, offline_steps
+from tests.wandb_records import offline_steps
 
 
 def config_of(folder, *, mismatch=0.05, **observe) -> Config:
@@ -54,17 +54,17 @@ def test_tensorboard_forgets_the_steps_that_a_continued_run_repeats(tmp_path):
     assert events(tmp_path / "tensorboard")[0]["a"] == [(1, 0), (2, 0), (3, 2), (4, 2)]
 
 
-def test_wandb_runs_offline_and_a_continued_run_keeps_its_id(tmp_path, capfd, monkeypatch):
+def test_wandb_runs_offline_and_a_continued_run_keeps_its_id_and_has_each_step_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", ModuleType("openai"))  # vLLM has it; W&B advertises to those who do
     ids = []
     for start, logged in ((0, (1, 2, 3)), (2, (3, 4)), (0, (1,))):
-        trackers = Trackers(config_of(tmp_path, wandb=True), start_step=start, say=pytest.fail)
+        observer = Observer(config_of(tmp_path, wandb=True, progress="off"), start_step=start)
         for step in logged:
-            trackers.log(step, {"a": 1.0, "x" * 40_000: float(start)})  # longer than a block of the file
-        trackers.close()
+            observer.log(step, {"a": 1.0, "x" * 40_000: float(start)})  # longer than a block of the file
+        observer.close()
         ids.append((tmp_path / "wandb_run_id").read_text().strip())
     assert ids[0] == ids[1] != ids[2]
-    assert offline_steps(tmp_path, ids[0]) == [1, 2, 3, 4]  # step 3 was repeated, and is there once
+    assert offline_steps(tmp_path, ids[0]) == [1, 2, 3, 4]
     assert offline_steps(tmp_path, ids[2]) == [1]
     written = sorted(path.name for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert set(written) == {f"run-{ids[0]}.wandb", f"run-{ids[2]}.wandb"}
@@ -81,16 +81,12 @@ def test_wandb_gets_the_steps_that_a_killed_run_had_not_handed_over(tmp_path):
     assert offline_steps(tmp_path, "abc") == [1, 2, 3, 4]
 
 
-def test_a_torn_wandb_file_is_read_to_its_last_whole_record():
-    def chunk(kind, data):
-        return b"\0" * 4 + len(data).to_bytes(2, "little") + bytes([kind]) + data
-
-    content = b"header." + chunk(1, b"one") + chunk(2, b"t") + chunk(3, b"w") + chunk(4, b"o")
-    assert list(_records(content)) == [b"one", b"two"]
-    assert list(_records(content + chunk(1, b"three")[:-1])) == [b"one", b"two"]
-    assert list(_records(content + chunk(2, b"thr"))) == [b"one", b"two"]
-    assert list(_records(content + b"\0" * 100)) == [b"one", b"two"]
-    assert list(_records(b"")) == []
+def test_a_resumed_run_without_metrics_keeps_what_wandb_has_recorded(tmp_path):
+    earlier = tmp_path / "wandb/offline-run-1-abc"
+    earlier.mkdir(parents=True)
+    (tmp_path / "wandb_run_id").write_text("abc\n")
+    Trackers(config_of(tmp_path, wandb=True), start_step=3, say=pytest.fail).close()
+    assert earlier.is_dir()
 
 
 def test_wandb_is_not_imported_unless_it_is_on(tmp_path, monkeypatch):
@@ -191,6 +187,7 @@ def test_wandb_has_the_steps_as_its_axis():
             defined.append((name, keys))
 
     tracker = object.__new__(WeightsAndBiases)
-    tracker._run, tracker._recorded = Run(), set()
+    tracker._run, tracker._recorded = Run(), 2
+    tracker.log(2, {"a": 0.5})
     tracker.log(3, {"a": 1.0})
     assert logged == [{"step": 3, "a": 1.0}]
