@@ -1,16 +1,19 @@
-"""What may differ between the run that wrote a checkpoint and the one that goes on from it.
+"""Which keys may differ between the run that wrote a checkpoint and the run that resumes from it.
 
-Every key is in one class. FIXED: another value is another run. RESETS: another value throws a part of the state away,
-which has to be named in checkpoint.allow_reset. QUIET: no influence on what is learned. All others may change, and the
-difference is told.
+Every key is in one class. FIXED: with another value it is another run. RESETS: another value discards a part of the
+state, which checkpoint.allow_reset must allow. QUIET: the key has no influence on what is learned. All other keys may
+change, and the run prints the difference.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from megatron_srpo.core.json_types import JsonValue
 
 FIXED = ("algorithm.name",)
 RESETS = {"run.seed": "data", "data.shuffle": "data", "teacher.mode": "teacher"}
@@ -20,21 +23,28 @@ QUIET = (
 )  # fmt: skip
 
 
+Kind = Literal["fixed", "reset", "quiet", "told"]
+ConfigValues = Mapping[str, Mapping[str, JsonValue]]  # section → key → value, as of Config.model_dump(mode="json")
+
+
 @dataclass(frozen=True)
 class Change:
-    """A key with another value. `kind` is its class; `reset` what has to be allowed, in class "reset"."""
+    """A key with another value. `kind` is its class; `reset` is what must be allowed in class "reset".
+
+    Example: Change("run.seed", 0, 1, "reset", "data")
+    """
 
     key: str
-    before: Any
-    now: Any
-    kind: Literal["fixed", "reset", "quiet", "told"]
+    before: JsonValue
+    now: JsonValue
+    kind: Kind
     reset: str = ""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.before!r} → {self.now!r}"
 
 
-def kind_of(key: str) -> Literal["fixed", "reset", "quiet", "told"]:
+def kind_of(key: str) -> Kind:
     """The class of a dotted key."""
     if key in FIXED:
         return "fixed"
@@ -43,9 +53,9 @@ def kind_of(key: str) -> Literal["fixed", "reset", "quiet", "told"]:
     return "quiet" if key in QUIET or key.partition(".")[0] in QUIET else "told"
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """The keys that two configurations (as `Config.model_dump`) have with different values. A key that only one has
-    belongs to another version of the program and is passed over."""
+def changes(before: ConfigValues, now: ConfigValues) -> list[Change]:
+    """The keys whose values differ in two configurations. A key that only one of them has belongs to another version of
+    the program and is ignored."""
     found = []
     for section in [name for name in before if name in now]:
         for key in [name for name in before[section] if name in now[section]]:
@@ -57,7 +67,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 
 
 def architecture(model_path: str) -> str:
-    """What tells a model's architecture: a digest of its config.json, or the path where there is none."""
+    """A text that identifies a model's architecture: a digest of its config.json, or the path if there is none."""
     try:
         return hashlib.sha256((Path(model_path) / "config.json").read_bytes()).hexdigest()
     except OSError:

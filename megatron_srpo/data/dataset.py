@@ -1,4 +1,4 @@
-"""Rows of jsonl and parquet files as examples. Every complaint names the file and the line (or row)."""
+"""Reads the rows of jsonl and parquet files as examples. Every error names the file and the line (or row)."""
 
 from __future__ import annotations
 
@@ -8,44 +8,50 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.errors import UserError
 
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
 JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet",)
 ROLES = ("system", "user", "assistant", "tool")
-_REPORTED = 3  # skipped rows whose problem is told
+_REPORTED = 3  # how many skipped rows are reported with their problem
 _UNUSABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class DataError(UserError):
-    """A data set, a row or a tokenizer that cannot be used: where, what was expected, what came, the cure."""
+    """A data set, a row or a tokenizer cannot be used. str() says where, what was expected, what came, and the cure."""
 
 
 class _BadRow(ValueError):
-    """What is wrong with one row."""
+    """One row cannot be used; str() says why."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row. `row` counts all rows of the data set from 0, skipped ones too, so that it stays the row's name."""
+    """One row. `row` counts all rows of the data set from 0, skipped ones too, so that a row keeps its number.
+
+    Example: Example(17, ({"role": "user", "content": "order 53142"},), "12345", "exact", {"level": 2}, "a.jsonl:18")
+    """
 
     row: int
-    messages: tuple[dict[str, str], ...]  # chat messages, the last one the user's (or a tool's)
-    answer: Any
+    messages: tuple[dict[str, str], ...]  # chat messages; the last one is the user's (or a tool's)
+    answer: object
     kind: str
-    metadata: dict[str, Any]  # the row's other fields
+    metadata: dict[str, object]  # the row's other fields
     source: str  # "file:line"
 
 
 @dataclass
 class LoadReport:
-    """What loading did; str() is the line for the log."""
+    """The result of loading; str() is the line for the log."""
 
-    rows: int = 0  # usable
+    rows: int = 0  # usable rows
     files: int = 0
-    skipped: int = 0
+    skipped: int = 0  # rows that cannot be used
     problems: list[str] = field(default_factory=list)  # of the first skipped rows
 
     def __str__(self) -> str:
@@ -60,10 +66,10 @@ class LoadReport:
 def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example], LoadReport]:
     """The rows of the files, in order.
 
-    `prompt` is text or a list of chat messages; `answer` any JSON value but null; `kind` comes from the row, or else
-    from `config.kind`; an optional `system` goes before the messages; other fields become metadata. A bad row is a
-    DataError, or skipped and counted where `config.on_bad_row` is "skip". A missing or unreadable file, and a data set
-    without a usable row, are always errors.
+    `prompt` is text or a list of chat messages. `answer` is any JSON value but null. `kind` comes from the row, or from
+    `config.kind` if the row has none. An optional `system` is put before the messages. Other fields become metadata.
+    A bad row raises DataError, or is skipped and counted if `config.on_bad_row` is "skip". A missing or unreadable
+    file, and a data set without a usable row, always raise DataError.
     """
     files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
     if not files:
@@ -85,8 +91,8 @@ def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example]
 
 
 def read_records(file: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", the row) for every row of a .jsonl or .parquet file; a row that cannot be read is an Exception
-    object in place of the row. DataError for the file as a whole."""
+    """Yields ("file:line", row) for every row of a .jsonl or .parquet file. In place of a row that cannot be read it
+    yields an exception object. DataError if the file as a whole cannot be read."""
     if file.is_dir():
         raise DataError(f"{file} is a folder: name its .jsonl or .parquet files")
     suffix = file.suffix.lower()
@@ -104,7 +110,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors write
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
             if line.strip():
                 yield f"{file}:{number}", _parse(line)
 
@@ -122,7 +128,7 @@ def _parse(line: bytes) -> Any:
         return _BadRow(f"not JSON: {error}")
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON value (write null)")
 
 
@@ -142,21 +148,21 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _rows(batch: Any) -> list[Any]:
+def _rows(batch: RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:  # one row is broken: find out which
         return [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
 
 
-def _row(batch: Any) -> Any:
+def _row(batch: RecordBatch) -> Any:
     try:
         return batch.to_pylist()[0]
     except UnicodeDecodeError:
         return _BadRow("a text is not UTF-8")
 
 
-def _example(record: Any, row: int, place: str, config: DataConfig) -> Example:
+def _example(record: object, row: int, place: str, config: DataConfig) -> Example:
     if isinstance(record, _BadRow):
         raise record
     if not isinstance(record, dict):
@@ -170,7 +176,7 @@ def _example(record: Any, row: int, place: str, config: DataConfig) -> Example:
     return Example(row, messages, answer, _kind(record, config), metadata, place)
 
 
-def _required(record: dict[str, Any], name: str, key: str) -> Any:
+def _required(record: dict[str, object], name: str, key: str) -> object:
     value = record.get(key)
     if value is None:
         if key in record:
@@ -182,7 +188,7 @@ def _required(record: dict[str, Any], name: str, key: str) -> Any:
     return value
 
 
-def _kind(record: dict[str, Any], config: DataConfig) -> str:
+def _kind(record: dict[str, object], config: DataConfig) -> str:
     kind = record.get(config.kind_key)
     kind = config.kind if kind is None or kind == "" else kind
     if not isinstance(kind, str):
@@ -192,7 +198,7 @@ def _kind(record: dict[str, Any], config: DataConfig) -> str:
     return kind
 
 
-def _messages(prompt: Any, system: Any, config: DataConfig) -> tuple[dict[str, str], ...]:
+def _messages(prompt: object, system: object, config: DataConfig) -> tuple[dict[str, str], ...]:
     key = config.prompt_key
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": _text(prompt, key)}]
@@ -209,7 +215,7 @@ def _messages(prompt: Any, system: Any, config: DataConfig) -> tuple[dict[str, s
     return tuple(messages)
 
 
-def _message(message: Any, place: str) -> dict[str, str]:
+def _message(message: object, place: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise _BadRow(f"{place}: expected a message with 'role' and 'content', got {_type(message)}")
     role = message.get("role")
@@ -218,7 +224,7 @@ def _message(message: Any, place: str) -> dict[str, str]:
     return {"role": role, "content": _text(message.get("content"), f"{place}.content")}
 
 
-def _text(value: Any, place: str) -> str:
+def _text(value: object, place: str) -> str:
     if not isinstance(value, str):
         raise _BadRow(f"{place!r}: expected text, got {_type(value)}")
     if not value.strip():
@@ -234,14 +240,14 @@ def _check_text(value: str, place: str) -> None:
         raise _BadRow(f"{place!r} holds {what} at character {unusable.start() + 1}, which no tokenizer reads")
 
 
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+def _type(value: object) -> str:
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def _complain(problem: str, config: DataConfig, report: LoadReport) -> None:
     if config.on_bad_row == "error":
-        raise DataError(f'{problem}. Mend the row, or skip bad rows: data.on_bad_row = "skip"')
+        raise DataError(f'{problem}. Correct the row, or skip bad rows: data.on_bad_row = "skip"')
     report.skipped += 1
     if len(report.problems) < _REPORTED:
         report.problems.append(problem)

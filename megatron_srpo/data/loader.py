@@ -1,12 +1,11 @@
-"""Batches of prompts in an order that depends on the seed and the epoch alone, and that a checkpoint can continue."""
+"""Batches of prompts. The order depends on the seed and the epoch alone, and a checkpoint stores the position in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from megatron_srpo.core.records import Prompt
 from megatron_srpo.data.dataset import DataError
@@ -16,8 +15,7 @@ class PromptLoader:
     """Infinite batches of `batch_size` prompts.
 
     Every epoch shows each prompt once, in an order drawn from (seed, epoch), or in file order without `shuffle`.
-    Batches run across the end of an epoch: what is left of it starts the next batch. So a batch may be larger than the
-    data set.
+    A batch may continue into the next epoch, so it may also be larger than the data set.
     """
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, *, seed: int = 0, shuffle: bool = True) -> None:
@@ -48,13 +46,13 @@ class PromptLoader:
                 self._order = self._draw()
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able: where the loader is, and what it reads."""
+    def state_dict(self) -> dict[str, int | str]:
+        """The position, and what identifies the data and its order, as JSON values."""
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. DataError if it belongs to other data or another order; the batch size may
-        differ."""
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue at the position of `state`. DataError if it belongs to other data or to another order; the batch
+        size may differ."""
         for key, mine in self._identity().items():
             if state.get(key) != mine:
                 raise DataError(
@@ -67,7 +65,7 @@ class PromptLoader:
         self._epoch, self._position = epoch, position
         self._order = self._draw()
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, int | str]:
         return {
             "size": len(self._prompts), "fingerprint": self._fingerprint, "seed": self._seed, "shuffle": self._shuffle
         }  # fmt: skip
@@ -75,7 +73,7 @@ class PromptLoader:
     def _draw(self) -> list[int]:
         order = list(range(len(self._prompts)))
         if self._shuffle:
-            # Seeded by text: hashed by SHA-512, so that neighbouring seeds and epochs are unrelated on every machine.
+            # Python hashes a text seed with SHA-512, so that neighbouring seeds and epochs give unrelated orders.
             random.Random(f"megatron_srpo:order:{self._seed}:{self._epoch}").shuffle(order)
         return order
 

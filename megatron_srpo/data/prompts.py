@@ -1,24 +1,24 @@
-"""Examples → prompts: the tokenizer's chat template applied, over-length prompts dropped or refused."""
+"""Examples → prompts: applies the tokenizer's chat template, and drops or refuses prompts that are too long."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.records import Prompt
 from megatron_srpo.data.dataset import DataError, Example
+from megatron_srpo.data.tokenizer import Tokenizer
 
 _RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
-_AT_ONCE = 1024  # texts that the tokenizer gets in one call
+_AT_ONCE = 1024  # texts in one call of the tokenizer
 
 
 def render_prompts(
-    examples: Sequence[Example], tokenizer: Any, config: DataConfig, split: str
+    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, split: str
 ) -> tuple[list[Prompt], int]:
-    """(prompts in the examples' order, number dropped for being over `config.max_prompt_length` tokens).
+    """The prompts in the examples' order, and how many were dropped because of `config.max_prompt_length` tokens.
 
-    uid = "<split>:<row>". Over-length prompts are a DataError where `config.overlong_prompts` is "error", and always if
+    A prompt's uid is "<split>:<row>". DataError if prompts are too long and `config.overlong_prompts` is "error", or if
     no prompt is left.
     """
     prompts: list[Prompt] = []
@@ -36,19 +36,22 @@ def render_prompts(
     return prompts, len(too_long)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], kwargs: dict[str, Any], where: str) -> str:
-    """The chat template's text for the messages, up to where the assistant answers. `where` names them in an error."""
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], kwargs: Mapping[str, object], where: str
+) -> str:  # fmt: skip
+    """The text of the chat template for the messages, up to the assistant's answer. `where` is the place that an error
+    names. DataError if the template refuses them."""
     reserved = _RESERVED & set(kwargs)
     if reserved:
-        raise DataError(f"data.chat_template_kwargs: {sorted(reserved)} are the trainer's own; remove them")
+        raise DataError(f"data.chat_template_kwargs: {sorted(reserved)} are set by the trainer; remove them")
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
-    except Exception as error:  # templates raise their own complaints, e.g. that they know no system role
+    except Exception as error:  # templates raise their own errors, e.g. that they have no system role
         raise DataError(f"{where}: the tokenizer's chat template refuses these messages: {error}") from error
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of rendered texts: special tokens in them are read as such, and none are added."""
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered texts. Special tokens in the texts become their ids; none are added."""
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
@@ -57,8 +60,8 @@ def _prompt(example: Example, ids: list[int], split: str) -> Prompt:
     return Prompt(uid, example.messages, list(ids), example.answer, example.kind, example.metadata, example.source)
 
 
-def hides_system(tokenizer: Any, prompt: Prompt, config: DataConfig) -> bool:
-    """Whether the chat template leaves out the system message with which this prompt begins."""
+def hides_system(tokenizer: Tokenizer, prompt: Prompt, config: DataConfig) -> bool:
+    """Whether the chat template omits the system message with which this prompt begins."""
     text = render_chat(tokenizer, prompt.messages, config.chat_template_kwargs, prompt.source)
     return text == render_chat(tokenizer, prompt.messages[1:], config.chat_template_kwargs, prompt.source)
 

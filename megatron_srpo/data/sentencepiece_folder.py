@@ -1,16 +1,19 @@
-"""A fast tokenizer from a folder with SentencePiece's `tokenizer.model` alone.
+"""Loads a fast tokenizer from a folder that has only SentencePiece's `tokenizer.model`.
 
-transformers loads such a folder too, and leaves out what the model says of normalisation (the space that comes before
-the text, repeated spaces, Unicode forms): its tokens are not those that the model was trained on. Here they are
-SentencePiece's own, and this is tried out on loading.
+transformers loads such a folder too, but it ignores the model's normalisation (the space before the text, repeated
+spaces, Unicode forms), so its tokens are not those that the model was trained on. The tokenizer built here gives
+SentencePiece's own tokens, which is checked on a few texts when it is loaded.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_srpo.data.dataset import DataError
+
+if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
 MODEL = "tokenizer.model"
 SPACE = "▁"
@@ -31,7 +34,7 @@ def load_sentencepiece(folder: Path) -> Any:
     try:
         proto.ParseFromString((folder / MODEL).read_bytes())
         reference = SentencePieceProcessor(model_file=str(folder / MODEL))
-    except Exception as error:  # protobuf and sentencepiece have their own kinds
+    except Exception as error:  # protobuf and sentencepiece raise their own exceptions
         raise DataError(f"{folder / MODEL} is no SentencePiece model ({error}): fetch it again") from None
     tokenizer = _fast(folder / MODEL, proto)
     for text in PROBES:
@@ -44,7 +47,7 @@ def load_sentencepiece(folder: Path) -> Any:
     return tokenizer
 
 
-def _fast(file: Path, proto: Any) -> Any:
+def _fast(file: Path, proto: ModelProto) -> Any:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SpmConverter, generate_merges
@@ -71,12 +74,11 @@ def _fast(file: Path, proto: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 
-def _normalizer(spec: Any) -> Any:
-    """SentencePiece's normalisation of characters and spaces. A space that leads is the one that is put before the
-    text, where one is."""
+def _normalizer(spec: NormalizerSpec) -> Any:
+    """SentencePiece's normalisation of characters and spaces."""
     from tokenizers import Regex, normalizers
 
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         ends = r" +\z" if spec.add_dummy_prefix else r"\A +| +\z"
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(ends), "")]
@@ -86,7 +88,7 @@ def _normalizer(spec: Any) -> Any:
 
 
 def _spaces(prefixed: bool) -> Any:
-    """Spaces become the visible sign; one is put before the text, not after every special token."""
+    """Replaces spaces by the visible sign, and if `prefixed` adds one before the text, not after special tokens."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.Metaspace(SPACE, prepend_scheme="first" if prefixed else "never", split=False)

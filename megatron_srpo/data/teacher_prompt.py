@@ -1,8 +1,8 @@
-"""What the self-teacher reads: the question, a correct sibling's answer, feedback on the failed attempt.
+"""Builds the prompt of the self-teacher: the question, a correct sibling's answer, feedback on the failed attempt.
 
-The demonstration and the feedback come out of a model, so they are inserted as plain text: never formatted, and
-encoded apart from the chat template's own text, so that a `<|im_end|>` inside them is letters and not the end of a
-turn. Because they are encoded apart, a demonstration can be cut to the very token.
+A model wrote the demonstration and the feedback, so they are inserted as plain text. They are never formatted, and they
+are encoded separately from the chat template's own text: a `<|im_end|>` inside them is a sequence of letters and does
+not end a turn. For the same reason a demonstration can be cut at any token.
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_srpo.config import DataConfig, TeacherConfig
 from megatron_srpo.config.templates import Piece, template_pieces
 from megatron_srpo.core.records import Prompt
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.prompts import encode, render_chat
+from megatron_srpo.data.tokenizer import Tokenizer
 
 _THINKING = re.compile("</?think>")
 
 
 @dataclass(frozen=True)
 class TeacherPrompt:
-    """An enriched prompt. `truncated`: the demonstration (or the feedback) was cut to fit."""
+    """Token ids of an enriched prompt. `truncated`: the demonstration or the feedback was cut to fit."""
 
     ids: list[int]
     truncated: bool
 
 
 class TeacherPromptBuilder:
-    """Callable: (prompt, solution, feedback) → TeacherPrompt, or None where there is nothing to teach or no room.
+    """Calling it with (prompt, solution, feedback) gives a TeacherPrompt, or None if nothing can be shown.
 
-    `max_prompt_length` counts tokens of the whole teacher prompt. The configuration's check has seen the templates.
+    `max_prompt_length` is the limit in tokens of the whole teacher prompt. The check of the configuration has already
+    verified the templates.
     """
 
-    def __init__(self, tokenizer: Any, teacher: TeacherConfig, data: DataConfig, max_prompt_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, teacher: TeacherConfig, data: DataConfig, max_prompt_length: int) -> None:
         self._tokenizer = tokenizer
         self._kwargs = data.chat_template_kwargs
         self._limit = max_prompt_length
@@ -49,8 +50,8 @@ class TeacherPromptBuilder:
         self._check_chat_template()
 
     def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> TeacherPrompt | None:
-        """Thinking is taken out of the solution. Over length, the demonstration loses tokens at its end, then the
-        feedback does; the question never. None if no token of either is left."""
+        """Removes thinking from the solution. If the prompt is too long, cuts the end of the demonstration, then the
+        end of the feedback, never the question. None if no token of either is left."""
         shown = {"solution": strip_thinking(solution or ""), "feedback": (feedback or "").strip()}
         shown = {name: text for name, text in shown.items() if text and ("field", name) in self._template}
         if not shown:
@@ -68,7 +69,7 @@ class TeacherPromptBuilder:
         return TeacherPrompt(ids, truncated)
 
     def _pieces(self, prompt: Prompt, shown: set[str]) -> list[Piece]:
-        """The whole chat as literal text and the places of the untrusted texts in it."""
+        """The whole chat, as literal text and the places of the untrusted texts in it."""
         marks = _marks(prompt.messages)
         messages = list(prompt.messages)
         last = max(index for index, message in enumerate(messages) if message["role"] == "user")
@@ -80,7 +81,7 @@ class TeacherPromptBuilder:
         return [("field", names[part]) if part in names else ("text", part) for part in parts if part]
 
     def _content(self, question: str, marks: dict[str, str]) -> str:
-        """The user's message, with a mark in place of each untrusted text. Fields left out are empty."""
+        """The user's message, with a mark in place of each untrusted text. Fields that are not shown are empty."""
         fields = {"question": question, "instruction": self._instruction}
         for name, mark in marks.items():
             fields[name] = _fill(self._sections[name], {name: mark})
@@ -100,18 +101,18 @@ class TeacherPromptBuilder:
 
 
 class _UntrustedText:
-    """Encodes text from a model so that nothing in it is a control token."""
+    """Encodes text that a model wrote, so that nothing in it becomes a control token."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         tokens = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
         control = set(tokenizer.convert_tokens_to_ids(tokens))
         obeyed = [token for token in tokens if control & set(self._split(f"a{token}a"))]
-        # Where the tokenizer cannot be told to read them as letters, they are taken out.
+        # Some tokenizers cannot be told to read these tokens as letters. Then they are removed from the text.
         self._removed = re.compile("|".join(map(re.escape, obeyed))) if obeyed else None
 
     def encode(self, text: str) -> list[int]:
-        while self._removed is not None and self._removed.search(text):  # taking one out may join another
+        while self._removed is not None and self._removed.search(text):  # removing one may form another
             text = self._removed.sub("", text)
         return self._split(text)
 
@@ -120,8 +121,8 @@ class _UntrustedText:
 
 
 def strip_thinking(text: str) -> str:
-    """The text without its `<think>…</think>` parts, stripped. One that never closes goes on to the end; one whose
-    opening is in the prompt (a `</think>` alone) began with the text."""
+    """The text without its `<think>…</think>` parts, stripped. A part that never closes reaches to the end; a
+    `</think>` alone closes a part that began with the text, because its opening tag is in the prompt."""
     kept: list[str] = []
     start, thinking = 0, False
     for tag in _THINKING.finditer(text):
@@ -142,7 +143,7 @@ def _fill(pieces: Sequence[Piece], fields: dict[str, str]) -> str:
 
 
 def _marks(messages: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Stand-ins for the untrusted texts while the chat template runs: letters and digits not in the messages."""
+    """Placeholders for the untrusted texts while the chat template runs: letters and digits that no message has."""
     number = 0
     while any(f"SRPO{number}MARK" in message["content"] for message in messages):
         number += 1
@@ -150,7 +151,7 @@ def _marks(messages: Sequence[dict[str, str]]) -> dict[str, str]:
 
 
 def _cut(inserted: dict[str, list[int]], excess: int) -> bool:
-    """Shorten the solution, then the feedback, by `excess` tokens at the end; whether anything was cut."""
+    """Shorten the solution, then the feedback, by `excess` tokens at the end. Returns whether anything was cut."""
     cut = False
     for name in ("solution", "feedback"):
         ids = inserted.get(name, [])

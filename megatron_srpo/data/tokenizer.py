@@ -1,21 +1,43 @@
-"""A tokenizer from a local folder, fit for chat training."""
+"""Loads a tokenizer for chat training from a local folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.sentencepiece_folder import MODEL, load_sentencepiece
 
-_DESCRIBED = ("tokenizer.json", "tokenizer_config.json")  # where transformers knows what it loads
+_DESCRIBED = ("tokenizer.json", "tokenizer_config.json")  # with one of these transformers knows what it loads
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def load_tokenizer(path: str) -> Any:
-    """The transformers tokenizer of the folder `path`, which needs a chat template and an end-of-sequence token.
+class Tokenizer(Protocol):
+    """What this package uses of a transformers tokenizer (PreTrainedTokenizerBase)."""
 
-    Never asks the network and runs no code from the folder. DataError with the cure for what is missing.
+    chat_template: Any
+    eos_token_id: int | None
+    unk_token: str | None
+
+    @property
+    def all_special_tokens(self) -> list[str]: ...
+
+    def __call__(self, text: str | list[str], **options: bool) -> Mapping[str, Any]: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: object) -> str: ...
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+
+    def encode(self, text: str, **options: bool) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], **options: bool) -> str: ...
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The transformers tokenizer of the folder `path`, which must have a chat template and an end-of-sequence token.
+
+    It never uses the network and never runs code from the folder. DataError with the cure if something is missing.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -37,8 +59,8 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def tokenizer_from(folder: Path) -> Any:
-    """The tokenizer of a folder, chat template or not. DataError if it cannot be loaded."""
+def tokenizer_from(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, also without a chat template. DataError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in _FILES):
@@ -47,6 +69,6 @@ def tokenizer_from(folder: Path) -> Any:
         return load_sentencepiece(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises nearly everything for a broken folder
+    except Exception as error:  # the library raises almost any exception for a broken folder
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"the tokenizer in {folder} cannot be loaded: {reason[:300]}") from error

@@ -313,7 +313,7 @@ def test_another_data_order_is_refused_unless_its_reset_is_named(tmp_path):
     with pytest.raises(UserError, match=r'another one, or allow it: checkpoint.allow_reset = \["data"\]'):
         checkpoints(tmp_path).restore_data(loader, {})
     checkpoints(tmp_path, said=said, checkpoint={"allow_reset": ["data"]}).restore_data(loader, {})
-    assert said[0].startswith("  the data starts anew")
+    assert said[0].startswith("  the data starts from the beginning")
 
 
 def test_every_key_has_a_class_and_only_these_are_not_free_to_change():
@@ -344,7 +344,7 @@ def test_a_full_disk_is_a_warning_training_goes_on_and_the_next_attempt_is_a_new
     before = tmp_path / "checkpoints/step_00000001"
     assert said[-1] == (
         f"warning: checkpoint {tmp_path}/checkpoints/step_00000002 could not be written: x: No space left on device. "
-        f"Training goes on; the last checkpoint is still {before}, and the next attempt comes with the next one"
+        f"Training goes on; the last checkpoint is still {before}. The next checkpoint is tried at its usual time"
     )
     assert names(run.root) == ["latest", "step_00000001"] and damage(before) == []
     storage.error = None
