@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
-
-from pydantic import JsonValue
 
 from megatron_srpo.core.records import Batch, BatchPlan, Group, Padding, Prompt, Rollout, Sample
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_srpo.core.tensors import LossFunction, PackedBatch, ScoreFunction, Scores, StepStats
 
 T = TypeVar("T")
-State = dict[str, JsonValue]  # what a checkpoint keeps of a part, and gives it back
+State = Mapping[str, object]  # JSON-able: what a checkpoint keeps of a part, and gives it back
 Weights = Iterable[tuple[str, "Tensor"]]  # (Hugging Face name, full tensor); every rank iterates
 
 
@@ -156,7 +154,7 @@ class Store(Protocol):
     def poll(self) -> None:
         """Finish what has been written since the last call."""
 
-    def save(self, policy: Policy, iteration: int, state: State, metrics: dict[str, float], *, last: bool) -> None:
+    def save(self, policy: Policy, iteration: int, state: State, metrics: Mapping[str, float], *, last: bool) -> None:
         """Begin a checkpoint."""
 
 

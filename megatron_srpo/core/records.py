@@ -19,7 +19,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import JsonValue
 
 Tokens = NDArray[np.float32]  # [R], one value for each trained token
 PerToken = float | Tokens  # a float counts for every trained token
@@ -36,9 +35,9 @@ class Prompt:
     uid: str  # "<split>:<row>", stable across runs: seeds and logs refer to it
     messages: tuple[dict[str, str], ...]  # chat messages up to and without the assistant's turn
     token_ids: list[int]  # the chat template applied, generation prompt included
-    answer: JsonValue  # what the reward function compares with
+    answer: object  # what the reward function compares with
     kind: str  # which reward function scores it
-    metadata: Mapping[str, JsonValue] = field(default_factory=dict)  # the row's other fields
+    metadata: Mapping[str, object] = field(default_factory=dict)  # the row's other fields
     source: str = ""  # "file:line", for messages
 
 

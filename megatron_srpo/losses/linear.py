@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_srpo.losses.vocab_parallel import (
     _local,
@@ -37,7 +38,7 @@ class _LinearGatherLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, width: int, vocab_start: int, group: Any,
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, width: int, vocab_start: int, group: ProcessGroup | None,
         scale: float, budget_bytes: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -113,7 +114,7 @@ class _WeightGradient:
 
 
 def linear_gather_logprobs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, *, width: int, vocab_start: int, group: Any,
+    hidden: Tensor, weight: Tensor, ids: Tensor, *, width: int, vocab_start: int, group: ProcessGroup | None,
     temperature: float = 1.0, budget_bytes: int = 2**30,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs at global ids [T, M] and the entropy [T] of softmax(hidden · weightᵀ ÷ temperature), fp32, nats.

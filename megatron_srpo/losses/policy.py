@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 LOG_RATIO_BOUND = 20.0
 
@@ -22,7 +23,7 @@ class _SumOverRanks(torch.autograd.Function):
     """Sum over the ranks of a group of what each of them has, of which each of them uses the result."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup | None) -> Tensor:
         ctx.group = group
         values = values.clone()
         dist.all_reduce(values, group=group)
@@ -35,7 +36,7 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor, group: Any = None) -> Tensor:
+def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Mean of `values` over the masked tokens of each sequence, at every token of the sequence; 0 where it has none.
 
     `group`: the ranks that hold the other parts of the same sequences (context parallel).
@@ -80,7 +81,7 @@ def rollout_weights(
     rollout_logp: Tensor,
     mask: Tensor,
     cu_seqlens: Tensor,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     *,
     mode: str,
     cap: float,

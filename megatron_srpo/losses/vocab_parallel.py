@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_srpo.losses import kernels
 
@@ -37,7 +38,7 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, logits.size(0), size))
 
 
-def _all_reduce(values: Tensor, operation: Any, group: Any) -> None:
+def _all_reduce(values: Tensor, operation: Any, group: ProcessGroup | None) -> None:
     if group is not None:
         dist.all_reduce(values, operation, group=group)
 
@@ -50,7 +51,7 @@ def _row_max(logits: Tensor) -> Tensor:
     return top.masked_fill(top == -math.inf, 0.0)
 
 
-def _common_max(mine: Tensor, mass: Tensor, group: Any) -> Tensor:
+def _common_max(mine: Tensor, mass: Tensor, group: ProcessGroup | None) -> Tensor:
     """The largest of the ranks' row maxima, of those that have any mass there; 0 where none has."""
     top = mine.masked_fill(mass == 0, -math.inf)
     _all_reduce(top, dist.ReduceOp.MAX, group)
@@ -94,7 +95,9 @@ def local_statistics(logits: Tensor, columns: Tensor, here: Tensor, sums: Tensor
     return mine
 
 
-def combine_statistics(mine: Tensor, sums: Tensor, here: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def combine_statistics(
+    mine: Tensor, sums: Tensor, here: Tensor, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Over all ranks: log Σ e^x [T], the entropy [T] and the log-probs at the ids [T, M]; `sums` is used up.
 
     Each rank's sums are relative to its own maximum m and move to the common one m*: MAX, then one SUM of [T, 2 + M].
@@ -146,7 +149,7 @@ class _GatherLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, vocab_start: int, group: Any, scale: float
+        ctx: Any, logits: Tensor, ids: Tensor, vocab_start: int, group: ProcessGroup | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         columns, here = _local(ids, vocab_start, logits.size(1))
@@ -168,7 +171,7 @@ class _GatherLogprobs(torch.autograd.Function):
 
 
 def gather_logprobs(
-    logits: Tensor, ids: Tensor, *, vocab_start: int, group: Any, temperature: float = 1.0
+    logits: Tensor, ids: Tensor, *, vocab_start: int, group: ProcessGroup | None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probs at global ids and the entropy of softmax(logits ÷ temperature), both over the whole vocabulary and
     differentiable.
@@ -210,7 +213,7 @@ def _lowest_of_equals(logits: Tensor, values: Tensor, columns: Tensor) -> None:
         columns[rows[row[fits]], place[fits]] = column[fits]
 
 
-def merge_candidates(candidates: Tensor, k: int, group: Any) -> Tensor:
+def merge_candidates(candidates: Tensor, k: int, group: ProcessGroup | None) -> Tensor:
     """Global ids [T, k] of the k best candidates of all ranks: one gather."""
     if group is not None:
         parts = [torch.empty_like(candidates) for _ in range(group.size())]
@@ -227,7 +230,7 @@ def merge_candidates(candidates: Tensor, k: int, group: Any) -> Tensor:
 
 
 @torch.no_grad()
-def topk(logits: Tensor, k: int, *, vocab_start: int, group: Any) -> Tensor:
+def topk(logits: Tensor, k: int, *, vocab_start: int, group: ProcessGroup | None) -> Tensor:
     """Global ids of the k largest logits, largest first and lower ids first among equals, the same on every rank.
 
     logits [T, v] → [T, k] int64. One gather of the ranks' own candidates.
@@ -249,7 +252,7 @@ def _divergence_terms(logp: Tensor, logq: Tensor, alpha: float) -> tuple[Tensor,
     return alpha * _times(q, from_q) + (1 - alpha) * _times(p, from_p), (1 - alpha) * _times(p, from_p)
 
 
-def _log_normalisers(student: Tensor, teacher: Tensor, group: Any, scale: float) -> Tensor:
+def _log_normalisers(student: Tensor, teacher: Tensor, group: ProcessGroup | None, scale: float) -> Tensor:
     """log Σ e^x of both over the whole vocabulary, [2, T]: MAX, then one SUM."""
     nothing = torch.zeros(student.size(0), 0, dtype=torch.long, device=student.device)
     sums = torch.zeros(2, student.size(0), 2, dtype=_work_dtype(student), device=student.device)
@@ -284,7 +287,9 @@ class _FullDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, alpha: float, group: Any, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, alpha: float, group: ProcessGroup | None, scale: float
+    ) -> Tensor:
         normalisers = _log_normalisers(student, teacher, group, scale)
         totals = _divergence_sums(student, teacher, normalisers, alpha, scale)
         _all_reduce(totals, dist.ReduceOp.SUM, group)
@@ -310,7 +315,9 @@ class _FullDivergence(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def full_divergence(student: Tensor, teacher: Tensor, alpha: float, *, group: Any, temperature: float = 1.0) -> Tensor:
+def full_divergence(
+    student: Tensor, teacher: Tensor, alpha: float, *, group: ProcessGroup | None, temperature: float = 1.0
+) -> Tensor:
     """Generalised Jensen–Shannon divergence of the teacher q and the student p over the whole vocabulary.
 
     student, teacher [T, v] logits, both divided by the temperature here → [T] fp32, nats; differentiable in the

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import State
 from megatron_srpo.core.records import Group
@@ -56,7 +54,7 @@ class Observer:
         """JSON-able: what later records are judged by."""
         return {"mismatch_warned": self._mismatch_warned}
 
-    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on as the run did that `state` was taken from."""
         self._mismatch_warned = bool(state.get("mismatch_warned", False))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_srpo.batching.diagnosis import SkippedSteps
 from megatron_srpo.config import Config, read_model_folder, save_resolved
-from megatron_srpo.core.protocols import Scorer
+from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.generation import Evaluator
 from megatron_srpo.run.roles import Role
@@ -109,7 +109,7 @@ def build_parts(
         engine=engine,
         weights=exporter,
         evaluate=Evaluator(config, engine, test, scorer),
-        store=store,
+        store=cast(Store, store),  # generic in the policy, which mypy cannot match with a protocol
         log=role.log,
         timer=PhaseTimer(watchdog.phase),
         meter=Meter(architecture, topology.world_size, device_name(topology.device)),
