@@ -1,13 +1,13 @@
-"""Planning without a GPU: memory, time and layouts of a model on a cluster, from formulas.
+"""Plans without a GPU: predicts memory, time and layouts of a model on a cluster by formulas.
 
-    architecture.py   a model's numbers; the shipped models        layout.py      how it is cut over GPUs
-    hardware.py       peaks, and the shares that are reached       workload.py    what an iteration consists of
-    activations.py    saved bytes of a row                         memory.py      a GPU's memory, line by line
-    duration.py       an iteration's time, line by line            search.py      all layouts, the best first
-    report.py         tables and JSON                              configuration.py  the configuration of a layout
-    meter.py          what a run really reached
+    architecture.py   the sizes of a model; the shipped models     layout.py         how a model is split over GPUs
+    hardware.py       machines: peaks, and what share is reached   workload.py       what an iteration consists of
+    activations.py    saved bytes of a row                         memory.py         memory of a GPU, part by part
+    duration.py       time of an iteration, part by part           search.py         tries all layouts
+    report.py         prints tables and JSON                       configuration.py  writes a layout's configuration
+    meter.py          computes what a run really reaches
 
-Everything that it says of a GPU is a prediction under assumptions that are printed with it (docs/planning.md).
+All numbers for GPUs are predictions; their assumptions are printed with them (docs/planning.md).
 """
 
 from megatron_srpo.plan.architecture import SHIPPED, Architecture, read_architecture, shipped_if_absent

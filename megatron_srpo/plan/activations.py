@@ -1,12 +1,13 @@
-"""Bytes of saved activations of one packed row on one rank.
+"""Predicts the bytes of saved activations of one packed row on one rank.
 
-The terms are what autograd saves of `mcore/`'s layers, tensor by tensor, seen through saved-tensor hooks. Path "local",
-Megatron's own layers on torch SDPA on a CPU, is checked against measured bytes in tests (Megatron Core 0.16.1); "gpu",
-the same layers on a GPU, where torch's norm is fused, was equal to what an H200 held (0.19.2, benchmarks/RESULTS.md).
-"te", Transformer Engine's fused layers, is derived from what those keep for their backward pass and not measured.
+The terms are the tensors that autograd saves in the layers of `mcore/`, as saved-tensor hooks show them. Three paths
+are known. "local" is Megatron's own layers with torch SDPA on a CPU; tests compare it with measured bytes (Megatron
+Core 0.16.1). "gpu" is the same layers on a GPU, where torch's norm is fused; it was equal to what an H200 held (0.19.2,
+benchmarks/RESULTS.md). "te" is Transformer Engine's fused layers; it is derived from what they keep for their backward
+pass and was not measured.
 
-Legend, per token: H hidden, q queries, k keys (values are as many), f MLP width, w bytes of an element, t ranks of
-tensor parallelism, s ranks that split norms and residuals (t under sequence parallelism, else 1).
+Legend, per token: H hidden size, q queries, k keys (and as many values), f MLP width, w bytes of an element, t ranks of
+tensor parallelism, s ranks that split norms and residuals (t with sequence parallelism, else 1).
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.layout import Layout, stage_layers
 
-LOGITS_MIB = 2048  # train.logits_memory_mib's default
+LOGITS_MIB = 2048  # the default of train.logits_memory_mib
 
 
 @dataclass(frozen=True)
 class LayerBytes:
     """Saved bytes of one layer for one token of a rank's row, by part."""
 
-    attention: float  # with its norm
-    mlp: float  # what a selective recompute drops
-    mlp_input: float  # with its norm: what it keeps
-    checkpoint: float  # what a full recompute keeps of the layer
+    attention: float  # attention and its norm
+    mlp: float  # the part that selective recompute does not keep
+    mlp_input: float  # the MLP's norm and input, which selective recompute keeps
+    checkpoint: float  # what full recompute keeps of the layer
 
     @property
     def whole(self) -> float:
@@ -34,14 +35,14 @@ class LayerBytes:
 
 
 def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float = 1.0) -> LayerBytes:
-    """`padding`: tokens of the padded batches of the SDPA path ÷ tokens (sequences of a group have one length)."""
+    """The saved bytes of a layer. `padding`: tokens of the padded batches of the SDPA path, divided by real tokens."""
     w, t = layout.dtype_bytes, layout.tensor
     s = t if layout.sequence_parallel else 1
     q, k = arch.query / t, arch.key / t
     heads, groups = arch.heads / t, arch.groups / t
     if path in ("local", "gpu"):
-        # On a CPU torch's RMSNorm keeps its fp32 input, its fp32 normalised value and one number a row; the fused one
-        # its input and that number. The keys' is a view that keeps the whole QKV product.
+        # On a CPU torch's RMSNorm saves its fp32 input, the fp32 normalised value and one number a row; the fused norm
+        # saves its input and that number. The norm of the keys saves a view, which keeps the whole QKV product alive.
         fused = path == "gpu"
         norm = (w if fused else 8) * arch.hidden + 4
         kept = w * (2 * q + 2 * k) if fused else (8 if w == 2 else 12) * (q + k)
@@ -77,8 +78,9 @@ def _expert_bytes(arch: Architecture, layout: Layout) -> float:
 
 
 def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, ids: int, logits_mib: int) -> float:
-    """Bytes of the final norm, the head and the loss on the last stage, for a row part of `tokens` tokens with
-    log-probs at `ids` ids each (losses/linear.py: logits are kept where they fit, else a piece exists at a time)."""
+    """Bytes of the final norm, the head and the loss on the last stage, for `tokens` tokens of a row and log-probs at
+    `ids` ids each. Logits are kept if they fit into `logits_mib`; else they are computed in pieces (losses/linear.py).
+    """
     w, s = layout.dtype_bytes, layout.tensor if layout.sequence_parallel else 1
     norm = (8 if path == "local" else w) * arch.hidden + 4
     width = -(-arch.vocab // layout.tensor)
@@ -87,8 +89,8 @@ def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, id
 
 
 def in_flight(layout: Layout, stage: int, rows: int) -> float:
-    """Rows whose activations a stage holds at once, in units of its stack of layers (Megatron's 1F1B schedule, and its
-    interleaved one: warm-up passes of `get_pp_rank_microbatches`, and the one that runs)."""
+    """Number of rows whose activations a stage holds at once, in units of its stack of layers. In Megatron's 1F1B and
+    interleaved schedules these are the warm-up passes of `get_pp_rank_microbatches` and the pass that runs."""
     if layout.pipeline == 1:
         return 1.0
     behind = layout.pipeline - stage - 1
@@ -102,7 +104,7 @@ def stage_activations(
     arch: Architecture, layout: Layout, stage: int, tokens: int, rows: int, *, path: str, ids: int = 1,
     logits_mib: int = LOGITS_MIB, padding: float = 1.0,
 ) -> tuple[float, float]:  # fmt: skip
-    """(peak bytes of layers, of the head) on a stage while `rows` rows of `tokens` local tokens are trained."""
+    """(peak bytes of the layers, of the head) on a stage that trains `rows` rows of `tokens` local tokens."""
     layer = layer_bytes(arch, layout, path=path, padding=padding)
     layers = stage_layers(arch.layers, layout)[stage]
     again = 0 if layout.recompute == "none" else layers
@@ -115,7 +117,7 @@ def stage_activations(
         head = head_bytes(arch, layout, tokens, path=path, ids=ids, logits_mib=logits_mib)
     if stage == 0:
         held += in_flight(layout, stage, rows) * tokens * 8  # token ids, for the embedding
-    if again:  # one layer is whole again while its backward pass runs; the head's, and later layers', are gone by then
+    if again:  # a recomputed layer is complete during its backward pass; the head and later layers are freed by then
         working = tokens * (layer.whole if layout.recompute == "full" else layer.mlp)
         gone = head + (layers - again) / layout.virtual * tokens * layer.whole
         held += max(0.0, working - gone)

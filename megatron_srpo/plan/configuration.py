@@ -1,7 +1,8 @@
-"""A layout as a configuration that the trainer takes."""
+"""Writes a layout as a configuration for the trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from megatron_srpo.plan.workload import Workload
 
 
 def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, dict[str, Any]]:
-    """The keys that the layout and the iteration decide; everything else keeps its default."""
+    """The keys whose values follow from the layout and the workload, by section. All other keys keep their defaults."""
     parallel: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -63,21 +64,24 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
     }
 
 
-def configuration(layout: Layout, workload: Workload, model_path: str, hf: dict[str, Any]) -> Config:
-    """A configuration that has passed the trainer's own checks for this many ranks. Raises UserError otherwise."""
+def configuration(layout: Layout, workload: Workload, model_path: str, hf: Mapping[str, object]) -> Config:
+    """The configuration, after the trainer's own checks for the layout's number of ranks. UserError if they fail.
+
+    `hf` is the content of the model's config.json.
+    """
     try:
         config = Config.model_validate(sections(layout, workload, model_path))
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
         raise UserError(f"plan: this version's trainer does not take {keys}, which {layout.name()} needs") from None
-    problems = contradictions(config, hf, layout.training_gpus)
+    problems = contradictions(config, dict(hf), layout.training_gpus)
     if problems:
         raise ConfigError(listed(f"plan: the configuration of {layout.name()}", problems))
     return config
 
 
 def as_toml(layout: Layout, workload: Workload, model_path: str, notes: list[str]) -> str:
-    """The file's text: `notes` as comments, then the keys that are not defaults of their own."""
+    """The text of the file: `notes` as comments, then the keys of `sections`."""
     lines = [f"# {note}" for note in notes]
     for name, keys in sections(layout, workload, model_path).items():
         lines += ["", f"[{name}]", *(f"{key} = {to_toml_value(value)}" for key, value in keys.items())]

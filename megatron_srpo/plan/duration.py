@@ -1,16 +1,16 @@
 """Time of one iteration, line by line, from FLOPs, bytes and a machine's rates.
 
-    products     2 · parameters · tokens a pass; the backward pass is two of them (Narayanan et al. 2021, §5.1), and a
-                 full recompute one more forward
-    attention    2 · queries · context a token and layer for both products of causal attention
-    elementwise  every saved activation is written once, read once, and its gradient passes by
-    collectives  ring bounds: (n − 1)/n of the bytes for a gather or a scatter, twice that for a reduction
-    pipeline     rows + (stages − 1)/pieces, times the slowest stage (Narayanan et al. 2021, §2.2)
-    generation   every step reads the weights and the keys and values of all running sequences (Pope et al. 2022),
-                 from a queue of sequences that fill the engine's slots
+    products     2 · parameters · tokens for a forward pass; the backward pass takes twice as much (Narayanan et al.
+                 2021, §5.1), and a full recompute takes one more forward pass
+    attention    2 · queries · context for each token and layer, for both products of causal attention
+    elementwise  each saved activation is written once and read once, and its gradient is moved as well
+    collectives  bounds of a ring: (n − 1)/n of the bytes for a gather or a scatter, twice that for a reduction
+    pipeline     (rows + (stages − 1)/pieces) times the slowest stage (Narayanan et al. 2021, §2.2)
+    generation   each step reads the weights, and the keys and values of all running sequences (Pope et al. 2022);
+                 waiting sequences fill the engine's free slots
 
-Gradient reduction and parameter gathering are not overlapped with computation (docs/design-notes.md, "The LM head
-belongs to the objective"), and are added.
+Gradient reduction and parameter gathering do not overlap with computation (docs/design-notes.md, "The LM head belongs
+to the objective"), so their times are added.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, stage_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
-MAX_SEQUENCES = 256  # rollout.max_num_seqs' default
-# The driver, by benchmarks/driver.py on one core: seconds a rollout (routing, planning) and a token (pickling).
+MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
+# Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning) and for a
+# token (pickling).
 DRIVER_ROLLOUT, DRIVER_TOKEN = 1.1e-4, 4e-9
 HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory
-GATHER_RATE = 1e9  # bytes/s of token ids, log-probs and text to the driver, over gloo on Ethernet
+GATHER_RATE = 1e9  # bytes/s at which rank 0 receives token ids, log-probs and text, over gloo on Ethernet
 
 
 @dataclass(frozen=True)
 class Pass:
     """One kind of pass of packed rows through the model."""
 
-    tokens: float  # of all data-parallel ranks, padding excluded
+    tokens: float  # on all data-parallel ranks, without padding
     context: float  # Workload.mean_context
     backward: bool = False
 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds of one iteration. `lines` add up to `total`; `flops` are useful ones, recomputation excluded."""
+    """Predicted seconds of one iteration. `lines` add up to `total`. `flops` do not include recomputation."""
 
     lines: dict[str, float]
     flops: float
     train_flops: float
     tokens: float
-    rows: int  # of a data-parallel rank in one optimiser step
-    communication: float  # seconds of collectives inside train, all of them exposed
+    rows: int  # packed rows of a data-parallel rank in one optimiser step
+    communication: float  # seconds of collectives inside the train step; none of them overlap with computation
 
     @property
     def total(self) -> float:
@@ -72,7 +73,7 @@ def rows_of(workload: Workload, layout: Layout, tokens: float) -> int:
 
 
 def layer_seconds(arch: Architecture, layout: Layout, machine: Machine, context: float, *, path: str) -> float:
-    """One layer's forward pass of a full row on one rank, collectives aside."""
+    """Seconds of one layer's forward pass of a full row on one rank, without collectives."""
     tokens, t = layout.max_tokens, layout.tensor
     experts = layout.expert_tensor if arch.experts else 1
     ordinary = (arch.attention_matrices + arch.mlp_matrices) / t
@@ -84,10 +85,10 @@ def layer_seconds(arch: Architecture, layout: Layout, machine: Machine, context:
 
 
 def layer_collectives(arch: Architecture, layout: Layout, machine: Machine, *, backward: bool) -> float:
-    """Exposed communication of one layer's forward or backward pass of a full row on one rank."""
+    """Seconds of communication in one layer's forward or backward pass of a full row on one rank."""
     w, tokens, t = layout.dtype_bytes, layout.max_tokens, layout.tensor
     seconds = 0.0
-    if t > 1:  # sequence parallel: a gather and a scatter around attention and MLP; inputs gathered again for gradients
+    if t > 1:  # sequence parallel: gather and scatter around attention and MLP; the backward pass gathers inputs again
         count = 6 if backward else 4
         rate = machine.link_rate(t)
         seconds += count * (machine.latency + (t - 1) / t * w * arch.hidden * tokens / rate)
@@ -106,7 +107,7 @@ def pass_seconds(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, work: Pass, *, path: str,
     logits_mib: int = LOGITS_MIB,
 ) -> tuple[float, float, int]:  # fmt: skip
-    """(seconds, of them communication, rows) of a pass over one optimiser step's rows."""
+    """(seconds, seconds of communication among them, rows) of a pass over the rows of one optimiser step."""
     rows = rows_of(workload, layout, work.tokens)
     layers = max(stage_layers(arch.layers, layout))
     forward = layer_seconds(arch, layout, machine, work.context, path=path)
@@ -133,7 +134,7 @@ def pass_seconds(
 
 
 def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> tuple[float, float, float]:
-    """(gradients scattered in fp32, parameters gathered, Adam) of one optimiser step."""
+    """Seconds of one optimiser step: (reduce-scatter of fp32 gradients, gather of parameters, Adam)."""
     part = stage_parameters(arch, layout, layout.pipeline - 1)
     scatter = gather = 0.0
     for count, ranks in ((part.ordinary, layout.sharding), (part.experts, layout.expert_sharding)):
@@ -147,19 +148,20 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
 
 
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Teacher in and student out again (mcore/shadow.py): slices written, parameters gathered, twice."""
+    """Seconds of swapping the teacher in and out again (mcore/shadow.py): slices are written and parameters gathered,
+    both twice."""
     part = stage_parameters(arch, layout, layout.pipeline - 1)
     shard = part.whole / layout.sharding
     gather = (layout.sharding - 1) / layout.sharding * part.whole * layout.dtype_bytes
-    # bf16: fp32 read, bf16 written; fp32 models exchange both. A slice in host memory comes over its link.
+    # bf16 models read fp32 and write bf16; fp32 models exchange both. A slice in host memory comes over the host link.
     written = (6 if layout.dtype_bytes == 2 else 24) * shard / machine.memory_rate
     fetched = 4 * shard / HOST_LINK if layout.shadow_on_host else 0.0
     return fetched + 2 * (written + gather / machine.link_rate(layout.sharding * layout.tensor))
 
 
 def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Broadcast over stages and gather over tensor-parallel (and expert-parallel) ranks, bucket after bucket; then
-    copies into the engine. Every training rank receives the whole model."""
+    """Seconds of a publish: broadcast over stages and gather over tensor-parallel (and expert-parallel) ranks, bucket
+    after bucket, then copies into the engine. Every training rank receives the whole model."""
     whole, t = layout.dtype_bytes * arch.parameters, layout.tensor
     experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
     ordinary, split = whole - experts, layout.expert * layout.expert_tensor
@@ -169,7 +171,7 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
             seconds += size / ranks / machine.link_rate(layout.copy * (layout.expert if size is experts else 1))
         if ranks > 1:
             seconds += size * (ranks - 1) / ranks / machine.link_rate(ranks)
-    if not layout.colocated:  # the driver's copy to all engines at once (NCCL broadcast)
+    if not layout.colocated:  # rank 0 sends its copy to all engines at once (NCCL broadcast)
         seconds += whole / machine.link_rate(layout.gpus)
     tensors = arch.layers * (9 + 3 * arch.experts)
     return seconds + 2 * engine_weights(arch, layout) / machine.memory_rate + tensors * 2 * machine.latency
@@ -179,13 +181,15 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
 def generate_seconds(
     arch: Architecture, machine: Machine, workload: Workload, engines: int, tensor: int, itemsize: int, cache: float
 ) -> float:
-    """One of `engines` engines' share of the iteration, on `tensor` ranks with `cache` bytes of KV cache each: prefill
-    of each prompt once (its samples share the prefix), then decoding."""
+    """Seconds that one of `engines` engines needs for its share of the iteration, on `tensor` ranks with `cache` bytes
+    of KV cache each. Each prompt is prefilled once, because its samples share the prefix; then all are decoded."""
     layout = Layout(gpus=tensor, engine_tensor=tensor, dtype_bytes=itemsize)
     mine = workload.rollouts / engines
-    responses = workload.response_lengths()
-    count = max(1, min(QUANTILES, round(mine)))  # lengths that stand for the engine's sequences, the longest among them
-    responses = [responses[QUANTILES - 1 - (QUANTILES - 1) * i // max(1, count - 1)] for i in range(count)]
+    lengths = workload.response_lengths()
+    count = max(
+        1, min(QUANTILES, round(mine))
+    )  # so many lengths represent the engine's sequences
+    responses = [lengths[QUANTILES - 1 - (QUANTILES - 1) * i // max(1, count - 1)] for i in range(count)]
     each = kv_bytes_a_token(arch, layout)
     longest = workload.prompt_mean + sum(responses) / count
     slots = max(1.0, min(MAX_SEQUENCES, cache / each / longest))
@@ -198,8 +202,8 @@ def _decode(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, responses: list[int], weight: float,
     slots: float,
 ) -> float:  # fmt: skip
-    """Continuous batching: finished sequences make room for waiting ones, in an order that knows no lengths. Each of
-    the lengths stands for `weight` sequences."""
+    """Seconds of continuous batching: finished sequences make room for waiting ones, whose order does not depend on
+    their lengths. Each length represents `weight` sequences."""
     each = kv_bytes_a_token(arch, layout)
     stride = next(step for step in (37, 31, 29, 23, 1) if math.gcd(step, len(responses)) == 1)
     waiting = [responses[i * stride % len(responses)] for i in range(len(responses))]
@@ -220,9 +224,9 @@ def _decode(
 def step_seconds(
     arch: Architecture, layout: Layout, machine: Machine, active: float, context: float, each: float
 ) -> float:
-    """One decoding step of `active` sequences with `context` tokens each; `each`: cache bytes a token."""
+    """Seconds of a decoding step of `active` sequences with `context` tokens. `each`: bytes of the cache per token."""
     touched = engine_weights(arch, layout)
-    if arch.experts:  # experts that at least one of the tokens goes to
+    if arch.experts:  # only experts that get at least one token are read
         share = 1 - (1 - arch.experts_per_token / arch.experts) ** active
         experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices / layout.engine_tensor
         touched -= (1 - share) * experts
@@ -236,14 +240,14 @@ def step_seconds(
 
 
 def driver_seconds(workload: Workload) -> float:
-    """What the driver does alone: rollouts gathered, routed, planned and dealt out."""
+    """Seconds in which rank 0 works alone: it gathers, routes, plans and distributes rollouts."""
     tokens = workload.student_tokens
     gathered = tokens * 12 / GATHER_RATE  # ids, log-probs and text
     return workload.rollouts * DRIVER_ROLLOUT + tokens * DRIVER_TOKEN + gathered
 
 
 def offload_seconds(arch: Architecture, layout: Layout) -> float:
-    """The trainer's memory to the host and back; gradients are not kept."""
+    """Seconds of moving the trainer's memory to the host and back. Gradients are not moved."""
     if not layout.trainer_leaves:
         return 0.0
     stages = [persistent_lines(arch, layout, stage) for stage in {0, layout.pipeline - 1}]
@@ -254,14 +258,16 @@ def iteration_time(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, cache: float, *, path: str = "te",
     logits_mib: int = LOGITS_MIB,
 ) -> TimePlan:  # fmt: skip
-    """All lines of one iteration, one after the other as trainer.py runs them."""
+    """The times of all parts of one iteration, which trainer.py runs one after the other."""
     students = Pass(workload.student_tokens, workload.mean_context(), backward=True)
     scored = Pass(workload.distilled * workload.student_tokens, workload.mean_context())
     taught = Pass(workload.teacher_tokens, workload.mean_context(teacher=True))
-    given = {"path": path, "logits_mib": logits_mib}
-    train, talk, rows = pass_seconds(arch, layout, machine, workload, students, **given)
+    seconds_of = functools.partial(
+        pass_seconds, arch, layout, machine, workload, path=path, logits_mib=logits_mib
+    )  # fmt: skip
+    train, talk, rows = seconds_of(students)
     scatter, gather, adam = optimizer_seconds(arch, layout, machine)
-    if layout.overlap_grad_reduce:  # behind the backward pass of the last row
+    if layout.overlap_grad_reduce:  # it overlaps with the backward pass of the last row
         scatter = max(0.0, scatter - 2 / 3 * train / rows)
     reduce = scatter + gather
     lines = {
@@ -276,12 +282,12 @@ def iteration_time(
         "offload": offload_seconds(arch, layout),
     }
     if workload.distilled > 0:
-        lines["score"] = workload.steps * pass_seconds(arch, layout, machine, workload, scored, **given)[0]
-        lines["teacher"] = workload.steps * pass_seconds(arch, layout, machine, workload, taught, **given)[0]
+        lines["score"] = workload.steps * seconds_of(scored)[0]
+        lines["teacher"] = workload.steps * seconds_of(taught)[0]
         lines["teacher"] += swap_seconds(arch, layout, machine)
     if workload.steps > 1:  # old log-probs for every mini-batch but the first
         old = Pass(workload.student_tokens * (workload.steps - 1) / workload.steps, workload.mean_context())
-        lines["score"] += workload.steps * pass_seconds(arch, layout, machine, workload, old, **given)[0]
+        lines["score"] += workload.steps * seconds_of(old)[0]
     train_flops = 3 * students.tokens * forward_flops(arch, students.context)
     scoring = sum(p.tokens * forward_flops(arch, p.context) for p in (scored, taught))
     return TimePlan(

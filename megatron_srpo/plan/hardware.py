@@ -1,7 +1,7 @@
-"""What machines can do: published peaks, and the shares of them that are assumed or were measured.
+"""Machines: their published peaks, and the shares of the peaks that are assumed or were measured.
 
-Peaks are those of the vendors' data sheets (dense bf16). Efficiencies are assumptions until benchmarks/calibrate.py
-has measured them on the machine at hand; a prediction names which they are.
+Peaks come from the vendors' data sheets (dense bf16). The shares are assumptions until benchmarks/calibrate.py measures
+them on a machine; a prediction says which ones it uses.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """One accelerator and its network. FLOP/s, bytes, bytes/s, seconds."""
+    """One accelerator and its network. Units are FLOP/s, bytes, bytes/s and seconds."""
 
     name: str
     flops: float  # peak, dense products in the model's dtype
     memory: float
-    bandwidth: float  # of the memory, peak
-    link: float  # to the GPUs of the same node, one direction, peak
-    network: float  # of a GPU to other nodes, one direction, peak
+    bandwidth: float  # peak of the memory
+    link: float  # peak to the GPUs of the same node, in one direction
+    network: float  # peak of a GPU to other nodes, in one direction
     node: int = 8  # GPUs of a node
-    # shares of the peaks that are reached
-    product_share: float = 0.65  # large products of a training step
+    # shares of the peaks that real work reaches
+    product_share: float = 0.65  # large matrix products of a training step
     attention_share: float = 0.45
     bandwidth_share: float = 0.80
     link_share: float = 0.75
     network_share: float = 0.80
-    # what work costs besides its bytes and FLOPs
+    # costs besides bytes and FLOPs
     latency: float = 20e-6  # of a collective
-    layer_overhead: float = 0.0  # of a layer's forward pass on the host, where it is not hidden behind the GPU's work
+    layer_overhead: float = 0.0  # of a layer's forward pass on the host, if the GPU's work does not hide it
     decode_overhead: float = 2e-3  # of an engine's step: scheduling, sampling, launches
     reserved: float = 3.0 * GIB  # CUDA context, communication buffers, workspace
-    fragmentation: float = 0.05  # of what is allocated
+    fragmentation: float = 0.05  # share of the allocated memory that is lost
     source: str = "assumed efficiencies"
 
     @property
@@ -54,7 +54,7 @@ class Machine:
         return self.bandwidth * self.bandwidth_share
 
     def link_rate(self, ranks: int) -> float:
-        """Bytes/s of one GPU in a collective over `ranks` neighbours: inside a node, or through the network."""
+        """Bytes/s of one GPU in a collective over `ranks` neighbours, inside a node or through the network."""
         return self.link * self.link_share if ranks <= self.node else self.network * self.network_share
 
 
@@ -72,9 +72,10 @@ MACHINES: dict[str, Machine] = {
 
 
 def machine_of(name: str, calibration: Path | None = None) -> Machine:
-    """A machine by name; with a file of `benchmarks/calibrate.py` what was measured replaces what was assumed.
+    """A machine by name. The measurements in a file of `benchmarks/calibrate.py` replace the assumptions.
 
-    Raises UserError for an unknown name or a file that is no calibration."""
+    UserError for an unknown name, or a file that is no calibration.
+    """
     known = {field.name for field in dataclasses.fields(Machine)}
     measured: dict = {}
     if calibration is not None:

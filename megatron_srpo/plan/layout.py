@@ -1,4 +1,4 @@
-"""How a model and its engines are laid over GPUs, and why a layout cannot be."""
+"""Describes how a model and its engines are split over GPUs, and says why a layout is impossible."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from megatron_srpo.plan.architecture import Architecture
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to use the GPUs. Sizes are ranks; training ranks are tensor · pipeline · context · data."""
+    """One way to use the GPUs. Sizes count ranks; there are tensor · pipeline · context · data training ranks.
 
-    gpus: int  # all of them, engines' own included
+    Example: Layout(gpus=64, tensor=4, pipeline=2, recompute="full", engine_tensor=1)
+    """
+
+    gpus: int  # all GPUs, with those that only generate
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1  # pieces of a pipeline stage
@@ -20,15 +23,15 @@ class Layout:
     expert: int = 1  # ranks that share a layer's experts
     expert_tensor: int = 1
     recompute: str = "none"  # none, selective (the MLP), full
-    recompute_layers: int = 0  # of each stage's piece; 0: all
-    max_tokens: int = 18432  # of a packed row on one rank
-    engine_tensor: int = 1  # ranks of an engine
-    engine_gpus: int = 0  # GPUs that only generate; 0: engines are in the training ranks
-    engine_memory: float = 0.5  # a colocated engine's share of a GPU
-    engine_sleeps: bool = False  # its memory is free while training
-    trainer_leaves: bool = False  # and the trainer's while the engine generates
-    shadow_on_host: bool = False  # the teacher's average is in host memory
-    overlap_grad_reduce: bool = False  # gradients are scattered during the last backward pass
+    recompute_layers: int = 0  # how many layers of each stage's piece are recomputed; 0 means all
+    max_tokens: int = 18432  # tokens of a packed row on one rank
+    engine_tensor: int = 1  # tensor-parallel ranks of an engine
+    engine_gpus: int = 0  # GPUs that only generate; 0 means that engines share the GPUs of the training ranks
+    engine_memory: float = 0.5  # share of a GPU's memory for a colocated engine
+    engine_sleeps: bool = False  # the engine frees its memory during training
+    trainer_leaves: bool = False  # the trainer frees its memory while the engine generates
+    shadow_on_host: bool = False  # the teacher's average is kept in host memory
+    overlap_grad_reduce: bool = False  # gradients are reduced during the last backward pass
     dtype_bytes: int = 2  # of weights and activations
 
     @property
@@ -50,12 +53,12 @@ class Layout:
 
     @property
     def sharding(self) -> int:
-        """Ranks over which the optimizer's state of ordinary parameters is spread."""
+        """Ranks over which the optimizer state of all parameters but the experts' is sharded."""
         return self.data * self.context
 
     @property
     def expert_sharding(self) -> int:
-        """The same of experts' parameters."""
+        """Ranks over which the optimizer state of the experts' parameters is sharded."""
         return max(1, self.training_gpus // (self.expert * self.expert_tensor * self.pipeline))
 
     @property
@@ -67,7 +70,7 @@ class Layout:
         return (self.engine_gpus or self.gpus) // self.engine_tensor
 
     def name(self) -> str:
-        """Like "TP4 PP2 DP8, full recompute, engines TP1 colocated"."""
+        """The layout in words, e.g. "TP4 PP2 DP8, full recompute, engines TP1 colocated"."""
         parts = [("TP", self.tensor), ("PP", self.pipeline), ("VPP", self.virtual), ("CP", self.context),
                  ("EP", self.expert), ("DP", self.data)]  # fmt: skip
         shown = " ".join(f"{key}{size}" for key, size in parts if size > 1 or key in ("TP", "DP"))
@@ -79,8 +82,8 @@ class Layout:
 
 
 def stage_layers(layers: int, layout: Layout) -> list[int]:
-    """Layers of each pipeline stage. What does not come out even goes to pieces in the middle first, then to the first,
-    then to the last, which has the LM head (mcore/model.py::uneven_layout)."""
+    """Number of layers of each pipeline stage. If the layers do not divide evenly, pieces in the middle get one more,
+    then the first piece, then the last, which has the LM head (mcore/model.py::uneven_layout)."""
     pieces = layout.pipeline * layout.virtual
     each, more = divmod(layers, pieces)
     extra = [*range(1, pieces - 1), 0, pieces - 1][:more]
@@ -91,7 +94,7 @@ def stage_layers(layers: int, layout: Layout) -> list[int]:
 
 
 def impossible(layout: Layout, arch: Architecture) -> Iterator[str]:
-    """Why the model cannot be cut so. The same rules as the trainer's check, in a search's own words."""
+    """The reasons why the model cannot be split like this. The rules are those of the trainer's check."""
     if layout.training_gpus % layout.copy:
         yield f"{layout.copy} ranks a copy do not divide {layout.training_gpus} GPUs"
     for what, size in (("heads", arch.heads), ("key-value heads", arch.groups), ("intermediate size", arch.ffn)):

@@ -1,13 +1,14 @@
-"""Memory of one GPU, line by line: what stays, and what each phase of an iteration adds.
+"""Predicts the memory of one GPU, part by part: what is always there, and what each phase of an iteration adds.
 
-weights      the model's dtype, in Megatron DDP's parameter buffer
-gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), whole on every data-parallel rank
-optimizer    fp32 main parameters (bf16 models only: fp32 ones are views of the weights) and Adam's two moments, spread
-             over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020)
-shadow       the teacher's fp32 average, in the optimizer's own sharding
-activations  activations.py          head          hidden states, logits and log-probs of the last stage
-engine …     a colocated vLLM's share of the GPU: weights, KV cache, its own activations
-publish      two buckets gathered, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
+weights      in the model's dtype, in Megatron DDP's parameter buffer
+gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), complete on every data-parallel rank
+optimizer    fp32 main parameters (for bf16 models; those of fp32 models are views of the weights) and Adam's two
+             moments, sharded over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020)
+shadow       the teacher's fp32 average, sharded like the optimizer
+activations  see activations.py
+head         hidden states, logits and log-probs of the last stage
+engine …     the share of a colocated vLLM: weights, KV cache, its own activations
+publish      two gathered buckets, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.workload import Workload
 
-BUCKET_BYTES = 32 * 2**20  # of a publish
+BUCKET_BYTES = 32 * 2**20  # size of a gather bucket of a publish
 
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters of one rank: those that all data-parallel ranks share, and its experts'."""
+    """Number of parameters of one rank: `ordinary` ones, which all data-parallel ranks have, and those of its experts.
+    """
 
     ordinary: int
     experts: int
@@ -37,8 +39,9 @@ class StageParameters:
 
 
 def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> StageParameters:
-    """Parameters of a rank of pipeline stage `stage` (0 …): projections split over tensor-parallel ranks, norms and
-    routers whole, experts over expert-parallel ranks; the embedding on the first stage, and again on the last."""
+    """Number of parameters of a rank of pipeline stage `stage` (from 0). Projections are split over tensor-parallel
+    ranks and experts over expert-parallel ranks; norms and routers are complete on each rank. The embedding is on the
+    first stage and, as the head, on the last."""
     t, layers = layout.tensor, stage_layers(arch.layers, layout)[stage]
     bias = (arch.query + 2 * arch.key if arch.qkv_bias else 0) // t
     layer = (arch.attention_matrices + arch.mlp_matrices) // t + bias + arch.small_vectors + arch.experts * arch.hidden
@@ -53,7 +56,7 @@ def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> StagePar
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the fullest GPU of one role. `lines` always add up to `total`, a phase's largest."""
+    """Bytes on the fullest GPU of one role. `lines` add up to `total`, in the phase that needs most."""
 
     lines: dict[str, float]
     limit: float
@@ -138,7 +141,7 @@ def _stage_memory(
     publishing = stays | {"activations": 0.0, "loss and logits": 0.0, "publish": publish_bytes(arch, layout)}
     idle = stays | {"activations": 0.0, "loss and logits": 0.0, "publish": 0.0}
     generating = dict.fromkeys(idle, 0.0) if layout.trainer_leaves else idle
-    # An engine that has slept takes new weights before it has a cache again.
+    # An engine that wakes up loads the new weights before it allocates its cache again.
     asleep, woken = ({}, engine | {"KV cache": 0.0}) if layout.engine_sleeps else (engine, engine)
     phases = [(training, asleep), (publishing, woken if layout.colocated else {}), (generating, engine)]
     totals = [_with_overheads(ours, theirs, machine) for ours, theirs in phases]
@@ -147,20 +150,20 @@ def _stage_memory(
 
 
 def _with_overheads(ours: dict[str, float], engine: dict[str, float], machine: Machine) -> dict[str, float]:
-    """The allocator's losses are of the trainer's memory: an engine's share is fixed."""
+    """Add fragmentation and reserved memory. Only the trainer's memory fragments: the engine's share is fixed."""
     return ours | {"fragmentation": machine.fragmentation * sum(ours.values()), "reserved": machine.reserved} | engine
 
 
 def engine_activations(arch: Architecture, layout: Layout, batch_tokens: int = 8192) -> float:
-    """vLLM's own working memory: a prefill batch's widest layer and the logits of its sequences (its profile run), and
-    captured CUDA graphs. An estimate."""
+    """An estimate of vLLM's working memory: the widest layer of a prefill batch, the logits of its sequences (as in
+    vLLM's profile run), and captured CUDA graphs."""
     width = max(arch.ffn, arch.experts_per_token * arch.expert_ffn)
     step = batch_tokens * (4 * arch.hidden + 3 * width / layout.engine_tensor) * layout.dtype_bytes
     return step + 256 * arch.vocab * 4 * 2 + 1.0 * 2**30
 
 
 def cache_problem(arch: Architecture, layout: Layout, workload: Workload, cache: float) -> list[str]:
-    """Why the engine's KV cache cannot work."""
+    """The reason why the KV cache is too small, as a list of at most one line."""
     longest = workload.prompt_max + workload.response_max
     if cache < longest * kv_bytes_a_token(arch, layout):
         return [
@@ -171,7 +174,7 @@ def cache_problem(arch: Architecture, layout: Layout, workload: Workload, cache:
 
 
 def engine_memory(arch: Architecture, layout: Layout, workload: Workload, machine: Machine) -> MemoryPlan:
-    """A GPU that only generates."""
+    """Memory of a GPU that only generates."""
     budget = 0.9 * machine.memory
     weights, working = engine_weights(arch, layout), engine_activations(arch, layout)
     cache = budget - weights - working

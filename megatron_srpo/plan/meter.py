@@ -1,4 +1,4 @@
-"""What a run really reached, in the planner's own FLOPs."""
+"""Computes what a run really reaches, from the planner's own count of FLOPs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.duration import forward_flops
 from megatron_srpo.plan.hardware import MACHINES
 
-BACKWARD = 2  # backward products for each forward one; recomputation is not work of the model's
+BACKWARD = 2  # a backward pass takes twice the FLOPs of a forward pass; recomputation does not count
 
 
 @dataclass(frozen=True)
 class Meter:
-    """`device` is torch's name of a GPU ("NVIDIA H100 80GB HBM3"), "" for a CPU: then there is no share of a peak."""
+    """Calling it gives the metrics of an iteration. `device` is torch's name of the GPU, e.g. "NVIDIA H100 80GB HBM3";
+    it is "" for a CPU, which has no known peak."""
 
     architecture: Architecture
     ranks: int
@@ -21,13 +22,13 @@ class Meter:
 
     @property
     def peak(self) -> float:
-        """Dense FLOP/s of one GPU by its data sheet; 0 if it is not in the planner's table."""
+        """Dense FLOP/s of one GPU according to its data sheet; 0 if the planner does not know the GPU."""
         words = self.device.lower().replace("-", " ").split()
         return next((machine.flops for name, machine in MACHINES.items() if name in words), 0.0)
 
     def __call__(self, trained: float, scored: float, length: float, seconds: float) -> dict[str, float]:
-        """Metrics of one iteration: tokens trained (forward and backward) and scored (forward) by all ranks, the mean
-        sequence length, and the seconds that it took."""
+        """Metrics of one iteration. `trained` and `scored` are tokens on all ranks (forward and backward, or forward
+        only), `length` is the mean sequence length, `seconds` the duration."""
         work = (trained * (1 + BACKWARD) + scored) * forward_flops(self.architecture, length)
         rate = work / seconds / self.ranks
         return {"perf/tflops_per_gpu": rate / 1e12} | ({"perf/mfu": rate / self.peak} if self.peak else {})

@@ -1,4 +1,4 @@
-"""What a search found, for people (tables) and for programs (JSON)."""
+"""Shows the result of a search, as tables for people or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_srpo.plan.memory import MemoryPlan
 from megatron_srpo.plan.search import Candidate, Found
 from megatron_srpo.plan.workload import Workload
 
-MISFITS = 8  # shown
+MISFITS = 8  # how many layouts that do not fit are shown
 
 
 def as_json(found: Found, arch: Architecture, machine: Machine, workload: Workload) -> dict[str, Any]:
-    """Everything, in bytes, seconds and FLOP/s."""
+    """The whole result; units are bytes, seconds and FLOP/s."""
     return {
         "prediction": True,
         "model": dataclasses.asdict(arch) | {"parameters": arch.parameters},
@@ -34,7 +34,7 @@ def as_json(found: Found, arch: Architecture, machine: Machine, workload: Worklo
 
 
 def _layout(candidate: Candidate, workload: Workload) -> dict[str, Any]:
-    time, layout = candidate.time, candidate.layout
+    time, layout = candidate.predicted, candidate.layout
     return {
         "name": layout.name(),
         "layout": dataclasses.asdict(layout) | {"data": layout.data},
@@ -56,7 +56,7 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def why_not(candidate: Candidate) -> str:
-    """The fullest GPU and its largest lines, or what the engine lacks."""
+    """Why a layout does not fit: the fullest GPU with its largest parts, or what the engine lacks."""
     plans = [("a GPU", candidate.memory), *([("an engine's GPU", candidate.engine)] if candidate.engine else [])]
     for _, plan in plans:
         if plan.notes:
@@ -68,7 +68,7 @@ def why_not(candidate: Candidate) -> str:
 
 
 def assumptions(machine: Machine, workload: Workload) -> list[str]:
-    """What the figures rest on, a line each."""
+    """The assumptions behind the predictions, one line each."""
     return [
         f"machine {machine.name}: {machine.flops / 1e12:.0f} TFLOP/s dense peak, {machine.memory / GIB:.0f} GiB at "
         f"{machine.bandwidth / 1e12:.2f} TB/s, {machine.link / 1e9:.0f} GB/s inside a node of {machine.node}, "
@@ -84,7 +84,7 @@ def assumptions(machine: Machine, workload: Workload) -> list[str]:
 
 
 def show(found: Found, arch: Architecture, machine: Machine, workload: Workload, console: Console) -> None:
-    """Tables of the best layouts, the lines behind them, and why others do not fit."""
+    """Print tables of the best layouts with their times and memory, and why others do not fit."""
     console.print(f"{arch.name}: {arch.parameters / 1e9:.2f} B parameters. Predicted, not measured:", style="bold")
     for line in assumptions(machine, workload):
         console.print(f"  {line}", highlight=False)
@@ -92,7 +92,9 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
         for number, candidate in enumerate(found.best, 1):
             console.print(f"{number}: {candidate.layout.name()}", highlight=False)
         console.print(_summary(found.best, workload))
-        console.print(_lines("seconds of an iteration", found.best, [c.time.lines for c in found.best], 1.0, ".2f"))
+        console.print(
+            _lines("seconds of an iteration", found.best, [c.predicted.lines for c in found.best], 1.0, ".2f")
+        )
         console.print(_lines("GiB of a training GPU", found.best, [c.memory.lines for c in found.best], GIB, ".1f"))
         if any(c.engine for c in found.best):
             lines = [c.engine.lines if c.engine else {} for c in found.best]
@@ -102,7 +104,7 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
     for candidate in found.misfits[:MISFITS]:
         console.print(f"does not fit: {candidate.layout.name()}: {why_not(candidate)}", highlight=False)
     if len(found.misfits) > MISFITS:
-        console.print(f"… and {len(found.misfits) - MISFITS} other ways to cut it (--json has all)", highlight=False)
+        console.print(f"… and {len(found.misfits) - MISFITS} other ways to split it (--json has all)", highlight=False)
 
 
 def _summary(best: list[Candidate], workload: Workload) -> Table:
@@ -111,9 +113,9 @@ def _summary(best: list[Candidate], workload: Workload) -> Table:
         table.add_column(name, justify="right")
     for number, candidate in enumerate(best, 1):
         table.add_row(
-            str(number), str(candidate.layout.max_tokens), f"{candidate.time.total:.1f}",
+            str(number), str(candidate.layout.max_tokens), f"{candidate.step_seconds:.1f}",
             f"{candidate.mfu:.1%}", f"{candidate.train_mfu:.1%}", f"{candidate.tokens_per_second:,.0f}",
-            f"{candidate.time.lines['publish']:.2f}", f"{candidate.gpu_hours(workload.iterations):,.0f}",
+            f"{candidate.predicted.lines['publish']:.2f}", f"{candidate.gpu_hours(workload.iterations):,.0f}",
         )  # fmt: skip
     return table
 

@@ -1,4 +1,4 @@
-"""All layouts of a model on so many GPUs: which fit, how long their iterations take, and why the others do not."""
+"""Tries all layouts of a model on a number of GPUs: which fit, how fast they are, and why the others do not fit."""
 
 from __future__ import annotations
 
@@ -16,53 +16,64 @@ from megatron_srpo.plan.memory import MemoryPlan, engine_memory, training_memory
 from megatron_srpo.plan.workload import Workload
 
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
-ENGINE_SHARES = (0.3, 0.5, 0.7, 0.85)  # of a GPU, for a colocated engine
-TURNS = ((False, False), (True, False), (True, True))  # who gives up a GPU's memory: the engine, the trainer
-SPLITS = (4, 2)  # a quarter or half of the GPUs generate
+ENGINE_SHARES = (0.3, 0.5, 0.7, 0.85)  # shares of a GPU's memory that a colocated engine may get
+TURNS = ((False, False), (True, False), (True, True))  # (engine sleeps, trainer is offloaded) while the other works
+SPLITS = (4, 2)  # with engines on GPUs of their own, a quarter or half of the GPUs generate
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its memory, and its time where it fits."""
+    """A layout with its memory, and with its time if it fits."""
 
     layout: Layout
-    memory: MemoryPlan  # a training GPU's
+    memory: MemoryPlan  # of a training GPU
     engine: MemoryPlan | None  # of a GPU that only generates
     time: TimePlan | None
     peak_flops: float  # of one GPU
 
     @property
-    def step_seconds(self) -> float:
+    def predicted(self) -> TimePlan:
+        """The time of a layout that fits."""
         assert self.time is not None
-        return self.time.total
+        return self.time
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of one iteration."""
+        return self.predicted.total
 
     @property
     def mfu(self) -> float:
-        """Useful FLOPs of training and scoring ÷ peak of all GPUs during the whole iteration."""
-        return self.time.flops / (self.time.total * self.layout.gpus * self.peak_flops)
+        """Useful FLOPs of training and scoring, divided by the peak of all GPUs during the whole iteration."""
+        return self.predicted.flops / (self.step_seconds * self.layout.gpus * self.peak_flops)
 
     @property
     def train_mfu(self) -> float:
-        """The same of the train step alone, on the GPUs that train."""
-        return self.time.train_flops / (self.time.lines["train"] * self.layout.training_gpus * self.peak_flops)
+        """Useful FLOPs of the train step, divided by the peak of the training GPUs during that step."""
+        time = self.predicted
+        return time.train_flops / (time.lines["train"] * self.layout.training_gpus * self.peak_flops)
 
     @property
     def tokens_per_second(self) -> float:
-        return self.time.tokens / self.time.total
+        return self.predicted.tokens / self.step_seconds
 
     @property
     def sync_share(self) -> float:
-        """Share of the iteration in which weights or gradients travel, or the driver works alone."""
-        lines = self.time.lines
-        return (lines["publish"] + lines["driver"] + self.time.communication) / self.time.total
+        """Share of the iteration in which weights or gradients are sent, or rank 0 works alone."""
+        lines = self.predicted.lines
+        return (lines["publish"] + lines["driver"] + self.predicted.communication) / self.step_seconds
 
     def gpu_hours(self, iterations: int) -> float:
-        return iterations * self.time.total * self.layout.gpus / 3600
+        return iterations * self.step_seconds * self.layout.gpus / 3600
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search saw. `misfits`: the nearest miss of each way to cut the model that never fits."""
+    """The result of a search.
+
+    `misfits` has, for each way to split the model that never fits, the layout that comes nearest. `impossible` counts
+    the layouts that Megatron or the model excludes, by reason.
+    """
 
     best: list[Candidate]
     misfits: list[Candidate]
@@ -73,7 +84,7 @@ class Found:
 def evaluate(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, *, path: str = "te"
 ) -> Candidate:
-    """Memory of one layout, and its time if it fits."""
+    """Predict the memory of one layout, and its time if it fits."""
     rows = rows_of(workload, layout, workload.student_tokens)
     memory = training_memory(arch, layout, workload, machine, rows=rows, path=path)
     engine = None if layout.colocated else engine_memory(arch, layout, workload, machine)
@@ -87,17 +98,17 @@ def search(
     arch: Architecture, gpus: int, machine: Machine, workload: Workload, *, show: int = 5, dtype_bytes: int = 2,
     path: str = "te",
 ) -> Found:  # fmt: skip
-    """The quickest layouts first, one for each way to cut the model."""
-    nots: Counter[str] = Counter()
+    """Search all layouts. The best ones come first, at most `show`, one for each way to split the model."""
+    excluded: Counter[str] = Counter()
     fitting: dict[tuple, Candidate] = {}
     missing: dict[tuple, Candidate] = {}
     tried = 0
     for variants in layouts(arch, gpus, machine, workload, dtype_bytes):
-        for layout in variants:  # ever less memory, ever more time: the first that fits is the best of them
+        for layout in variants:  # each needs less memory and more time than the one before: take the first that fits
             tried += 1
             problem = next(impossible(layout, arch), None)
             if problem is not None:
-                nots[problem] += 1
+                excluded[problem] += 1
                 break
             candidate = evaluate(arch, layout, machine, workload, path=path)
             cut = (layout.tensor, layout.pipeline, layout.context, layout.expert)
@@ -111,11 +122,11 @@ def search(
             break
     best = sorted(fitting.values(), key=lambda c: c.step_seconds)[:show]
     misfits = sorted((c for cut, c in missing.items() if cut not in fitting), key=overshoot)
-    return Found(best, misfits, nots, tried)
+    return Found(best, misfits, excluded, tried)
 
 
 def overshoot(candidate: Candidate) -> float:
-    """Bytes above the limit of the GPU that is fullest."""
+    """Bytes by which the fullest GPU exceeds its memory."""
     plans = [candidate.memory, *([candidate.engine] if candidate.engine else [])]
     return max(plan.total - plan.limit for plan in plans) + (1e12 if any(plan.notes for plan in plans) else 0)
 
@@ -123,8 +134,8 @@ def overshoot(candidate: Candidate) -> float:
 def layouts(
     arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int
 ) -> Iterator[list[Layout]]:
-    """Every layout worth a look, those that differ only in what is recomputed or offloaded together: tensor parallelism
-    inside a node, pieces of a stage up to four."""
+    """Every layout to try, in lists whose members differ only in what is recomputed or offloaded. Tensor parallelism
+    stays inside a node, and a pipeline stage has at most four pieces."""
     for training, engine_gpus in [(gpus, 0), *((gpus - gpus // part, gpus // part) for part in SPLITS)]:
         if training < 1 or (engine_gpus == 0 and training != gpus):
             continue
@@ -158,17 +169,18 @@ def _cuts(arch: Architecture, training: int, machine: Machine) -> Iterator[tuple
 
 
 def _variants(base: Layout, machine: Machine) -> Iterator[list[Layout]]:
-    """For each size of an engine and its share of memory: recompute and offload, the quickest first."""
+    """For each size of an engine and each share of memory: the ways to recompute and to offload, the fastest first."""
     shares = ENGINE_SHARES if base.colocated else (0.0,)
     for engine in POWERS[:4]:
         if engine > machine.node or (base.engine_gpus or base.gpus) % engine:
             continue
         for share in shares:
             for sleeps, leaves in TURNS if base.colocated else TURNS[:1]:
-                given = {"engine_tensor": engine, "engine_memory": share, "engine_sleeps": sleeps}
-                given["trainer_leaves"] = leaves
                 yield [
-                    dataclasses.replace(base, recompute=recompute, shadow_on_host=host, **given)
+                    dataclasses.replace(
+                        base, recompute=recompute, shadow_on_host=host, engine_tensor=engine, engine_memory=share,
+                        engine_sleeps=sleeps, trainer_leaves=leaves,
+                    )
                     for recompute in ("none", "selective", "full")
                     for host in (False, True)
-                ]
+                ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an iteration consists of: how many prompts, how long their responses, how many are distilled."""
+"""Describes an iteration: how many prompts, how long their responses are, and how many are distilled."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-QUANTILES = 64  # a length distribution is represented by so many equally likely lengths
+QUANTILES = 64  # so many equally likely lengths represent a distribution of lengths
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One iteration. Lengths are tokens. Defaults are the paper's recipe (arXiv 2604.02288) where it gives them;
-    response lengths, which it does not give, are an assumption."""
+    """One iteration; lengths are tokens. The defaults are the paper's recipe (arXiv 2604.02288). It does not give
+    response lengths, so those are an assumption."""
 
     prompts: int = 32
-    samples: int = 8  # responses a prompt
+    samples: int = 8  # responses to each prompt
     prompt_mean: int = 400
     prompt_max: int = 2048
     response_mean: int = 2000
     response_max: int = 8192
     response_sigma: float = 0.8  # of the logarithm of a length
     teacher_prompt_max: int = 10240  # question and demonstration
-    distilled: float = 0.3  # share of samples; falls during a run
-    steps: int = 1  # optimiser steps an iteration
+    distilled: float = 0.3  # share of samples that are distilled; it falls during a run
+    steps: int = 1  # optimiser steps in each iteration
     topk: int = 100
     iterations: int = 475  # the paper's 10 hours at 75.8 s
-    packing: float = 0.97  # useful tokens of packed rows
-    imbalance: float = 0.03  # slowest data-parallel rank above the mean
+    packing: float = 0.97  # share of useful tokens in packed rows
+    imbalance: float = 0.03  # how much the slowest data-parallel rank exceeds the mean
 
     @property
     def rollouts(self) -> int:
@@ -40,18 +40,18 @@ class Workload:
 
     @property
     def student_tokens(self) -> float:
-        """Tokens of all samples of an iteration, prompts included."""
+        """Tokens of all samples of an iteration, with their prompts."""
         return self.rollouts * (self.prompt_mean + _mean(self.response_lengths()))
 
     @property
     def teacher_tokens(self) -> float:
-        """Tokens of the distilled samples under the teacher's prompts: question, a sibling's response, own response."""
+        """Tokens of the distilled samples as the teacher sees them: question, a sibling's response, own response."""
         response = _mean(self.response_lengths())
         demonstration = min(response, self.teacher_prompt_max - self.prompt_mean)
         return self.distilled * self.rollouts * (self.prompt_mean + demonstration + response)
 
     def mean_context(self, *, teacher: bool = False) -> float:
-        """Σ n² / Σ n over sequences of n tokens: twice the keys that a token of causal attention sees on average."""
+        """Σ n² / Σ n over sequences of n tokens: twice the number of keys that a token attends to on average."""
         response = self.response_lengths()
         demonstration = min(_mean(response), self.teacher_prompt_max - self.prompt_mean) if teacher else 0.0
         return _mean_context(response, self.prompt_mean + demonstration)
@@ -65,14 +65,14 @@ class Workload:
 
 @functools.cache
 def log_normal_lengths(mean: int, longest: int, sigma: float) -> tuple[int, ...]:
-    """QUANTILES equally likely lengths of a log-normal distribution, cut at `longest`, with about the wanted mean."""
+    """QUANTILES equally likely lengths of a log-normal distribution, cut at `longest`, with a mean of about `mean`."""
     levels = [NormalDist().inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
 
     def lengths(centre: float) -> tuple[int, ...]:
         return tuple(min(longest, max(1, round(math.exp(centre + sigma * level)))) for level in levels)
 
     low, high = 0.0, math.log(longest) + 6 * sigma
-    for _ in range(50):  # the cut moves the mean: find the centre that gives it back
+    for _ in range(50):  # the cut lowers the mean: find the centre that restores it
         middle = (low + high) / 2
         low, high = (middle, high) if sum(lengths(middle)) < mean * QUANTILES else (low, middle)
     return lengths(high)
