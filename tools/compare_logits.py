@@ -1,4 +1,4 @@
-"""One model by transformers, Megatron and vLLM: the token on which they differ most, and the first layer that differs.
+"""Compares one model in transformers, Megatron and vLLM: shows the largest difference and the first layer that differs.
 
     python tools/compare_logits.py --hf DIR --prompt "What is 2 + 2?"
     torchrun --nproc-per-node 2 tools/compare_logits.py --hf DIR --tensor-model-parallel-size 2 --prompts FILE
@@ -24,6 +24,9 @@ from megatron_srpo.config import Config, layout_problems, listed
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.families import expert_count, unsupported
 from megatron_srpo.run.cli import run_tool
+
+if TYPE_CHECKING:
+    pass
 
 # Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's: the tolerances are so many
 # times transformers' own error on the same prompts, and not below these.
