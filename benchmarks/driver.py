@@ -26,13 +26,13 @@ import numpy as np
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
-from megatron_srpo.batching.packing import plan_batch, share_of
 from rich.console import Console
 from rich.table import Table
 
 from megatron_srpo.algorithms.routing import route
-from megatron_srpo.config import AlgorithmConfig
-from megatron_srpo.core.records import Prompt, Reward, Rollout, RoutedSample
+from megatron_srpo.algorithms.section import algorithm
+from megatron_srpo.batching import plan_batch, share_of
+from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout, Sample
 
 GROUP = 8  # rollouts a prompt
 PROMPT_TOKENS = 300
@@ -54,35 +54,36 @@ def lengths_of(count: int, tokens: int, *, fixed: bool, seed: int = 0) -> np.nda
     return np.clip(drawn, 1, tokens).astype(int)
 
 
-def made_up(lengths: np.ndarray, seed: int = 0) -> tuple[list[Prompt], list[Rollout], list[Reward]]:
-    """Prompts, rollouts and rewards of one iteration; every response has memory of its own."""
+def made_up(lengths: np.ndarray, seed: int = 0) -> list[Group]:
+    """Scored groups of one iteration; every response has memory of its own."""
     rng = np.random.default_rng(seed)
-    prompts = [
-        Prompt(f"train:{i}", (), rng.integers(0, 150_000, PROMPT_TOKENS).tolist(), "", "exact")
+    groups = [
+        Group(Prompt(f"train:{i}", (), rng.integers(0, 150_000, PROMPT_TOKENS).tolist(), "", "exact"), [])
         for i in range(math.ceil(len(lengths) / GROUP))
     ]
-    rollouts, rewards = [], []
     for i, length in enumerate(lengths.tolist()):
         ids, logprobs = array("i"), array("f")
         ids.frombytes(rng.integers(0, 150_000, length, dtype=np.int32).tobytes())
         logprobs.frombytes((-rng.random(length, dtype=np.float32)).tobytes())
-        rollouts.append(Rollout(i // GROUP, i % GROUP, ids, logprobs, str(i), "stop", 0))
-        rewards.append(Reward(float(rng.random() < CORRECT)))
-    return prompts, rollouts, rewards
+        rollout, correct = (
+            Rollout(i // GROUP, i % GROUP, ids, logprobs, str(i), "stop", 0),
+            bool(rng.random() < CORRECT),
+        )
+        groups[i // GROUP].attempts.append(Attempt(rollout, Reward(float(correct)), correct))
+    return groups
 
 
-def routed(lengths: np.ndarray) -> tuple[Callable[[], list[RoutedSample]], int]:
+def routed(lengths: np.ndarray) -> tuple[Callable[[], list[list[Sample]]], int]:
     """(the call that routes, bytes of all tokens and log-probs)."""
-    prompts, rollouts, rewards = made_up(lengths)
-    ids = [rollout.token_ids for rollout in rollouts]
+    groups = made_up(lengths)
+    ids = [attempt.rollout.token_ids for group in groups for attempt in group.attempts]
 
     def teacher_prompt(prompt: Prompt, solution: str, feedback: str | None) -> TeacherIds:
         return TeacherIds(array("i", prompt.token_ids) + ids[int(solution)])
 
-    def call() -> list[RoutedSample]:
-        return route(prompts, rollouts, rewards, AlgorithmConfig(), seed=0, iteration=0, teacher_prompt=teacher_prompt)[
-            0
-        ]
+    def call() -> list[list[Sample]]:
+        route(groups, algorithm(), seed=0, iteration=0, teacher_prompt=teacher_prompt)
+        return [group.samples for group in groups]
 
     return call, int(lengths.sum()) * 8
 
@@ -104,8 +105,9 @@ def driver_phases(count: int, tokens: int, *, fixed: bool) -> dict[str, float]:
     lengths = lengths_of(count, tokens, fixed=fixed)
     call, payload = routed(lengths)
     made = peak_bytes()
-    samples, route_seconds = timed(call)
-    plan, plan_seconds = timed(lambda: plan_batch(samples, dp_size=RANKS, max_tokens=budget(tokens)))
+    groups, route_seconds = timed(call)
+    samples = [sample for group in groups for sample in group]
+    plan, plan_seconds = timed(lambda: plan_batch(groups, dp_size=RANKS, max_tokens=budget(tokens)))
     deal_seconds, sent = 0.0, 0
     for rank in range(RANKS):  # one at a time, as Control.deal does
         box, seconds = timed(lambda rank=rank: pickle.dumps(share_of(samples, plan, rank), pickle.HIGHEST_PROTOCOL))
@@ -132,11 +134,15 @@ def _sending_rank(rank: int, ranks: int, count: int, tokens: int, port: int, res
     )
     control, kept = Control(topology), []
     if rank == 0:
-        samples = routed(lengths_of(count, tokens, fixed=True))[0]()
-        kept = [samples, plan_batch(samples, dp_size=ranks, max_tokens=budget(tokens))]
+        groups = routed(lengths_of(count, tokens, fixed=True))[0]()
+        kept = [
+            [sample for group in groups for sample in group],
+            plan_batch(groups, dp_size=ranks, max_tokens=budget(tokens)),
+        ]
     control.barrier()
-    control.deal(lambda dp_rank: None)  # learns who is where
-    _, seconds = timed(lambda: control.deal(lambda dp_rank: share_of(*kept, dp_rank)), time.perf_counter)
+    for part in (lambda dp_rank: None, lambda dp_rank: share_of(*kept, dp_rank)):  # the first learns who is where
+        take = (lambda part=part: control.deal(part)) if rank == 0 else control.receive_share
+        _, seconds = timed(take, time.perf_counter)
     control.barrier()
     if rank == 0:
         results.put(seconds)

@@ -242,16 +242,19 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
     """One rank."""
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.config import load_config, read_model_folder
-    from megatron_srpo.run import engines, launch
+    from megatron_srpo.run import engines
+    from megatron_srpo.run.assembly import build_policy
+    from megatron_srpo.run.roles import Follower
+    from megatron_srpo.run.session import open_session
 
     config = load_config(Path(config_file), [])
-    with launch._session(config) as session:
+    with open_session(config) as session:
         import torch
 
-        control, driver = session.control, SimpleNamespace(decode=str, say=print) if session.control.is_driver else None
+        control, role = session.control, Follower(config)  # no data, no log
         hf = read_model_folder(config.model.path)
-        policy = launch._build_policy(config, hf, session, total_steps=1, trainable=False)
-        engine = Memory() if options.placement == "none" else engines.build_engine(config, session, driver)
+        policy = build_policy(config, session, trainable=False)
+        engine = Memory() if options.placement == "none" else engines.build_engine(config, session, role)
         total = sum(t.nbytes for _, t in Exporter(policy.shards, hf).items())
         torch.set_num_threads(1)
         collective = floor_of(policy.shards, total)
