@@ -25,9 +25,6 @@ from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.families import expert_count, unsupported
 from megatron_srpo.run.cli import run_tool
 
-if TYPE_CHECKING:
-    pass
-
 # Nats, and parts of the largest hidden value. In bfloat16 the error is the number format's: the tolerances are so many
 # times transformers' own error on the same prompts, and not below these.
 TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (0.1, 0.01)}

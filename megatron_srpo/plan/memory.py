@@ -27,7 +27,7 @@ BUCKET_BYTES = 32 * 2**20  # size of a gather bucket of a publish
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Number of parameters of one rank: `ordinary` ones, which all data-parallel ranks have, and those of its experts."""
+    """Number of parameters of one rank: `ordinary` ones of all data-parallel ranks, and those of its experts."""
 
     ordinary: int
     experts: int
