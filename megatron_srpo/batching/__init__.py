@@ -2,7 +2,7 @@
 
 plan.py        who forwards which samples, in which row
 rows.py        the rows as tensors, and where the trained tokens are
-scoring.py     scoring passes over the rows, kept per sample
+passes.py      scoring passes, kept per sample, and train steps
 source.py      where an iteration's work comes from: rank 0, and the other ranks
 diagnosis.py   which samples made a step's gradient infinite or NaN
 """
