@@ -20,7 +20,7 @@ def make_groups(prompts, rollouts, rewards, *, threshold=0.5):
 def stream(prompt_ids, response_ids, trained=None):
     """A sequence; `trained`: a mask of the response, all of it by default."""
     mask = [True] * len(response_ids) if trained is None else list(trained)
-    return Stream(array("i", [*prompt_ids, *response_ids]), np.array([False] * len(prompt_ids) + mask, dtype=bool))
+    return Stream(array("i", prompt_ids), array("i", response_ids), np.array(mask, dtype=bool))
 
 
 def make_sample(

@@ -77,8 +77,8 @@ def count_choices(model):
 
 def stream_logprobs(model, stream, temperature):
     """[R, V] log-probs of the distributions that the trained tokens of a sequence were drawn from."""
-    before = [i - 1 for i, trained in enumerate(stream.trained) if trained]
-    logits = model(torch.tensor([list(stream.token_ids)])).logits[0, before].double()
+    before = [len(stream.prompt_ids) + i - 1 for i, trained in enumerate(stream.trained) if trained]
+    logits = model(torch.tensor([[*stream.prompt_ids, *stream.response_ids]])).logits[0, before].double()
     return (logits / temperature).log_softmax(-1)
 
 
@@ -181,7 +181,7 @@ class Reference:
             means[name][1] += float(over.sum())
 
         for i, s in enumerate(counted):
-            ids = torch.tensor([t for t, on in zip(s.student.token_ids, s.student.trained, strict=True) if on])
+            ids = torch.tensor([t for t, on in zip(s.student.response_ids, s.student.trained, strict=True) if on])
             weight = {name: per_token(value, len(ids)) for name, value in s.weights.items()}
             nothing = torch.zeros(len(ids)).double()
             logp = self._logp(student, s.student)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from megatron_srpo.algorithms.base import Algorithm
 from megatron_srpo.algorithms.report import RoutingReport
 from megatron_srpo.algorithms.teachers import GroupTeachers, TeacherPromptFunction, TeacherPromptLike
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Credit, Group, PerToken, Rollout, Sample, Stream
+from megatron_srpo.core.records import Attempt, Credit, Group, PerToken, Rollout, Sample, Stream, weighs
 
 Taught = dict[int, tuple[TeacherPromptLike, int | None]]  # index of the attempt → its teacher's prompt and sibling
 
@@ -38,7 +39,11 @@ def route(
             attempt.teachable = teachers.can_teach(attempt)
         report.available += sum(attempt.teachable for attempt in group.attempts)
         credits, taught = _credits(group, algorithm, teachers, report)
-        group.samples = [_sample(group, i, credit, taught.get(i), algorithm) for i, credit in enumerate(credits)]
+        prompt_ids = array("i", group.prompt.token_ids)  # shared by the samples
+        group.samples = [
+            _sample(attempt, group.prompt.uid, prompt_ids, credits[i], taught.get(i), algorithm)
+            for i, attempt in enumerate(group.attempts)
+        ]
         report.add(group)
     return report
 
@@ -86,18 +91,19 @@ def _credits(
 
 
 def _sample(
-    group: Group, index: int, credit: Credit, taught: tuple[TeacherPromptLike, int | None] | None, algorithm: Algorithm
-) -> Sample:
-    rollout = group.attempts[index].rollout
+    attempt: Attempt, uid: str, prompt_ids: array[int], credit: Credit,
+    taught: tuple[TeacherPromptLike, int | None] | None, algorithm: Algorithm,
+) -> Sample:  # fmt: skip
+    rollout = attempt.rollout
     prompt, sibling = taught or (None, None)
     return Sample(
-        uid=group.prompt.uid,
+        uid=uid,
         sample=rollout.sample,
-        student=Stream.of(group.prompt.token_ids, rollout),
+        student=Stream(prompt_ids, rollout.token_ids, rollout.trained),
         rollout_logprobs=rollout.trained_logprobs,
         advantage=credit.advantage,
         weights=_regularised(credit.weights, algorithm),
-        teacher=Stream.of(prompt.ids, rollout) if prompt is not None else None,
+        teacher=None if prompt is None else Stream(prompt.ids, rollout.token_ids, rollout.trained),
         teacher_sample=sibling,
     )
 
@@ -105,7 +111,7 @@ def _sample(
 def _regularised(weights: Mapping[str, PerToken], algorithm: Algorithm) -> dict[str, PerToken]:
     """Terms that weigh 0 are left out. The KL to the reference and the entropy bonus regularise the policy gradient, so
     they carry its weight: a token that is only distilled is already held by its teacher."""
-    found = {name: weight for name, weight in weights.items() if np.any(weight)}
+    found = {name: weight for name, weight in weights.items() if weighs(weight)}
     coefficients = {"kl": algorithm.kl_loss_coef, "entropy": algorithm.entropy_coef}
     if "policy" in found:
         found |= {name: found["policy"] * value for name, value in coefficients.items() if value and name not in found}

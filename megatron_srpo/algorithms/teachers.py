@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,7 +17,7 @@ class TeacherPromptLike(Protocol):
     """An enriched prompt: its token ids, and whether its demonstration had to be shortened."""
 
     @property
-    def ids(self) -> Sequence[int]: ...
+    def ids(self) -> array[int]: ...
 
     @property
     def truncated(self) -> bool: ...
@@ -99,6 +100,7 @@ class GroupTeachers:
         self._sources: list[TeacherSource] = [self._siblings]
         if settings is not None and settings.use_feedback:
             self._sources.append(self._feedback)
+        self._built: dict[tuple[str | None, str | None], TeacherPromptLike | None] = {}
 
     def can_teach(self, attempt: Attempt) -> bool:
         """m_i, unless no prompt fits."""
@@ -110,7 +112,10 @@ class GroupTeachers:
         lesson = having[0].lesson(attempt)
         if self._both and self._feedback in having:
             lesson = replace(lesson, feedback=self._feedback.lesson(attempt).feedback)
-        prompt = self._build(self._prompt, lesson.solution, lesson.feedback)
+        shown = (lesson.solution, lesson.feedback)
+        if shown not in self._built:  # attempts that are shown the same share one prompt
+            self._built[shown] = self._build(self._prompt, *shown)
+        prompt = self._built[shown]
         if prompt is not None and lesson.sibling is not None:
             self._siblings.taught(lesson.sibling)
         return prompt, lesson.sibling

@@ -13,7 +13,7 @@ Shape legend used in this package:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -54,8 +54,8 @@ class Rollout:
 
     prompt: int  # index of its prompt in the batch
     sample: int  # 0 … G-1 inside its group
-    token_ids: Sequence[int]  # what follows the prompt; its end-of-sequence token included when it ended by itself
-    logprobs: Sequence[float]  # [len(token_ids)] the engine's log-probs at the sampling temperature
+    token_ids: array[int]  # what follows the prompt; its end-of-sequence token included when it ended by itself
+    logprobs: array[float]  # [len(token_ids)] the engine's log-probs at the sampling temperature
     text: str  # decoded without special tokens
     finish_reason: str  # "stop" or "length"
     weight_version: int  # the publish that produced it; the oldest one if there were several
@@ -150,33 +150,42 @@ class Credit:
 
 @dataclass(frozen=True)
 class Stream:
-    """The tokens of one sequence, and which of them are trained. The first token never is: nothing predicts it."""
+    """The tokens of one sequence: a prompt, what follows it, and which of the latter are trained.
 
-    token_ids: array[int]  # [L]
-    trained: NDArray[np.bool_]  # [L]
+    The arrays are shared, not copied: a group's samples have one prompt, and a sample's student and teacher have one
+    response. Pickled together, they stay shared.
+    """
 
-    @classmethod
-    def of(cls, prompt_ids: Sequence[int], rollout: Rollout) -> Stream:
-        """`prompt_ids` in front of the rollout's tokens."""
-        mask = np.concatenate([np.zeros(len(prompt_ids), dtype=bool), rollout.trained])
-        return cls(array("i", prompt_ids) + array("i", rollout.token_ids), mask)
+    prompt_ids: array[int]  # [P], never trained
+    response_ids: array[int]  # [L − P], answers of the environment included
+    trained: NDArray[np.bool_]  # [L − P]
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.trained), "one mask value for each token"
-        assert not self.trained[:1].any(), "an empty prompt cannot predict the first response token"
+        assert len(self.response_ids) == len(self.trained), "one mask value for each token after the prompt"
+        assert len(self.prompt_ids) or not self.trained[:1].any(), "nothing predicts the first token of a sequence"
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.prompt_ids) + len(self.response_ids)
 
     @cached_property
     def targets(self) -> NDArray[np.int64]:
-        """[R] positions of the trained tokens."""
-        return np.flatnonzero(self.trained)
+        """[R] positions of the trained tokens in the sequence."""
+        return np.flatnonzero(self.trained) + len(self.prompt_ids)
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """[L] the whole sequence, in memory of its own."""
+        return np.concatenate([np.frombuffer(part, dtype=np.int32) for part in (self.prompt_ids, self.response_ids)])
 
     @property
     def trained_ids(self) -> NDArray[np.int32]:
         """[R] ids of the trained tokens."""
-        return np.frombuffer(self.token_ids, dtype=np.int32)[self.targets]
+        return np.frombuffer(self.response_ids, dtype=np.int32)[self.trained]
+
+
+def weighs(weight: PerToken) -> bool:
+    """Whether it is different from 0 on any token."""
+    return bool(weight.any()) if isinstance(weight, np.ndarray) else bool(weight)
 
 
 @dataclass
@@ -207,25 +216,27 @@ class Sample:
     @cached_property
     def counted(self) -> bool:
         """Whether its trained tokens are in the denominator of the loss."""
-        return any(np.any(weight) for weight in self.weights.values())
+        return any(map(weighs, self.weights.values()))
 
     @cached_property
     def has_gradient(self) -> bool:
         """Whether any loss term gives it a gradient: an advantage of 0 is all that can take the policy's away."""
-        terms = {name for name, weight in self.weights.items() if np.any(weight)}
-        return bool(terms - {"policy"}) or ("policy" in terms and bool(np.any(self.advantage)))
+        terms = {name for name, weight in self.weights.items() if weighs(weight)}
+        return bool(terms - {"policy"}) or ("policy" in terms and weighs(self.advantage))
 
     @cached_property
     def distilled(self) -> int:
         """Number of tokens with a distillation weight."""
         weight = self.weights.get("distill", 0.0)
-        return int(np.count_nonzero(np.broadcast_to(weight, self.length)))
+        if isinstance(weight, np.ndarray):
+            return int(np.count_nonzero(weight))
+        return self.length if weight else 0
 
-    @property
+    @cached_property
     def student_length(self) -> int:
         return len(self.student)
 
-    @property
+    @cached_property
     def teacher_length(self) -> int:
         return 0 if self.teacher is None else len(self.teacher)
 

@@ -8,6 +8,7 @@ not end a turn. For the same reason a demonstration can be cut at any token.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ _THINKING = re.compile("</?think>")
 class TeacherPrompt:
     """Token ids of an enriched prompt. `truncated`: the demonstration or the feedback was cut to fit."""
 
-    ids: list[int]
+    ids: array[int]
     truncated: bool
 
 
@@ -66,7 +67,7 @@ class TeacherPromptBuilder:
             return None
         literal = iter(fixed)
         ids = [token for kind, name in pieces for token in (next(literal) if kind == "text" else inserted[name])]
-        return TeacherPrompt(ids, truncated)
+        return TeacherPrompt(array("i", ids), truncated)
 
     def _pieces(self, prompt: Prompt, shown: set[str]) -> list[Piece]:
         """The whole chat, as literal text and the places of the untrusted texts in it."""

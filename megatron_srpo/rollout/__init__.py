@@ -13,7 +13,14 @@ file. Importing this package imports no vLLM.
 
 from megatron_srpo.rollout.engine import GenerateRequest, RolloutEngine, RolloutError, SamplingSettings, request_seed
 from megatron_srpo.rollout.prefetcher import Prefetcher
-from megatron_srpo.rollout.vllm import ColocatedEngine, ServersEngine, become_server, prepare_environment, prompt_traces
+from megatron_srpo.rollout.vllm import (
+    ColocatedEngine,
+    ServersEngine,
+    ServersFollower,
+    become_server,
+    prepare_environment,
+    prompt_traces,
+)
 
 __all__ = [
     "ColocatedEngine",
@@ -23,6 +30,7 @@ __all__ = [
     "RolloutError",
     "SamplingSettings",
     "ServersEngine",
+    "ServersFollower",
     "become_server",
     "prepare_environment",
     "prompt_traces",

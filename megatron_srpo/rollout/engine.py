@@ -23,6 +23,10 @@ class Control(Protocol):
         """Run `compute` on rank 0. Every rank gets its result, or raises its exception."""
         ...
 
+    def receive(self) -> object:
+        """Other ranks: the result, or the exception, of what rank 0 shares."""
+        ...
+
 
 class RolloutError(UserError):
     """An engine cannot start, or cannot serve a request. The message says what was expected, what came, and the
@@ -80,8 +84,8 @@ class RolloutEngine(Protocol):
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
         on_rollout: OnRollout | None = None,
-    ) -> list[Rollout] | None:  # fmt: skip
-        """One Rollout for each request, sorted by (prompt, sample), on global rank 0; None on the other ranks.
+    ) -> list[Rollout]:  # fmt: skip
+        """One Rollout for each request, sorted by (prompt, sample), on global rank 0; [] on the other ranks.
 
         Every rank passes the same requests. A seed gives the same response whatever else is in the batch. `on_rollout`
         is called with each response when it is complete, while others are still being generated. It is called on one
@@ -96,7 +100,7 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the last `generate`, on rank 0."""
+        """Metrics of the last `generate` on rank 0; {} on the other ranks."""
         ...
 
     def sleep(self) -> None:

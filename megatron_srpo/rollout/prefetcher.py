@@ -28,13 +28,13 @@ class AsyncEngine(Protocol):
         """Begin to generate."""
         ...
 
-    def collect(self, answers: Future[list[Rollout]]) -> list[Rollout] | None:
+    def collect(self, answers: Future[list[Rollout]]) -> list[Rollout]:
         """Wait for what `submit` began."""
         ...
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
-    ) -> list[Rollout] | None: ...
+    ) -> list[Rollout]: ...
 
     def metrics(self) -> dict[str, float]: ...
 
@@ -101,7 +101,7 @@ class Prefetcher:
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
-    ) -> list[Rollout] | None:
+    ) -> list[Rollout]:
         """Begin the next batches, then return the answers to the batch that `next_batch` gave. Other requests, such as
         those of an evaluation, go to the engine."""
         if not self._batches or self._batches[0].requests != requests:

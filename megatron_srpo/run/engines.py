@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_srpo.config import Config
 from megatron_srpo.rollout import RolloutEngine
-from megatron_srpo.run.roles import Role
+from megatron_srpo.run.roles import Driver, Role
 from megatron_srpo.run.session import Session
 
 
@@ -36,8 +36,10 @@ def _longest(config: Config) -> int:
 def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
     from megatron_srpo.bridge import Verifier
     from megatron_srpo.bridge.weight_stream import Sender, local_address
-    from megatron_srpo.rollout import ServersEngine
+    from megatron_srpo.rollout import ServersEngine, ServersFollower
 
+    if not isinstance(role, Driver):
+        return ServersFollower(session.control, _longest(config))
     rollout, device = config.rollout, session.topology.device
     cuda = device.type == "cuda"
     backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"

@@ -46,7 +46,7 @@ class GroupGenerator:
             requests = self._requests(prompts, iteration, refill)
             rollouts = self._engine.generate(requests, self._sampling, self._scorer.start(prompts))
         with timer.phase("reward"):
-            return self._scorer.finish(rollouts or [])
+            return self._scorer.finish(rollouts)
 
 
 def training_sampling(config: Config) -> SamplingSettings:

@@ -38,9 +38,6 @@ class Role(Protocol):
     def prompts(self, split: str) -> list[Prompt]:
         """The prompts of a split, on rank 0."""
 
-    def decode(self, ids: list[int]) -> str:
-        """A response's text, on rank 0."""
-
     def restore_data(self, restore: RestoreData, state: State) -> None:
         """Go on with the data where a checkpoint was taken."""
 
@@ -80,6 +77,7 @@ class Driver:
         return self._prompts.get(split, [])
 
     def decode(self, ids: list[int]) -> str:
+        """A response's text."""
         return self._prompting.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def restore_data(self, restore: RestoreData, state: State) -> None:
@@ -125,9 +123,6 @@ class Follower:
 
     def prompts(self, split: str) -> list[Prompt]:
         return []
-
-    def decode(self, ids: list[int]) -> str:
-        raise AssertionError("only rank 0 has the tokenizer")
 
     def restore_data(self, restore: RestoreData, state: State) -> None: ...
 

@@ -121,9 +121,9 @@ def test_rank_0_gets_every_rollout_in_order_and_the_others_none(ranks, case):
     for when, version in (("before", 0), ("after", 1)):
         assert [(rollout.prompt, rollout.sample) for rollout in first[when]] == asked
         assert {rollout.weight_version for rollout in first[when]} == {version}
-        assert second[when] is None
+        assert second[when] == []
     assert [rollout.token_ids for rollout in first["few"]] == [first["after"][0].token_ids]
-    assert second["few"] is None
+    assert second["few"] == []
 
 
 @cases

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import random
+from array import array
 from types import SimpleNamespace
 
 import numpy as np
@@ -174,7 +175,9 @@ def make_groups(model, variant):
             if "tool answers" in variant and length > 3:
                 rollout.trained[length // 4 : length // 2] = False
             with torch.no_grad():
-                logp = stream_logprobs(engine, Stream.of(ids, rollout), config.rollout.temperature)
+                logp = stream_logprobs(
+                    engine, Stream(array("i", ids), rollout.token_ids, rollout.trained), config.rollout.temperature
+                )
             logp = logp.gather(1, torch.tensor(response)[torch.from_numpy(rollout.trained)][:, None])[:, 0]
             for at, value in zip(rollout.trained.nonzero()[0], logp, strict=True):
                 rollout.logprobs[at] = float(value) + rng.gauss(0, 0.5)
@@ -183,7 +186,8 @@ def make_groups(model, variant):
     def teacher_prompt(prompt, solution, feedback):
         number = int(solution.replace(".", ""))
         return SimpleNamespace(
-            ids=[*prompt.token_ids, *[1 + (number + 3 * i) % (VOCAB - 1) for i in range(9)]], truncated=False
+            ids=array("i", [*prompt.token_ids, *[1 + (number + 3 * i) % (VOCAB - 1) for i in range(9)]]),
+            truncated=False,
         )
 
     route(groups, config.algorithm, seed=3, iteration=1, teacher_prompt=teacher_prompt)

@@ -26,6 +26,8 @@ if attempt == 0 and rank == 1:
 value = torch.ones(1)
 dist.all_reduce(value, group=more)
 os.write(1, f"sum {int(value)}\\n".encode())  # in one piece: the ranks share the pipe
+# As mcore/groups.shutdown does. A rank that leaves its gloo threads to the interpreter's exit may end with SIGABRT.
+dist.destroy_process_group()
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from array import array
 from dataclasses import dataclass, field
 
 import pytest
@@ -24,7 +26,7 @@ MIXED = {"policy": 0.9, "distill": 1.0 - 0.9}
 
 @dataclass
 class FakeTeacherPrompt:
-    ids: list[int]
+    ids: array
     truncated: bool = False
 
 
@@ -38,7 +40,7 @@ class Teacher:
 
     def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> FakeTeacherPrompt | None:
         self.calls.append((prompt.uid, solution, feedback))
-        return FakeTeacherPrompt([*prompt.token_ids, 7, 7], self.truncated) if self.fits else None
+        return FakeTeacherPrompt(array("i", [*prompt.token_ids, 7, 7]), self.truncated) if self.fits else None
 
 
 def prompt_of(index: int) -> Prompt:
@@ -154,8 +156,8 @@ def test_tokens_of_the_environment_are_in_the_streams_and_not_trained():
     rollouts = [rollout_of(0, length=4), rollout_of(1, length=4)]
     rollouts[1].trained[1:3] = False
     samples, report = route_plain([prompt_of(0)], rollouts, [Reward(1), Reward(0)], algorithm("srpo"))
-    assert samples[1].student.trained.tolist() == [False] * 3 + [True, False, False, True]
-    assert samples[1].teacher.trained.tolist() == [False] * 5 + [True, False, False, True]
+    assert samples[1].student.trained.tolist() == [True, False, False, True]
+    assert samples[1].teacher.trained.tolist() == [True, False, False, True]
     assert len(samples[1].student) == 7 and samples[1].length == len(samples[1].rollout_logprobs) == 2
     assert report.metrics()["response_length/mean"] == 3
     assert report.metrics()["srpo/sdpo_token_fraction"] == pytest.approx(2 / 6)
@@ -185,10 +187,19 @@ def test_the_teacher_is_asked_for_distilled_samples_only():
     run([1, 0, 1, 0], "grpo", teacher=teacher)
     assert teacher.calls == []
     run([1, 0, 0], "srpo", teacher=teacher)
-    assert teacher.calls == [("train:0", "text 0.0", None)] * 2
+    assert teacher.calls == [("train:0", "text 0.0", None)]
     teacher.calls.clear()
     run([1, 0, 0], "mix", teacher=teacher, mix_lambda=1.0)
     assert teacher.calls == []
+
+
+def test_streams_share_the_prompt_of_their_group_and_the_response_of_their_sample_also_when_pickled():
+    samples, _ = run([1, 0, 0], "srpo")
+    for first, second in (samples[1:], pickle.loads(pickle.dumps(samples[1:]))):
+        assert first.student.prompt_ids is second.student.prompt_ids
+        assert first.teacher.prompt_ids is second.teacher.prompt_ids  # both were shown the same answer
+        assert first.student.response_ids is first.teacher.response_ids
+        assert first.student.trained is first.teacher.trained
 
 
 def test_feedback_is_shown_only_without_a_solution_unless_asked_for():

@@ -25,6 +25,13 @@ from megatron_srpo.rollout.vllm.colocated import ColocatedEngine
 from megatron_srpo.rollout.vllm.environment import prepare_environment
 from megatron_srpo.rollout.vllm.prompt_trace import prompt_traces
 from megatron_srpo.rollout.vllm.server_process import become_server
-from megatron_srpo.rollout.vllm.servers import ServersEngine
+from megatron_srpo.rollout.vllm.servers import ServersEngine, ServersFollower
 
-__all__ = ["ColocatedEngine", "ServersEngine", "become_server", "prepare_environment", "prompt_traces"]
+__all__ = [
+    "ColocatedEngine",
+    "ServersEngine",
+    "ServersFollower",
+    "become_server",
+    "prepare_environment",
+    "prompt_traces",
+]

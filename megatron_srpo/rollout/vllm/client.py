@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,8 @@ def read_answer(
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise BadAnswer(f"not an answer to what was asked ({error}): {str(answer)[:200]}") from error
     return Rollout(
-        request.prompt, request.sample, ids, logprobs, text, reason, min(versions), token_versions=versions
+        request.prompt, request.sample, array("i", ids), array("f", logprobs), text, reason, min(versions),
+        token_versions=versions,
     )  # fmt: skip
 
 

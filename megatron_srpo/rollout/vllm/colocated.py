@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ class ColocatedEngine:
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
         on_rollout: OnRollout | None = None,
-    ) -> list[Rollout] | None:  # fmt: skip
+    ) -> list[Rollout]:  # fmt: skip
         """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
         if self._half_published:
             raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
@@ -91,7 +92,7 @@ class ColocatedEngine:
                 raise
             answers, error = [], failure  # the other ranks wait in the gather and must learn of the error there
         found = self._gather(answers if self._is_leader else [], error)
-        return None if found is None else sorted(found, key=lambda rollout: (rollout.prompt, rollout.sample))
+        return sorted(found, key=lambda rollout: (rollout.prompt, rollout.sample))
 
     def _run(
         self, requests: list[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None
@@ -131,11 +132,12 @@ class ColocatedEngine:
             )
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Rollout(
-            request.prompt, request.sample, ids, logprobs, text, answer.finish_reason, self.weight_version
+            request.prompt, request.sample, array("i", ids), array("f", logprobs), text, answer.finish_reason,
+            self.weight_version,
         )  # fmt: skip
 
-    def _gather(self, answers: list[Rollout], error: Exception | None) -> list[Rollout] | None:
-        """All answers on rank 0, None elsewhere. A failure of any rank is raised on that rank and on rank 0."""
+    def _gather(self, answers: list[Rollout], error: Exception | None) -> list[Rollout]:
+        """All answers on rank 0, [] elsewhere. A failure of any rank is raised on that rank and on rank 0."""
         mine = answers, repr(error) if error else None
         parts: list[tuple[list[Rollout], str | None]] | None = [mine]
         if not self._owns_world:
@@ -144,7 +146,7 @@ class ColocatedEngine:
         if error is not None:
             raise error
         if parts is None:
-            return None
+            return []
         failed = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(parts) if why]
         if failed:
             raise RuntimeError(f"generation failed on {'; '.join(failed)}")

@@ -1,4 +1,8 @@
-"""A rollout engine of vLLM servers in processes of their own: rank 0 asks them, and sends them the weights."""
+"""A rollout engine of vLLM servers in processes of their own: rank 0 asks them, and sends them the weights.
+
+rank 0, ServersEngine          generate ─► requests over HTTP ─► answers       publish ─► pause ─► send ─► resume
+other ranks, ServersFollower   wait; give their shards to every publish, also to the one of a restarted server
+"""
 
 from __future__ import annotations
 
@@ -47,18 +51,76 @@ class Transfer:
     updates: dict[str, Future[Any]]  # server's name → the call to /update_weights
 
 
-class ServersEngine:
-    """A RolloutEngine whose engines are HTTP servers, which rank 0 starts unless rollout.servers names running ones.
+class ServersFollower:
+    """The RolloutEngine of all ranks but rank 0, which has the servers. Making one is collective."""
 
-    Making one is collective, but only rank 0 has servers. `make_sender(host)` makes rank 0's end of the weight streams
-    to servers on that host. `logs` is a folder. `decode` turns response ids into text and `say` takes a line for the
-    user; both are used on rank 0 only, and may be None elsewhere.
+    def __init__(self, control: Control, max_model_len: int) -> None:
+        self._control, self._max_model_len = control, max_model_len
+        self._weights: Weights = ()
+        self._half_published = False
+        self.weight_version = 0
+        control.receive()
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
+    ) -> list[Rollout]:
+        """See RolloutEngine. Takes part in the publish to servers that are restarted meanwhile."""
+        check_lengths(requests, sampling, self._max_model_len)
+        _require_whole_publish(self._half_published)
+        while self._control.receive():
+            self._send_weights()
+        return []
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """See ServersEngine.publish."""
+        _require_repeatable(weights)
+        self._half_published = True
+        self._weights, self.weight_version = weights, version
+        self._control.receive()
+        self._send_weights()
+        self._half_published = False
+
+    def _send_weights(self) -> None:
+        self._control.receive()
+        for _ in self._weights:  # making them is collective
+            pass
+        self._control.receive()
+
+    def metrics(self) -> dict[str, float]:
+        """Rank 0 has them."""
+        return {}
+
+    def sleep(self) -> None:
+        """Does nothing, as on rank 0."""
+
+    def close(self) -> None:
+        """Does nothing: rank 0 ends the servers."""
+
+
+def _require_whole_publish(half_published: bool) -> None:
+    if half_published:
+        raise RuntimeError("the last publish failed: no engine has whole weights. Publish again first.")
+
+
+def _require_repeatable(weights: Weights) -> None:
+    if iter(weights) is weights:
+        raise ValueError("publish() needs weights that can be iterated again, got an iterator")
+
+
+class ServersEngine:
+    """Rank 0's RolloutEngine, whose engines are HTTP servers that it starts unless rollout.servers names running ones.
+
+    Making one is collective. `make_sender(host)` makes this end of the weight streams to servers on that host. `logs`
+    is a folder. `decode` turns response ids into text, and `say` takes a line for the user.
     """
+
+    _sender: Sender
+    _fleet: Fleet[VllmServer]
 
     def __init__(
         self, *, hf_dir: str, tokenizer: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
         device: str, control: Control, make_sender: Callable[[str], Sender], verifier: Verifier, logs: Path,
-        decode: Callable[[list[int]], str] | None, say: Callable[[str], None] | None,
+        decode: Callable[[list[int]], str], say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._rollout, self._control, self._max_model_len = rollout, control, max_model_len
         self._verifier, self._verify = verifier, False
@@ -68,19 +130,17 @@ class ServersEngine:
         self._weights: Weights = ()
         self._calls = 0
         self._metrics: dict[str, float] = {}
-        self._transfer: Transfer | None = None  # the last one, on rank 0
+        self._transfer: Transfer | None = None  # the last one
         self._losses_at_join: dict[str, int] = {}  # server's name → Server.losses when its workers joined
         self._half_published = False
-        self._fleet: Fleet[VllmServer] | None = None
         self.weight_version = 0
         control.share(lambda: self._open(logs, make_sender, decode, say))
 
     def _open(
-        self, logs: Path, make_sender: Callable[[str], Sender], decode: Callable[[list[int]], str] | None,
-        say: Callable[[str], None] | None,
+        self, logs: Path, make_sender: Callable[[str], Sender], decode: Callable[[list[int]], str],
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """On rank 0: start the servers, or find those that run already."""
-        assert decode is not None and say is not None, "rank 0 decodes and talks to the user"
+        """Start the servers, or find those that run already."""
         rollout = self._rollout
         check_model(self._settings.hf_dir, rollout, self._max_model_len, self._settings.device)
         servers = self._running_servers() if rollout.servers else self._own_servers(logs)
@@ -126,7 +186,7 @@ class ServersEngine:
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
-    ) -> list[Rollout] | None:
+    ) -> list[Rollout]:
         """See RolloutEngine. Servers that fail meanwhile are restarted and given the weights, by all ranks together.
 
         Raises RolloutError for a prompt that leaves no room for `max_tokens`, and when no server is left.
@@ -135,33 +195,27 @@ class ServersEngine:
 
     def submit(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
-    ) -> Answers | None:
-        """On rank 0: begin to generate. `collect` waits for the answers. Other ranks get None."""
+    ) -> Answers:
+        """Begin to generate. `collect` waits for the answers."""
         check_lengths(requests, sampling, self._max_model_len)
-        if self._half_published:
-            raise RuntimeError("the last publish failed: no engine has whole weights. Publish again first.")
-        if self._fleet is None:
-            return None
+        _require_whole_publish(self._half_published)
         self._calls += 1
         salt = f"{secrets.token_hex(4)}-{self._calls}"
         answers = self._fleet.start(self._fleet.generate(requests, sampling, salt, on_rollout))
         answers.add_done_callback(lambda _: self._events.put(None))
         return answers
 
-    def collect(self, answers: Answers | None) -> list[Rollout] | None:
-        """The answers to what was submitted, sorted by (prompt, sample), on rank 0; None on other ranks. Collective."""
+    def collect(self, answers: Answers) -> list[Rollout]:
+        """The answers to what was submitted, sorted by (prompt, sample). Collective: the others are in `generate`."""
         while names := self._control.share(lambda: self._next_event(answers)):
             self._send_weights(names)
-        if answers is None:
-            return None
         rollouts = answers.result()
         self._mark_stale(rollouts)
         return rollouts
 
-    def _next_event(self, answers: Answers | None) -> list[str]:
-        """On rank 0: wait until a server needs weights, or all answers have come. Returns the server's name, or no
+    def _next_event(self, answers: Answers) -> list[str]:
+        """Wait until a server needs weights, or all answers have come. Returns the server's name, or no
         name at the end."""
-        assert answers is not None
         while not answers.done():
             server = self._events.get()
             if server is not None and server.alive and server.version != self.weight_version:
@@ -180,12 +234,9 @@ class ServersEngine:
         }
 
     def metrics(self) -> dict[str, float]:
-        fleet = self._on_rank_0()
-        return self._metrics | {"rollout/server_restarts": fleet.restarted, "rollout/retried_requests": fleet.retried}
-
-    def _on_rank_0(self) -> Fleet[VllmServer]:
-        assert self._fleet is not None, "only rank 0 has servers"
-        return self._fleet
+        return self._metrics | {
+            "rollout/server_restarts": self._fleet.restarted, "rollout/retried_requests": self._fleet.retried
+        }  # fmt: skip
 
     # ---- weights -----------------------------------------------------------------------------------------------------
 
@@ -196,19 +247,17 @@ class ServersEngine:
         Raises BridgeError when the tensors are not those of the engines' model, or did not arrive as they were. A
         server that fails is restarted; it gets no requests until a whole publish has reached it.
         """
-        if iter(weights) is weights:
-            raise ValueError("publish() needs weights that can be iterated again, got an iterator")
+        _require_repeatable(weights)
         self._half_published = True
         self._weights, self.weight_version, self._verify = weights, version, self._verifier.begin()
         self._control.share(self._settle_requests)
         self._send_weights(None)
         self._half_published = False
-        if self._fleet is not None:
-            self._fleet.loop.call_soon_threadsafe(self._fleet.release)
+        self._fleet.loop.call_soon_threadsafe(self._fleet.release)
 
     def _settle_requests(self) -> None:
         """Let requests in flight finish, abort them (they are sent again later), or leave them to be paused."""
-        fleet, mode = self._on_rank_0(), self._rollout.in_flight
+        fleet, mode = self._fleet, self._rollout.in_flight
 
         async def settle() -> None:
             fleet.hold()
@@ -223,18 +272,14 @@ class ServersEngine:
     def _send_weights(self, names: list[str] | None) -> None:
         """Send the weights to the servers of these names, or to all that answer. Collective."""
         self._control.share(lambda: self._begin_transfer(names))
-        failed: dict[str, str] = {}
-        if self._transfer is None:
-            for _ in self._weights:  # making them is collective
-                pass
-        else:
-            weights = self._verifier.record(self._weights) if self._verify else self._weights
-            failed = self._sender.send([server.name for server in self._transfer.servers], weights)
+        assert self._transfer is not None
+        weights = self._verifier.record(self._weights) if self._verify else self._weights
+        failed = self._sender.send([server.name for server in self._transfer.servers], weights)
         self._control.share(lambda: self._finish_transfer(failed))
 
     def _begin_transfer(self, names: list[str] | None) -> None:
-        """On rank 0: pause the servers, join their workers if they have not joined, and let them wait for weights."""
-        fleet = self._on_rank_0()
+        """Pause the servers, join their workers if they have not joined, and let them wait for weights."""
+        fleet = self._fleet
         self._calls += 1
         servers = [server for server in fleet.usable() if names is None or server.name in names]
         for server in servers:
@@ -259,7 +304,7 @@ class ServersEngine:
     def _call_all(self, servers: list[VllmServer], call: Callable[[VllmServer], Coroutine[Any, Any, object]]) -> None:
         """Make the same call to all servers that are alive. A server whose call fails is lost."""
         alive = [server for server in servers if server.alive]
-        results = self._on_rank_0().run(results_or_errors([call(server) for server in alive]))
+        results = self._fleet.run(results_or_errors([call(server) for server in alive]))
         for server, result in zip(alive, results, strict=True):
             if isinstance(result, ServerError | UnacceptableRequest):
                 self._lose(server, str(result))
@@ -268,7 +313,7 @@ class ServersEngine:
 
     def _lose(self, server: VllmServer, why: str) -> None:
         self._sender.leave(server.name)
-        fleet = self._on_rank_0()
+        fleet = self._fleet
 
         async def lose() -> None:
             fleet.lost(server, why)
@@ -283,7 +328,7 @@ class ServersEngine:
         self._losses_at_join[server.name] = server.losses
         address = self._sender.new_address(server.name, server.world_size)
         body = {"init_info": {"group": asdict(address)}}
-        answer = self._on_rank_0().start(server.client.call("POST", "/init_weight_transfer_engine", body=body))
+        answer = self._fleet.start(server.client.call("POST", "/init_weight_transfer_engine", body=body))
         try:
             self._sender.join(server.name, address)
             answer.result()
@@ -291,7 +336,7 @@ class ServersEngine:
             self._lose(server, f"its workers did not join for the weights: {error}")
 
     def _finish_transfer(self, failed: dict[str, str]) -> None:
-        """On rank 0: check that every server has loaded all weights, and let it continue."""
+        """Check that every server has loaded all weights, and let it continue."""
         transfer = self._transfer
         assert transfer is not None
         try:
@@ -299,7 +344,7 @@ class ServersEngine:
                 self._check(server, transfer, failed.get(server.name))
         except Exception:  # a server refused the weights, or has wrong ones: all stay paused until another publish
             calls = [server.client.call("POST", "/finish_weight_update") for server in transfer.servers]
-            self._on_rank_0().run(results_or_errors(calls))
+            self._fleet.run(results_or_errors(calls))
             raise
         done = [server for server in transfer.servers if server.alive]
         body = {"weight_version": str(transfer.version)}
@@ -309,7 +354,7 @@ class ServersEngine:
         for server in done:
             if server.alive:
                 server.version = transfer.version
-        fleet = self._on_rank_0()
+        fleet = self._fleet
         fleet.loop.call_soon_threadsafe(fleet.pump)
 
     def _check(self, server: VllmServer, transfer: Transfer, failure: str | None) -> None:
@@ -343,8 +388,7 @@ class ServersEngine:
 
     def close(self) -> None:
         """End the servers that we started. Not collective."""
-        if self._fleet is not None:
-            self._fleet.close()
+        self._fleet.close()
 
 
 def host_of(url: str) -> str:
