@@ -1,4 +1,4 @@
-"""What the LM head with the loss costs, forward and backward, beside its bare matrix products.
+"""What the LM head with the loss costs, forward and backward, compared with its bare matrix products.
 
     python -m benchmarks.losses [--tokens 512] [--hidden 512] [--vocabulary 151936] [--dtype float32] [--json FILE]
 
@@ -228,7 +228,7 @@ def main(
     hidden: Annotated[int, typer.Option(help="hidden size")] = 512,
     vocabulary: Annotated[int, typer.Option(help="columns of the product")] = 151_936,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    repeats: Annotated[int, typer.Option(help="of which the median counts")] = 3,
+    repeats: Annotated[int, typer.Option(help="repetitions; the median counts")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here too")] = None,
     way: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:

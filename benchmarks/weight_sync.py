@@ -7,7 +7,7 @@ Starts the ranks itself. Every figure is the median of `--repeats` publishes of 
 The floor is timed in the same run, in turns: for one rank a copy of all weights, for several the bare collective that
 the layout forces (one all-gather of the tensor-parallel shards, one broadcast a pipeline stage), and for servers also a
 bare broadcast of all weights to as many processes as there are workers. Where vLLM computes with packed copies of the
-weights (fp32 on a CPU), packing them is timed too, bare, and given beside the floor.
+weights (fp32 on a CPU), packing alone is timed too, and shown next to the floor.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from megatron_srpo.observe.iteration import Meter, speed_metrics, step_metrics
 
 
 @dataclass
-class Parts:
+class Components:
     """What the loop is made of, on this rank; run/assembly.py builds it."""
 
     config: Config
@@ -60,7 +60,7 @@ class Parts:
 class Trainer:
     """Runs iterations until the configured number, or until asked to stop."""
 
-    def __init__(self, parts: Parts, *, start_iteration: int = 0) -> None:
+    def __init__(self, parts: Components, *, start_iteration: int = 0) -> None:
         self.parts, self.config = parts, parts.config
         self.iteration = start_iteration
 

@@ -20,7 +20,7 @@ def newest_checkpoint(output: Path) -> str:
 
 
 class Attempts:
-    """The count in a run's output folder, kept over the requeues of one job; a new submission starts anew."""
+    """The count in a run's output folder, kept over the requeues of one job; a new submission starts at 0."""
 
     def __init__(self, output: Path, limit: int, job_id: str) -> None:
         self._output, self._file, self._limit, self._job = output, output / NAME, limit, job_id

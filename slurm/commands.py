@@ -81,7 +81,7 @@ def train_step(job: Job, engine_ranks: int) -> Step:
 
 
 def trainer_overrides(job: Job) -> tuple[str, ...]:
-    """The user's, and for a job that was requeued: go on, even where the first start was to begin anew."""
+    """The user's overrides. A requeued job always resumes, even if its first start was told not to."""
     return (*job.overrides, "--checkpoint.resume", "true") if job.restarts else job.overrides
 
 

@@ -57,7 +57,7 @@ def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Itera
 
 
 def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
-    """The configuration's layout on `gpus` GPUs, of which `engine_gpus` only generate."""
+    """The configuration's layout on `gpus` GPUs; `engine_gpus` of them only generate."""
     parallel, rollout = config.parallel, config.rollout
     return Layout(
         gpus=gpus,

@@ -153,7 +153,7 @@ def _tokens(hf: Path, texts: list[str], file: Path | None, ids: list[str]) -> tu
 
 
 def _traces(hf: Path, megatron: Path | None, tokens: list, config: Config, *, vllm: bool) -> dict[str, list]:
-    """By implementation, a trace of every prompt; on ranks that do not speak only what is collective."""
+    """A trace of every prompt for each implementation. Ranks that print nothing take part in collectives only."""
     import torch
 
     from megatron_srpo.comparison.megatron import policy_traces

@@ -163,7 +163,7 @@ def main(
     response: Annotated[list[int] | None, typer.Option(help="mean response lengths; may be repeated")] = None,
     gpu: Annotated[str, typer.Option(help="which machine")] = "h100",
     prompts_per_gpu: Annotated[float, typer.Option(help="weak scaling: 4 is the paper's 32 on 8")] = 4.0,
-    prompts: Annotated[int, typer.Option(help="strong scaling: so many prompts whatever the GPUs; 0: weak")] = 0,
+    prompts: Annotated[int, typer.Option(help="strong scaling: prompts for any number of GPUs; 0: weak")] = 0,
     iterations: Annotated[int, typer.Option(help="of a run, for GPU-hours")] = 475,
     measured: Annotated[Path | None, typer.Option(help="csv of real runs")] = None,
 ) -> None:

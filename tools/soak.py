@@ -3,8 +3,8 @@
 Two data-parallel ranks train under torchrun. Ranks and whole jobs are killed, signalled, paused, denied the disk;
 reward workers are killed; the newest checkpoint is damaged. At the end: no process, shared-memory segment or file
 descriptor is left over, memory has not grown, every checkpoint is whole, and the metrics of every iteration equal, bit
-for bit, those of a run without faults, which runs beside it. Exit code 1 if any of it fails. The report is soak.json in
---folder.
+for bit, those of a run without faults, which runs at the same time. Exit code 1 if any of it fails. The report is
+soak.json in --folder.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Job:
         self.deadline = time.monotonic()
 
     def wait_for(self, iterations: int) -> None:
-        """Until so many further iterations are logged; RuntimeError if nothing moves."""
+        """Wait until that many further iterations are logged; RuntimeError if the run makes no progress."""
         seen, moved, left = self.iteration, time.monotonic(), iterations
         while self.running and left > 0 and time.monotonic() < self.deadline:
             time.sleep(0.2)
@@ -136,7 +136,7 @@ class Job:
                 for member in [psutil.Process(self.process.pid), *self.family.values()]:
                     with suppress(psutil.NoSuchProcess):
                         if not any("resource_tracker" in word for word in member.cmdline()):
-                            member.kill()  # Python's own cleaner lives: nobody else would know what to clean
+                            member.kill()  # the resource tracker lives: it alone knows what to clean up
             elif fault == "kill a rank":
                 self.chance.choice(ranks).kill()
             elif fault.startswith("SIG"):
@@ -269,7 +269,7 @@ def soak(folder: Path, minutes: float, seed: int) -> dict:
 
 
 class Reference:
-    """The same job without faults, beside the other one and with less right to the processor."""
+    """The same job without faults, at the same time as the other one and with a lower priority."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -281,7 +281,7 @@ class Reference:
             )  # fmt: skip
 
     def reach(self, iterations: int) -> list[str]:
-        """Wait until it has done so many; what is wrong if it does not."""
+        """Wait until it has done that many iterations; returns what is wrong if it does not."""
         deadline = time.monotonic() + STALL_SECONDS + REFERENCE_SECONDS * iterations
         while self._process.poll() is None and time.monotonic() < deadline:
             if last_step(self.out) >= iterations:

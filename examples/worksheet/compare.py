@@ -38,7 +38,7 @@ from megatron_srpo.core.errors import UserError
 CONFIG = Path("examples/worksheet/worksheet.toml")
 CACHE = Path("runs/cache")
 TRAIN_ROWS, TEST_ROWS = 4096, 300
-# Each method's best of 2e-4, 3e-4 and 5e-4 on this task (docs of the task: README.md beside this file).
+# Each method's best of 2e-4, 3e-4 and 5e-4 on this task (README.md in this folder describes the task).
 LEARNING_RATES = {"grpo": 2e-4, "sdpo": 2e-4, "srpo": 5e-4, "mix": 2e-4}
 POLL_SECONDS = 0.5
 OPTIONS = {"run.seed": "Use --seeds N: 0, 1, …", "algorithm.name": "Use --methods grpo,srpo."}

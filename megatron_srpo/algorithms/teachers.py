@@ -29,7 +29,7 @@ TeacherPromptFunction = Callable[[Prompt, str | None, str | None], TeacherPrompt
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher reads beside the question."""
+    """What a teacher reads in addition to the question."""
 
     solution: str | None = None
     feedback: str | None = None

@@ -1,5 +1,5 @@
 """Where an iteration's work comes from. Rank 0 draws prompts, routes and plans; the other ranks generate with it and
-receive their share. Both speak in turns: prompts to generate for, any number of times, and then the metrics.
+receive their share. Rank 0 broadcasts prompts to generate for, once or several times, and then the metrics.
 
     rank 0         prompts ─► broadcast ─► generate, score ─► enough groups? ─► route ─► plan ─► metrics ─► shares
     other ranks               receive   ─► generate, score                                      receive ─► receive

@@ -29,7 +29,7 @@ Index = slice | tuple[slice, ...]
 
 
 class TensorSlice(Protocol):
-    """A tensor in a safetensors file, of which only what is indexed is read."""
+    """A tensor in a safetensors file. Only the part that is indexed is read."""
 
     def get_shape(self) -> list[int]: ...
 

@@ -13,7 +13,7 @@ from megatron_srpo.core.errors import UserError
 def show(path: Path, *, verify: bool, prune: int, best: str) -> int:
     """Print a line for each checkpoint, oldest first. Returns 1 if one is damaged, else 0. UserError if there is none.
 
-    `verify` reads every file; `prune` > 0 first removes all but the newest so many; `best` names a metric.
+    `verify` reads every file; `prune` > 0 first removes all but that many of the newest; `best` names a metric.
     """
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folders.published(root):

@@ -324,7 +324,7 @@ class Checkpoints(Generic[Policy]):
             if self._control.is_driver:
                 self._say(
                     f"  changed since: layout {manifest['layout']} → {self._storage.layout(policy)}: the random "
-                    "generators are seeded anew (only dropout draws from them), results agree to rounding"
+                    "generators are seeded again (only dropout draws from them), results agree to rounding"
                 )
             return
         missing = self._control.any(not self._storage.load_generators(found))

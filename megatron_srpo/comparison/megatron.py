@@ -100,7 +100,7 @@ def _logprobs(vocab_size: int, given: HeadInput, row: PackedBatch) -> dict[str, 
 
 
 def _rows(ids: list[int], padding: Padding) -> list[PackedBatch]:
-    """One sequence of which no token is trained, as packed rows."""
+    """One sequence without trained tokens, as packed rows."""
     stream = Stream(array("i", ids), array("i"), np.zeros(0, dtype=bool))
     sample = Sample("", 0, stream, np.zeros(0, dtype=np.float32), 0.0, {})
     return pack_rows([Row((0,), len(ids))] + [Row((), 0)] * (padding.rows - 1), [sample], padding=padding)

@@ -125,7 +125,7 @@ def _lengths(config: Config) -> Iterator[str]:
 
 
 def _share(tokens: int, cp: int) -> int:
-    """A rank's part of a row that has room for a sequence of so many tokens, cut into 2·CP chunks if at all."""
+    """A rank's part of a row that holds a sequence of that many tokens, cut into 2·CP chunks if at all."""
     return tokens if cp == 1 else 2 * math.ceil(tokens / (2 * cp))
 
 

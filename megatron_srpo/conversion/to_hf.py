@@ -82,7 +82,7 @@ def check_stored(folder: Path, hf_dir: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredParameter:
     """Where a Megatron parameter is in the checkpoint: `regions` are (offset, shape there, shape without the axis of
     layers) of its pieces."""
 
@@ -105,7 +105,7 @@ class _StoredModel:
         self._stored = self._reader.tensors()
         self._share = rank_share(config, ParallelConfig(), 0)
         table = weight_table(config, self._share.shards.padded_vocab_size)
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, StoredParameter] = {}
         self.groups: dict[str, TensorGroup] = {}
         self.report = Report()
         for name in self._share.places:
@@ -117,7 +117,7 @@ class _StoredModel:
             self.report.add(name, parameter.numel() * stored.itemsize)
         self._refuse_unread()
 
-    def _find(self, name: str, rule: Rule) -> Place:
+    def _find(self, name: str, rule: Rule) -> StoredParameter:
         """Where the parameter is. Raises BridgeError when it is not there, or in another shape."""
         regions = []
         for piece in self._share.pieces(name, self._share.shards.parameters[name]):
@@ -135,7 +135,7 @@ class _StoredModel:
                 )
             shape = tuple(piece.local_shape)
             regions.append((tuple(piece.global_offset), (1,) * piece.prepend_axis_num + shape, shape))
-        return Place(piece.key, rule, tuple(regions))
+        return StoredParameter(piece.key, rule, tuple(regions))
 
     def _refuse_unread(self) -> None:
         known = {place.key for place in self._places.values()}

@@ -57,7 +57,7 @@ class PromptLoader:
             if state.get(key) != mine:
                 raise DataError(
                     f"the checkpoint's data order cannot be continued: its {_NAMES[key]} is {state.get(key)!r}, this "
-                    f"run's is {mine!r}. Restore it, or start anew: checkpoint.resume = false"
+                    f"run's is {mine!r}. Restore it, or start again: checkpoint.resume = false"
                 )
         epoch, position = state.get("epoch"), state.get("position")
         if not isinstance(epoch, int) or not isinstance(position, int) or not 0 <= position < len(self._prompts):

@@ -55,7 +55,7 @@ class LogitsHead:
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Hidden states [T, H] and the head's weight, of which `width` rows are this rank's real vocabulary."""
+    """Hidden states [T, H] and the head's weight, whose first `width` rows are this rank's real vocabulary."""
 
     hidden: Tensor
     weight: Tensor
@@ -63,7 +63,7 @@ class LinearHead:
     vocab_start: int = 0
     group: ProcessGroup | None = None
     temperature: float = 1.0
-    budget_bytes: int = 2**30  # of logits that exist at a time
+    budget_bytes: int = 2**30  # limit of the logits that are in memory at once
 
     def gather_logprobs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         return linear_gather_logprobs(

@@ -1,8 +1,8 @@
 """The LM head's product joined with the softmax quantities: log-probs and entropy straight from hidden states.
 
-The logits of a row exist once, in the model's dtype, where they fit the memory budget: the backward pass turns them
-into their own gradient in place (it can run once), and the head costs its three products. Where they do not fit, they
-are made piece by piece and made again in the backward pass: four products, and never more than the budget.
+If the logits of a row fit the memory budget, they are computed once, in the model's dtype, and kept. The backward pass,
+which can run only once, overwrites them with their gradient. The head then costs three matrix products. If they do not
+fit, they are computed in pieces within the budget, and computed again in the backward pass: four products.
 
 Legend: T tokens, H hidden size, v this rank's vocabulary, M ids a token.
 """
@@ -119,9 +119,9 @@ def linear_gather_logprobs(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs at global ids [T, M] and the entropy [T] of softmax(hidden · weightᵀ ÷ temperature), fp32, nats.
 
-    hidden [T, H]; weight [≥ width, H], of which the first `width` rows are this rank's real vocabulary. The gradient of
-    `hidden` is this rank's part: the caller's graph sums it over tensor-parallel ranks. `budget_bytes` bounds the
-    logits that exist at a time, in the dtype of `hidden`.
+    hidden [T, H]; weight [≥ width, H], whose first `width` rows are this rank's real vocabulary. The gradient of
+    `hidden` is this rank's part: the caller's graph sums it over tensor-parallel ranks. `budget_bytes` limits the
+    logits that are in memory at once, in the dtype of `hidden`.
     """
     return _LinearGatherLogprobs.apply(hidden, weight, ids, width, vocab_start, group, 1 / temperature, budget_bytes)
 

@@ -20,7 +20,7 @@ def _ratio(logp: Tensor, other: Tensor) -> Tensor:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over the ranks of a group of what each of them has, of which each of them uses the result."""
+    """All-reduce whose backward pass is an all-reduce too: every rank of the group uses the sum in its own loss."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -36,8 +36,8 @@ def mean_over(values: Tensor, weight: Tensor) -> Mean:
 
 
 class RowState:
-    """A packed row and the student's scores on it. Outside the loss mask all values are harmless, so that nothing there
-    can become NaN."""
+    """A packed row and the student's scores on it. Values outside the loss mask are replaced by 0, so that they
+    cannot become NaN."""
 
     def __init__(
         self,
@@ -152,7 +152,8 @@ class DistillTerm:
         over = distilled.to(row.logp.dtype)
         divergence = torch.where(distilled, self._divergence(row), torch.zeros_like(row.logp))
         entropy = torch.where(distilled, scores.teacher_entropy, torch.zeros_like(scores.teacher_entropy))
-        # fp32 has no exp(−104); the others' weight of 1 may be infinite beside such a mean.
+        # In fp64, because exp(−104) is 0 in fp32. Divided by a mean that small, the weight of 1 of tokens that are not
+        # distilled may be infinite; the next line removes it.
         dynamic = (dynamic_weights(entropy.double(), self.settings.beta) / row.distill_weight_mean).to(entropy.dtype)
         dynamic = torch.where(distilled, dynamic, torch.zeros_like(dynamic))
         ratio = distill_ratio(row.logp, row.old, self.settings.distill_ratio_clip)

@@ -4,11 +4,11 @@ Legend: T tokens of a row, v this rank's part of the vocabulary (ranks may diffe
 K top-k. `vocab_start` is the global id of this rank's first column; `group` is the tensor-parallel process group, None
 for one process.
 
-Everything is computed from the logits in fp32 (fp64 stays fp64), a chunk of tokens at a time, so that no fp32 copy of
-[T, v] exists beside the logits; what is saved for backward is the logits in their own dtype and O(T·M).
+Everything is computed in fp32 (fp64 stays fp64) for one chunk of tokens at a time, so there is never an fp32 copy of
+all logits [T, v]. The backward pass needs the logits in their own dtype and O(T·M) values.
 
-Logits are the head's own product. The temperature τ divides them in fp32, as vLLM's sampler does: divided in bf16 they
-would be rounded twice, and trainer and engine would differ. `scale` is 1/τ, and x below stands for `scale` · logit.
+The temperature τ divides the logits in fp32, as in vLLM's sampler. Dividing in bf16 would round them a second time, and
+trainer and engine would differ. `scale` is 1/τ, and x below stands for `scale` · logit.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def _common_max(mine: Tensor, mass: Tensor, group: ProcessGroup | None) -> Tenso
 
 
 def _local(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Columns of global ids on this rank (clamped), and which of them are here."""
+    """The columns of global ids on this rank, clamped to its part, and whether each id belongs to this part."""
     columns = ids - vocab_start
     here = (columns >= 0) & (columns < width)
     return columns.clamp(0, max(0, width - 1)), here
 
 
-def _less(logits: Tensor, base: Tensor, scale: float) -> Tensor:
+def _shifted(logits: Tensor, base: Tensor, scale: float) -> Tensor:
     """x − base [T, v], in the dtype of `base` [T]."""
     return torch.add(-base[:, None], logits, alpha=scale)
 
@@ -85,12 +85,12 @@ def local_statistics(logits: Tensor, columns: Tensor, here: Tensor, sums: Tensor
     else:
         mine = _row_max(logits).mul_(scale)
         for part in _chunks(logits):
-            shifted = _less(logits[part], mine[part], scale).clamp_(min=FLOOR)
+            shifted = _shifted(logits[part], mine[part], scale).clamp_(min=FLOOR)
             weights = shifted.exp()
             sums[part, 0] = weights.sum(1)
             sums[part, 1] = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0]
     if logits.size(1) and columns.size(1):
-        found = _less(logits.gather(1, columns), mine, scale)
+        found = _shifted(logits.gather(1, columns), mine, scale)
         sums[:, 2:] = torch.where(here, found, torch.zeros_like(found))
     return mine
 
@@ -273,8 +273,8 @@ def _divergence_sums(student: Tensor, teacher: Tensor, normalisers: Tensor, alph
         return divergence_sums(student, teacher, normalisers, alpha, scale)
     totals = torch.zeros(student.size(0), 2, dtype=normalisers.dtype, device=student.device)
     for part in _chunks(student):
-        logp = _less(student[part], normalisers[0, part], scale)
-        logq = _less(teacher[part], normalisers[1, part], scale)
+        logp = _shifted(student[part], normalisers[0, part], scale)
+        logq = _shifted(teacher[part], normalisers[1, part], scale)
         value, slope = _divergence_terms(logp, logq, alpha)
         totals[part] = torch.stack([value.sum(1), slope.sum(1)], 1)
     return totals
@@ -307,8 +307,8 @@ class _FullDivergence(torch.autograd.Function):
             return gradient, None, None, None, None
         gradient = torch.empty_like(student)
         for part in _chunks(student):
-            logp = _less(student[part], normalisers[0, part], ctx.scale)
-            logq = _less(teacher[part], normalisers[1, part], ctx.scale)
+            logp = _shifted(student[part], normalisers[0, part], ctx.scale)
+            logq = _shifted(teacher[part], normalisers[1, part], ctx.scale)
             _, slope = _divergence_terms(logp, logq, ctx.alpha)
             piece = slope - logp.exp() * slope_sum[part, None]
             gradient[part] = (piece * (ctx.scale * grad[part, None])).to(student.dtype)

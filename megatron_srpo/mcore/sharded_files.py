@@ -2,7 +2,7 @@
 
 A checkpoint in this format (torch_dist) is a folder: `metadata.json` names the format, `common.pt` holds plain data,
 `__R_N.distcp` are the chunks of all tensors, one `torch.save` record after another, and `.metadata` says which chunk
-of which tensor is where. Megatron's own functions write and read whole models at once, on all ranks. They can read
+of where each tensor is. Megatron's own functions write and read whole models at once, on all ranks. They can read
 what is written here, and the other way round.
 """
 

@@ -186,7 +186,7 @@ def generate_seconds(
     layout = Layout(gpus=tensor, engine_tensor=tensor, dtype_bytes=itemsize)
     mine = workload.rollouts / engines
     lengths = workload.response_lengths()
-    count = max(1, min(QUANTILES, round(mine)))  # so many lengths represent the engine's sequences
+    count = max(1, min(QUANTILES, round(mine)))  # the number of lengths that represent the sequences
     responses = [lengths[QUANTILES - 1 - (QUANTILES - 1) * i // max(1, count - 1)] for i in range(count)]
     each = kv_bytes_a_token(arch, layout)
     longest = workload.prompt_mean + sum(responses) / count

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-QUANTILES = 64  # so many equally likely lengths represent a distribution of lengths
+QUANTILES = 64  # the number of equally likely lengths that represent a distribution
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from megatron_srpo.rewards.registry import RewardError, RewardFunction, as_verdict, resolve
 
 HEADER_BYTES = 8
-# The driver enforces the time-out of a task. A worker that is still busy so many seconds later has no driver any more.
+# The driver enforces the time-out of a task. A worker that is still busy this many seconds later has lost its driver.
 ORPHAN_SECONDS = 5
 ERROR_LIMIT = 500  # characters
 

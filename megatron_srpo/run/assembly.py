@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.checkpoints.saving import Restored
     from megatron_srpo.mcore.policy import Policy
-    from megatron_srpo.trainer import Parts
+    from megatron_srpo.trainer import Components
 
 
 def build_scorer(config: Config, session: Session, role: Role, closing: ExitStack) -> Scorer:
@@ -71,14 +71,14 @@ def build_exporter(config: Config, policy: Policy) -> Exporter:
 def build_parts(
     config: Config, session: Session, role: Role, scorer: Scorer, stop: StopRequest, watchdog: Watchdog,
     closing: ExitStack,
-) -> tuple[Parts, Restored | None]:  # fmt: skip
+) -> tuple[Components, Restored | None]:  # fmt: skip
     """The parts of the loop, and the checkpoint that they go on from, if any."""
     from megatron_srpo.checkpoints.saving import Checkpoints
     from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import checkpoint
     from megatron_srpo.mcore.device import device_name
     from megatron_srpo.plan import Architecture, Meter
-    from megatron_srpo.trainer import Parts
+    from megatron_srpo.trainer import Components
 
     control, topology = session.control, session.topology
     policy = build_policy(config, session, trainable=True)
@@ -100,7 +100,7 @@ def build_parts(
     test = control.share(lambda: role.prompts("test"))
     control.share(lambda: role.open_log(start, state.get("observer", {})))
     source = role.source(control, engine, scorer, start=start, dp_size=topology.dp_size, padding=policy.padding)
-    parts = Parts(
+    parts = Components(
         config=config,
         control=control,
         source=source,

@@ -83,7 +83,7 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
     if done and start >= config.run.iterations:
         return (
             f"nothing to train: {saved} has {start} iterations, and run.iterations = {config.run.iterations}. Raise it "
-            f"to go on, or start anew: checkpoint.resume = false. The trained model is in {folder}"
+            f"to go on, or start again: checkpoint.resume = false. The trained model is in {folder}"
         )
     if done:
         return f"done: the trained model is in {folder}"

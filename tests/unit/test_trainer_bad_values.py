@@ -18,7 +18,7 @@ from megatron_srpo.core.records import Batch, BatchPlan, Prompt, Reward, Rollout
 from megatron_srpo.core.tensors import Scores
 from megatron_srpo.run.timer import PhaseTimer
 from megatron_srpo.run.watchdog import Watchdog
-from megatron_srpo.trainer import Parts, Trainer
+from megatron_srpo.trainer import Components, Trainer
 from tests.made_samples import make_groups
 from tests.unit.test_trainer_passes import CountingPolicy, ZeroObjective, Zeros, sample
 
@@ -72,7 +72,7 @@ class Run:
         self.saved, self.metrics = [], iter(metrics)
         config = config_of(checkpoint={"every": 0}, **sections)
         self.trainer = Trainer(
-            Parts(
+            Components(
                 config=config, policy=SimpleNamespace(steps=0), weights=[], should_stop=lambda: False, evaluate=None,
                 control=SimpleNamespace(any=bool, share=lambda compute: compute()),
                 log=SimpleNamespace(log=lambda *values: None, state_dict=dict),

@@ -1,6 +1,6 @@
 """Whether the Triton kernels serve a tensor: on NVIDIA GPUs, and on a CPU under TRITON_INTERPRET=1 (for tests).
 
-The modules beside this one import Triton; only code that `serve` said yes to may import them.
+The other modules of this package import Triton: import them only where `serve` returned True.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _installed() -> bool:
 
 
 def serve(logits: Tensor) -> bool:
-    """Whether the kernels compute on `logits`; otherwise the torch operations beside their calls do."""
+    """Whether the kernels compute on `logits`; otherwise the torch code next to each call does."""
     if logits.dtype not in DTYPES or not logits.numel() or not _installed():
         return False
     return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
