@@ -136,6 +136,7 @@ class Exporter:
         work: dist.Work | None = None
         full = flat
         if shards.pp_size > 1:
+            assert shards.pp_group is not None, "pipeline stages have a group"
             source = dist.get_global_rank(shards.pp_group, stage)
             work = dist.broadcast(flat, source, group=shards.pp_group, async_op=True)
         if copies > 1:

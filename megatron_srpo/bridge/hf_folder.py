@@ -87,7 +87,7 @@ def _write_weights(
         ordered = sorted(shard.items(), key=lambda item: (-item[1].itemsize, item[0]))  # the library's order
         groups = tuple(TensorGroup(name, (name,), (tuple(t.shape),), t.dtype) for name, t in ordered)
         part = PlannedFile(f"part-{len(parts)}", groups)
-        write_file(folder / part.name, part, lambda group, shard=shard: [shard[group.key]])
+        write_file(folder / part.name, part, lambda group, shard=shard: [shard[group.key]])  # type: ignore[misc]
         parts.append(groups)
     if first is None:
         raise BridgeError("the export is empty: there is nothing to write")

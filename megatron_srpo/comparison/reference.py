@@ -19,7 +19,7 @@ def reference_traces(hf_dir: Path, prompts: list[list[int]], dtype: torch.dtype)
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, **plain).eval()
     seen: list[torch.Tensor] = []
 
-    def keep(module: torch.nn.Module, inputs: object, output: object) -> None:
+    def keep(module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         seen.append(hidden.reshape(-1, hidden.shape[-1]).float())
 

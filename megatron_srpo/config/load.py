@@ -22,6 +22,7 @@ from megatron_srpo.config.check import listed
 from megatron_srpo.config.schema import Config
 from megatron_srpo.core.atomic import atomic_write
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.core.section import Section
 
 ALGORITHM = "algorithm"  # the section whose keys depend on its `name`
 SHOWN = 70  # characters of a value in a message
@@ -57,7 +58,11 @@ def config_fields() -> dict[str, FieldInfo]:
 
 def section_fields(name: str) -> dict[str, FieldInfo]:
     """The keys of one section; of [algorithm] those of every algorithm."""
-    return known_fields() if name == ALGORITHM else Config.model_fields[name].annotation.model_fields
+    if name == ALGORITHM:
+        return known_fields()
+    section = Config.model_fields[name].annotation
+    assert isinstance(section, type) and issubclass(section, Section)
+    return section.model_fields
 
 
 def nearest_key(key: str) -> str | None:
@@ -210,7 +215,8 @@ def _plain_types(annotation: Any) -> set[type]:
 def _explain(error: ValidationError, given: dict[str, Any], from_command_line: set[str]) -> list[str]:
     """One line for each key that is wrong, in the file's order."""
     lines: dict[str, str] = {}
-    for problem in error.errors(include_url=False):
+    for details in error.errors(include_url=False):
+        problem: dict[str, Any] = {**details}
         where = problem["loc"]
         if where[0] == ALGORITHM:  # pydantic puts the algorithm's name between section and key
             where = where[:1] + tuple(part for part in where[1:] if part not in BY_NAME)

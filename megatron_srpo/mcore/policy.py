@@ -61,7 +61,7 @@ class Policy:
         self.runner = PipelineRunner(self.model, topology, vocab)
         self.shards = model_shards(self.model, topology, vocab)
         self.shadows = self._build_shadows(config) if trainable else {}
-        self._residence = HostOffload(topology.device)
+        self._host_offload = HostOffload(topology.device)
         # 8-bit products want token counts in multiples of 16.
         self.padding = row_padding(topology, config.parallel, tokens=1 if config.model.fp8 == "off" else 16)
 
@@ -78,7 +78,7 @@ class Policy:
         of the gradients; they are back in place afterwards, bit for bit. Nothing of the policy may be used inside."""
         shadows = [piece for shadow in self.shadows.values() for piece in shadow.slices]
         own = [tensor for piece in self.model for tensor in [*piece.parameters(), *piece.module.buffers()]]
-        return self._residence.on_host([*own, *shadows, *self.optimizer.tensors()], self.optimizer.gradients())
+        return self._host_offload.on_host([*own, *shadows, *self.optimizer.tensors()], self.optimizer.gradients())
 
     @property
     def vocab_start(self) -> int:

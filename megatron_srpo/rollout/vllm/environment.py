@@ -49,7 +49,8 @@ def prepare_environment(device: str) -> None:
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM logs where it binds memory
     if os.environ["TORCHDYNAMO_DISABLE"] == "1" and "torch._dynamo.config" in sys.modules:
-        sys.modules["torch._dynamo.config"].disable = True  # it reads the variable only when it is imported
+        # The module reads the variable only when it is imported.
+        sys.modules["torch._dynamo.config"].disable = True  # type: ignore[attr-defined]
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
