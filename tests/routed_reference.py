@@ -21,6 +21,10 @@ NAMES = {
     "gap": "rollout_corr/logprob_diff_mean",
     "kl": "rollout_corr/kl",
     "weight": "rollout_corr/weight",
+    "guided_loss": "actor/guided_loss",
+    "guided_clipfrac": "actor/guided_clipfrac",
+    "guided_advantage": "actor/guided_advantage",
+    "teacher_gap": "srpo/teacher_gap",
     "distill_loss": "srpo/distill_loss",
     "distill_ratio": "srpo/distill_ratio",
     "teacher_entropy": "srpo/teacher_entropy",
@@ -106,6 +110,19 @@ def reduced(logp, ids, tail):
     return torch.cat([kept, (1 - kept.exp().sum(-1, keepdim=True)).log()], -1)
 
 
+def guided_advantage(a, advantage, gap, contrast):
+    """Â_t of the methods that turn the teacher's log-probs into credit, from their papers' formulas."""
+    if a.name == "rlsd":
+        factor = [min(max(math.exp(math.copysign(1, advantage) * g), 1 - a.token_credit_clip), 1 + a.token_credit_clip)
+                  for g in gap.tolist()]  # fmt: skip
+        return advantage * torch.tensor(factor).double()
+    if a.name == "contrastive":
+        return (gap - contrast) / 2
+    assert a.name == "drift"
+    bonus = [min(max(math.exp(a.bonus_rate * max(-g - 0.2, 0)), 1), 2) for g in gap.tolist()]
+    return advantage * (torch.tensor(bonus).double() - 1)
+
+
 class Reference:
     """The objective of one iteration: `behaviour` made the samples' old log-probs, `teacher` judges them."""
 
@@ -144,8 +161,8 @@ class Reference:
             return torch.zeros_like(ratio)
         return ratio.clamp(max=cap)
 
-    def _policy_term(self, logp, at, old, sample, moved):
-        a, advantage = self.a, per_token(sample.advantage, len(at))
+    def _policy_term(self, at, old, advantage, moved):
+        a = self.a
         log_ratio = at - (old if moved else at.detach())
         rho = (log_ratio.mean() if a.importance_ratio == "sequence" else log_ratio).exp().expand(len(at))
         clipped = rho.clamp(1 - a.clip_ratio_low, 1 + a.clip_ratio_high)
@@ -163,12 +180,13 @@ class Reference:
         taught = {}  # by position in `counted`: teacher log-probs
         with torch.no_grad():
             for i, s in enumerate(counted):
-                if "distill" in s.weights:
+                if {"distill", "guided"} & set(s.weights):
                     taught[i] = self._logp(self.teacher, s.teacher)
                     if self.trust:  # the lerp of the logits; their normalisers make no difference to the softmax
                         own = self._logp(self.behaviour, s.teacher)
                         taught[i] = ((1 - self.trust) * taught[i] + self.trust * own).log_softmax(-1)
         entropies = {i: -(logq.exp() * logq).sum(-1) for i, logq in taught.items()}
+        entropies = {i: h for i, h in entropies.items() if "distill" in counted[i].weights}
         distilled = {i: per_token(counted[i].weights["distill"], len(h)) for i, h in entropies.items()}
         weights = {i: (-a.beta * h).exp() for i, h in entropies.items()}
         omega = sum(int((d > 0).sum()) for d in distilled.values())
@@ -190,7 +208,7 @@ class Reference:
                 behaviour = self._logp(self.behaviour, s.student)
             old = behaviour.gather(1, ids[:, None])[:, 0]
             r = self._correction(old, s)
-            gain, clipped = self._policy_term(logp, at, old, s, moved)
+            gain, clipped = self._policy_term(at, old, per_token(s.advantage, len(at)), moved)
             entropy = -(logp.exp() * logp).sum(-1)
             total = total + (weight.get("policy", nothing) * r * gain).sum()
             total = total - (weight.get("entropy", nothing) * entropy).sum()
@@ -211,7 +229,19 @@ class Reference:
             log("kl", rollout - old)
             log("weight", r)
             tops["gap"] = max(tops["gap"], float((old - rollout).abs().max()))
-            if i in taught:
+            if "guided" in s.weights:
+                gap, contrast = taught[i].gather(1, ids[:, None])[:, 0] - old, None
+                if s.contrast is not None:
+                    with torch.no_grad():
+                        contrast = self._logp(self.teacher, s.contrast).gather(1, ids[:, None])[:, 0] - old
+                tokens = guided_advantage(a, s.advantage, gap, contrast)
+                guided, edge = self._policy_term(at, old, tokens, moved)
+                total = total + (weight["guided"] * r * guided).sum()
+                log("guided_loss", guided)
+                log("guided_clipfrac", edge)
+                log("guided_advantage", tokens)
+                log("teacher_gap", gap)
+            if "distill" in s.weights:
                 p, q = logp, taught[i]
                 if a.distillation_topk:
                     top = self._topk(behaviour, s)
@@ -221,6 +251,10 @@ class Reference:
                 if moved and a.distill_ratio_clip:
                     ratio = (at.detach() - old).exp().clamp(max=a.distill_ratio_clip)
                 w, on = weights[i] / mean, (distilled[i] > 0).double()
+                if a.name == "demopsd":
+                    m = (p.exp() + q.exp()) / 2
+                    jsd = ((p.exp() * (p - m.log())).sum(-1) + (q.exp() * (q - m.log())).sum(-1)).detach() / 2
+                    w = w * (1 - 2 * a.damping_max * (1 / (1 + (-a.damping_rate * jsd).exp()) - 0.5))
                 total = total + (distilled[i] * w * ratio * r * d).sum()
                 log("distill_loss", d, on)
                 log("distill_ratio", ratio, on)

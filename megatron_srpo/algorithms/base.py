@@ -11,13 +11,21 @@ To add one: a file here with a class, and its line in `__init__.py`. Nothing out
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from megatron_srpo.core.records import Credit, Group, Needs
 from megatron_srpo.core.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_srpo.core.tensors import Guidance
+
+SourceName = Literal["sibling", "solution", "memory", "feedback", "none"]
 
 
 class Algorithm(Section):
@@ -66,8 +74,13 @@ class Algorithm(Section):
         return Needs(reference=self.kl_loss_coef > 0)
 
     @property
-    def distillation(self) -> Distillation | None:
+    def teaching(self) -> SelfTeaching | None:
         """The settings of its teacher; None for a method without one."""
+        return None
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The settings of its divergence from the teacher; None for a method without one."""
         return None
 
     def credit(self, group: Group) -> list[Credit]:
@@ -75,6 +88,16 @@ class Algorithm(Section):
 
         Called again for the same group when an attempt that was `taught` turns out to have no teacher prompt that fits:
         it is then no longer `teachable`.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def balance(self, groups: Sequence[Group]) -> None:
+        """May change the weights of the routed samples once more, with all groups of the iteration in view."""
+
+    def guide(self, seen: Guidance) -> Tensor:
+        """Advantages of single tokens [T], fp32, for the loss term "guided": for a method with Needs.teacher_tokens.
+
+        It runs on every rank inside the loss, after the teacher has scored; nothing of it gets a gradient.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -94,16 +117,47 @@ class GroupAdvantage(Algorithm):
     """Divide the advantages of a group by the standard deviation of its rewards."""
 
 
-class Distillation(GroupAdvantage):
-    """A method in which the policy is its own teacher: SDPO's settings (arXiv 2601.20802)."""
+class SelfTeaching(GroupAdvantage):
+    """A method in which the policy is its own teacher: what the teacher is shown."""
+
+    default_teachers: ClassVar[tuple[SourceName, ...]] = ("sibling",)
+
+    teachers: list[SourceName] = Field([])
+    """What the teacher may be shown, in order; the first that exists for a response is shown. "sibling" is a correct
+    response of the group, "solution" the data's own solution (data.solution_key), "memory" a correct response of an
+    earlier iteration, "feedback" the reward function's feedback. "none" shows the question alone, as a control. Empty
+    takes the algorithm's own order: sibling, then memory for drift, and sibling for the others."""
+    use_feedback: bool = False
+    """Let the reward function's feedback teach a response that no other source can teach. The same as "feedback" at the
+    end of teachers."""
+    sibling: Literal["random", "shortest", "longest", "median", "least_used"] = "random"
+    """Which correct sibling teaches: a random one, the one with the shortest, the longest or the median response, or
+    the one that has taught least in this group."""
+    sibling_min_length: float = Field(0.0, ge=0, le=1)
+    """Shortest response that may teach, as a share of the median length of the group's correct responses. Protects from
+    collapsing lengths; 0 allows all."""
+
+    @property
+    def teaching(self) -> SelfTeaching:
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceName, ...]:
+        """The order of teacher sources, resolved for the method."""
+        chosen = tuple(self.teachers) or self.default_teachers
+        return (*chosen, "feedback") if self.use_feedback and "feedback" not in chosen else chosen
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher=True, reference=self.kl_loss_coef > 0, history="memory" in self.sources)
+
+
+class Distillation(SelfTeaching):
+    """A method that minimises a divergence from its teacher: SDPO's settings (arXiv 2601.20802)."""
 
     default_beta: ClassVar[float] = 0.0
+    weighs_tokens: ClassVar[bool] = False  # `token_weights` is to be asked
 
-    use_feedback: bool = False
-    """Let the reward function's feedback teach a response that has no correct sibling."""
-    sibling: Literal["random", "shortest", "least_used"] = "random"
-    """Which correct sibling teaches: a random one, the one with the shortest response, or the one that has taught least
-    in this group."""
     distillation_topk: int = Field(100, ge=0)
     """Number of the student's most likely tokens on which teacher and student are compared. 0 compares the full
     vocabulary."""
@@ -116,7 +170,7 @@ class Distillation(GroupAdvantage):
     """Upper clip of the ratio π_θ/π_old that multiplies the distillation loss. Must be at least 1. 0 uses no ratio."""
     entropy_beta: float = Field(-1.0, le=50)
     """Exponent β of the dynamic weights exp(−β · H) of distilled tokens, with the teacher's entropy H in nats. -1 takes
-    the algorithm's own value: 1 for srpo, 0 for the others."""
+    the algorithm's own value: 1 for srpo, drift and demopsd, 0 for the others."""
 
     @field_validator("entropy_beta")
     @classmethod
@@ -127,7 +181,7 @@ class Distillation(GroupAdvantage):
 
     @property
     def needs(self) -> Needs:
-        return Needs(teacher=True, topk=self.distillation_topk, reference=self.kl_loss_coef > 0)
+        return replace(super().needs, divergence=True, topk=self.distillation_topk)
 
     @property
     def distillation(self) -> Distillation:
@@ -137,6 +191,11 @@ class Distillation(GroupAdvantage):
     def beta(self) -> float:
         """β of the dynamic weighting (SRPO §3.2), resolved for the method."""
         return self.entropy_beta if self.entropy_beta >= 0 else self.default_beta
+
+    def token_weights(self, divergence: Tensor) -> Tensor:
+        """Weights of distilled tokens [T] in addition to exp(−β · H), from the Jensen–Shannon divergence [T] of student
+        and teacher in nats, without gradient. Asked only if `weighs_tokens`."""
+        raise NotImplementedError(type(self).__name__)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -36,8 +36,12 @@ class ContrastingGroups:
         correct = [attempt.correct for attempt in group.attempts]
         if any(correct):
             return not all(correct)
-        settings = self._algorithm.distillation
-        return settings is not None and settings.use_feedback and any(a.reward.feedback for a in group.attempts)
+        settings = self._algorithm.teaching
+        if settings is None:
+            return False
+        # Sources that can teach a group without any correct answer.
+        taught = "feedback" in settings.sources and any(attempt.reward.feedback for attempt in group.attempts)
+        return taught or ("solution" in settings.sources and bool(group.prompt.solution))
 
     @property
     def full(self) -> bool:

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_srpo.algorithms.base import Algorithm
+from megatron_srpo.algorithms.base import Algorithm, SelfTeaching
 from megatron_srpo.algorithms.report import RoutingReport
-from megatron_srpo.algorithms.teachers import GroupTeachers, TeacherPromptFunction, TeacherPromptLike
+from megatron_srpo.algorithms.teachers import GroupTeachers, Shown, TeacherPromptFunction
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Attempt, Credit, Group, PerToken, Rollout, Sample, Stream, weighs
 
-Taught = dict[int, tuple[TeacherPromptLike, int | None]]  # index of the attempt → its teacher's prompt and sibling
+Taught = dict[int, list[Shown]]  # index of an attempt → its teacher's prompt, and with Needs.contrast the second one
 
 
 def route(
@@ -29,22 +29,24 @@ def route(
     """
     assert groups, "at least one group"
     report = RoutingReport()
+    settings = algorithm.teaching or SelfTeaching(name="")  # teachable is also logged for methods without a teacher
     for group in groups:
         _require_finite(group)
+        group.iteration = iteration
         teachers = GroupTeachers(
-            group, algorithm.distillation, teacher_prompt,
-            feedback_with_solution=feedback_with_solution, seed=seed, iteration=iteration,
-        )  # fmt: skip
+            group, settings, teacher_prompt, feedback_with_solution=feedback_with_solution, seed=seed
+        )
         for attempt in group.attempts:
             attempt.teachable = teachers.can_teach(attempt)
         report.available += sum(attempt.teachable for attempt in group.attempts)
         credits, taught = _credits(group, algorithm, teachers, report)
         prompt_ids = array("i", group.prompt.token_ids)  # shared by the samples
         group.samples = [
-            _sample(attempt, group.prompt.uid, prompt_ids, credits[i], taught.get(i), algorithm)
+            _sample(attempt, group.prompt.uid, prompt_ids, credits[i], taught.get(i, []), algorithm)
             for i, attempt in enumerate(group.attempts)
         ]
         report.add(group)
+    algorithm.balance(groups)
     return report
 
 
@@ -81,21 +83,22 @@ def _credits(
         for i in missing:
             attempt = group.attempts[i]
             assert attempt.teachable, f"algorithm {algorithm.name} teaches an attempt that has no teacher"
-            prompt, sibling = teachers.prompt(attempt)
-            attempt.teachable = prompt is not None
-            if prompt is not None:
-                taught[i] = prompt, sibling
-                report.truncated += bool(prompt.truncated)
+            shown = [teachers.prompt(attempt), *([teachers.contrast(attempt)] if algorithm.needs.contrast else [])]
+            fitting = [prompt for prompt in shown if prompt is not None]
+            attempt.teachable = len(fitting) == len(shown)
+            if attempt.teachable:
+                taught[i] = fitting
+                report.truncated += any(prompt.truncated for prompt in fitting)
             else:
                 report.unfit += 1
 
 
 def _sample(
     attempt: Attempt, uid: str, prompt_ids: array[int], credit: Credit,
-    taught: tuple[TeacherPromptLike, int | None] | None, algorithm: Algorithm,
+    taught: list[Shown], algorithm: Algorithm,
 ) -> Sample:  # fmt: skip
     rollout = attempt.rollout
-    prompt, sibling = taught or (None, None)
+    streams = [Stream(shown.ids, rollout.token_ids, rollout.trained) for shown in taught]
     return Sample(
         uid=uid,
         sample=rollout.sample,
@@ -103,8 +106,9 @@ def _sample(
         rollout_logprobs=rollout.trained_logprobs,
         advantage=credit.advantage,
         weights=_regularised(credit.weights, algorithm),
-        teacher=None if prompt is None else Stream(prompt.ids, rollout.token_ids, rollout.trained),
-        teacher_sample=sibling,
+        teacher=streams[0] if streams else None,
+        teacher_sample=taught[0].sibling if taught else None,
+        contrast=streams[1] if streams[1:] else None,
     )
 
 
@@ -113,6 +117,8 @@ def _regularised(weights: Mapping[str, PerToken], algorithm: Algorithm) -> dict[
     they carry its weight: a token that is only distilled is already held by its teacher."""
     found = {name: weight for name, weight in weights.items() if weighs(weight)}
     coefficients = {"kl": algorithm.kl_loss_coef, "entropy": algorithm.entropy_coef}
-    if "policy" in found:
-        found |= {name: found["policy"] * value for name, value in coefficients.items() if value and name not in found}
+    gradient = [found[name] for name in ("policy", "guided") if name in found]
+    if gradient:
+        weight = sum(gradient[1:], start=gradient[0])
+        found |= {name: weight * value for name, value in coefficients.items() if value and name not in found}
     return found

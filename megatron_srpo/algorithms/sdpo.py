@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from megatron_srpo.algorithms.advantages import group_advantages
@@ -15,14 +16,19 @@ class Sdpo(Distillation):
     title: ClassVar[str] = "SDPO"
     colour: ClassVar[str] = "#e07b26"
     name: Literal["sdpo"] = "sdpo"
+    distill_on: Literal["all", "incorrect", "correct"] = "all"
+    """Which responses are distilled; the others are left out of the loss. The paper's ablations use "incorrect" and
+    "correct" (arXiv 2604.02288, figure 1b)."""
 
     @property
     def needs(self) -> Needs:
-        return Needs(teacher=True, topk=self.distillation_topk, reference=self.kl_loss_coef > 0, group_baseline=False)
+        return replace(super().needs, group_baseline=False)
 
     def credit(self, group: Group) -> list[Credit]:
         advantages = group_advantages(group.scores, divide_by_std=self.advantage_std)  # for the log alone
         return [
-            Credit({"distill": 1.0}, advantage, taught=True) if attempt.teachable else Credit({}, advantage)
+            Credit({"distill": 1.0}, advantage, taught=True)
+            if attempt.teachable and self.distill_on in ("all", "correct" if attempt.correct else "incorrect")
+            else Credit({}, advantage)
             for attempt, advantage in zip(group.attempts, advantages, strict=True)
         ]

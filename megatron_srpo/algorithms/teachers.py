@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from megatron_srpo.algorithms.base import Distillation
-from megatron_srpo.core.records import Attempt, Group, Prompt
+from megatron_srpo.algorithms.base import SelfTeaching, SourceName
+from megatron_srpo.core.records import Attempt, Group, Prompt, Rollout
 
 
 class TeacherPromptLike(Protocol):
@@ -36,6 +37,15 @@ class Lesson:
     sibling: int | None = None  # the sample whose answer is the solution
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A teacher's prompt: its tokens, shared by the attempts that are shown the same."""
+
+    ids: array[int]
+    truncated: bool
+    sibling: int | None
+
+
 class TeacherSource(Protocol):
     """Something to show the teachers of one group's attempts."""
 
@@ -47,30 +57,43 @@ class TeacherSource(Protocol):
 
 
 class Siblings:
-    """A correct attempt at the same prompt. An attempt never teaches itself.
+    """A correct attempt at the same prompt, or with `correct` = False a wrong one. An attempt never teaches itself.
 
-    `choice`: which one, see Distillation.sibling. Ties are broken at random, from (seed, iteration, prompt, sample).
+    Which one: see SelfTeaching.sibling. Ties are broken at random, from (seed, iteration, prompt, sample).
     """
 
-    def __init__(self, group: Group, choice: str, seed: int, iteration: int) -> None:
-        self._uid, self._choice, self._draw = group.prompt.uid, choice, (seed, iteration)
-        self._correct = [attempt for attempt in group.attempts if attempt.correct]
+    def __init__(self, group: Group, settings: SelfTeaching, seed: int, *, correct: bool = True) -> None:
+        self._uid, self._choice, self._draw = group.prompt.uid, settings.sibling, (seed, group.iteration)
+        found = [attempt for attempt in group.attempts if attempt.correct is correct]
+        if correct and settings.sibling_min_length and found:
+            median = statistics.median(attempt.rollout.response_length for attempt in found)
+            shortest = settings.sibling_min_length * median
+            found = [attempt for attempt in found if attempt.rollout.response_length >= shortest]
+        self._found = found
         self._used: Counter[int] = Counter()  # how often each sample has taught
 
     def has_lesson(self, attempt: Attempt) -> bool:
-        return any(other is not attempt for other in self._correct)
+        return any(other is not attempt for other in self._found)
 
     def lesson(self, attempt: Attempt) -> Lesson:
-        candidates = [other.rollout for other in self._correct if other is not attempt]
-        if self._choice == "shortest":
-            shortest = min(other.response_length for other in candidates)
-            candidates = [other for other in candidates if other.response_length == shortest]
-        elif self._choice == "least_used":
-            fewest = min(self._used[other.sample] for other in candidates)
-            candidates = [other for other in candidates if self._used[other.sample] == fewest]
+        candidates = [other.rollout for other in self._found if other is not attempt]
+        if self._choice != "random":
+            rank = self._rank(candidates)
+            best = min(map(rank, candidates))
+            candidates = [other for other in candidates if rank(other) == best]
         draw = stable_hash(*self._draw, self._uid, attempt.rollout.sample)
         chosen = candidates[draw % len(candidates)]
         return Lesson(solution=chosen.text, sibling=chosen.sample)
+
+    def _rank(self, candidates: Sequence[Rollout]) -> Callable[[Rollout], float]:
+        """What the chosen sibling has least of."""
+        if self._choice == "least_used":
+            return lambda other: self._used[other.sample]
+        if self._choice == "median":
+            middle = statistics.median_low(other.response_length for other in candidates)
+            return lambda other: abs(other.response_length - middle)
+        sign = 1 if self._choice == "shortest" else -1
+        return lambda other: sign * other.response_length
 
     def taught(self, sibling: int) -> None:
         """Count that this sample's answer is shown to a teacher."""
@@ -87,38 +110,93 @@ class Feedback:
         return Lesson(feedback=(attempt.reward.feedback or "").strip())
 
 
+class ReferenceSolution:
+    """The data's own solution (OPSD, arXiv 2601.18734): also for a prompt that nobody has solved."""
+
+    def __init__(self, group: Group) -> None:
+        self._solution = group.prompt.solution
+
+    def has_lesson(self, attempt: Attempt) -> bool:
+        return bool(self._solution.strip())
+
+    def lesson(self, attempt: Attempt) -> Lesson:
+        return Lesson(solution=self._solution)
+
+
+class SuccessMemory:
+    """A correct response of an earlier iteration (DRIFT, arXiv 2606.30345), drawn as Siblings draws."""
+
+    def __init__(self, group: Group, seed: int) -> None:
+        self._answers, self._draw = group.history.answers, (seed, group.iteration, group.prompt.uid)
+
+    def has_lesson(self, attempt: Attempt) -> bool:
+        return bool(self._answers)
+
+    def lesson(self, attempt: Attempt) -> Lesson:
+        draw = stable_hash(*self._draw, attempt.rollout.sample)
+        return Lesson(solution=self._answers[draw % len(self._answers)])
+
+
+class NoDemonstration:
+    """The control: a teacher that reads the question alone (arXiv 2609.20612)."""
+
+    def has_lesson(self, attempt: Attempt) -> bool:
+        return True
+
+    def lesson(self, attempt: Attempt) -> Lesson:
+        return Lesson()
+
+
 class GroupTeachers:
-    """The teacher prompts of one group. `settings`: the algorithm's, None for one without a teacher."""
+    """The teacher prompts of one group. `settings`: the algorithm's."""
 
     def __init__(
-        self, group: Group, settings: Distillation | None, build: TeacherPromptFunction, *,
-        feedback_with_solution: bool, seed: int, iteration: int,
+        self, group: Group, settings: SelfTeaching, build: TeacherPromptFunction, *, feedback_with_solution: bool,
+        seed: int,
     ) -> None:  # fmt: skip
         self._prompt, self._build, self._both = group.prompt, build, feedback_with_solution
-        self._siblings = Siblings(group, settings.sibling if settings else "random", seed, iteration)
-        self._feedback = Feedback()
-        self._sources: list[TeacherSource] = [self._siblings]
-        if settings is not None and settings.use_feedback:
-            self._sources.append(self._feedback)
+        self._siblings, self._feedback = Siblings(group, settings, seed), Feedback()
+        known: dict[SourceName, TeacherSource] = {
+            "sibling": self._siblings,
+            "solution": ReferenceSolution(group),
+            "memory": SuccessMemory(group, seed),
+            "feedback": self._feedback,
+            "none": NoDemonstration(),
+        }
+        self._sources = [known[name] for name in settings.sources]
+        self._contrast = Siblings(group, settings, seed, correct=False) if settings.needs.contrast else None
         self._built: dict[tuple[str | None, str | None], TeacherPromptLike | None] = {}
 
     def can_teach(self, attempt: Attempt) -> bool:
         """m_i, unless no prompt fits."""
+        if self._contrast is not None and not self._contrast.has_lesson(attempt):
+            return False
         return any(source.has_lesson(attempt) for source in self._sources)
 
-    def prompt(self, attempt: Attempt) -> tuple[TeacherPromptLike | None, int | None]:
-        """The enriched prompt, None if none fits, and the sample that teaches, None without one."""
+    def prompt(self, attempt: Attempt) -> Shown | None:
+        """The teacher's prompt, None if none fits."""
         having = [source for source in self._sources if source.has_lesson(attempt)]
         lesson = having[0].lesson(attempt)
         if self._both and self._feedback in having:
             lesson = replace(lesson, feedback=self._feedback.lesson(attempt).feedback)
-        shown = (lesson.solution, lesson.feedback)
-        if shown not in self._built:  # attempts that are shown the same share one prompt
-            self._built[shown] = self._build(self._prompt, *shown)
-        prompt = self._built[shown]
-        if prompt is not None and lesson.sibling is not None:
+        shown = self._shown(lesson)
+        if shown is not None and lesson.sibling is not None:
             self._siblings.taught(lesson.sibling)
-        return prompt, lesson.sibling
+        return shown
+
+    def contrast(self, attempt: Attempt) -> Shown | None:
+        """The prompt that shows a wrong answer, None if none fits; for an attempt that can be taught."""
+        assert self._contrast is not None, "only a method with Needs.contrast has it"
+        return self._shown(self._contrast.lesson(attempt))
+
+    def _shown(self, lesson: Lesson) -> Shown | None:
+        if lesson == Lesson():
+            return Shown(array("i", self._prompt.token_ids), truncated=False, sibling=None)
+        shown = (lesson.solution, lesson.feedback)
+        if shown not in self._built:
+            self._built[shown] = self._build(self._prompt, *shown)
+        built = self._built[shown]
+        return None if built is None else Shown(built.ids, built.truncated, lesson.sibling)
 
 
 def stable_hash(*parts: int | str) -> int:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 
 from megatron_srpo.batching.rows import pack_rows, predicting_positions
 from megatron_srpo.core.protocols import Objective, Policy, ScoringPass
-from megatron_srpo.core.records import Batch, MiniBatchPlan, Row
+from megatron_srpo.core.records import Batch, MiniBatchPlan, Row, StreamName
 from megatron_srpo.core.tensors import Scores, StepStats
+
+# Which streams the rows of a pass hold. All but "student" rows are the plan's teacher rows.
+STREAMS: Mapping[str, StreamName] = {
+    "student": "student", "distilled": "student", "teacher": "teacher", "contrast": "contrast"
+}  # fmt: skip
 
 
 class BatchPasses:
@@ -35,13 +41,11 @@ class BatchPasses:
 
     def score(self, scoring: ScoringPass, mini: MiniBatchPlan, into: list[Scores]) -> None:
         """One scoring pass over one mini-batch. What the function returns per position is kept per sample in `into`."""
-        teacher, padding = scoring.rows == "teacher", self._policy.padding
+        stream, padding = STREAMS[scoring.rows], self._policy.padding
         rows = self._count(scoring.name, scoring.rows, mini)
-        results = self._policy.score(
-            pack_rows(rows, self.samples, into, padding=padding, teacher=teacher), scoring.score
-        )
+        results = self._policy.score(pack_rows(rows, self.samples, into, padding=padding, stream=stream), scoring.score)
         for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
-            for index, at in predicting_positions(row, self.samples, padding=padding, teacher=teacher):
+            for index, at in predicting_positions(row, self.samples, padding=padding, stream=stream):
                 for name, values in result.items():
                     setattr(into[index], name, values[at.to(values.device)].cpu())
 

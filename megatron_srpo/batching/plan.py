@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from megatron_srpo.batching.rows import NO_PADDING, padded_length, row_lengths
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Padding, Row, Sample
+from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Padding, Row, Sample, StreamName
 
 # Cost of a sequence of n tokens: n + n²/ATTENTION_LENGTH, in units of one token's matrix products. A layer needs about
 # 24·H² operations a token and 2·H·n for its causal attention: they are equal at n = 12·H, H = 4096 here.
@@ -49,7 +49,12 @@ def sample_cost(sample: Sample) -> float:
     teacher's score and the student's top-k."""
     student = _sequence_cost(sample.student_length)
     scoring = _sequence_cost(sample.teacher_length) + student if sample.teacher is not None else 0.0
-    return TRAIN_PASSES * student + scoring
+    return TRAIN_PASSES * student + scoring + _sequence_cost(sample.contrast_length)
+
+
+def _longest(sample: Sample) -> int:
+    """Tokens of its longest stream: every row that holds the sample has room for any of them."""
+    return max(sample.student_length, sample.teacher_length, sample.contrast_length)
 
 
 def _sequence_cost(length: int) -> float:
@@ -61,8 +66,8 @@ def _require_fit(samples: Sequence[Sample], budget: int, max_tokens: int, paddin
     for sample in counted:
         assert len(sample.student.targets) == sample.length, "one engine log-prob for each trained token"
         assert sample.teacher is None or len(sample.teacher.targets) == sample.length, "the teacher has the same tokens"
-        assert sample.teacher is not None or "distill" not in sample.weights, "distillation needs a teacher"
-    needed = {id(s): padded_length(max(s.student_length, s.teacher_length), padding.sequence) for s in counted}
+        assert sample.teacher is not None or not {"distill", "guided"} & set(sample.weights), "both need a teacher"
+    needed = {id(sample): padded_length(_longest(sample), padding.sequence) for sample in counted}
     too_long = [sample for sample in counted if needed[id(sample)] > budget]
     if not too_long:
         return
@@ -116,10 +121,10 @@ class _Packer:
         self.slowest += max(loads)
         self.mean += sum(loads) / self._dp_size
         student = [self._rows(rank, lambda i: samples[i].student_length) for rank in ranks]
-        # The student's top-k pass uses the teacher's rows, so they must fit under either prompt.
+        # The other passes over taught samples use the teacher's rows, so every stream must fit.
         teacher = [
             self._rows([i for i in rank if samples[i].teacher is not None], lambda i: samples[i].teacher_length,
-                       lambda i: max(samples[i].teacher_length, samples[i].student_length))
+                       lambda i: _longest(samples[i]))
             for rank in ranks
         ]  # fmt: skip
         taught = [i for i in placed if samples[i].teacher is not None]
@@ -132,6 +137,7 @@ class _Packer:
                 "student": _total(student, sum(samples[i].student_length for i in placed)),
                 "teacher": _total(teacher, sum(samples[i].teacher_length for i in taught)),
                 "distilled": _total(teacher, sum(samples[i].student_length for i in taught)),
+                "contrast": _total(teacher, sum(samples[i].contrast_length for i in taught)),
             },
         )
 
@@ -201,8 +207,9 @@ def _efficiency(mini_batches: Sequence[MiniBatchPlan], samples: Sequence[Sample]
     """Useful ÷ computed tokens of all passes; padding and empty rows are computed for nothing."""
     useful = computed = 0
     for mini in mini_batches:
-        for teacher, ranks in ((False, mini.student), (True, mini.teacher)):
+        streams: tuple[tuple[StreamName, list[list[Row]]], ...] = ("student", mini.student), ("teacher", mini.teacher)
+        for stream, ranks in streams:
             for rows in filter(None, ranks):
                 useful += sum(row.tokens for row in rows)
-                computed += sum(row_lengths(rows, samples, padding=padding, teacher=teacher))
+                computed += sum(row_lengths(rows, samples, padding=padding, stream=stream))
     return useful / computed if computed else 1.0

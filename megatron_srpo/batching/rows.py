@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_srpo.core.records import Padding, PerToken, Row, Sample
+from megatron_srpo.core.records import Padding, PerToken, Row, Sample, StreamName
 from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores
 
 NO_PADDING = Padding()
@@ -32,22 +32,22 @@ def padded_length(tokens: int, multiple: int) -> int:
 
 
 def row_lengths(
-    rows: Sequence[Row], samples: Sequence[Sample], *, padding: Padding = NO_PADDING, teacher: bool = False
+    rows: Sequence[Row], samples: Sequence[Sample], *, padding: Padding = NO_PADDING, stream: StreamName = "student"
 ) -> list[int]:
     """Positions of each packed row of one pass on one data-parallel rank."""
-    used = [sum(_sequence_lengths(row, samples, padding, teacher)) for row in rows]
+    used = [sum(_sequence_lengths(row, samples, padding, stream)) for row in rows]
     lengths = [padded_length(tokens, padding.row) for tokens in used]
     return [max(lengths)] * len(lengths) if padding.rows > 1 and lengths else lengths
 
 
 def predicting_positions(
-    row: Row, samples: Sequence[Sample], *, padding: Padding = NO_PADDING, teacher: bool = False
+    row: Row, samples: Sequence[Sample], *, padding: Padding = NO_PADDING, stream: StreamName = "student"
 ) -> list[tuple[int, Tensor]]:
     """(sample index, [R] positions) for every sample of the row, in order: the logits at these positions predict its
-    trained tokens. `teacher`: the row holds the teacher's streams."""
+    trained tokens. `stream`: which of the samples' streams the row holds."""
     found, offset = [], 0
-    for index, length in zip(row.samples, _sequence_lengths(row, samples, padding, teacher), strict=True):
-        targets = samples[index].stream(teacher=teacher).targets
+    for index, length in zip(row.samples, _sequence_lengths(row, samples, padding, stream), strict=True):
+        targets = samples[index].stream(stream).targets
         found.append((index, torch.from_numpy(targets + (offset - 1))))
         offset += length
     return found
@@ -55,20 +55,20 @@ def predicting_positions(
 
 def pack_rows(
     rows: Sequence[Row], samples: Sequence[Sample], scores: Sequence[Scores] | None = None, *,
-    padding: Padding = NO_PADDING, teacher: bool = False,
+    padding: Padding = NO_PADDING, stream: StreamName = "student",
 ) -> list[PackedBatch]:  # fmt: skip
-    """The rows of one pass on one rank, of the students' or the teachers' streams, and what `scores` (one a sample of
-    the iteration) has for them. A teacher's row has the same trained tokens, so position by position what the student's
-    row has there, the student's top-k ids included."""
-    lengths = row_lengths(rows, samples, padding=padding, teacher=teacher)
-    return [
-        _pack(row, samples, scores, padding, length, teacher=teacher) for row, length in zip(rows, lengths, strict=True)
-    ]
+    """The rows of one pass on one rank, and what `scores` (one for each sample of the iteration) has for them.
+
+    All streams of a sample have the same trained tokens, so a row of teachers' streams carries the same values at them
+    as a row of the students' streams, the student's top-k ids included.
+    """
+    lengths = row_lengths(rows, samples, padding=padding, stream=stream)
+    return [_pack(row, samples, scores, padding, length, stream) for row, length in zip(rows, lengths, strict=True)]
 
 
-def _sequence_lengths(row: Row, samples: Sequence[Sample], padding: Padding, teacher: bool) -> list[int]:
+def _sequence_lengths(row: Row, samples: Sequence[Sample], padding: Padding, stream: StreamName) -> list[int]:
     """Positions that each sample takes in the row."""
-    return [padded_length(len(samples[i].stream(teacher=teacher)), padding.sequence) for i in row.samples]
+    return [padded_length(len(samples[i].stream(stream)), padding.sequence) for i in row.samples]
 
 
 @dataclass(frozen=True)
@@ -101,22 +101,22 @@ class _Layout:
 
 
 def _pack(
-    row: Row, samples: Sequence[Sample], scores: Sequence[Scores] | None, padding: Padding, total: int, *,
-    teacher: bool,
+    row: Row, samples: Sequence[Sample], scores: Sequence[Scores] | None, padding: Padding, total: int,
+    stream: StreamName,
 ) -> PackedBatch:  # fmt: skip
     mine = [samples[index] for index in row.samples]
-    streams = [sample.stream(teacher=teacher) for sample in mine]
-    lengths = _sequence_lengths(row, samples, padding, teacher)
+    streams = [sample.stream(stream) for sample in mine]
+    lengths = _sequence_lengths(row, samples, padding, stream)
     ids = np.zeros(total, dtype=np.int64)  # causal attention: what stands behind a sequence changes nothing in it
-    for stream, start in zip(streams, itertools.accumulate(lengths, initial=0), strict=False):
-        ids[start : start + len(stream)] = stream.token_ids
+    for sequence, start in zip(streams, itertools.accumulate(lengths, initial=0), strict=False):
+        ids[start : start + len(sequence)] = sequence.token_ids
     if total > sum(lengths):
         lengths.append(total - sum(lengths))  # a sequence of its own: attention stays inside it
     sizes = torch.tensor(lengths, dtype=torch.long)
     boundaries = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
-    spans = [found for _, found in predicting_positions(row, samples, padding=padding, teacher=teacher)]
+    spans = [found for _, found in predicting_positions(row, samples, padding=padding, stream=stream)]
     layout = _Layout(total, mine, torch.cat([*spans, torch.zeros(0, dtype=torch.long)]))
-    targets = np.concatenate([*(stream.trained_ids for stream in streams), np.zeros(0, np.int32)]).astype(np.int64)
+    targets = np.concatenate([*(sequence.trained_ids for sequence in streams), np.zeros(0, np.int32)]).astype(np.int64)
     names = sorted({name for sample in mine for name in sample.weights})
     return PackedBatch(
         input_ids=torch.from_numpy(ids),

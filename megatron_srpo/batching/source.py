@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_srpo.algorithms.contrast import ContrastingGroups
+from megatron_srpo.algorithms.history import Histories
 from megatron_srpo.algorithms.report import RoutingReport
 from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.teachers import TeacherPromptFunction
@@ -45,11 +46,11 @@ class DriverSource:
 
     def __init__(
         self, config: Config, control: RoleControl, generate: Generator, loader: Loader,
-        teacher_prompt: TeacherPromptFunction, log: Log, *, dp_size: int, padding: Padding,
+        teacher_prompt: TeacherPromptFunction, histories: Histories, log: Log, *, dp_size: int, padding: Padding,
         engine_metrics: Callable[[], dict[str, float]],
     ) -> None:  # fmt: skip
         self._config, self._control, self._generate, self._loader = config, control, generate, loader
-        self._teacher_prompt, self._log = teacher_prompt, log
+        self._teacher_prompt, self._histories, self._log = teacher_prompt, histories, log
         self._dp_size, self._padding, self._engine_metrics = dp_size, padding, engine_metrics
 
     def next_batch(self, iteration: int, timer: Timer) -> Batch:
@@ -82,10 +83,12 @@ class DriverSource:
         return groups
 
     def _route(self, groups: list[Group], iteration: int) -> RoutingReport:
+        self._histories.give(groups, iteration)
         report = route(
             groups, self._config.algorithm, seed=self._config.run.seed, iteration=iteration,
             teacher_prompt=self._teacher_prompt, feedback_with_solution=self._config.teacher.feedback_with_solution,
         )  # fmt: skip
+        self._histories.observe(groups, iteration)
         if report.failed:
             self._log.warn(
                 f"iteration {iteration + 1}: {len(report.failed)} of {len(report.samples)} rewards failed, and count "
@@ -118,7 +121,7 @@ class DriverSource:
 
     def state_dict(self) -> State:
         """Where a resumed run goes on."""
-        return self._loader.state_dict()
+        return {**self._loader.state_dict(), "histories": self._histories.state_dict()}
 
 
 class FollowerSource:

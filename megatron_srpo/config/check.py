@@ -84,6 +84,11 @@ def _batches(config: Config) -> Iterator[str]:
             f"choose one of {_some(_divisors(batch))}, or 0 for the whole batch"
         )
     algorithm = config.algorithm
+    if algorithm.teaching is not None and "solution" in algorithm.teaching.sources and not config.data.solution_key:
+        yield (
+            'algorithm.teachers: "solution" needs a worked solution in the data, and data.solution_key is empty; name '
+            'the field that has it, or remove "solution"'
+        )
     if config.rollout.n_samples_per_prompt > 1:
         return
     if algorithm.needs.group_baseline:
@@ -91,7 +96,7 @@ def _batches(config: Config) -> Iterator[str]:
             f"rollout.n_samples_per_prompt = 1: with algorithm.name = {algorithm.name!r} the advantage is the reward "
             "minus the group's mean, which is always 0 in a group of one; sample at least 2"
         )
-    elif algorithm.distillation is not None and not algorithm.distillation.use_feedback:
+    elif algorithm.teaching is not None and algorithm.teaching.sources == ("sibling",):
         yield (
             "rollout.n_samples_per_prompt = 1: no sibling can teach a group of one; sample at least 2, or set "
             "algorithm.use_feedback = true if the rewards give feedback"

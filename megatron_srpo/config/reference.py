@@ -54,7 +54,10 @@ def markdown() -> str:
 def _only(section: str, key: str) -> str:
     """Which algorithms have this key, unless all have it."""
     users = users_of(key) if section == ALGORITHM else []
-    return f" Only for {', '.join(users)}." if users and len(users) < len(BY_NAME) else ""
+    others = [name for name in BY_NAME if name not in users]
+    if not users or not others:
+        return ""
+    return f" Only for {', '.join(users)}." if len(users) <= len(others) else f" Not for {', '.join(others)}."
 
 
 if __name__ == "__main__":

@@ -87,6 +87,9 @@ class DataConfig(Section):
     """Field of a row with the answer that the reward function compares with."""
     kind_key: str = "kind"
     """Field of a row that names its reward function."""
+    solution_key: str = ""
+    """Field of a row with a worked solution, which the teacher source "solution" shows (algorithm.teachers). Rows may
+    leave it out. Empty: there is none."""
     system_key: str = "system"
     """Field of a row with its system message. Rows may leave it out."""
     kind: str = ""

@@ -16,12 +16,14 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.float32]  # [R], one value for each trained token
 PerToken = float | Tokens  # a float counts for every trained token
+StreamName = Literal["student", "teacher", "contrast"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Prompt:
     kind: str  # which reward function scores it
     metadata: Mapping[str, object] = field(default_factory=dict)  # the row's other fields
     source: str = ""  # "file:line", for messages
+    solution: str = ""  # the data's own worked solution (data.solution_key); "" if it has none
 
 
 @dataclass
@@ -106,6 +109,18 @@ class Attempt:
     teachable: bool = False  # there is something to show a teacher of this attempt; routing finds it out
 
 
+@dataclass(frozen=True)
+class History:
+    """What earlier iterations saw of a prompt. Counts fade: an attempt n iterations ago counts 0.85ⁿ.
+
+    Example: History(solved=1.7, failed=3.2, answers=("9 + 3 = 12. <answer>B</answer>",))
+    """
+
+    solved: float = 0.0
+    failed: float = 0.0
+    answers: tuple[str, ...] = ()  # correct responses, the newest last
+
+
 @dataclass
 class Group:
     """All attempts at one prompt: the shape of an iteration's data from the scorer to the log.
@@ -116,6 +131,8 @@ class Group:
     prompt: Prompt
     attempts: list[Attempt]
     samples: list[Sample] = field(default_factory=list)  # what routing made of the attempts, in their order
+    iteration: int = 0  # of the run, counted from 0; routing sets it
+    history: History = History()  # only for an algorithm that needs it
 
     @property
     def scores(self) -> list[float]:
@@ -128,7 +145,11 @@ class Needs:
     """What an algorithm needs of the rest of the system: the only thing that others may ask about it."""
 
     teacher: bool = False  # some attempts are scored under the self-teacher
-    topk: int = 0  # K: the teacher is compared on the student's top-k ids; 0: on the full vocabulary
+    divergence: bool = False  # the teacher is compared with the student on many tokens of the vocabulary
+    topk: int = 0  # K: the divergence is over the student's top-k ids; 0: over the full vocabulary
+    teacher_tokens: bool = False  # the teacher's log-probs of the trained tokens themselves, for Algorithm.guide
+    contrast: bool = False  # a second teacher prompt, which shows a wrong answer; implies teacher_tokens
+    history: bool = False  # what earlier iterations saw of each prompt
     reference: bool = False  # log-probs of the initial model
     group_baseline: bool = True  # an advantage is relative to the group: a group of one has none
 
@@ -145,7 +166,7 @@ class Credit:
 
     weights: Mapping[str, PerToken]
     advantage: PerToken
-    taught: bool = False  # the teacher scores this attempt; only a teachable attempt may ask for it
+    taught: bool = False  # the teacher (and with Needs.contrast the second one) scores it; for teachable attempts only
 
 
 @dataclass(frozen=True)
@@ -206,7 +227,8 @@ class Sample:
     advantage: PerToken
     weights: Mapping[str, PerToken]  # by loss term
     teacher: Stream | None = None  # the enriched prompt and the same tokens; None: no teacher scores this sample
-    teacher_sample: int | None = None  # the sibling that teaches; None: feedback alone, or no teacher
+    teacher_sample: int | None = None  # the sibling that teaches; None: another source, or no teacher
+    contrast: Stream | None = None  # the same behind a prompt that shows a wrong answer; Needs.contrast alone
 
     @property
     def length(self) -> int:
@@ -240,12 +262,15 @@ class Sample:
     def teacher_length(self) -> int:
         return 0 if self.teacher is None else len(self.teacher)
 
-    def stream(self, *, teacher: bool) -> Stream:
-        """The student's or the teacher's."""
-        if not teacher:
-            return self.student
-        assert self.teacher is not None, f"{self.uid} sample {self.sample} has no teacher prompt"
-        return self.teacher
+    @cached_property
+    def contrast_length(self) -> int:
+        return 0 if self.contrast is None else len(self.contrast)
+
+    def stream(self, which: StreamName) -> Stream:
+        """One of its streams, which must exist."""
+        found: Stream | None = getattr(self, which)
+        assert found is not None, f"{self.uid} sample {self.sample} has no {which} prompt"
+        return found
 
 
 @dataclass(frozen=True)
@@ -285,8 +310,8 @@ class MiniBatchPlan:
     loss_tokens: int  # N: trained tokens of counted samples, over all ranks (the joint denominator)
     distill_tokens: int  # |Ω|: trained tokens with a distillation weight, over all ranks
     forwarded: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Rows and tokens of all ranks, padding excluded: of the "student" and "teacher" rows, and of "distilled" ones, the
-    teacher's rows with the students' streams."""
+    """Rows and tokens of all ranks, padding excluded, by ScoringPass.rows. "distilled" are the teacher's rows with the
+    students' streams, "contrast" those with the streams that show a wrong answer."""
 
 
 @dataclass(frozen=True)

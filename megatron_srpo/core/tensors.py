@@ -38,6 +38,8 @@ class Scores:
     teacher_logprobs: Tensor | None = None  # [R, K] fp32, the teacher's log-prob at topk_ids
     teacher_logits: Tensor | None = None  # [R, v], full-vocabulary divergence only: this rank's shard
     teacher_entropy: Tensor | None = None  # [R] fp32, nats, over the full vocabulary
+    teacher_logprob: Tensor | None = None  # [R] fp32, the teacher's log-prob of the trained tokens
+    contrast_logprob: Tensor | None = None  # [R] fp32, the same behind a prompt that shows a wrong answer
     reference_logprob: Tensor | None = None  # [R] fp32, log π_ref of the trained tokens
     initial_hidden: Tensor | None = None  # [R, H], the initial model's as a teacher; trust-region teacher only
 
@@ -96,6 +98,16 @@ class HeadInput:
 ScoreFunction = Callable[[HeadInput, PackedBatch], dict[str, Tensor]]
 # … → this row's part of the objective (a scalar), and its metrics.
 LossFunction = Callable[[HeadInput, PackedBatch], tuple[Tensor, Metrics]]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What an algorithm may turn into advantages of single tokens (Algorithm.guide). All [T] fp32, without gradient, 0
+    at tokens without a "guided" weight."""
+
+    advantage: Tensor  # Credit.advantage
+    teacher_gap: Tensor  # nats, log π_teacher(y_t) − log π_old(y_t)
+    contrast_gap: Tensor  # nats, log π_contrast(y_t) − log π_old(y_t); 0 without Needs.contrast
 
 
 @dataclass

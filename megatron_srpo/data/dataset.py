@@ -43,6 +43,7 @@ class Example:
     kind: str
     metadata: dict[str, object]  # the row's other fields
     source: str  # "file:line"
+    solution: str = ""  # the row's worked solution
 
 
 @dataclass
@@ -171,9 +172,11 @@ def _example(record: object, row: int, place: str, config: DataConfig) -> Exampl
     answer = _required(record, "answer", config.answer_key)
     if isinstance(answer, str):
         _check_text(answer, config.answer_key)
-    used = {config.prompt_key, config.answer_key, config.kind_key, config.system_key}
+    used = {config.prompt_key, config.answer_key, config.kind_key, config.system_key, config.solution_key}
     metadata = {name: value for name, value in record.items() if name not in used}
-    return Example(row, messages, answer, _kind(record, config), metadata, place)
+    solution = record.get(config.solution_key) if config.solution_key else None
+    text = "" if solution is None else _text(solution, config.solution_key)
+    return Example(row, messages, answer, _kind(record, config), metadata, place, text)
 
 
 def _required(record: dict[str, object], name: str, key: str) -> object:

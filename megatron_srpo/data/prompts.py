@@ -57,7 +57,10 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _prompt(example: Example, ids: list[int], split: str) -> Prompt:
     uid = f"{split}:{example.row}"
-    return Prompt(uid, example.messages, list(ids), example.answer, example.kind, example.metadata, example.source)
+    return Prompt(
+        uid, example.messages, list(ids), example.answer, example.kind, example.metadata, example.source,
+        example.solution,
+    )  # fmt: skip
 
 
 def hides_system(tokenizer: Tokenizer, prompt: Prompt, config: DataConfig) -> bool:

@@ -31,7 +31,7 @@ class ScoringPass:
     """A forward pass of an iteration whose results are kept for each sample."""
 
     name: str  # in the log: forward/<name>_tokens
-    rows: Literal["student", "distilled", "teacher"]  # "distilled": the teacher's rows with the students' streams
+    rows: Literal["student", "distilled", "teacher", "contrast"]  # see batching/passes.STREAMS
     weights: Literal["student", "teacher", "reference"]
     score: ScoreFunction
     start: int = 0  # the first mini-batch that it scores
@@ -57,12 +57,14 @@ class Objective:
         """
         needs = self._needs
         found = [ScoringPass("old", "student", "student", self._score_old, start=1)]
-        if needs.teacher and needs.topk:
+        if needs.divergence and needs.topk:
             found.append(ScoringPass("topk", "distilled", "student", self._score_topk))
         if needs.teacher and self._trust_region is not None:
             found.append(ScoringPass("initial", "teacher", "reference", self._trust_region.score_initial))
         if needs.teacher:
             found.append(ScoringPass("teacher", "teacher", "teacher", self._score_teacher, frees=("initial_hidden",)))
+        if needs.contrast:
+            found.append(ScoringPass("contrast", "contrast", "teacher", self._score_contrast))
         if needs.reference:
             found.append(ScoringPass("reference", "student", "reference", self._score_reference))
         return found
@@ -87,16 +89,25 @@ class Objective:
         return {"topk_ids": self._head(given).topk(self._needs.topk)}
 
     def _score_teacher(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
-        """Teacher log-probs at the student's ids, and the entropy over the full vocabulary; for the full-vocabulary
-        divergence this rank's shard of the logits instead of the former."""
+        """Teacher log-probs at the student's top-k ids and at the trained tokens, whichever are needed, and the entropy
+        over the full vocabulary. A divergence over the full vocabulary keeps this rank's shard of the logits."""
         if self._trust_region is not None:
             given = self._trust_region.joined(given, row)
-        head = self._head(given)
+        head, targets, topk = self._head(given), row.targets[:, None], row.scores.topk_ids
         # An empty row, which only keeps this rank in step with the others, has no top-k: any id will do.
-        ids = row.targets[:, None] if row.scores.topk_ids is None else row.scores.topk_ids
+        ids = targets if topk is None else torch.cat([targets, topk], 1) if self._needs.teacher_tokens else topk
         logprobs, entropy = head.gather_logprobs(ids)
-        kept = {"teacher_logprobs": logprobs} if self._needs.topk else {"teacher_logits": head.logits()}
-        return {**kept, "teacher_entropy": entropy}
+        found = {"teacher_entropy": entropy}
+        if self._needs.teacher_tokens:
+            found["teacher_logprob"], logprobs = logprobs[:, 0], logprobs[:, 1:]
+        if self._needs.divergence and self._needs.topk:
+            found["teacher_logprobs"] = logprobs
+        elif self._needs.divergence:
+            found["teacher_logits"] = head.logits()
+        return found
+
+    def _score_contrast(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
+        return {"contrast_logprob": self._target_logprobs(given, row)}
 
     def distill_weight_sum(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
         """Σ exp(−β H_t) over the distilled tokens of these samples: the numerator of the mean weight over Ω."""

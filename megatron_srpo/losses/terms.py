@@ -3,6 +3,7 @@
     L = 1/N Σ_t Σ_name weights[name]_t · term(name)_t
 
     policy    r_t · ℓ_GRPO(advantage)           r_t: rollout correction
+    guided    r_t · ℓ_GRPO(Algorithm.guide)     advantages of single tokens, from the teacher's log-probs
     kl        k3 to the reference policy        weights carry the coefficient
     entropy   −H
     distill   r_t · w_t · ρ̄_t · ℓ_SDPO          w_t = exp(−βH)/mean, ρ̄_t: SDPO's clipped ratio
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from megatron_srpo.algorithms import Algorithm, Distillation
 from megatron_srpo.core.metrics import Max, Mean, Metric, Metrics, Total
-from megatron_srpo.core.tensors import PackedBatch
+from megatron_srpo.core.tensors import Guidance, PackedBatch
 from megatron_srpo.losses.distillation import distill_ratio, dynamic_weights, topk_divergence
 from megatron_srpo.losses.head import Head
 from megatron_srpo.losses.policy import k3, policy_loss, rollout_weights, sequence_mean
 from megatron_srpo.losses.vocab_parallel import full_divergence
+
+JENSEN_SHANNON = 0.5  # the α of the symmetric divergence
 
 
 def mean_over(values: Tensor, weight: Tensor) -> Mean:
@@ -78,6 +81,10 @@ class RowState:
             )
         )  # fmt: skip
 
+    def gap(self, logprob: Tensor | None) -> Tensor:
+        """log π_teacher − log π_old of the trained tokens [T], without gradient; 0 without a teacher's `logprob`."""
+        return torch.zeros_like(self.mask) if logprob is None else self.clean(logprob - self.behaviour).detach()
+
     @torch.no_grad()
     def metrics(self) -> dict[str, Metric]:
         """What every row tells, whatever its terms."""
@@ -110,15 +117,43 @@ class PolicyTerm:
     algorithm: Algorithm
 
     def __call__(self, weight: Tensor, row: RowState) -> tuple[Tensor, Metrics]:
+        loss, clipped = self.losses(row, row.batch.advantages)
+        over = row.mask * (weight > 0)
+        metrics = {"actor/pg_loss": mean_over(loss, over), "actor/pg_clipfrac": mean_over(clipped.to(over.dtype), over)}
+        return weight * (row.correction * loss), metrics
+
+    def losses(self, row: RowState, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss with these advantages [T], and whether its clip was active."""
         log_ratio = row.logp - row.behaviour  # 0 with a gradient where the policy has not moved
         if self.algorithm.importance_ratio == "sequence":
             log_ratio = sequence_mean(log_ratio, row.mask, row.batch.cu_seqlens, row.batch.context_group)
-        loss, clipped = policy_loss(
-            log_ratio, row.batch.advantages, clip_low=self.algorithm.clip_ratio_low,
-            clip_high=self.algorithm.clip_ratio_high, dual_clip=self.algorithm.dual_clip,
+        return policy_loss(
+            log_ratio, advantages, clip_low=self.algorithm.clip_ratio_low, clip_high=self.algorithm.clip_ratio_high,
+            dual_clip=self.algorithm.dual_clip,
         )  # fmt: skip
-        over = row.mask * (weight > 0)
-        metrics = {"actor/pg_loss": mean_over(loss, over), "actor/pg_clipfrac": mean_over(clipped.to(over.dtype), over)}
+
+
+@dataclass(frozen=True)
+class GuidedTerm:
+    """The clipped policy gradient with advantages that the algorithm makes of the teacher's log-probs, token by
+    token."""
+
+    policy: PolicyTerm
+
+    def __call__(self, weight: Tensor, row: RowState) -> tuple[Tensor, Metrics]:
+        scores, guided = row.batch.scores, row.on & (weight > 0)
+        nothing = torch.zeros_like(row.mask)
+        seen = [row.batch.advantages, row.gap(scores.teacher_logprob), row.gap(scores.contrast_logprob)]
+        guidance = Guidance(*(torch.where(guided, values, nothing) for values in seen))
+        advantages = torch.where(guided, self.policy.algorithm.guide(guidance), nothing)
+        loss, clipped = self.policy.losses(row, advantages)
+        over = guided.to(row.mask.dtype)
+        metrics: dict[str, Metric] = {
+            "actor/guided_loss": mean_over(loss, over),
+            "actor/guided_clipfrac": mean_over(clipped.to(over.dtype), over),
+            "actor/guided_advantage": mean_over(advantages, over),
+            "srpo/teacher_gap": mean_over(guidance.teacher_gap, over),
+        }
         return weight * (row.correction * loss), metrics
 
 
@@ -150,12 +185,16 @@ class DistillTerm:
         assert scores.teacher_entropy is not None, "distillation needs the teacher's scores (Needs.teacher)"
         distilled = row.on & (weight > 0)
         over = distilled.to(row.logp.dtype)
-        divergence = torch.where(distilled, self._divergence(row), torch.zeros_like(row.logp))
+        divergence = torch.where(
+            distilled, self._divergence(row, self.settings.divergence_alpha), torch.zeros_like(row.logp)
+        )
         entropy = torch.where(distilled, scores.teacher_entropy, torch.zeros_like(scores.teacher_entropy))
         # In fp64, because exp(−104) is 0 in fp32. Divided by a mean that small, the weight of 1 of tokens that are not
         # distilled may be infinite; the next line removes it.
         dynamic = (dynamic_weights(entropy.double(), self.settings.beta) / row.distill_weight_mean).to(entropy.dtype)
         dynamic = torch.where(distilled, dynamic, torch.zeros_like(dynamic))
+        if self.settings.weighs_tokens:
+            dynamic = dynamic * self._token_weights(row, distilled)
         ratio = distill_ratio(row.logp, row.old, self.settings.distill_ratio_clip)
         metrics: dict[str, Metric] = {
             "srpo/distill_loss": mean_over(divergence, over),
@@ -166,8 +205,13 @@ class DistillTerm:
         }
         return weight * row.correction * (dynamic * ratio * divergence), metrics
 
-    def _divergence(self, row: RowState) -> Tensor:
-        scores, alpha = row.batch.scores, self.settings.divergence_alpha
+    @torch.no_grad()
+    def _token_weights(self, row: RowState, distilled: Tensor) -> Tensor:
+        symmetric = torch.where(distilled, self._divergence(row, JENSEN_SHANNON), torch.zeros_like(row.logp))
+        return torch.where(distilled, self.settings.token_weights(symmetric), torch.zeros_like(symmetric))
+
+    def _divergence(self, row: RowState, alpha: float) -> Tensor:
+        scores = row.batch.scores
         if scores.teacher_logits is not None:
             head = row.head
             return full_divergence(
@@ -179,7 +223,10 @@ class DistillTerm:
 
 def build_terms(algorithm: Algorithm) -> dict[str, Term]:
     """The terms by the names that Credit.weights has."""
-    terms: dict[str, Term] = {"policy": PolicyTerm(algorithm), "kl": ReferenceTerm(), "entropy": EntropyTerm()}
+    policy = PolicyTerm(algorithm)
+    terms: dict[str, Term] = {"policy": policy, "kl": ReferenceTerm(), "entropy": EntropyTerm()}
+    if algorithm.needs.teacher_tokens:
+        terms["guided"] = GuidedTerm(policy)
     if algorithm.distillation is not None:
         terms["distill"] = DistillTerm(algorithm.distillation)
     return terms

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, cast
 
+from megatron_srpo.algorithms.history import Histories, NoHistories, PromptHistories
 from megatron_srpo.batching.source import DriverSource, FollowerSource
 from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import Log, RoleControl, Scorer, Source, State
@@ -70,6 +71,8 @@ class Driver:
             if split == "train"
         ]
 
+        self._histories: Histories = PromptHistories() if config.algorithm.needs.history else NoHistories()
+
     def kinds(self) -> set[str]:
         return {prompt.kind for prompts in self._prompts.values() for prompt in prompts}
 
@@ -83,6 +86,7 @@ class Driver:
     def restore_data(self, restore: RestoreData, state: State) -> None:
         for loader in self._loaders:
             restore(loader, state)
+        self._histories.load_state_dict(cast(State, state.get("histories", {})))
 
     def open_log(self, start: int, state: State) -> None:
         observer = Observer(self._config, start_step=start)
@@ -103,7 +107,7 @@ class Driver:
             )  # fmt: skip
         return DriverSource(
             config, control, GroupGenerator(generating, scorer, requests, sampling), loader,
-            self._prompting.teacher_prompt, self.log, dp_size=dp_size, padding=padding,
+            self._prompting.teacher_prompt, self._histories, self.log, dp_size=dp_size, padding=padding,
             engine_metrics=generating.metrics,
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from megatron_srpo.algorithms.routing import route
 from megatron_srpo.batching import plan_batch, share_of
 from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import Attempt, Batch, Group, Prompt, Reward, Rollout, Row, Stream
+from megatron_srpo.core.records import Attempt, Batch, Group, History, Prompt, Reward, Rollout, Row, Stream
 from tests.distributed_harness import run_distributed
 from tests.routed_reference import Reference, count_choices, hub_names, load, put_weights, stream_logprobs
 from tests.tiny_models import make_tiny_model
@@ -47,6 +47,12 @@ VARIANTS = {
     "srpo in two steps, credit per token": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, trust region": (BASE, 160, 3, 0.8),
     "sdpo full vocabulary, trust region": (BASE | {"name": "sdpo", "distillation_topk": 0}, 200, 0, 1.0),
+    "rlsd in two steps": (
+        REGULARISED | {"name": "rlsd", "token_credit": 0.6, "token_credit_iterations": 0}, 160, 3, 0.8,
+    ),
+    "contrastive in two steps": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
+    "drift in two steps": (REGULARISED | {"name": "drift", "bonus_rate": 3.0}, 200, 3, 1.0),
+    "demopsd, full vocabulary": (BASE | {"name": "demopsd", "distillation_topk": 0}, 200, 0, 1.0),
     "gspo": (REGULARISED | GSPO | {"name": "grpo"}, 160, 2, 1.0),
     "gspo, tool answers": (REGULARISED | GSPO | {"name": "grpo"}, 160, 2, 1.0),
 }  # fmt: skip
@@ -167,7 +173,8 @@ def make_groups(model, variant):
     engine, groups = load(model), []
     for group, outcomes in enumerate(correct):
         ids = [rng.randrange(1, VOCAB) for _ in range(rng.randint(2, 11))]
-        groups.append(Group(Prompt(f"train:{group}", (), ids, "", "exact"), []))
+        seen = History(3.0 * group, 12 - 3.0 * group, ("9.9",))  # from hard to easy
+        groups.append(Group(Prompt(f"train:{group}", (), ids, "", "exact"), [], history=seen))
         for sample, right in enumerate(outcomes):
             length = 50 if (group, sample) == (4, 1) else rng.randint(1, 17)
             response = [rng.randrange(1, VOCAB) for _ in range(length)]

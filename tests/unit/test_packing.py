@@ -42,7 +42,7 @@ def pack_student(row, samples, scores=None, *, padding=NO_PADDING):
 
 
 def pack_teacher(row, samples, scores=None, *, padding=NO_PADDING):
-    return pack_rows([row], samples, scores, padding=padding, teacher=True)[0]
+    return pack_rows([row], samples, scores, padding=padding, stream="teacher")[0]
 
 
 @st.composite
@@ -85,7 +85,7 @@ def test_an_interleaved_pipeline_gets_rows_of_one_length_in_multiples():
     )
     assert sum(float(row.loss_mask.sum()) for row in packed) == mini.loss_tokens
     useful = sum(s.student_length for s in samples) + sum(s.teacher_length for s in samples)
-    teacher = row_lengths(mini.teacher[0], samples, padding=padding, teacher=True)
+    teacher = row_lengths(mini.teacher[0], samples, padding=padding, stream="teacher")
     assert plan.efficiency == pytest.approx(useful / (4 * 28 + sum(teacher)))
 
 
@@ -329,7 +329,7 @@ def test_the_teachers_row_has_the_same_responses_after_other_prompts():
     teacher = pack_teacher(Row((0, 1), 0), samples, scores)
     assert teacher.input_ids[:6].tolist() == [1030, 1031, 1032, 1033, 1050, 1051]
     row = Row((0, 1), 0)
-    places = zip(predicting_positions(row, samples), predicting_positions(row, samples, teacher=True), strict=True)
+    places = zip(predicting_positions(row, samples), predicting_positions(row, samples, stream="teacher"), strict=True)
     for (_, mine), (_, theirs) in places:
         for name in ("targets", "rollout_logprobs"):
             assert torch.equal(getattr(student, name)[mine], getattr(teacher, name)[theirs])

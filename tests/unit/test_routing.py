@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_srpo.algorithms.advantages import group_advantages, leave_one_out_advantages
+from megatron_srpo.algorithms.drift import difficulty
+from megatron_srpo.algorithms.history import PromptHistories
 from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.section import NAMES, algorithm
 from megatron_srpo.algorithms.teachers import stable_hash
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Needs, Prompt, Reward, Rollout, Sample
+from megatron_srpo.core.records import History, Needs, Prompt, Reward, Rollout, Sample
 from tests.made_samples import make_groups
 
 METHODS = ("srpo", "grpo", "sdpo", "mix", "rloo")
+LATER = ("drift", "scsdpo", "rlsd", "rlrt", "contrastive", "demopsd")  # tested below, and in the whole step
 POLICY, DISTILL, OUT = {"policy": 1.0}, {"distill": 1.0}, {}
 MIXED = {"policy": 0.9, "distill": 1.0 - 0.9}
 
@@ -132,7 +136,7 @@ def test_weights_follow_the_table(case, method):
 
 
 def test_every_algorithm_is_in_the_tables():
-    assert set(NAMES) == set(METHODS)
+    assert set(NAMES) == {*METHODS, *LATER}
 
 
 def test_rloo_asks_for_no_teacher_and_no_top_k_and_leaves_the_attempt_out_of_its_baseline():
@@ -410,3 +414,132 @@ def test_stale_rollouts_are_counted_and_left_out_of_the_loss_but_not_of_the_grou
     assert [sample.counted for sample in samples] == [True, False, True]
     assert [sample.advantage for sample in samples] == [0.5, -0.5, 0.0]
     assert report.metrics()["rollout/stale_samples"] == 1
+
+
+def shown_by(sources, scores=(0, 0), **keys):
+    """What the teacher of each attempt is shown: (solution, feedback)."""
+    teacher = Teacher()
+    groups = make_groups(
+        [replace(prompt_of(0), solution="worked out")],
+        [rollout_of(i) for i in range(len(scores))],
+        [Reward(score, "said") for score in scores],
+    )
+    groups[0].history = History(answers=("remembered",))
+    method = algorithm("sdpo", teachers=sources, **keys)
+    route(groups, method, seed=0, iteration=0, teacher_prompt=teacher)
+    return [call[1:] for call in teacher.calls], [sample.teacher for sample in groups[0].samples]
+
+
+@pytest.mark.parametrize(
+    ("sources", "scores", "expected"),
+    [
+        (["solution"], (0, 0), [("worked out", None)]),
+        (["memory"], (0, 0), [("remembered", None)]),
+        (["feedback"], (0, 0), [(None, "said")]),
+        (["sibling", "solution"], (1, 0), [("worked out", None), ("text 0.0", None)]),
+        (["solution", "sibling"], (1, 0), [("worked out", None)]),
+        (["sibling", "memory", "feedback"], (0, 0), [("remembered", None)]),
+        (["sibling"], (0, 0), []),
+    ],
+)
+def test_the_first_source_that_has_something_teaches(sources, scores, expected):
+    assert shown_by(sources, scores)[0] == expected
+
+
+def test_a_teacher_of_the_control_reads_the_question_alone():
+    calls, teachers = shown_by(["none"], (1, 0))
+    assert calls == []
+    assert [list(stream.prompt_ids) for stream in teachers] == [[1, 2, 0]] * 2
+
+
+def test_a_sibling_may_be_the_longest_or_the_median_and_none_that_is_far_too_short():
+    lengths = [2, 9, 5, 8, 4]  # the last one is wrong
+    chosen = {}
+    for choice in ("shortest", "longest", "median"):
+        samples, _ = run([1, 1, 1, 1, 0], "srpo", lengths=lengths, sibling=choice)
+        chosen[choice] = samples[4].teacher_sample
+    assert chosen == {"shortest": 0, "longest": 1, "median": 2}
+    samples, _ = run([1, 1, 1, 1, 0], "srpo", lengths=lengths, sibling="shortest", sibling_min_length=0.5)
+    assert samples[4].teacher_sample == 2  # the median is 6.5
+    samples, _ = run([1, 0], "srpo", lengths=[3, 3], sibling_min_length=1.0)
+    assert weights(samples) == [POLICY, DISTILL]
+
+
+def test_srpo_hands_over_from_distillation_to_the_policy_gradient():
+    def weight(iteration):
+        samples, _ = run([1, 0], "srpo", iteration=iteration, distill_iterations=2, distill_decay=1)
+        return dict(samples[1].weights)
+
+    assert [weight(i) for i in range(4)] == [DISTILL, DISTILL, {"policy": 0.5, "distill": 0.5}, POLICY]
+
+
+@pytest.mark.parametrize(
+    ("distill_on", "expected"), [("incorrect", [OUT, OUT, DISTILL]), ("correct", [DISTILL, DISTILL, OUT])]
+)
+def test_sdpo_may_distil_right_or_wrong_attempts_alone(distill_on, expected):
+    assert weights(run([1, 1, 0], "sdpo", distill_on=distill_on)[0]) == expected
+
+
+def test_the_contrastive_teacher_is_shown_a_right_and_a_wrong_sibling():
+    teacher = Teacher()
+    samples, _ = run([1, 0, 0], "contrastive", teacher=teacher)
+    # The only right one has no right sibling.
+    assert weights(samples) == [POLICY, {"guided": 1.0}, {"guided": 1.0}]
+    assert [call[1] for call in teacher.calls] == ["text 0.0", "text 0.2", "text 0.1"]
+    assert samples[1].contrast is not None and samples[0].contrast is None
+    assert weights(run([1, 0], "contrastive")[0]) == [POLICY, POLICY]
+
+
+def test_token_credit_fades_and_only_rlrt_leaves_wrong_responses_alone():
+    def of(method, iteration):
+        return [dict(weight) for weight in weights(run([1, 1, 0], method, iteration=iteration)[0])]
+
+    half = {"policy": 0.5, "guided": 0.5}
+    assert of("rlsd", 0) == [half, half, half]
+    assert of("rlrt", 0) == [half, half, POLICY]
+    assert of("rlsd", 25) == [{"policy": 0.75, "guided": 0.25}] * 3
+    assert of("rlsd", 50) == [POLICY] * 3
+
+
+def test_the_weights_of_drift_follow_how_hard_the_prompt_has_been():
+    def routed(history, iteration=1, **keys):
+        groups = make_groups([prompt_of(0)], [rollout_of(i) for i in range(3)], [Reward(1), Reward(1), Reward(0)])
+        groups[0].history = history
+        route(groups, algorithm("drift", **keys), seed=0, iteration=iteration, teacher_prompt=Teacher())
+        return weights(groups[0].samples)
+
+    assert difficulty(History()) == pytest.approx((0.075, 0.85, 0.075), abs=0.01)  # nothing is known: medium
+    hard = routed(History(solved=0, failed=1000))
+    assert hard[0]["policy"] == pytest.approx(0.3, abs=0.05) and hard[2]["distill"] == pytest.approx(1, abs=0.05)
+    easy = routed(History(solved=1000, failed=0))
+    assert easy[0]["policy"] == pytest.approx(0.05, abs=0.05) and easy[2]["distill"] == pytest.approx(0.35, abs=0.02)
+    assert routed(History(), iteration=0, warmup_iterations=1) == [DISTILL] * 3
+
+
+def test_sc_sdpo_weighs_prompts_by_how_undecided_the_policy_is():
+    rewards = [Reward(score) for score in (1, 0, 1, 1, 1, 0, 1, 1)]
+    rollouts = [rollout_of(i % 4, prompt=i // 4) for i in range(8)]
+    samples, _ = route_plain([prompt_of(0), prompt_of(1)], rollouts, rewards, algorithm("scsdpo"))
+    assert {round(sample.weights["distill"], 6) for sample in samples} == {1.0}  # 3 of 4 in both groups
+    rewards[1] = Reward(1)
+    samples, _ = route_plain([prompt_of(0), prompt_of(1)], rollouts, rewards, algorithm("scsdpo"))
+    assert [sample.weights["distill"] for sample in samples] == [0.0] * 4 + [2.0] * 4
+
+
+def test_histories_fade_forget_duplicates_and_survive_a_checkpoint():
+    histories = PromptHistories()
+
+    def group(scores):
+        return make_groups([prompt_of(0)], [rollout_of(i) for i in range(len(scores))], [Reward(s) for s in scores])
+
+    for iteration, scores in enumerate([(1, 1, 0), (1, 0, 0)]):
+        histories.observe(group(scores), iteration)
+    resumed = PromptHistories()
+    resumed.load_state_dict(json.loads(json.dumps(histories.state_dict())))
+    for each in (histories, resumed):
+        groups = group((0,))
+        each.give(groups, 3)
+        seen = groups[0].history
+        assert seen.solved == pytest.approx((2 * 0.85 + 1) * 0.85**2)
+        assert seen.failed == pytest.approx((1 * 0.85 + 2) * 0.85**2)
+        assert seen.answers == ("text 0.0", "text 0.1")
