@@ -226,7 +226,11 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the run, for the schedules that decay."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay (AdamW)."""
+    """Decoupled weight decay (AdamW) of weight matrices and embeddings. For norm scales and biases see
+    decay_norms_and_biases."""
+    decay_norms_and_biases: bool = False
+    """Apply the weight decay to norm scales and biases too. Megatron and transformers do not. Set it to true to compare
+    with a trainer that decays all parameters, or to continue a run that did."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay rate of Adam's first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
