@@ -133,3 +133,32 @@ def test_weight_decay_reaches_matrices_and_by_an_option_norms_and_biases(tmp_pat
     for name, value in before.items():
         kept = value if name in spared and not everywhere else value * (1 - LR * DECAY)
         assert torch.equal(after[name], kept), name
+
+
+def update_once_per_iteration(model):
+    """The EMA teacher moves when the iteration ends, by what the student is then, and only if a step was taken."""
+    policy = _policy(model, {}, teacher={"update_every": "iteration", "update_rate": 0.5})
+
+    def weights(which):
+        with policy.weights(which):
+            return {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
+
+    def bad(given, row):
+        return _loss(given, row)[0] * float("nan"), {}
+
+    initial = weights("teacher")
+    _steps(policy, 2)
+    held = weights("teacher")
+    policy.end_iteration()
+    moved, student = weights("teacher"), weights("student")
+    assert policy.train_step(_rows(0, 1), bad).skipped
+    policy.end_iteration()
+    kept = weights("teacher")
+    for name, start in initial.items():
+        assert torch.equal(held[name], start) and torch.equal(kept[name], moved[name]), name
+        assert torch.equal(moved[name], start.lerp(student[name], 0.5)), name
+    assert any(not torch.equal(moved[name], start) for name, start in initial.items())
+
+
+def test_a_teacher_that_is_updated_once_per_iteration_waits_for_its_last_step(tmp_path):
+    run_distributed(update_once_per_iteration, 1, make_tiny_model(tmp_path / "model", vocab=VOCAB))
