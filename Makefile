@@ -30,11 +30,12 @@ help:  ## list all targets
 setup:  ## create .venv with the pinned requirements (DEVICE=cpu|gpu, PYTHON=...)
 	@python='$(PYTHON)'; \
 	test -z "$$python" || "$$python" -c '' 2>/dev/null || { echo "set-up: PYTHON=$$python is not a Python that runs; say which Python 3.11 or newer: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	least=11; test '$(DEVICE)' != gpu || least=12; \
 	for candidate in .venv/bin/python python3.11 python3.12 python3.13 python3; do \
 	  test -z "$$python" || break; \
-	  "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python="$$candidate"; \
+	  "$$candidate" -c "import sys; sys.exit(sys.version_info < (3, $$least))" 2>/dev/null && python="$$candidate"; \
 	done; \
-	test -n "$$python" || { echo "set-up: no Python 3.11 or newer found; install one, or say which: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	test -n "$$python" || { echo "set-up: no Python 3.$$least or newer found; install one, or say which: make setup PYTHON=/path/to/python3.$$least" >&2; exit 1; }; \
 	"$$python" tools/setup_env.py --device '$(DEVICE)'
 
 test: setup  ## run the default tests and print the slowest ten (ARGS="-k name" selects some)

@@ -82,6 +82,7 @@ class Trainer:
                     passes.run(scoring)
             with parts.timer.phase("train"):
                 steps = [self._step(passes, mini) for mini in batch.plan.mini_batches]
+                parts.policy.end_iteration()
             with parts.timer.phase("publish"):
                 parts.engine.publish(parts.weights, self.iteration + 1)
             self.iteration += 1

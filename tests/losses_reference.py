@@ -36,14 +36,17 @@ def coarse(logp, ids, tail):
     return [x / sum(kept) for x in kept]
 
 
-def objective(logits, teacher, batch: PackedBatch, s: Distillation, loss_tokens, weight_mean, sequences):
-    """The sum over tokens of SRPO §3.3. logits, teacher [T, V] float64; sequences [T] sequence numbers."""
+def objective(logits, teacher, batch: PackedBatch, s: Distillation, loss_tokens, weight_mean, sequences, responses=0):
+    """The sum over tokens of SRPO §3.3. logits, teacher [T, V] float64; sequences [T] sequence numbers. `responses` is
+    the denominator of a mean over responses."""
+    count = batch.loss_mask.new_zeros(int(sequences.max()) + 1).index_add(0, sequences, batch.loss_mask)
     logp = logits.log_softmax(-1)
     logq = teacher.log_softmax(-1)
     total = logits.sum() * 0
     for t in range(logits.size(0)):
         if batch.loss_mask[t] == 0:
             continue
+        before = total
         lp = logp[t, batch.targets[t]]
         old = lp.detach() if batch.scores.logprob is None else batch.scores.logprob[t]
         rho, advantage = (lp - old).exp(), batch.advantages[t]
@@ -73,7 +76,9 @@ def objective(logits, teacher, batch: PackedBatch, s: Distillation, loss_tokens,
             if s.distill_ratio_clip and batch.scores.logprob is not None:
                 ratio = min(float((lp.detach() - old).exp()), s.distill_ratio_clip)
             total = total + batch.weights["distill"][t] * weight * ratio * r * divergence(p, q, s.divergence_alpha)
-    return total / loss_tokens
+        if s.loss_aggregation == "seq-mean-token-mean":
+            total = before + (total - before) / count[sequences[t]]
+    return total / (responses if s.loss_aggregation == "seq-mean-token-mean" else loss_tokens)
 
 
 def correction(t, logp, batch, s, sequences):
@@ -115,12 +120,14 @@ def random_row(seed, vocab, *, k, full=False, old=False, kl=0.0, entropy=0.0):
     weights = {"policy": policy, "distill": distill}
     weights |= {"kl": kl * policy} if kl else {}
     weights |= {"entropy": entropy * policy} if entropy else {}
+    count = torch.zeros(4).double().index_add(0, sequences, mask)
     batch = PackedBatch(
         input_ids=targets.roll(1), targets=targets, position_ids=torch.arange(total),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), loss_mask=mask,
         # Signs alternate from token to token, which no sequence has: both clips of both signs then act in one row.
         advantages=torch.tensor([0.7, -1.1, -0.4, 0.0])[sequences].double() * (-1.0) ** torch.arange(total),
         rollout_logprobs=at + noise[0], first_token=torch.zeros(total, dtype=torch.float64), weights=weights,
+        response_tokens=count[sequences] * mask,
         scores=Scores(
             logprob=at + noise[1] if old else None, reference_logprob=at + noise[2], topk_ids=None if full else ids,
             teacher_logprobs=None if full else logq.gather(1, ids), teacher_logits=teacher if full else None,

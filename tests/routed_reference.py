@@ -171,10 +171,11 @@ class Reference:
             gain = torch.where(advantage < 0, torch.maximum(gain, a.dual_clip * advantage), gain)
         return -gain, (clipped * advantage < rho * advantage).double()
 
-    def step(self, student, samples, *, loss_tokens, moved):
+    def step(self, student, samples, *, loss_tokens, responses, moved):
         """(loss, metrics); call `.backward()` on the loss. `moved`: `student` is no longer `behaviour`. Samples whose
-        loss is zero for all weights may be missing; `loss_tokens` counts theirs too."""
+        loss is zero for all weights may be missing; `loss_tokens` and `responses` count theirs too."""
         a = self.a
+        per_response = a.loss_aggregation == "seq-mean-token-mean"
         counted = [s for s in samples if any(np.any(weight) for weight in s.weights.values())]
         means = {name: [0.0, 0.0] for name in NAMES}
         taught = {}  # by position in `counted`: teacher log-probs
@@ -201,6 +202,8 @@ class Reference:
         for i, s in enumerate(counted):
             ids = torch.tensor([t for t, on in zip(s.student.response_ids, s.student.trained, strict=True) if on])
             weight = {name: per_token(value, len(ids)) for name, value in s.weights.items()}
+            if per_response:
+                weight = {name: value / len(ids) for name, value in weight.items()}
             nothing = torch.zeros(len(ids)).double()
             logp = self._logp(student, s.student)
             at = logp.gather(1, ids[:, None])[:, 0]
@@ -255,13 +258,13 @@ class Reference:
                     m = (p.exp() + q.exp()) / 2
                     jsd = ((p.exp() * (p - m.log())).sum(-1) + (q.exp() * (q - m.log())).sum(-1)).detach() / 2
                     w = w * (1 - 2 * a.damping_max * (1 / (1 + (-a.damping_rate * jsd).exp()) - 0.5))
-                total = total + (distilled[i] * w * ratio * r * d).sum()
+                total = total + (weight["distill"] * w * ratio * r * d).sum()
                 log("distill_loss", d, on)
                 log("distill_ratio", ratio, on)
                 log("teacher_entropy", entropies[i], on)
                 log("teacher_first_token_entropy", entropies[i][:1], on[:1])
                 tops["distill_weight"] = max(tops["distill_weight"], float((w * on).max()))
-        loss = total / loss_tokens
+        loss = total / (responses if per_response else loss_tokens)
         return loss, self._named(means, tops, float(loss.detach()))
 
     @staticmethod

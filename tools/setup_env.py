@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,9 +126,16 @@ def check_machine(setup: Setup) -> None:
                 f"GPU set-up needs Python 3.12 or newer (megatron-core 0.19 does), got {sys.version.split()[0]}: "
                 "make setup DEVICE=gpu PYTHON=python3.12"
             )
-        if not has_nvidia_gpu():
+        if not has_python_headers():
+            version = f"{sys.version_info[0]}.{sys.version_info[1]}"
             raise SetupError(
-                "DEVICE=gpu, but no NVIDIA driver is on this machine: use DEVICE=cpu, or go to one with GPUs"
+                f"Python.h is missing, and transformer-engine compiles against it: install Python {version}'s headers "
+                f"(Debian, Ubuntu: apt-get install python{version}-dev), or use another Python with PYTHON=..."
+            )
+        if not has_nvidia_gpu():
+            announce(
+                "warning: this machine has no NVIDIA driver, as a cluster's login node. The GPU packages are installed "
+                "all the same; run make doctor on a machine with GPUs afterwards. For this machine use DEVICE=cpu"
             )
     check_compiler(setup.environment)
     free = shutil.disk_usage(setup.root).free / 2**30
@@ -301,10 +308,26 @@ def install_gpu(setup: Setup) -> None:
     vllm = next(line for line in setup.requirements.read_text().splitlines() if line.startswith("vllm=="))
     run_step(setup, f"installing {TORCH} and {vllm} (several GB)", pip(setup, TORCH, vllm, *BUILD_TOOLS), cure)
     compiled = pip(setup, "--no-build-isolation", "-r", setup.requirements)
-    cure = "transformer-engine compiles here: it needs the CUDA toolkit (nvcc, cuDNN headers) of torch's CUDA version"
-    run_step(
-        setup, "installing the pinned requirements; transformer-engine compiles, ten minutes or more", compiled, cure
+    cure = (
+        "transformer-engine's part for PyTorch compiles here, with a C++ compiler, against the CUDA headers that pip "
+        "has installed; no CUDA toolkit and no GPU are needed. To compile against a toolkit instead, set CUDA_HOME and "
+        "NVTE_BUILD_USE_NVIDIA_WHEELS=0"
     )
+    run_step(
+        with_pip_headers(setup),
+        "installing the pinned requirements; transformer-engine compiles, ten minutes or more",
+        compiled,
+        cure,
+    )
+
+
+def with_pip_headers(setup: Setup) -> Setup:
+    """The same set-up, in which transformer-engine compiles against pip's CUDA headers unless the user says otherwise.
+
+    vLLM brings pip's nvcc, whose folder transformer-engine takes for a CUDA toolkit. That folder has no nccl.h and no
+    cudnn.h: they are in the folders of other packages, which only this variable makes it look at.
+    """
+    return replace(setup, environment={"NVTE_BUILD_USE_NVIDIA_WHEELS": "1", **setup.environment})
 
 
 def install(setup: Setup) -> None:
@@ -312,8 +335,12 @@ def install(setup: Setup) -> None:
     {"cpu": install_cpu, "gpu": install_gpu}[setup.device](setup)
     project = pip(setup, "--no-deps", "--no-build-isolation", "--editable", setup.root)
     run_step(setup, "installing this project, editable", project, "see the log")
-    probe = [setup.python, "-c", "import torch, transformers, megatron.core, vllm"]
-    run_step(setup, "importing torch, Megatron Core and vLLM once", probe, "remove .venv and run it again")
+    if setup.device == "gpu" and not has_nvidia_gpu():  # vLLM and transformer-engine may ask the driver when imported
+        modules, names = "torch, transformers", "torch and transformers"
+    else:
+        modules, names = "torch, transformers, megatron.core, vllm", "torch, Megatron Core and vLLM"
+    probe = [setup.python, "-c", f"import {modules}"]
+    run_step(setup, f"importing {names} once", probe, "remove .venv and run it again")
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:

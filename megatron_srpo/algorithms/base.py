@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SourceName = Literal["sibling", "solution", "memory", "feedback", "none"]
 
+SMALLEST_MASK_CAP = 1.05  # bf16 log-probs of trainer and engine differ by a few hundredths of a nat
+
 
 class Algorithm(Section):
     """A policy-gradient method. Subclasses give `name` a Literal type and default, and implement `credit`."""
@@ -47,7 +49,12 @@ class Algorithm(Section):
     usual. 0 switches it off."""
     importance_ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of the policy loss. "token" takes one ratio per token, "sequence" the geometric mean over the
-    response (GSPO). With "sequence" the clips are about 4e-4."""
+    response (GSPO's ratio). With "sequence" the clips are about 4e-4. GSPO's objective also needs loss_aggregation =
+    "seq-mean-token-mean"."""
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    """Mean that makes the loss of an optimizer step, with verl's names. "token-mean" is the mean over all trained
+    tokens, so that long responses count more (DAPO, SRPO). "seq-mean-token-mean" takes the mean over the tokens of each
+    response first, so that each response counts the same (the GRPO and GSPO papers)."""
     mask_truncated: bool = False
     """Leave responses that were cut at max_response_length out of the loss."""
     rollout_correction: Literal["off", "truncate", "mask", "sequence_mask"] = "truncate"
@@ -55,7 +62,7 @@ class Algorithm(Section):
     the weights, "mask" drops tokens above the cap, "sequence_mask" caps the weights and drops responses whose geometric
     mean weight lies outside [1/cap, cap]."""
     rollout_correction_cap: float = Field(2.0, gt=0)
-    """Largest importance weight of rollout_correction. Must be at least 1 unless the correction is off."""
+    """Largest importance weight of rollout_correction. Must be at least 1 with "truncate" and 1.05 with the masks."""
     kl_loss_coef: float = Field(0.0, ge=0)
     """Coefficient of the KL divergence (k3 estimate) from the initial model. 0 switches it off."""
     entropy_coef: float = Field(0.0, ge=0)
@@ -103,7 +110,14 @@ class Algorithm(Section):
 
     def problems(self) -> Iterator[str]:
         """Contradictions among its own keys, one line each: key, value, why, and the cure."""
-        if self.rollout_correction != "off" and self.rollout_correction_cap < 1:
+        cap, correction = self.rollout_correction_cap, self.rollout_correction
+        if correction in ("mask", "sequence_mask") and 1 <= cap < SMALLEST_MASK_CAP:
+            yield (
+                f'algorithm.rollout_correction_cap = {cap}: algorithm.rollout_correction = "{correction}" drops '
+                "weights above it, and rounding in trainer and engine alone can take half or all of the weights there; "
+                f'set {SMALLEST_MASK_CAP} or more (2 is usual), or rollout_correction = "truncate"'
+            )
+        if correction != "off" and cap < 1:
             yield (
                 f"algorithm.rollout_correction_cap = {self.rollout_correction_cap}: the weight of a token on which "
                 "trainer and engine agree is 1, and a cap below that changes it; set 1 or more (2 is usual)"

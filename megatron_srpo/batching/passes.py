@@ -58,7 +58,7 @@ class BatchPasses:
         local = self._objective.distill_weight_sum([self.samples[i] for i in mine], [self.scores[i] for i in mine])
         weights = self._policy.sum_over_data(local)
         mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
-        loss = self._objective.loss(loss_tokens=mini.loss_tokens, distill_weight_mean=mean)
+        loss = self._objective.loss(loss_tokens=mini.loss_tokens, responses=mini.responses, distill_weight_mean=mean)
         return self._policy.train_step(pack_rows(rows, self.samples, self.scores, padding=self._policy.padding), loss)
 
     def _ranks(self, kind: str, mini: MiniBatchPlan) -> list[list[Row]]:

@@ -127,6 +127,7 @@ def _pack(
         advantages=layout.per_token([sample.advantage for sample in mine]),
         rollout_logprobs=layout.per_token([sample.rollout_logprobs for sample in mine]),
         first_token=layout.first_tokens(),
+        response_tokens=layout.per_token([float(sample.length) for sample in mine]),
         weights={name: layout.per_token([sample.weights.get(name, 0.0) for sample in mine]) for name in names},
         scores=Scores() if scores is None else _scored([scores[index] for index in row.samples], layout),
     )

@@ -21,7 +21,8 @@ QUIET = (
     "run.name", "run.output_dir", "run.device", "run.control_timeout_minutes", "run.watchdog_minutes",
     "reward.workers", "checkpoint", "eval", "observe",
 )  # fmt: skip
-
+# How versions without the key trained, where that is not the key's default.
+BEFORE_THE_KEY: dict[str, JsonValue] = {"optimizer.decay_norms_and_biases": True}
 
 Kind = Literal["fixed", "reset", "quiet", "told"]
 ConfigValues = Mapping[str, Mapping[str, JsonValue]]  # section → key → value, as of Config.model_dump(mode="json")
@@ -55,13 +56,13 @@ def kind_of(key: str) -> Kind:
 
 def changes(before: ConfigValues, now: ConfigValues) -> list[Change]:
     """The keys whose values differ in two configurations. A key that only one of them has belongs to another version of
-    the program and is ignored."""
+    the program and is ignored, unless its default changes how a run of that version continues."""
     found = []
     for section in [name for name in before if name in now]:
-        for key in [name for name in before[section] if name in now[section]]:
-            old, new = before[section][key], now[section][key]
+        for key, new in now[section].items():
+            dotted = f"{section}.{key}"
+            old = before[section].get(key, BEFORE_THE_KEY.get(dotted, new))
             if old != new:
-                dotted = f"{section}.{key}"
                 found.append(Change(dotted, old, new, kind_of(dotted), RESETS.get(dotted, "")))
     return found
 

@@ -45,8 +45,8 @@ def contradictions(
     must exist ("train", "test").
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *config.algorithm.problems()]
-    problems += [*_schedule(config), *_layout(config), *_servers(config), *template_problems(config.teacher)]
-    problems += file_problems(config, splits)
+    problems += [*_rewards(config), *_schedule(config), *_layout(config), *_servers(config)]
+    problems += [*template_problems(config.teacher), *file_problems(config, splits)]
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:
@@ -152,6 +152,14 @@ def _sampling(config: Config) -> Iterator[str]:
         yield (
             f"eval.n_samples = {config.eval.n_samples}: at eval.temperature = 0 all samples are the same answer; "
             "set n_samples = 1, or a temperature above 0"
+        )
+
+
+def _rewards(config: Config) -> Iterator[str]:
+    if config.reward.mcq_format != "strict" and "mcq" in config.reward.functions:
+        yield (
+            f'reward.mcq_format = "{config.reward.mcq_format}": reward.functions.mcq = '
+            f'"{config.reward.functions["mcq"]}" scores these rows instead of the built-in function; remove one of them'
         )
 
 

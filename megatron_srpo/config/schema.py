@@ -185,8 +185,12 @@ class TeacherConfig(Section):
     """Weights of the self-teacher. "ema" is a moving average of the student's weights, "frozen" the initial weights,
     "live" the current ones. "trust_region" mixes the logits of the initial and the current model."""
     update_rate: float = Field(0.05, gt=0, le=1)
-    """Rate μ. With "ema" the teacher becomes (1 − μ) · teacher + μ · student after each step. With "trust_region" its
+    """Rate μ. With "ema" the teacher becomes (1 − μ) · teacher + μ · student at each update. With "trust_region" its
     logits are (1 − μ) · initial + μ · current."""
+    update_every: Literal["step", "iteration"] = "step"
+    """When the "ema" teacher is updated: after each optimizer step, or once after the last one of an iteration, as in
+    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. Teacher and top-k are scored once
+    per iteration in both cases."""
     offload: bool = False
     """Keep the weights of the teacher and of the reference in host memory. Useful on GPUs only."""
     max_prompt_length: int = Field(0, ge=0)
@@ -208,6 +212,10 @@ class RewardConfig(Section):
     functions: dict[str, str] = {}
     """Your own reward functions by kind, as "module:function" or "path/file.py:function". The built-in ones stay
     available."""
+    mcq_format: Literal["strict", "lenient"] = "strict"
+    """How the answer of a response of kind "mcq" is found. "strict" requires <answer>LETTER</answer>. "lenient" finds
+    it as SDPO's code does: after the last <answer>, or from the start if there is none, up to </answer> or the end. Use
+    it to compare scores with those of the SDPO and SRPO papers."""
     workers: int = Field(2, ge=1, le=1024)
     """Number of processes that score responses, over all ranks. They are shared among the engines; each engine has at
     least one."""
@@ -229,7 +237,11 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the run, for the schedules that decay."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay (AdamW)."""
+    """Decoupled weight decay (AdamW) of weight matrices and embeddings. For norm scales and biases see
+    decay_norms_and_biases."""
+    decay_norms_and_biases: bool = False
+    """Apply the weight decay to norm scales and biases too. Megatron and transformers do not. Set it to true to compare
+    with a trainer that decays all parameters, or to continue a run that did."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay rate of Adam's first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)

@@ -79,6 +79,9 @@ class Policy(Protocol):
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
 
+    def end_iteration(self) -> None:
+        """All optimiser steps of an iteration are done: update a teacher that is updated once per iteration."""
+
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum of `values` over the samples of all ranks, on all ranks."""
 
@@ -112,7 +115,7 @@ class Objective(Protocol):
     def distill_weight_sum(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
         """Sum of the dynamic weights over the distilled tokens of these samples."""
 
-    def loss(self, *, loss_tokens: int, distill_weight_mean: float) -> LossFunction:
+    def loss(self, *, loss_tokens: int, responses: int, distill_weight_mean: float) -> LossFunction:
         """The loss of one row inside an optimiser step with these global denominators."""
 
 
@@ -134,6 +137,10 @@ class Scorer(Protocol):
 
     def finish(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """The groups of rank 0's `rollouts`, by prompt; [] on other ranks."""
+
+    def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
+        """Rank 0, for each (prompt, response, prediction of another response): whether the reward function takes the
+        response for the same answer."""
 
 
 class Source(Protocol):

@@ -309,6 +309,7 @@ class MiniBatchPlan:
     teacher: list[list[Row]]
     loss_tokens: int  # N: trained tokens of counted samples, over all ranks (the joint denominator)
     distill_tokens: int  # |Ω|: trained tokens with a distillation weight, over all ranks
+    responses: int = 0  # S: counted samples with a trained token, over all ranks
     forwarded: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Rows and tokens of all ranks, padding excluded, by ScoringPass.rows. "distilled" are the teacher's rows with the
     students' streams, "contrast" those with the streams that show a wrong answer."""

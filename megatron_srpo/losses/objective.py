@@ -121,11 +121,14 @@ class Objective:
             return torch.zeros((), dtype=torch.float64)
         return dynamic_weights(torch.cat(entropies).double(), settings.beta).sum()
 
-    def loss(self, *, loss_tokens: int, distill_weight_mean: float) -> LossFunction:
+    def loss(self, *, loss_tokens: int, responses: int, distill_weight_mean: float) -> LossFunction:
         """The loss of one row inside an optimiser step with these global denominators."""
 
         def row_loss(given: HeadInput, row: PackedBatch) -> tuple[Tensor, Metrics]:
-            return self._loss(self._head(given), row, loss_tokens=loss_tokens, distill_weight_mean=distill_weight_mean)
+            return self._loss(
+                self._head(given), row,
+                loss_tokens=loss_tokens, responses=responses, distill_weight_mean=distill_weight_mean,
+            )  # fmt: skip
 
         return row_loss
 

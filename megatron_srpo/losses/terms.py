@@ -8,7 +8,8 @@
     entropy   −H
     distill   r_t · w_t · ρ̄_t · ℓ_SDPO          w_t = exp(−βH)/mean, ρ̄_t: SDPO's clipped ratio
 
-N and the mean of the dynamic weights span the whole optimiser step and are given, so the sum over rows, however they
+With `loss_aggregation = "seq-mean-token-mean"` it is 1/S Σ_s 1/R_s Σ_t of the same, over S responses of R_s tokens.
+N, S and the mean of the dynamic weights span the whole optimiser step and are given, so the sum over rows, however they
 are split or spread, is the objective. A new term is a class here and its line in `build_terms`.
 """
 
@@ -239,7 +240,7 @@ class RoutedLoss:
         self._algorithm, self._terms = algorithm, build_terms(algorithm)
 
     def __call__(
-        self, head: Head, batch: PackedBatch, *, loss_tokens: float, distill_weight_mean: float
+        self, head: Head, batch: PackedBatch, *, loss_tokens: float, responses: float = 0, distill_weight_mean: float
     ) -> tuple[Tensor, Metrics]:
         """This row's part of the objective (scalar), and metrics.
 
@@ -258,5 +259,9 @@ class RoutedLoss:
             values, more = self._terms[name](batch.weights[name], row)
             total = total + values
             metrics.update(more)
-        loss = (row.mask * total).sum() / max(1.0, loss_tokens)
+        if self._algorithm.loss_aggregation == "seq-mean-token-mean":
+            assert batch.response_tokens is not None, "a mean over responses needs their lengths"
+            loss = (row.mask * total / batch.response_tokens.clamp(min=1)).sum() / max(1.0, responses)
+        else:
+            loss = (row.mask * total).sum() / max(1.0, loss_tokens)
         return loss, {**metrics, "actor/loss": Total(loss.detach())}

@@ -15,7 +15,7 @@ import dataclasses
 import inspect
 import os
 import queue
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,25 +115,21 @@ def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor
     return kinds
 
 
-def _whole(
-    policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]], *, fill: bool
-) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Whole fp32 tensors by model parameter. With `fill` they have the values of all data-parallel ranks, and are in
-    host memory; without it they are zeros."""
+def _gathered(
+    policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]]
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Every parameter of the model with the whole fp32 tensor, in host memory, of whose slices `held` are this rank's.
+    The device holds one whole tensor at a time."""
     mine = {shard.parameter: (shard, tensor) for shard, tensor in held}
-    whole = {}
     for parameter in _parameters(policy):
         tensor = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        if fill:
-            if parameter in mine:
-                shard, values = mine[parameter]
-                tensor.view(-1)[shard.start : shard.stop] = values.detach()
-            group = policy.topology.expert_dp_group if is_expert(parameter) else policy.topology.dp_cp_group
-            if group is not None and group.size() > 1:
-                dist.all_reduce(tensor, group=group)
-            tensor = tensor.cpu()
-        whole[parameter] = tensor
-    return whole
+        if parameter in mine:
+            shard, values = mine[parameter]
+            tensor.view(-1)[shard.start : shard.stop] = values.detach()
+        group = policy.topology.expert_dp_group if is_expert(parameter) else policy.topology.dp_cp_group
+        if group is not None and group.size() > 1:
+            dist.all_reduce(tensor, group=group)
+        yield parameter, tensor.cpu()
 
 
 def model_state(model: list[torch.nn.Module], topology: Topology) -> list[dict[str, Any]]:
@@ -143,28 +139,39 @@ def model_state(model: list[torch.nn.Module], topology: Topology) -> list[dict[s
     return [{key: entry for key, entry in piece.items() if not isinstance(entry, ShardedObject)} for piece in pieces]
 
 
-def _sharded_state(policy: Policy, kinds: Collection[str], *, loading: bool) -> dict[str, Any]:
-    """The sharded state dict of the model and of `kinds`, the latter by kind of state and index of the parameter.
+Entries = dict[torch.Tensor, Any]  # by model parameter: Megatron's ShardedTensor or ShardedTensorFactory
 
-    Unless `loading`, all tensors are copies in host memory, which later training does not change.
-    """
+
+def _entries(state: list[dict[str, Any]]) -> Entries:
+    """The entries of a `model_state`."""
+    sharded, _ = extract_sharded_tensors_and_factories(state)
+    return {entry.data: entry for entry in nested_values(sharded)}
+
+
+def _kind_state(
+    kind: str, whole: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], entries: Entries
+) -> dict[str, Any]:
+    """The sharded state dict of one kind of state, by index of the parameter. `whole` has the parameters in the model's
+    order, with the tensor to write or to fill."""
+    state = {}
+    for index, (parameter, tensor) in enumerate(whole):
+        entry = entries[parameter]
+        replaced: dict[str, Any] = {"key": f"{_PREFIX}{kind}.{entry.key}", "data": tensor}
+        if not isinstance(entry, ShardedTensorFactory):
+            replaced["dtype"] = torch.float32
+        state[str(index)] = dataclasses.replace(entry, **replaced)
+    return state
+
+
+def _copied_state(policy: Policy) -> dict[str, Any]:
+    """The sharded state dict of the model and of all kinds of state. All tensors are copies in host memory, which later
+    training does not change."""
     state: dict[str, Any] = {"model": model_state(policy.model, policy.topology)}
-    sharded, _ = extract_sharded_tensors_and_factories(state["model"])
-    by_parameter = {entry.data: entry for entry in nested_values(sharded)}
-    for kind, held in _slices(policy).items() if kinds else ():
-        if kind not in kinds:
-            continue
-        whole = _whole(policy, held, fill=not loading)
-        state[kind] = {}
-        for index, parameter in enumerate(_parameters(policy)):
-            entry = by_parameter[parameter]
-            replaced: dict[str, Any] = {"key": f"{_PREFIX}{kind}.{entry.key}", "data": whole[parameter]}
-            if not isinstance(entry, ShardedTensorFactory):
-                replaced["dtype"] = torch.float32
-            state[kind][str(index)] = dataclasses.replace(entry, **replaced)
-    if not loading:
-        for entry in by_parameter.values():
-            entry.data = entry.data.detach().to("cpu", copy=True)
+    entries = _entries(state["model"])
+    for kind, held in _slices(policy).items():
+        state[kind] = _kind_state(kind, _gathered(policy, held), entries)
+    for entry in entries.values():
+        entry.data = entry.data.detach().to("cpu", copy=True)
     return state
 
 
@@ -237,7 +244,7 @@ def snapshot(policy: Policy, directory: Path) -> Snapshot:
     optimizer = _optimizer(policy)
     if not any("exp_avg" in shard.state for shard in optimizer.shards()):
         optimizer.restore_adam(0)  # torch's Adam has no state before the first step
-    state = _sharded_state(policy, _kinds(policy), loading=False)
+    state = _copied_state(policy)
     state["progress"] = {"steps": policy.steps, "adam_steps": optimizer.adam_steps()}
     filesystem_async._results_queue = queue.Queue()  # or Megatron would start a process for a queue that we do not need
     sharded, common = save_preprocess(state)
@@ -258,32 +265,38 @@ def load(policy: Policy, directory: Path) -> None:
     refuse_objects(directory)
     read_tensors(directory / COMMON)  # refuses a pickle that runs code, before the loader below could run it
     optimizer = policy.optimizer
-    kinds = _kinds(policy) & stored(directory) if optimizer else set()
-    if optimizer:
-        optimizer.restore_adam(0)
-    loaded = dist_checkpointing.load(_sharded_state(policy, kinds, loading=True), str(directory))
+    state = model_state(policy.model, policy.topology)
+    entries = _entries(state)
+    loaded = dist_checkpointing.load({"model": state}, str(directory))
     for piece, weights in zip(policy.model, loaded["model"], strict=True):
         missing, unexpected = unwrap(piece).load_state_dict(weights, strict=False)
         wrong = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
         assert not wrong, f"the checkpoint's weights do not fit the model: {wrong}"
     if not optimizer:
         return
-    progress = loaded["progress"]
+    kinds, progress = _kinds(policy) & stored(directory), loaded["progress"]
     policy.steps = progress["steps"]
     optimizer.restore_adam(progress["adam_steps"] if set(_MOMENTS) <= kinds else 0)
     optimizer.reload_main_from_model()
-    _fill(policy, {kind: loaded[kind] for kind in kinds})
+    for kind, held in _slices(policy).items():
+        if kind in kinds:
+            _load_kind(policy, directory, kind, held, entries)
     if "teacher" in policy.shadows and "teacher" not in kinds:
         policy.shadows["teacher"].update(1.0)
     optimizer.publish_main_to_model()
 
 
-def _fill(policy: Policy, loaded: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Copy this rank's slices out of whole tensors, which come by kind and index of the parameter."""
+def _load_kind(
+    policy: Policy, directory: Path, kind: str, held: list[tuple[ParameterShard, torch.Tensor]], entries: Entries
+) -> None:
+    """Read the whole tensors of one kind of state into host memory, and copy this rank's slices out of them.
+
+    A device that holds the weights, the gradients and the optimizer often has no room for them, and the host is spared
+    by taking one kind at a time.
+    """
     parameters = list(_parameters(policy))
-    for kind, held in _slices(policy).items():
-        if kind not in loaded:
-            continue
-        by_parameter = {parameters[int(i)]: tensor for i, tensor in loaded[kind].items()}
-        for shard, target in held:
-            target.copy_(by_parameter[shard.parameter].reshape(-1)[shard.start : shard.stop])
+    whole = [(parameter, torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")) for parameter in parameters]
+    loaded = dist_checkpointing.load({kind: _kind_state(kind, whole, entries)}, str(directory))[kind]
+    by_parameter = {parameters[int(index)]: tensor for index, tensor in loaded.items()}
+    for shard, target in held:
+        target.copy_(by_parameter[shard.parameter].reshape(-1)[shard.start : shard.stop])

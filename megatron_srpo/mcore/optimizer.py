@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -84,6 +85,8 @@ class ShardedOptimizer:
         for group in self._megatron.param_groups:  # foreach would allocate temporaries of all parameters at once
             if "foreach" in group:
                 group["foreach"] = False
+            if not config.decay_norms_and_biases:
+                group["weight_decay"] *= group.get("wd_mult", 1.0)  # Megatron marks them 0; its scheduler would do this
         megatron_config.grad_scale_func = self._megatron.scale_loss
         self._parts = getattr(self._megatron, "chained_optimizers", [self._megatron])
 
@@ -148,8 +151,10 @@ class ShardedOptimizer:
 
     def adam_steps(self) -> int:
         """The number of steps that Adam has taken."""
-        steps = {int(shard.state["step"]) for shard in self.shards() if "step" in shard.state}
-        steps |= {int(group["step"]) for group in self._megatron.param_groups if "step" in group}
+        if self._counts_by_group:
+            steps = {int(group["step"]) for group in self._filled_groups() if "step" in group}
+        else:
+            steps = {int(shard.state["step"]) for shard in self.shards() if "step" in shard.state}
         assert len(steps) <= 1, f"Adam's step differs between parameters: {steps}"
         return steps.pop() if steps else 0
 
@@ -157,14 +162,26 @@ class ShardedOptimizer:
         """Create Adam's state after `steps` steps, with zero moments, which the caller fills.
 
         torch's Adam counts the steps of each parameter in a tensor of its own. A shared tensor would be incremented
-        once for each parameter. Fused optimizers count the steps of a group.
+        once for each parameter. Fused optimizers count the steps of a group, in an entry that they create in their
+        first step.
         """
-        fused = any("step" in group for group in self._megatron.param_groups)
         for shard in self.shards():
             shard.state["exp_avg"] = torch.zeros_like(shard.main)
             shard.state["exp_avg_sq"] = torch.zeros_like(shard.main)
-            if not fused:
+            if not self._counts_by_group:
                 shard.state["step"] = torch.tensor(float(steps))
-        for group in self._megatron.param_groups:
-            if fused:
+        if self._counts_by_group:
+            for group in self._filled_groups():
                 group["step"] = steps
+
+    @property
+    def _counts_by_group(self) -> bool:
+        """Whether this is a fused Adam (Transformer Engine's, Apex's). The class tells; a new optimizer has no counts
+        that could."""
+        adams = [part.optimizer for part in self._parts if part.optimizer is not None]
+        return not all(isinstance(adam, torch.optim.Adam) for adam in adams)  # AdamW is an Adam
+
+    def _filled_groups(self) -> list[dict[str, Any]]:
+        """The groups of which this rank has parameters. Fused optimizers skip the others and do not count their
+        steps."""
+        return [group for group in self._megatron.param_groups if group["params"]]

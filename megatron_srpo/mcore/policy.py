@@ -52,6 +52,7 @@ class Policy:
         )
         load_weights(model_shards(model, topology, vocab))
         self.steps = 0  # optimiser steps asked for, skipped ones included
+        self._moved = False  # whether a step of this iteration was taken
         self.optimizer = (
             ShardedOptimizer(model, config.optimizer, overlap_grad_reduce=config.parallel.overlap_grad_reduce)
             if trainable
@@ -117,13 +118,25 @@ class Policy:
         norm = self.optimizer.step(lr)
         self.steps += 1
         skipped = not math.isfinite(norm)
-        if not skipped and "teacher" in self.shadows:
-            self.shadows["teacher"].update(self._teacher_config.update_rate)
+        if not skipped:
+            self._moved = True
+            if self._teacher_config.update_every == "step":
+                self._update_teacher()
         memory = torch.tensor(peak_memory_gib(self.topology.device), dtype=torch.float64)
         reduced = self._reduce([*metrics, {"perf/memory_gib_max": Max(memory)}])
         reduced["actor/lr"] = Mean(lr)
         reduced |= router_metrics(self.model, self.topology, self.runner.config)
         return StepStats(reduced, norm, skipped)
+
+    def end_iteration(self) -> None:
+        """Update the teacher if it is updated once per iteration and a step of this iteration moved the student."""
+        if self._moved and self._teacher_config.update_every == "iteration":
+            self._update_teacher()
+        self._moved = False
+
+    def _update_teacher(self) -> None:
+        if "teacher" in self.shadows:
+            self.shadows["teacher"].update(self._teacher_config.update_rate)
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the samples of all ranks: each data-parallel rank's last stage contributes once, all

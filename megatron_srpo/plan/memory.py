@@ -9,6 +9,8 @@ activations  see activations.py
 head         hidden states, logits and log-probs of the last stage
 engine …     the share of a colocated vLLM: weights, KV cache, its own activations
 publish      two gathered buckets, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
+checkpoint   saving: one whole fp32 parameter at a time. Loading: copies of the gate and up projections, which Megatron
+             stores apart; fp32 state goes through the host, one kind at a time (mcore/checkpoint.py)
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class MemoryPlan:
     limit: float
     kv_cache: float  # of one engine rank's KV cache, a line where it is colocated
     notes: list[str] = field(default_factory=list)
+    host_loading: float = 0.0  # bytes of a node's host memory while the training ranks load a checkpoint
 
     @property
     def total(self) -> float:
@@ -108,6 +111,25 @@ def publish_bytes(arch: Architecture, layout: Layout) -> float:
     return gathered * (1 + 1 / layout.tensor) + largest
 
 
+def saving_bytes(arch: Architecture, layout: Layout) -> float:
+    """One whole fp32 parameter of this rank, which a save gathers from the data-parallel ranks."""
+    largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn))
+    return 4.0 * largest / layout.tensor
+
+
+def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:
+    """Copies of a rank's gate and up projections, in the model's dtype, when a checkpoint is loaded."""
+    layers = stage_layers(arch.layers, layout)[stage]
+    mlps = layers * arch.mlp_matrices / layout.tensor + stage_parameters(arch, layout, stage).experts
+    return layout.dtype_bytes * mlps * 2 / 3
+
+
+def loading_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
+    """Host memory of a node while its ranks load a checkpoint: whole fp32 tensors of one kind of state on each rank."""
+    fullest = max(stage_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
+    return 4.0 * fullest * min(machine.node, layout.training_gpus)
+
+
 def training_memory(
     arch: Architecture, layout: Layout, workload: Workload, machine: Machine, *, rows: int, path: str = "te",
     logits_mib: int = LOGITS_MIB,
@@ -136,16 +158,20 @@ def _stage_memory(
         cache = layout.engine_memory * machine.memory - sum(parts.values())
         notes = cache_problem(arch, layout, workload, cache)
         engine = parts | {"KV cache": max(0.0, cache)}
-    training = stays | {"activations": held, "loss and logits": head, "publish": 0.0}
-    publishing = stays | {"activations": 0.0, "loss and logits": 0.0, "publish": publish_bytes(arch, layout)}
-    idle = stays | {"activations": 0.0, "loss and logits": 0.0, "publish": 0.0}
+    idle = stays | dict.fromkeys(("activations", "loss and logits", "publish", "checkpoint"), 0.0)
+    training = idle | {"activations": held, "loss and logits": head}
+    publishing = idle | {"publish": publish_bytes(arch, layout)}
+    saving = idle | {"checkpoint": saving_bytes(arch, layout)}
+    loading = idle | {"checkpoint": loading_bytes(arch, layout, stage)}
     generating = dict.fromkeys(idle, 0.0) if layout.trainer_leaves else idle
     # An engine that wakes up loads the new weights before it allocates its cache again.
-    asleep, woken = ({}, engine | {"KV cache": 0.0}) if layout.engine_sleeps else (engine, engine)
-    phases = [(training, asleep), (publishing, woken if layout.colocated else {}), (generating, engine)]
+    asleep, woken = ({}, engine | {"KV cache": 0.0}) if engine and layout.engine_sleeps else (engine, engine)
+    phases = [(training, asleep), (publishing, woken), (saving, woken), (generating, engine)]
+    phases.append((loading, {}))  # before the engine starts
     totals = [_with_overheads(ours, theirs, machine) for ours, theirs in phases]
     lines = max(totals, key=lambda phase: sum(phase.values()))
-    return MemoryPlan(lines, machine.memory, max(0.0, cache), notes)
+    host = loading_host_bytes(arch, layout, machine)
+    return MemoryPlan(lines, machine.memory, max(0.0, cache), notes, host)
 
 
 def _with_overheads(ours: dict[str, float], engine: dict[str, float], machine: Machine) -> dict[str, float]:

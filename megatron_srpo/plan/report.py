@@ -52,7 +52,13 @@ def _layout(candidate: Candidate, workload: Workload) -> dict[str, Any]:
 
 
 def _memory(plan: MemoryPlan) -> dict[str, Any]:
-    return {"lines": plan.lines, "total": plan.total, "limit": plan.limit, "kv_cache": plan.kv_cache}
+    return {
+        "lines": plan.lines,
+        "total": plan.total,
+        "limit": plan.limit,
+        "kv_cache": plan.kv_cache,
+        "host_loading": plan.host_loading,
+    }
 
 
 def why_not(candidate: Candidate) -> str:
@@ -99,6 +105,8 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
         if any(c.engine for c in found.best):
             lines = [c.engine.lines if c.engine else {} for c in found.best]
             console.print(_lines("GiB of a GPU that only generates", found.best, lines, GIB, ".1f"))
+        host = [{"loading a checkpoint": c.memory.host_loading} for c in found.best]
+        console.print(_lines("GiB of a node's host memory", found.best, host, GIB, ".1f"))
     else:
         console.print(f"None of {found.tried} layouts fits.", style="bold")
     for candidate in found.misfits[:MISFITS]:

@@ -15,13 +15,23 @@ def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verd
     The response is well-formed if it ends with that pair and one capital letter is between the tags. The feedback never
     names the right option, because a teacher that reads it would only have to copy it.
     """
+    return _compare(response, last_tagged(response, "answer"), answer)
+
+
+def score_lenient(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
+    """As SDPO's code scores (reward.mcq_format = "lenient"): 1 if the text after the last `<answer>`, up to the next
+    `</answer>`, is the answer's letter. The end of the response replaces a tag that is missing behind the letter, and
+    its start one before it. Whether a response is well-formed does not depend on this."""
+    return _compare(response, response.rpartition("<answer>")[2].partition("</answer>")[0].strip(), answer)
+
+
+def _compare(response: str, given: str | None, answer: object) -> Verdict:
     if not isinstance(answer, str) or not answer.strip():
         raise RewardError(f"kind 'mcq' expects the letter of the right option as answer, got {answer!r:.80}")
-    given = last_tagged(response, "answer")
     if given is None:
         return Verdict(0.0, "The response has no <answer>…</answer> with the letter of an option.", False)
     is_letter = len(given) == 1 and "A" <= given <= "Z"
-    well_formed = is_letter and response.rstrip().endswith("</answer>")
+    well_formed = is_letter and "<answer>" in response and response.rstrip().endswith("</answer>")
     if given == answer.strip():
         return Verdict(1.0, None, well_formed, given)
     if is_letter:

@@ -20,11 +20,16 @@ from megatron_srpo.config import RewardConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Reward
 from megatron_srpo.rewards.process import STOP_SECONDS, WorkerProcess
+from megatron_srpo.rewards.registry import PREDICTION_IS_ANSWER
 from megatron_srpo.rewards.worker import Result, Setup, Task
 
 CHUNKS_PER_WORKER = 4  # more chunks balance the workers better, fewer chunks cost less
 LARGEST_CHUNK = 64
 FAILED_STARTS = 3  # in a row before the pool gives up: one process killed from outside is no reason to end a run
+FORMATS: dict[str, dict[str, str]] = {  # by reward.mcq_format: functions in place of the built-in ones
+    "strict": {},
+    "lenient": {"mcq": "megatron_srpo.rewards.mcq:score_lenient"},
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,8 @@ class RewardPool:
 
     def __init__(self, config: RewardConfig, kinds: Iterable[str]) -> None:
         self._config = config
-        self._setup = Setup(
-            tuple(sorted(set(kinds))), dict(config.functions), config.timeout_seconds, config.memory_mib
-        )
+        functions = FORMATS[config.mcq_format] | config.functions
+        self._setup = Setup(tuple(sorted(set(kinds))), functions, config.timeout_seconds, config.memory_mib)
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
         self._batch = _Batch()
@@ -124,6 +128,10 @@ class RewardPool:
                 self._handle_events()
         done, self._batch = self._batch, _Batch()
         return [done.rewards[number] for number in range(len(done.tasks))]
+
+    def can_compare(self, kind: str) -> bool:
+        """Whether the function of `kind` can score a response against another response's prediction."""
+        return kind in PREDICTION_IS_ANSWER and kind not in self._setup.functions
 
     def close(self) -> None:
         """End the workers. It may be called again."""

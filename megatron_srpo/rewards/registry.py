@@ -26,6 +26,7 @@ RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
 FEEDBACK_LIMIT = 8192  # characters; the teacher reads the feedback, and its prompt has a limit too
 PREDICTION_LIMIT = 1000  # characters
 _NOT_KINDS = {"pool", "process", "registry", "tags", "worker", "reasoning_gym_safety"}  # other files of this folder
+PREDICTION_IS_ANSWER = {"math"}  # kinds that can score a response against another response's prediction
 _FUNCTIONS: dict[str, RewardFunction] = {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,16 @@ class Calls:
         """All inputs in one object. If a name occurs twice, the later value counts, as in the reference."""
         return {name: value for one in self.inputs for name, value in one.items()}
 
+    def values(self, name: str) -> list[Any]:
+        """The values of one input name in all calls."""
+        return [one[name] for one in self.inputs if name in one]
+
 
 @register("tooluse")
 def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     """1 if the multiset of actions and the merged inputs equal the expected ones, and every input is an object; else 0.
+    Beyond the reference, the values of an input name in all calls must be the expected ones, so that a later call does
+    not hide a wrong value.
 
     `answer`: [{"Action": name, "Action_Input": object or its JSON}, …], or that list as JSON. Calls inside a closed
     `<think>…</think>` are drafts and do not count. The feedback names what is wrong and never the expected values.
@@ -47,12 +53,11 @@ def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verd
     calls = read_calls(after_thinking(response))
     well_formed = bool(calls.actions) and len(calls.actions) == len(calls.inputs) and not calls.problems
     complaints = list(calls.problems) or [
-        *_compare_actions(calls.actions, expected.actions), *_compare_inputs(calls.merged, expected.merged)
+        *_compare_actions(calls.actions, expected.actions), *_compare_inputs(calls, expected)
     ]  # fmt: skip
     if not calls.actions and expected.actions:
         complaints.insert(0, "The response calls no action.")
-    prediction = json.dumps([sorted(calls.actions), calls.merged], sort_keys=True)
-    return Verdict(0.0 if complaints else 1.0, " ".join(complaints) or None, well_formed, prediction)
+    return Verdict(0.0 if complaints else 1.0, " ".join(complaints) or None, well_formed, _prediction(calls))
 
 
 def read_calls(text: str) -> Calls:
@@ -65,9 +70,10 @@ def read_calls(text: str) -> Calls:
             calls.problems.append(f"The response makes more than {MARK_LIMIT // 2} calls.")
             break
         if mark.group(1) is None:
-            name = _line(text, mark.end()).partition("Action Input:")[0]
+            start = _skip_blank(text, mark.end())  # the name may be on the next line
+            name = "" if _MARK.match(text, start) else _line(text, start).partition("Action Input:")[0]
             calls.actions.append(name.strip())
-            position = mark.end() + len(name)
+            position = start + len(name)
         else:
             position = _read_input(text, mark.end(), calls)
     return calls
@@ -185,13 +191,45 @@ def _compare_actions(given: list[str], expected: list[str]) -> list[str]:
     return complaints
 
 
-def _compare_inputs(given: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
+def _compare_inputs(given: Calls, expected: Calls) -> list[str]:
+    ours, theirs = given.merged, expected.merged
+    wrong = [
+        name
+        for name in theirs
+        if name in ours
+        and not (_same(ours[name], theirs[name]) and _same_values(given.values(name), expected.values(name)))
+    ]
     problems = {
-        "Unknown input names": [name for name in given if name not in expected],
-        "Missing input names": [name for name in expected if name not in given],
-        "Inputs with a wrong value": [n for n, value in expected.items() if n in given and not _same(given[n], value)],
+        "Unknown input names": [name for name in ours if name not in theirs],
+        "Missing input names": [name for name in theirs if name not in ours],
+        "Inputs with a wrong value": wrong,
     }
     return [f"{what}: {_named(names)}." for what, names in problems.items() if names]
+
+
+def _same_values(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether each value of one list is in the other."""
+    return all(any(_same(a, b) for b in others) for a in some) and all(any(_same(a, b) for a in some) for b in others)
+
+
+def _prediction(calls: Calls) -> str:
+    """A text that is equal for responses that `score` takes for the same answer."""
+    several: dict[str, list[str]] = {}  # input names with more than one value
+    for one in calls.inputs:
+        for name, value in one.items():
+            several.setdefault(name, []).append(json.dumps(_canonical(value), sort_keys=True))
+    several = {name: sorted(set(values)) for name, values in several.items() if len(set(values)) > 1}
+    parts = [sorted(calls.actions), _canonical(calls.merged), *([several] if several else [])]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _canonical(value: object) -> object:
+    """The value with whole numbers as integers: equal values become equal texts."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {name: _canonical(part) for name, part in value.items()}
+    return [_canonical(part) for part in value] if isinstance(value, list) else value
 
 
 def _named(names: Collection[str]) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from megatron_srpo.core.records import Attempt, Group
+from megatron_srpo.core.records import Attempt, Group, Prompt
+
+Pair = tuple[Prompt, str, str]  # a prompt, a response to it, and the prediction of another response
+SameAnswers = Callable[[Sequence[Pair]], list[bool]]
 
 
-def accuracy_metrics(groups: Sequence[Group], *, k: int) -> dict[str, float]:
+def accuracy_metrics(groups: Sequence[Group], *, k: int, same: SameAnswers | None = None) -> dict[str, float]:
     """Means over prompts. avg@k: share of correct answers; pass@k: any answer is correct; maj@k: the answer that occurs
-    most often is correct. Answers are compared by the reward's prediction, or by the whole response where it has none;
-    ties go to the first."""
+    most often is correct; ties go to the first.
+
+    For maj@k all correct answers are one answer. Wrong ones are compared by the reward's prediction, or by the whole
+    response if it has none; `same` says which of those that differ as text are the same answer.
+    """
     n = max(1, len(groups))
     attempts = [attempt for group in groups for attempt in group.attempts]
     average = sum(sum(a.correct for a in group.attempts) / len(group.attempts) for group in groups)
@@ -19,14 +24,66 @@ def accuracy_metrics(groups: Sequence[Group], *, k: int) -> dict[str, float]:
         "eval/accuracy": average / n,
         f"eval/avg@{k}": average / n,
         f"eval/pass@{k}": sum(any(a.correct for a in group.attempts) for group in groups) / n,
-        f"eval/maj@{k}": sum(_majority_is_correct(group.attempts) for group in groups) / n,
+        f"eval/maj@{k}": sum(_majorities(groups, same)) / n,
         "eval/prompts": len(groups),
         "eval/response_length": sum(a.rollout.response_length for a in attempts) / max(1, len(attempts)),
         "eval/truncated": sum(a.rollout.finish_reason == "length" for a in attempts) / max(1, len(attempts)),
     }
 
 
-def _majority_is_correct(attempts: Sequence[Attempt]) -> bool:
-    answers = [a.rollout.text.strip() if a.reward.prediction is None else a.reward.prediction for a in attempts]
-    winner = Counter(answers).most_common(1)[0][0]
-    return attempts[answers.index(winner)].correct
+def _majorities(groups: Sequence[Group], same: SameAnswers | None) -> list[bool]:
+    """For each group whether its most frequent answer is correct."""
+    answers = [_by_text(group.attempts) for group in groups]
+    if same is not None:
+        undecided = [(group, found) for group, found in zip(groups, answers, strict=True) if _undecided(found)]
+        pairs = [(group.prompt, *pair) for group, found in undecided for pair in _pairs(found)]
+        results = iter(same(pairs) if pairs else [])
+        for _, found in undecided:
+            _merge(found, [next(results) for _ in _pairs(found)])
+    return [_largest(found)[0].correct for found in answers]
+
+
+def _by_text(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
+    """The attempts by answer, in the order in which the answers occur."""
+    found: dict[str | None, list[Attempt]] = {}
+    for attempt in attempts:
+        text = attempt.rollout.text.strip() if attempt.reward.prediction is None else attempt.reward.prediction
+        found.setdefault(None if attempt.correct else text, []).append(attempt)
+    return list(found.values())
+
+
+def _largest(answers: Sequence[list[Attempt]]) -> list[Attempt]:
+    return max(answers, key=len)  # the first of several
+
+
+def _undecided(answers: Sequence[list[Attempt]]) -> bool:
+    """Whether the correct answer has the majority now, and could lose it if wrong answers are the same."""
+    right = sum(len(found) for found in answers if found[0].correct)
+    wrong = sum(len(found) for found in answers if not found[0].correct)
+    return _largest(answers)[0].correct and wrong >= right
+
+
+def _comparable(answers: Sequence[list[Attempt]]) -> list[list[Attempt]]:
+    return [found for found in answers if not found[0].correct and found[0].reward.prediction is not None]
+
+
+def _pairs(answers: Sequence[list[Attempt]]) -> list[tuple[str, str]]:
+    """Every later wrong answer's response with every earlier one's prediction."""
+    wrong = _comparable(answers)
+    return [
+        (later[0].rollout.text, earlier[0].reward.prediction or "")
+        for i, later in enumerate(wrong)
+        for earlier in wrong[:i]
+    ]
+
+
+def _merge(answers: list[list[Attempt]], same: Sequence[bool]) -> None:
+    """Join each wrong answer to the first earlier one that is the same; `same` is by `_pairs`."""
+    wrong, results = _comparable(answers), iter(same)
+    joined: list[list[Attempt]] = []  # by number of the wrong answer: the answer that it belongs to
+    for i, later in enumerate(wrong):
+        equal = [joined[j] for j in range(i) if next(results)]
+        joined.append(equal[0] if equal else later)
+        if equal:
+            equal[0].extend(later)
+            answers[:] = [found for found in answers if found is not later]

@@ -65,10 +65,11 @@ class Evaluator:
         requests = Requests(config.run.seed, settings.n_samples)
         sampling = replace(training_sampling(config), temperature=settings.temperature, top_p=settings.top_p)
         self._generate = GroupGenerator(engine, scorer, requests, sampling)
+        self._same = scorer.same_answers
         self._prompts = prompts[: settings.max_prompts] if settings.max_prompts else prompts
         self._samples = settings.n_samples
 
     def __call__(self, timer: Timer) -> dict[str, float]:
         """Metrics on rank 0, {} on the other ranks."""
         groups = self._generate(self._prompts, EVALUATION, 0, timer)
-        return accuracy_metrics(groups, k=self._samples) if groups else {}
+        return accuracy_metrics(groups, k=self._samples, same=self._same) if groups else {}

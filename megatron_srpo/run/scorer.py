@@ -35,6 +35,10 @@ class IdleScorer:
         self._control.share(lambda: None)
         return []
 
+    def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
+        """Never called: rank 0 has a pool."""
+        raise AssertionError("rank 0 compares answers, with its pool")
+
 
 class PoolScorer:
     """The scorer of a rank whose engine hands responses over: its own pool scores them, rank 0 gets the rewards.
@@ -88,6 +92,17 @@ class PoolScorer:
         for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
             reward = rewards[rollout.prompt, rollout.sample]
             groups[rollout.prompt].attempts.append(Attempt(rollout, reward, reward.score >= self._threshold))
+
+    def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
+        """Scores each response as if the other response's prediction were the right answer, where the kind can do that.
+        What fails or takes too long is not the same."""
+        numbers = [number for number, (prompt, _, _) in enumerate(pairs) if self._pool.can_compare(prompt.kind)]
+        chosen = [pairs[number] for number in numbers]
+        tasks = [RewardTask(prompt.kind, text, prediction, prompt.metadata) for prompt, text, prediction in chosen]
+        found = [False] * len(pairs)
+        for number, reward in zip(numbers, self._pool.score(tasks), strict=True):
+            found[number] = reward.error is None and reward.score >= self._threshold
+        return found
 
     def _task(self, rollout: Rollout) -> RewardTask:
         prompt = self._prompts[rollout.prompt]

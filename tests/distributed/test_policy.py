@@ -1,6 +1,7 @@
 """The policy on real gloo ranks: Hugging Face logits matched, parallel equals serial, swaps and checkpoints exact."""
 
 import itertools
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,8 @@ def _policy(model: Path, parallel: dict, dtype: str = "float32", **sections: dic
     from megatron_srpo.mcore.policy import Policy
 
     config = Config(
-        model={"path": str(model), "dtype": dtype}, data={"train": "unused"}, optimizer={"lr": 1e-3},
-        parallel=parallel, algorithm={"kl_loss_coef": 0.1}, **sections,
+        model={"path": str(model), "dtype": dtype}, data={"train": "unused"}, parallel=parallel,
+        algorithm={"kl_loss_coef": 0.1}, **{"optimizer": {"lr": 1e-3}, **sections},
     )  # fmt: skip
     path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
@@ -116,6 +117,30 @@ def returns_from_the_host(policy):
         assert not any(gradients.any() for gradients in policy.optimizer.gradients())
 
 
+def load_watched(policy, folder):
+    """Load a checkpoint; whole fp32 tensors of one kind of state are in memory at a time, and on the host."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    from megatron_srpo.mcore import checkpoint
+
+    real, kinds, previous = dist_checkpointing.load, [], []
+
+    def watched(state, *where):
+        (kind,) = state
+        assert not any(tensor() is not None for tensor in previous), f"{kinds[-1]} is still in memory beside {kind}"
+        kinds.append(kind)
+        if kind != "model":
+            tensors = [entry.data for entry in nested_values(state)]
+            assert all(tensor.device.type == "cpu" for tensor in tensors)
+            previous[:] = [weakref.ref(tensor) for tensor in tensors]
+        return real(state, *where)
+
+    with patch.object(dist_checkpointing, "load", watched):
+        checkpoint.load(policy, folder)
+    assert kinds == ["model", "main", "exp_avg", "exp_avg_sq", "teacher", "reference"]
+
+
 def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | None = None) -> dict:
     """`other`: a checkpoint of another layout at the same point of training, to go on from at the end."""
     from megatron_srpo.bridge import Exporter, read_config
@@ -166,7 +191,7 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
         straight = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     final = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     assert checkpoint.stored(scratch) == {"main", "exp_avg", "exp_avg_sq", "teacher", "reference"}
-    checkpoint.load(policy, scratch)
+    load_watched(policy, scratch)
     steps = [shard.state["step"] for shard in policy.optimizer.shards()]
     assert len({step.data_ptr() for step in steps}) == len(steps)  # one shared tensor is counted once a parameter
     assert {float(step) for step in steps} == {3.0} and policy.steps == 4

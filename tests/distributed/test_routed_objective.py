@@ -23,7 +23,8 @@ from tests.tiny_models import make_tiny_model
 
 VOCAB = 101  # odd: padded for every tensor parallel size
 BASE = {"distillation_topk": 8, "entropy_beta": 1.0}
-GSPO = {"importance_ratio": "sequence", "clip_ratio_low": 1e-4, "clip_ratio_high": 2e-4}
+GSPO_RATIO = {"importance_ratio": "sequence", "clip_ratio_low": 1e-4, "clip_ratio_high": 2e-4}
+PER_RESPONSE = {"loss_aggregation": "seq-mean-token-mean"}
 MASKED = {"rollout_correction": "sequence_mask", "rollout_correction_cap": 1.1, "dual_clip": 1.05}
 REGULARISED = BASE | {"kl_loss_coef": 0.05, "entropy_coef": 0.02, "dual_clip": 1.5}
 # name -> (algorithm, token budget of a row, prompts a mini-batch, temperature)
@@ -43,7 +44,7 @@ VARIANTS = {
         BASE | {"name": "mix", "divergence_alpha": 1.0, "distillation_tail": False, "mix_lambda": 0.7}, 300, 0, 1.0,
     ),
     "grpo": (BASE | MASKED | {"name": "grpo"}, 200, 2, 1.0),
-    "srpo in two steps, tool answers": (BASE, 160, 3, 0.8),
+    "srpo in two steps, tool answers": (BASE | PER_RESPONSE | {"distill_ratio_clip": 1.01}, 160, 3, 0.8),
     "srpo in two steps, credit per token": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, trust region": (BASE, 160, 3, 0.8),
     "sdpo full vocabulary, trust region": (BASE | {"name": "sdpo", "distillation_topk": 0}, 200, 0, 1.0),
@@ -53,12 +54,12 @@ VARIANTS = {
     "contrastive in two steps": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
     "drift in two steps": (REGULARISED | {"name": "drift", "bonus_rate": 3.0}, 200, 3, 1.0),
     "demopsd, full vocabulary": (BASE | {"name": "demopsd", "distillation_topk": 0}, 200, 0, 1.0),
-    "gspo": (REGULARISED | GSPO | {"name": "grpo"}, 160, 2, 1.0),
-    "gspo, tool answers": (REGULARISED | GSPO | {"name": "grpo"}, 160, 2, 1.0),
+    "gspo": (REGULARISED | GSPO_RATIO | PER_RESPONSE | {"name": "grpo"}, 160, 2, 1.0),
+    "gspo's ratio, tool answers": (REGULARISED | GSPO_RATIO | {"name": "grpo"}, 160, 2, 1.0),
 }  # fmt: skip
 # Not in bf16: whole responses are in or out by a threshold, on whose either side bf16 may come to stand; with credit
 # per token single tokens weigh so much that k3's exp(gap) of theirs decides on the loss.
-HARD_EDGED = ("grpo", "gspo", "gspo, tool answers", "srpo in two steps, credit per token")
+HARD_EDGED = ("grpo", "gspo", "gspo's ratio, tool answers", "srpo in two steps, credit per token")
 TRUST_REGION = {"mode": "trust_region", "update_rate": 0.3}
 TEACHERS = {  # the others have the EMA teacher
     "sdpo two steps, forward": {"mode": "frozen"},
@@ -322,6 +323,7 @@ def run_variants(variants, layout, student, teacher, groups_of):
                 {
                     "samples": indices,
                     "loss_tokens": mini.loss_tokens,
+                    "responses": mini.responses,
                     "chosen": chosen,
                     "weights": before,
                     "metrics": {name: float(metric) for name, metric in stats.metrics.items()},
@@ -427,6 +429,7 @@ def test_a_routed_step_of_a_mixture_of_experts_equals_float64(models_of, layout)
 def check_steps(steps, samples, student, teacher, variant, layout):
     assert len(steps) == (2 if VARIANTS[variant][2] == 3 else 3 if VARIANTS[variant][2] == 2 else 1)
     assert sum(step["loss_tokens"] for step in steps) == sum(s.length for s in samples if s.counted)
+    assert sum(step["responses"] for step in steps) == sum(s.counted for s in samples)
     forwarded = {i for step in steps for i in step["samples"]}
     left = [s for i, s in enumerate(samples) if s.counted and i not in forwarded]
     assert all(
@@ -490,7 +493,8 @@ def reference_step(step, samples, student, teacher, variant, number, dtype):
     reference = Reference(make_config(student, variant), load(student, dtype), judge, judge)
     forwarded = [samples[i] for i in step["samples"]]
     reference.choose(step["chosen"], BF16_NEAR)
-    loss, metrics = reference.step(model, forwarded, loss_tokens=step["loss_tokens"], moved=number > 0)
+    totals = {"loss_tokens": step["loss_tokens"], "responses": step["responses"]}
+    loss, metrics = reference.step(model, forwarded, **totals, moved=number > 0)
     loss.backward()
     if choices:
         loads = [sum(passes).double() for passes in choices.values()]

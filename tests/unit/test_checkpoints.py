@@ -329,6 +329,14 @@ def test_keys_that_only_one_version_of_the_program_has_are_no_difference():
     assert changes({"a": {"x": 1, "old": 2}, "gone": {}}, {"a": {"x": 1, "new": 3}, "added": {"y": 1}}) == []
 
 
+def test_a_run_of_a_version_that_decayed_all_parameters_is_told_that_norms_and_biases_no_longer_decay():
+    now = {"optimizer": {"lr": 1.0, "decay_norms_and_biases": False}}
+    (change,) = changes({"optimizer": {"lr": 1.0}}, now)
+    assert (str(change), change.kind) == ("optimizer.decay_norms_and_biases: True → False", "told")
+    now["optimizer"]["decay_norms_and_biases"] = True
+    assert changes({"optimizer": {"lr": 1.0}}, now) == []
+
+
 # ---- a disk that takes nothing ---------------------------------------------------------------------------------------
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "x")

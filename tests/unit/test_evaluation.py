@@ -26,6 +26,35 @@ def test_the_first_of_equally_frequent_answers_is_the_majority():
     assert accuracy_metrics(answers(0, ("A", None, 1.0), ("B", None, 0.0)), k=2)["eval/maj@2"] == 1.0
 
 
+def test_answers_that_the_scorer_takes_for_the_same_are_one_answer():
+    fractions = {"1/2": 0.5, "0.5": 0.5, "\\frac12": 0.5}
+
+    def same(pairs):
+        return [fractions.get(text) == fractions.get(other, -1) for _, text, other in pairs]
+
+    def majority(*given, same=None):
+        groups = answers(0, *[(text, text, score) for text, score in given])
+        return accuracy_metrics(groups, k=len(given), same=same)[f"eval/maj@{len(given)}"]
+
+    right = [("1/2", 1.0), ("0.5", 1.0), ("\\frac12", 1.0)]
+    assert majority(("7", 0.0), ("7", 0.0), *right) == 1.0  # three texts, one answer, because all are correct
+    wrong = [(text, 0.0) for text in fractions]
+    assert majority(("3", 1.0), ("3", 1.0), *wrong) == 1.0  # as texts, no wrong answer occurs twice
+    assert majority(("3", 1.0), ("3", 1.0), *wrong, same=same) == 0.0
+    assert majority(("3", 1.0), ("3", 1.0), *wrong[:2], same=same) == 1.0  # ties go to the first
+    assert majority(*wrong[:2], ("3", 1.0), ("3", 1.0), same=same) == 0.0
+
+
+def test_only_answers_that_can_decide_a_majority_are_compared():
+    def never(pairs):
+        raise AssertionError(pairs)
+
+    groups = answers(0, ("a", "a", 1.0), ("b", "b", 1.0), ("c", "c", 0.0))  # correct whatever c is
+    groups += answers(1, ("a", "a", 0.0), ("a", "a", 0.0), ("b", "b", 0.0), ("c", "c", 1.0))  # wrong already
+    groups += answers(2, ("a", None, 0.0), ("b", None, 0.0), ("c", None, 1.0))  # nothing was read from the responses
+    assert accuracy_metrics(groups, k=3, same=never)["eval/prompts"] == 3
+
+
 def test_tokens_of_the_environment_are_no_response():
     groups = answers(0, ("A", None, 1.0), ("B", None, 0.0))
     groups[0].attempts[0].rollout.trained[0] = False

@@ -32,6 +32,10 @@ CASES = {
         {"rollout_correction": "off", "distill_ratio_clip": 0.0, "entropy_beta": 0.0},
         {"old": True},
     ),
+    "mean over responses": (
+        {"loss_aggregation": "seq-mean-token-mean", "kl_loss_coef": 0.3, "entropy_coef": 0.2},
+        {"old": True},
+    ),
     "token_mask": ({"rollout_correction": "mask", "rollout_correction_cap": 1.3}, {"old": True}),
     "sequence_mask": ({"rollout_correction": "sequence_mask", "rollout_correction_cap": 1.3}, {"old": True}),
 }
@@ -46,12 +50,30 @@ def test_loss_and_gradient_equal_the_plain_reference(case, monkeypatch):
             seed, 13, k=4, kl=settings.kl_loss_coef, entropy=settings.entropy_coef, **row
         )
         logits.requires_grad_()
-        expected = objective(logits, teacher, batch, settings, 9, 0.4, sequences)
+        expected = objective(logits, teacher, batch, settings, 9, 0.4, sequences, responses=3)
         (expected_gradient,) = torch.autograd.grad(expected, logits)
-        loss, _ = RoutedLoss(settings)(LogitsHead(logits), batch, loss_tokens=9, distill_weight_mean=0.4)
+        loss, _ = RoutedLoss(settings)(LogitsHead(logits), batch, loss_tokens=9, responses=3, distill_weight_mean=0.4)
         (gradient,) = torch.autograd.grad(loss, logits)
         assert float(loss.detach() - expected.detach()) == pytest.approx(0, abs=1e-10)
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("clip", [1.0, 1.5, 2.0, 2.1, 2.7])
+def test_the_ratio_of_distillation_counts_up_to_its_clip_and_no_further(clip):
+    """Where every token's ratio is above the clip, the loss is the clip times the loss without a ratio."""
+    logits, _, batch, _ = random_row(0, 13, k=4, old=True)
+    batch.weights["policy"].zero_()
+    at = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+
+    def loss(ratio, **keys):
+        batch.scores.logprob = at - math.log(ratio)
+        settings = settings_of(rollout_correction="off", **keys)
+        return float(RoutedLoss(settings)(LogitsHead(logits), batch, loss_tokens=9, distill_weight_mean=0.4)[0])
+
+    plain = loss(2.75, distill_ratio_clip=0.0)
+    assert plain > 0.01
+    assert loss(2.75, distill_ratio_clip=clip) == pytest.approx(clip * plain, rel=1e-12)
+    assert loss(clip - 0.05, distill_ratio_clip=clip) == pytest.approx((clip - 0.05) * plain, rel=1e-12)
 
 
 def test_alpha_names_the_direction_of_the_divergence():

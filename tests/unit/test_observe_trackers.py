@@ -175,6 +175,20 @@ def test_a_mismatch_of_trainer_and_engine_is_told_when_it_begins_and_when_it_end
     assert capsys.readouterr().out == ""
 
 
+def test_a_correction_that_takes_a_part_of_the_loss_away_is_told_when_it_begins_and_when_it_ends(tmp_path, capsys):
+    observer = Observer(config_of(tmp_path, progress="off"))
+    for step, value in enumerate((1.0, 0.97, 0.5, 0.4, 0.99), start=1):
+        observer.log(step, {"rollout_corr/weight": value})
+    again = Observer(config_of(tmp_path, progress="off"), start_step=6)
+    again.load_state_dict(observer.state_dict() | {"weight_warned": True})
+    again.log(7, {"rollout_corr/weight": 0.3})  # a resumed run does not tell it again
+    for one in (observer, again):
+        one.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("warning: iteration 3: algorithm.rollout_correction leaves a mean weight of 0.5")
+    assert "iteration 5: the mean weight of the rollout correction is 0.99 again" in second
+
+
 def test_wandb_has_the_steps_as_its_axis():
     """W&B's own counter refuses steps that a continued run repeats, so "step" is a metric."""
     logged, defined = [], []

@@ -12,7 +12,7 @@ from megatron_srpo.plan.activations import stage_activations
 from megatron_srpo.plan.configuration import configuration
 from megatron_srpo.plan.duration import forward_flops, generate_seconds, iteration_time
 from megatron_srpo.plan.layout import impossible
-from megatron_srpo.plan.memory import stage_parameters
+from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
 from megatron_srpo.plan.search import evaluate
 from megatron_srpo.run import cli
 from megatron_srpo.run.planning import _engine_nodes
@@ -66,6 +66,24 @@ def test_what_does_not_fit_says_what_is_largest():
     (nearest, *_) = found.misfits
     assert nearest.memory.total > H100.memory or nearest.memory.notes
     assert nearest.memory.lines["gradients"] > H100.memory
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("Qwen3-32B", Layout(32, 8, recompute="full")),
+        ("Qwen3-30B-A3B", Layout(16, 4, expert=16, recompute="full")),
+        ("Qwen3-235B-A22B", Layout(128, 4, 2, expert=64, recompute="full")),
+    ],
+)
+def test_a_checkpoint_is_loaded_in_the_memory_of_a_training_step(name, layout):
+    arch, _ = read_architecture(name)
+    plan = training_memory(arch, layout, Workload(), H100, rows=4)
+    for stage in range(layout.pipeline):
+        loading = sum(persistent_lines(arch, layout, stage).values()) + loading_bytes(arch, layout, stage)
+        assert loading < min(plan.total, H100.memory)
+    whole = 4 * max(stage_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
+    assert plan.host_loading == 8 * whole  # one kind of state of the eight ranks of a node
 
 
 def test_more_of_a_resource_is_never_slower_and_recompute_saves_memory():

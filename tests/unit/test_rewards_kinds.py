@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_srpo.rewards import RewardError, known_kinds, resolve
 from megatron_srpo.rewards.math import last_boxed
+from megatron_srpo.rewards.mcq import score_lenient
 from megatron_srpo.rewards.tags import after_thinking, last_tagged
 from megatron_srpo.rewards.tooluse import read_calls
 
@@ -57,6 +58,26 @@ def test_mcq_compares_the_last_answer(response, score, well_formed):
     verdict = mcq(response, "B", {})
     assert (verdict.score, verdict.well_formed) == (score, well_formed)
     assert (verdict.feedback is None) == (score == 1)
+
+
+@pytest.mark.parametrize(
+    ("response", "score", "well_formed"),
+    [
+        ("<answer>A</answer> no: <answer>\nB\n</answer>", 1, True),
+        ("<answer>B</answer> no: <answer>A</answer>", 0, True),
+        ("B", 1, False),
+        ("B</answer>", 1, False),
+        ("It is <answer>B", 1, False),
+        ("<answer>A</answer><answer>B", 1, False),
+        ("<answer>B</answer> I am sure.</answer>", 1, True),
+        ("<answer>b</answer>", 0, False),
+        ("The answer is B", 0, False),
+        ("", 0, False),
+    ],
+)
+def test_mcqs_lenient_format_reads_as_sdpos_code_does(response, score, well_formed):
+    verdict = score_lenient(response, "B", {})
+    assert (verdict.score, verdict.well_formed) == (score, well_formed)
 
 
 def test_mcqs_feedback_never_names_the_right_option():
@@ -149,6 +170,31 @@ def test_tooluse_merges_inputs_as_the_reference_does_the_later_value_counts():
     expected = answer(("find", {"size": "small"}), ("find", {"size": "large"}))
     assert tooluse(call("find", {"size": "small"}) + call("find", {"size": "large"}), expected, {}).score == 1
     assert tooluse(call("find", {"size": "large"}) + call("find", {"size": "small"}), expected, {}).score == 0
+
+
+def test_a_later_call_does_not_hide_a_wrong_earlier_value_of_the_same_argument():
+    once = answer(("find", {"city": "Rome"}), ("book", {"city": "Rome"}))
+    assert tooluse(call("find", {"city": "Rome"}) + call("book", {"city": "Rome"}), once, {}).score == 1
+    hidden = tooluse(call("find", {"city": "Oslo"}) + call("book", {"city": "Rome"}), once, {})
+    assert hidden.score == 0 and "wrong value: 'city'" in hidden.feedback
+    twice = answer(("find", {"city": "Oslo"}), ("book", {"city": "Rome"}))
+    assert tooluse(call("find", {"city": "Rome"}) + call("book", {"city": "Rome"}), twice, {}).score == 0
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n  ", " \r\n"])
+def test_tooluse_reads_a_name_on_the_line_after_its_mark(between):
+    response = f'Action:{between}find\nAction Input:{between}{{"q": 1}}\n'
+    assert tooluse(response, answer(("find", {"q": 1})), {})[:3] == (1.0, None, True)
+    assert read_calls("Action:\nAction: find\nAction:\nAction Input: {}").actions == ["", "find", ""]
+
+
+def test_tooluses_predictions_are_equal_for_what_it_takes_for_the_same_answer():
+    def prediction(*calls):
+        return tooluse("".join(call(*one) for one in calls), answer(("x", {})), {}).prediction
+
+    assert prediction(("a", {"n": 1}), ("b", {"m": 2})) == prediction(("b", {"m": 2.0}), ("a", {"n": 1.0}))
+    assert prediction(("a", {"n": 1})) != prediction(("a", {"n": True}))
+    assert prediction(("a", {"n": 1}), ("a", {"n": 2})) != prediction(("a", {"n": 3}), ("a", {"n": 2}))
 
 
 def test_tooluse_ignores_drafts_in_closed_thinking():

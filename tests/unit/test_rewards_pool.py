@@ -6,13 +6,15 @@ import sys
 import textwrap
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_srpo.config import RewardConfig
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Reward
+from megatron_srpo.core.records import Prompt, Reward
 from megatron_srpo.rewards import RewardPool, RewardTask
+from megatron_srpo.run.scorer import PoolScorer
 
 ROOT = Path(__file__).resolve().parents[2]
 JUDGE = """
@@ -77,6 +79,13 @@ def pool(judge):
 
 def own(*responses):
     return [RewardTask("own", response, "a", {"k": 1}) for response in responses]
+
+
+@pytest.mark.parametrize(("how", "scores"), [("strict", [1.0, 0.0, 0.0]), ("lenient", [1.0, 1.0, 1.0])])
+def test_the_format_of_multiple_choice_answers_reaches_the_workers(how, scores):
+    with RewardPool(RewardConfig(workers=1, mcq_format=how), ["mcq"]) as pool:
+        tasks = [RewardTask("mcq", text, "B") for text in ("<answer>B</answer>", "<answer>B", "B")]
+        assert [reward.score for reward in pool.score(tasks)] == scores
 
 
 def test_rewards_come_in_the_order_of_the_tasks(pool):
@@ -314,3 +323,12 @@ def test_importing_the_rewards_imports_no_torch():
     script = "import sys, megatron_srpo.rewards.worker; print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_scorer_compares_two_answers_by_the_equality_of_their_kind():
+    texts = ("\\boxed{1/2}", "\\boxed{0.5}", "\\boxed{3}", "no box")
+    prompts = [Prompt("test:0", (), [1], "7", kind) for kind in ("math", "exact")]
+    with RewardPool(RewardConfig(workers=1), ["math", "exact"]) as pool:
+        scorer = PoolScorer(pool, SimpleNamespace(), threshold=0.5, leads=True)
+        found = scorer.same_answers([(prompt, text, "\\frac12") for prompt in prompts for text in texts])
+    assert found == [True, True, False, False] + [False] * 4  # an exact answer has no prediction to compare with

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -182,12 +183,63 @@ def test_nothing_of_the_caller_leads_pip_out_of_the_environment():
     assert setup_env.clean_environment({"PYTHONPATH": "/x", "PIP_USER": "1", "HOME": "/h"}) == {"HOME": "/h"}
 
 
-def test_a_gpu_set_up_without_a_gpu_or_the_right_python_is_one_clear_message(checkout, monkeypatch, capsys):
-    monkeypatch.setattr(setup_env, "has_nvidia_gpu", lambda: False)
-    assert setup_env.main(["--device", "gpu"], root=checkout) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("set-up stopped: ") and len(said.splitlines()) == 1
+def python_of(monkeypatch, *version):
+    """Set-up runs under this version of Python, as far as it asks."""
+    text = ".".join(map(str, version))
+    monkeypatch.setattr(setup_env, "sys", SimpleNamespace(version_info=version, version=text, platform="linux"))
+
+
+def test_a_gpu_set_up_with_too_old_a_python_or_without_its_headers_is_one_clear_message(checkout, monkeypatch):
+    python_of(monkeypatch, 3, 11, 7)
+    with pytest.raises(setup_env.SetupError, match=r"make setup DEVICE=gpu PYTHON=python3\.12"):
+        setup_env.check_machine(setup_env.Setup(checkout, "gpu"))
+    python_of(monkeypatch, 3, 12, 1)
+    monkeypatch.setattr(setup_env, "has_python_headers", lambda: False)
+    with pytest.raises(setup_env.SetupError, match=r"Python\.h is missing.*python3\.12-dev"):
+        setup_env.check_machine(setup_env.Setup(checkout, "gpu"))
     assert not (checkout / ".venv").exists()
+
+
+def test_a_gpu_set_up_on_a_login_node_without_a_driver_warns_and_goes_on(checkout, monkeypatch, capsys):
+    python_of(monkeypatch, 3, 12, 1)
+    monkeypatch.setattr(setup_env, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(setup_env, "has_python_headers", lambda: True)
+    monkeypatch.setattr(setup_env, "FREE_GIB", {"gpu": 0})
+    setup_env.check_machine(setup_env.Setup(checkout, "gpu"))
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("set-up: warning: this machine has no NVIDIA driver") and "make doctor" in said
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_transformer_engine_compiles_against_the_headers_that_pip_installs(checkout, monkeypatch, driver):
+    steps = []
+    monkeypatch.setattr(setup_env, "run_step", lambda setup, text, command, cure: steps.append((setup, text, command)))
+    monkeypatch.setattr(setup_env, "has_nvidia_gpu", lambda: driver)
+    setup_env.install(setup_env.Setup(checkout, "gpu", environment={}))
+    (compiling,) = [setup for setup, text, _ in steps if "transformer-engine compiles" in text]
+    assert compiling.environment == {"NVTE_BUILD_USE_NVIDIA_WHEELS": "1"}
+    assert ("vllm" in steps[-1][2][-1]) == driver  # without a driver, importing it may fail
+    steps.clear()
+    setup_env.install(setup_env.Setup(checkout, "gpu", environment={"NVTE_BUILD_USE_NVIDIA_WHEELS": "0"}))
+    assert all(setup.environment == {"NVTE_BUILD_USE_NVIDIA_WHEELS": "0"} for setup, _, _ in steps)
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("gpu", "python3.12"), ("cpu", "python3.11"), ("auto", "python3.11")])
+def test_make_chooses_a_python_that_is_new_enough_for_the_device(checkout, device, chosen):
+    programs = checkout / "bin"
+    programs.mkdir()
+    for minor in (11, 12):  # each answers the question for its version, and tells what it is asked to run
+        program = programs / f"python3.{minor}"
+        program.write_text(
+            f'#!/bin/sh\ncase "$2" in *"(3, 12)"*) exit {int(minor < 12)};; *version_info*) exit 0;; esac\n'
+            'echo "$(basename "$0") $*"\n'
+        )
+        program.chmod(0o755)
+    path = f"{programs}:/usr/bin:/bin"
+    done = subprocess.run(
+        ["make", "setup", f"DEVICE={device}"], cwd=checkout, env={"PATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout == f"{chosen} tools/setup_env.py --device {device}\n", done.stderr
 
 
 def test_a_default_run_names_the_tests_that_it_leaves_out():

@@ -69,11 +69,12 @@ class Run:
     """A trainer whose iterations only have `metrics`, one after the other; `saved` has its checkpoints."""
 
     def __init__(self, *metrics, **sections):
-        self.saved, self.metrics = [], iter(metrics)
+        self.saved, self.metrics, self.ended = [], iter(metrics), 0
         config = config_of(checkpoint={"every": 0}, **sections)
         self.trainer = Trainer(
             Components(
-                config=config, policy=SimpleNamespace(steps=0), weights=[], should_stop=lambda: False, evaluate=None,
+                config=config, policy=SimpleNamespace(steps=0, end_iteration=self._end), weights=[], evaluate=None,
+                should_stop=lambda: False,
                 control=SimpleNamespace(any=bool, share=lambda compute: compute()),
                 log=SimpleNamespace(log=lambda *values: None, state_dict=dict),
                 source=SimpleNamespace(next_batch=self._next_batch, state_dict=dict),
@@ -87,8 +88,16 @@ class Run:
         usual = {"rollout/nonfinite_samples": 0, "perf/sequences": 1, "perf/total_tokens": 1}
         return Batch([], BatchPlan([], 1, 0), usual | next(self.metrics))
 
+    def _end(self):
+        self.ended += 1
+
     def _save(self, policy, iteration, state, metrics, *, last):
         self.saved.append((iteration, last, state["skipped_in_a_row"]))
+
+
+def test_every_iteration_ends_once_for_the_policy_so_that_a_teacher_can_be_updated_then():
+    run = Run(*[{}] * 3, run={"iterations": 3})
+    assert run.trainer.run() and run.ended == 3
 
 
 def test_many_skipped_steps_in_a_row_end_the_run_with_a_checkpoint():
