@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from megatron_srpo.batching.diagnosis import SkippedSteps, explain_skip
 from megatron_srpo.batching.passes import BatchPasses
+from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.protocols import (
@@ -55,6 +56,7 @@ class Components:
     meter: Meter
     should_stop: Callable[[], bool]  # this rank was asked to stop
     skipped: SkippedSteps
+    refresh: TeacherRefresh
 
 
 class Trainer:
@@ -82,11 +84,11 @@ class Trainer:
                     passes.run(scoring)
             with parts.timer.phase("train"):
                 steps = [self._step(passes, mini) for mini in batch.plan.mini_batches]
-                parts.policy.end_iteration()
+                parts.policy.end_iteration(refresh_teacher=parts.refresh.due(batch.metrics))
             with parts.timer.phase("publish"):
                 parts.engine.publish(parts.weights, self.iteration + 1)
             self.iteration += 1
-            metrics = batch.metrics | step_metrics(steps, parts.policy.steps)
+            metrics = batch.metrics | step_metrics(steps, parts.policy.steps) | parts.refresh.metrics()
             metrics |= speed_metrics(metrics, passes.forwarded, parts.timer.seconds(), parts.meter)
             parts.skipped.count(steps, metrics)
             if evaluated and (self.iteration % evaluated == 0 or self.iteration == total):
@@ -137,4 +139,5 @@ class Trainer:
             "loader": parts.source.state_dict(),
             "observer": parts.log.state_dict(),
             "skipped_in_a_row": parts.skipped.in_a_row,
+            "teacher": parts.refresh.state_dict(),
         }

@@ -181,9 +181,10 @@ class BridgeConfig(Section):
 
 
 class TeacherConfig(Section):
-    mode: Literal["ema", "frozen", "live", "trust_region"] = "ema"
-    """Weights of the self-teacher. "ema" is a moving average of the student's weights, "frozen" the initial weights,
-    "live" the current ones. "trust_region" mixes the logits of the initial and the current model."""
+    mode: Literal["ema", "refresh", "frozen", "live", "trust_region"] = "ema"
+    """Weights of the self-teacher. "ema" is a moving average of the student's weights, "refresh" a copy that takes the
+    student's weights from time to time, "frozen" the initial weights, "live" the current ones. "trust_region" mixes the
+    logits of the initial and the current model."""
     update_rate: float = Field(0.05, gt=0, le=1)
     """Rate μ. With "ema" the teacher becomes (1 − μ) · teacher + μ · student at each update. With "trust_region" its
     logits are (1 − μ) · initial + μ · current."""
@@ -191,6 +192,14 @@ class TeacherConfig(Section):
     """When the "ema" teacher is updated: after each optimizer step, or once after the last one of an iteration, as in
     SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. Teacher and top-k are scored once
     per iteration in both cases."""
+    refresh_every: int = Field(10, ge=1)
+    """Number of iterations between two refreshes of a "refresh" teacher."""
+    refresh_when: Literal["always", "improved"] = "always"
+    """Condition of a refresh. "improved" copies the student only if its mean reward is above the one at the last
+    refresh, its responses have not become much shorter (refresh_min_length), and at most 10 % more of them are cut."""
+    refresh_min_length: float = Field(0.8, ge=0, le=1)
+    """With refresh_when = "improved": shortest mean response length that allows a refresh, as a share of the length at
+    the last one."""
     offload: bool = False
     """Keep the weights of the teacher and of the reference in host memory. Useful on GPUs only."""
     max_prompt_length: int = Field(0, ge=0)

@@ -79,8 +79,9 @@ class Policy(Protocol):
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
 
-    def end_iteration(self) -> None:
-        """All optimiser steps of an iteration are done: update a teacher that is updated once per iteration."""
+    def end_iteration(self, *, refresh_teacher: bool) -> None:
+        """All optimiser steps of an iteration are done: update a teacher that is updated once per iteration, or copy
+        the student into it."""
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum of `values` over the samples of all ranks, on all ranks."""

@@ -69,7 +69,7 @@ class Policy:
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
         needs = config.algorithm.needs
         mode = config.teacher.mode if needs.teacher else "live"
-        names = ["teacher"] if mode == "ema" else []
+        names = ["teacher"] if mode in ("ema", "refresh") else []
         if needs.reference or mode in ("frozen", "trust_region"):
             names.append("reference")
         return {name: WeightShadow(self.optimizer, offload=config.teacher.offload) for name in names}
@@ -128,14 +128,17 @@ class Policy:
         reduced |= router_metrics(self.model, self.topology, self.runner.config)
         return StepStats(reduced, norm, skipped)
 
-    def end_iteration(self) -> None:
-        """Update the teacher if it is updated once per iteration and a step of this iteration moved the student."""
+    def end_iteration(self, *, refresh_teacher: bool = False) -> None:
+        """Update the teacher if it is updated once per iteration and a step of this iteration moved the student, or
+        copy the student into it."""
+        if refresh_teacher:
+            self.shadows["teacher"].update(1.0)
         if self._moved and self._teacher_config.update_every == "iteration":
             self._update_teacher()
         self._moved = False
 
     def _update_teacher(self) -> None:
-        if "teacher" in self.shadows:
+        if self._teacher_config.mode == "ema" and "teacher" in self.shadows:
             self.shadows["teacher"].update(self._teacher_config.update_rate)
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:

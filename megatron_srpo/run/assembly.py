@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from megatron_srpo.batching.diagnosis import SkippedSteps
+from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import Config, read_model_folder, save_resolved
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
@@ -115,6 +116,7 @@ def build_parts(
         meter=Meter(architecture, topology.world_size, device_name(topology.device)),
         should_stop=stop,
         skipped=SkippedSteps(config.train.max_skipped_steps, state.get("skipped_in_a_row", 0)),
+        refresh=TeacherRefresh(config, state.get("teacher", {})),
     )
     if restored:
         restored.restore_generators()

@@ -163,6 +163,14 @@ def update_once_per_iteration(model):
         assert torch.equal(held[name], start) and torch.equal(kept[name], moved[name]), name
         assert torch.equal(moved[name], start.lerp(student[name], 0.5)), name
     assert any(not torch.equal(moved[name], start) for name, start in initial.items())
+    # A "refresh" teacher moves only when it is told to, and is then the student exactly.
+    policy._teacher_config = policy._teacher_config.model_copy(update={"mode": "refresh"})
+    _steps(policy, 1)
+    policy.end_iteration()
+    assert all(torch.equal(value, moved[name]) for name, value in weights("teacher").items())
+    policy.end_iteration(refresh_teacher=True)
+    copied, student = weights("teacher"), weights("student")
+    assert all(torch.equal(value, student[name]) for name, value in copied.items())
 
 
 def test_a_teacher_that_is_updated_once_per_iteration_waits_for_its_last_step(tmp_path):

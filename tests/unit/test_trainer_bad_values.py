@@ -12,6 +12,7 @@ from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching import plan_batch, share_of
 from megatron_srpo.batching.diagnosis import SkippedSteps, consecutive_skips, explain_skip
 from megatron_srpo.batching.passes import BatchPasses
+from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Batch, BatchPlan, Prompt, Reward, Rollout
@@ -81,6 +82,7 @@ class Run:
                 objective=SimpleNamespace(passes=list), engine=SimpleNamespace(publish=lambda *values: None),
                 store=SimpleNamespace(poll=lambda: None, save=self._save), timer=PhaseTimer(Watchdog(0).phase),
                 meter=lambda *values: {}, skipped=SkippedSteps(config.train.max_skipped_steps),
+                refresh=TeacherRefresh(config, {}),
             )
         )  # fmt: skip
 
@@ -88,7 +90,8 @@ class Run:
         usual = {"rollout/nonfinite_samples": 0, "perf/sequences": 1, "perf/total_tokens": 1}
         return Batch([], BatchPlan([], 1, 0), usual | next(self.metrics))
 
-    def _end(self):
+    def _end(self, *, refresh_teacher):
+        assert not refresh_teacher
         self.ended += 1
 
     def _save(self, policy, iteration, state, metrics, *, last):
