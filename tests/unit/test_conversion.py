@@ -357,3 +357,11 @@ def test_verification_names_the_tensor_that_differs_and_keeps_nothing(converted,
     assert code == 2
     assert "in 1 tensor(s)" in said and "model.layers.1.self_attn.k_proj.weight: other values, by at most 0.5" in said
     assert not (tmp_path / "back").exists()
+
+
+def test_verification_looks_at_a_head_that_a_tied_source_has_of_its_own(converted, broken, to_hf, tmp_path):
+    rewrite(broken, lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}))
+    assert to_hf(converted, tmp_path / "back", "--verify-against", broken)[0] == 0  # a copy is no difference
+    rewrite(broken, lambda held: held["lm_head.weight"].mul_(2))
+    code, _, said = to_hf(converted, tmp_path / "again", "--verify-against", broken)
+    assert code == 2 and "lm_head.weight: missing" in said and not (tmp_path / "again").exists()
