@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,11 +63,14 @@ class LoadReport:
         return f"{text}, {bad} skipped: {'; '.join(self.problems)}{more}"
 
 
-def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example], LoadReport]:
+def load_rows(
+    paths: str | list[str], config: DataConfig, unreadable: Callable[[str, object], str | None] = lambda *row: None
+) -> tuple[list[Example], LoadReport]:  # fmt: skip
     """The rows of the files, in order.
 
     `prompt` is text or a list of chat messages. `answer` is any JSON value but null. `kind` comes from the row, or from
     `config.kind` if the row has none. An optional `system` is put before the messages. Other fields become metadata.
+    `unreadable` is (kind, answer) → why the reward cannot read the answer, or None.
     A bad row raises DataError, or is skipped and counted if `config.on_bad_row` is "skip". A missing or unreadable
     file, and a data set without a usable row, always raise DataError.
     """
@@ -80,9 +83,13 @@ def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example]
     for file in files:
         for place, record in read_records(file):
             try:
-                examples.append(_example(record, row, place, config))
-            except _BadRow as problem:
-                _complain(f"{place}: {problem}", config, report)
+                example = _example(record, row, place, config)
+                problem = unreadable(example.kind, example.answer)
+                if problem:
+                    raise _BadRow(problem)
+                examples.append(example)
+            except _BadRow as bad:
+                _complain(f"{place}: {bad}", config, report)
             row += 1
     report.rows = len(examples)
     if not examples:

@@ -28,7 +28,7 @@ class Prompting:
         files = self._config.data.train if split == "train" else self._config.data.test
         if not files:
             raise ConfigError(f"data.{split} is empty: name the file of the {split} split.")
-        examples, report = load_rows(files, self._config.data)
+        examples, report = load_rows(files, self._config.data, self._problem)
         prompts, dropped = render_prompts(examples, self.tokenizer, self._config.data, split)
         self._check_vocabulary(max(max(prompt.token_ids) for prompt in prompts))
         self._check_kinds(prompts)
@@ -36,6 +36,12 @@ class Prompting:
         for warning in self._warnings(prompts, split):
             say(f"warning: {warning}")
         return prompts
+
+    def _problem(self, kind: str, answer: object) -> str | None:
+        """Why the reward cannot read a row's answer."""
+        from megatron_srpo.rewards.answers import unreadable
+
+        return unreadable(kind, answer, self._config.reward.functions)
 
     def _check_kinds(self, prompts: list) -> None:
         from megatron_srpo.rewards.registry import RewardError, unknown

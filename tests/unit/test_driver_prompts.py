@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_srpo.config import Config
+from megatron_srpo.data import DataError
 from megatron_srpo.rewards import RewardError
 from megatron_srpo.run.prompting import Prompting
 from tests.tiny_models import make_tiny_model
@@ -32,6 +33,17 @@ def test_an_unknown_kind_is_refused_with_its_first_row_and_the_nearest_name(prom
     with pytest.raises(RewardError, match=r"rows\.jsonl:2: unknown reward kind 'exakt'. Did you mean 'exact'"):
         prompting(rows).prompts("train", print)
     assert prompting(rows, reward={"functions": {"exakt": "m:f"}}).prompts("train", print)
+
+
+def test_a_reference_answer_that_the_reward_cannot_read_is_refused_with_its_row_or_skipped(prompting):
+    rows = [{"prompt": "a", "kind": "mcq", "answer": "b"}, {"prompt": "b", "kind": "mcq", "answer": "a cell"}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: kind 'mcq' expects the letter .* got 'a cell'"):
+        prompting(rows).prompts("train", print)
+    for kind, answer in (("math", "x is 3\nso it is 4"), ("exact", ["1"]), ("tooluse", "search")):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:1: kind '{kind}' expects"):
+            prompting([{"prompt": "a", "kind": kind, "answer": answer}]).prompts("train", print)
+    own = prompting(rows, reward={"functions": {"mcq": "m:f"}})
+    assert len(own.prompts("train", print)) == 2  # the user's own function may read anything
 
 
 def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_told(prompting):
