@@ -16,7 +16,7 @@ from megatron_srpo.bridge.safetensors_file import TensorGroup, plan_files, write
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
-from megatron_srpo.conversion.source import checkpoint_folder, model_folder
+from megatron_srpo.conversion.source import checkpoint_folder, model_folder, tokenizer_folder
 from megatron_srpo.conversion.store_group import StoreGroup
 from megatron_srpo.conversion.verify import require_equal
 from megatron_srpo.core.errors import nearest
@@ -66,7 +66,7 @@ def megatron_to_hf(
         if processes.is_leader:
             write_index(aside, files)
             write_config(source, aside, dtype or files[0].groups[0].dtype)
-            copy_files(source, aside)
+            copy_files(source, aside, tokenizer_folder(folder, source, given=hf_dir))
             if verify_against:
                 require_equal(aside, verify_against)
                 report.equal_to = str(verify_against)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -178,6 +179,8 @@ def _example(record: object, row: int, place: str, config: DataConfig) -> Exampl
     answer = _required(record, "answer", config.answer_key)
     if isinstance(answer, str):
         _check_text(answer, config.answer_key)
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise _BadRow(f"{config.answer_key!r} is {answer}: expected text, a number or another JSON value")
     used = {config.prompt_key, config.answer_key, config.kind_key, config.system_key}
     metadata = {name: value for name, value in record.items() if name not in used}
     return Example(row, messages, answer, _kind(record, config), metadata, place)
@@ -207,6 +210,7 @@ def _kind(record: dict[str, object], config: DataConfig) -> str:
 
 def _messages(prompt: object, system: object, config: DataConfig) -> tuple[dict[str, str], ...]:
     key = config.prompt_key
+    prompt = _written_messages(prompt)
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": _text(prompt, key)}]
     elif isinstance(prompt, list) and prompt:
@@ -220,6 +224,20 @@ def _messages(prompt: object, system: object, config: DataConfig) -> tuple[dict[
             raise _BadRow(f"a system message in both {config.system_key!r} and {key!r}: keep one")
         messages.insert(0, {"role": "system", "content": _text(system, config.system_key)})
     return tuple(messages)
+
+
+def _written_messages(prompt: object) -> object:
+    """The chat messages of a text that is their JSON, as data sets in parquet have them; any other prompt as it is."""
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("["):
+        return prompt
+    try:
+        messages = json.loads(prompt)
+    except (ValueError, RecursionError):
+        return prompt
+    are_messages = isinstance(messages, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+    )
+    return messages if messages and are_messages else prompt
 
 
 def _message(message: object, place: str) -> dict[str, str]:

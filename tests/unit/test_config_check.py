@@ -368,6 +368,17 @@ def test_an_output_folder_that_cannot_be_is_told(tmp_path):
     assert 'run.output_dir = "": is empty' in of("")
 
 
+@pytest.mark.parametrize("key", ["path", "tokenizer"])
+def test_a_model_that_the_export_would_replace_is_refused_at_once(tmp_path, key):
+    (tmp_path / "run/hf").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run/hf")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for named in (tmp_path / "run/hf", tmp_path / "run/../run/hf/", tmp_path / "link"):
+        changes = {"run__output_dir": str(tmp_path / "run"), f"model__{key}": str(named)}
+        text = told(splits=("train",), data__train=str(tmp_path / "rows.jsonl"), **changes)
+        assert f"model.{key}" in text and "into which this run writes its trained model" in text
+
+
 def test_an_output_folder_without_permission_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     assert f"this user may not write in {tmp_path}" in told(splits=("train",), run__output_dir=str(tmp_path / "new"))

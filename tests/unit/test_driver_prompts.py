@@ -1,5 +1,6 @@
 """What the driver says of the data before anything is built."""
 
+import datetime
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from megatron_srpo.config import Config
 from megatron_srpo.data import DataError
 from megatron_srpo.rewards import RewardError
+from megatron_srpo.run import first_start
 from megatron_srpo.run.prompting import Prompting
 from tests.tiny_models import make_tiny_model
 
@@ -55,3 +57,45 @@ def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_t
     said.clear()
     prompting(rows, rollout={"rollout_batch_size": 2}).prompts("train", said.append)
     assert len(said) == 1
+
+
+DATED = "Today is {{ strftime_now('%d %b %Y') }}. {% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def test_a_template_that_writes_todays_date_keeps_that_of_the_first_start(prompting, tmp_path, monkeypatch):
+    class Clock(datetime.datetime):
+        today = datetime.datetime(2026, 3, 1, 12)
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls.today
+
+    monkeypatch.setattr(first_start, "datetime", Clock)
+    (tmp_path / "out").mkdir()
+
+    def rendered(**sections):
+        made = prompting([{"prompt": "a"}], DATED, run={"output_dir": str(tmp_path / "out")}, **sections)
+        (prompt,) = made.prompts("train", print)
+        shown = made.tokenizer.decode(made.teacher_prompt(prompt, "s", None).ids)
+        text = made.tokenizer.decode(prompt.token_ids)
+        assert shown.startswith(text.removesuffix("a"))
+        return text
+
+    assert rendered() == "Today is 01 Mar 2026. a"
+    Clock.today = datetime.datetime(2026, 3, 2, 12)
+    assert rendered() == "Today is 01 Mar 2026. a"
+    assert rendered(checkpoint={"resume": False}) == "Today is 02 Mar 2026. a"
+
+
+def test_an_answer_tag_that_is_a_special_token_is_told_because_no_reward_would_see_it(prompting):
+    made = prompting([{"prompt": "a", "kind": "mcq", "answer": "B"}], rollout={"rollout_batch_size": 1})
+    made.tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    said = []
+    made.prompts("train", said.append)
+    assert "has </answer>, <answer> as special tokens" in said[1] and 'kind "mcq" will never see them' in said[1]
+
+
+def test_a_prompt_of_no_tokens_is_refused_with_its_row(prompting):
+    template = "{% if messages[0].content != 'a' %}{{ messages[0].content }}{% endif %}"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template makes no token"):
+        prompting([{"prompt": "a"}], template).prompts("train", print)
