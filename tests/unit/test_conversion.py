@@ -284,7 +284,7 @@ def converted(folders, to_megatron, tmp_path):
     return tmp_path / "megatron"
 
 
-def test_a_runs_newest_checkpoint_is_found_and_its_model_folder_too(folders, converted, to_hf, tmp_path):
+def test_a_runs_newest_checkpoint_is_found_with_its_model_folder_and_its_tokenizer(folders, converted, to_hf, tmp_path):
     source = folders("qwen3 tied fp32")
     shutil.rmtree(converted / "hf")  # checkpoints of training have none
     newest = tmp_path / "run/checkpoints/step_00000012"
@@ -297,6 +297,13 @@ def test_a_runs_newest_checkpoint_is_found_and_its_model_folder_too(folders, con
         code, *said = to_hf(given, tmp_path / "back", "--verify-against", source)
         assert code == 0, said
         shutil.rmtree(tmp_path / "back")
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    (own / "tokenizer.json").write_text("another one")
+    (newest / "config.json").write_text(json.dumps({"model": {"path": str(source), "tokenizer": str(own)}}))
+    assert to_hf(newest, tmp_path / "back")[0] == 0
+    assert (tmp_path / "back/tokenizer.json").read_text() == "another one"
+    shutil.rmtree(tmp_path / "back")
     (newest / "config.json").write_text(json.dumps({"model": {"path": "models/moved"}}))
     code, _, said = to_hf(newest, tmp_path / "back")
     assert code == 2 and "models/moved" in said and "--hf DIR" in said
