@@ -28,9 +28,17 @@ def model_folder(checkpoint: Path, given: Path | None) -> Path:
 
 
 def tokenizer_folder(checkpoint: Path, model: Path, *, given: Path | None) -> Path:
-    """The folder with the tokenizer: that of the model, unless the run that wrote the checkpoint had another one."""
+    """The tokenizer's folder: that of the model, unless the run that wrote the checkpoint had another one. Raises
+    BridgeError if that one is not there."""
     named = [] if given or model == checkpoint / MODEL_FOLDER else _of_run(checkpoint, "tokenizer")
-    return next((folder for folder in named if folder.is_dir()), model)
+    for folder in named:
+        if not folder.is_dir():
+            raise BridgeError(
+                f"the run was trained with the tokenizer in {folder} (model.tokenizer), which is not there: put it "
+                "back, or name a folder that has config.json and the tokenizer with --hf DIR."
+            )
+        return folder
+    return model
 
 
 def _of_run(checkpoint: Path, key: str = "path") -> list[Path]:

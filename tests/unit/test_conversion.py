@@ -304,6 +304,9 @@ def test_a_runs_newest_checkpoint_is_found_with_its_model_folder_and_its_tokeniz
     assert to_hf(newest, tmp_path / "back")[0] == 0
     assert (tmp_path / "back/tokenizer.json").read_text() == "another one"
     shutil.rmtree(tmp_path / "back")
+    shutil.rmtree(own)
+    code, _, said = to_hf(newest, tmp_path / "back")
+    assert code == 2 and "which is not there" in said and "--hf DIR" in said
     (newest / "config.json").write_text(json.dumps({"model": {"path": "models/moved"}}))
     code, _, said = to_hf(newest, tmp_path / "back")
     assert code == 2 and "models/moved" in said and "--hf DIR" in said
