@@ -5,17 +5,22 @@
         --test-source ToolAlpaca/data/eval_simulated.json --out data/tooluse
     python tools/prepare_data.py convert x.parquet --map prompt=question,answer=solution.final --kind math --out data/x
 
-A row has idx, kind, dataset, system, prompt, answer. Equal prompts are kept once, so that no test question is trained
-on; the split is drawn from the seed and the prompt's text alone, so that it does not change with the order of the rows.
-The files are read back by the trainer's own loader before they take their names.
+A row has idx, kind, dataset, system, prompt, answer. Rows with the same prompt and system message are kept once. Rows
+with the same prompt are in the same split, so that no test question is trained on. The split is drawn from the seed and
+the prompt's text alone, so that it does not change with the order of the rows. The files are read back by the trainer's
+own loader before they take their names.
 """
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import json
+import math
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +91,7 @@ class Converted:
                 if isinstance(row, Skip):
                     yield row
                 else:
-                    self.rows.append(row)
+                    self.rows.append({name: as_json(value, name) for name, value in row.items()})
         except Skip as skip:
             yield skip
         except KeyError as error:
@@ -97,6 +102,25 @@ class Converted:
     def why(self, most: int) -> list[str]:
         """The commonest reasons: how often, and where first."""
         return [f"{count}: {reason} (first {self.places[reason]})" for reason, count in self.skipped.most_common(most)]
+
+
+def as_json(value: Any, name: str) -> Any:
+    """A value of a table as JSON: dates and times in ISO form, decimal numbers and UUIDs as text. Raises Skip for what
+    has no JSON form, such as bytes and NaN."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if (isinstance(value, decimal.Decimal) and value.is_finite()) or isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(one, f"{name}.{key}") for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one, name) for one in value]
+    what = "NaN or infinite" if isinstance(value, float | decimal.Decimal) else f"of the type {type(value).__name__}"
+    raise Skip(f"{name!r} is {what}, which has no JSON form")
 
 
 def read_source(path: Path) -> Iterator[tuple[str, Any]]:
@@ -260,21 +284,24 @@ def prompt_key(row: dict[str, Any]) -> str:
 
 
 def unique(rows: list[dict[str, Any]], taken: Iterable[str] = ()) -> tuple[list[dict[str, Any]], int]:
-    """(the first row of each prompt that is not `taken`, number of rows left out)."""
-    seen, kept = set(taken), []
+    """(the first row of each prompt and system message, number of rows left out). Rows whose prompt is `taken` are left
+    out whatever their system message is."""
+    seen, others, kept = set(), set(taken), []
     for row in rows:
-        key = prompt_key(row)
-        if key not in seen:
+        key = prompt_key(row), " ".join(str(row["system"] or "").split())
+        if key[0] not in others and key not in seen:
             seen.add(key)
             kept.append(row)
     return kept, len(rows) - len(kept)
 
 
 def split(rows: list[dict[str, Any]], test_size: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, test) in the given order. A row's lot is a hash of the seed and its prompt."""
+    """(train, test) in the given order. A row's lot is a hash of the seed and its prompt; rows with one prompt stay
+    together, so that the test split may have a few rows more."""
     lots = [hashlib.sha256(f"{seed}:{prompt_key(row)}".encode()).digest() for row in rows]
-    drawn = set(sorted(range(len(rows)), key=lots.__getitem__)[:test_size])
-    return [row for i, row in enumerate(rows) if i not in drawn], [row for i, row in enumerate(rows) if i in drawn]
+    drawn = set(sorted(lots)[:test_size])
+    pairs = list(zip(rows, lots, strict=True))
+    return [row for row, lot in pairs if lot not in drawn], [row for row, lot in pairs if lot in drawn]
 
 
 def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:

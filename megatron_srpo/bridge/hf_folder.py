@@ -16,10 +16,11 @@ from megatron_srpo.bridge.safetensors_file import PlannedFile, TensorGroup, file
 from megatron_srpo.core.atomic import atomic_folder
 
 # The files that a model needs in addition to its weights. Other files of the source folder are not copied.
-COPIED = (
-    "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "spiece.model", "*.tiktoken", "preprocessor_config.json", "LICENSE*", "NOTICE*",
+TOKENIZER = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "spiece.model", "*.tiktoken",
 )  # fmt: skip
+OTHERS = ("generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 Items = Iterable[tuple[str, torch.Tensor]]
@@ -27,9 +28,10 @@ Items = Iterable[tuple[str, torch.Tensor]]
 
 def write_hf_folder(
     items: Items, source_hf_dir: str | Path, out_dir: str | Path, dtype: torch.dtype | str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES, *, tokenizer: str | Path = "",
 ) -> Path:  # fmt: skip
-    """Write an export with the configuration and tokenizer of `source_hf_dir`. Returns `out_dir`.
+    """Write an export with the configuration of `source_hf_dir`, and its tokenizer unless `tokenizer` names another
+    folder. Returns `out_dir`. If that is a link to a folder, the link stays.
 
     One rank calls this. All other ranks consume their own iterator, because producing items is collective. The folder
     is written under another name and renamed at the end, so `out_dir` is always the old one or the complete new one.
@@ -41,11 +43,11 @@ def write_hf_folder(
     stream = iter(items)
     try:
         refuse_bad_target(source, target)
-        with atomic_folder(target) as aside:
+        with atomic_folder(target.resolve() if target.is_symlink() else target) as aside:
             kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             written = _write_weights(stream, aside, kind, max_shard_bytes)
             write_config(source, aside, kind or written)
-            copy_files(source, aside)
+            copy_files(source, aside, Path(tokenizer) if tokenizer else source)
     except BaseException:
         for _ in stream:
             pass
@@ -108,8 +110,9 @@ def write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer, the generation configuration and the licence."""
-    for path in source.iterdir():
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COPIED):
-            shutil.copyfile(path, folder / path.name)
+def copy_files(source: Path, folder: Path, tokenizer: Path) -> None:
+    """Copy the tokenizer from its folder, and the generation configuration and the licence from `source`."""
+    for place, patterns in ((tokenizer, TOKENIZER), (source, OTHERS)):
+        for path in place.iterdir():
+            if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
+                shutil.copyfile(path, folder / path.name)

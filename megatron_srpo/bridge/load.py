@@ -14,12 +14,15 @@ from safetensors import SafetensorError, safe_open
 from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.rules import TensorSlice, shape_of
 from megatron_srpo.bridge.table import WeightTable, weight_table
+from megatron_srpo.config.model_folder import two_sets_of_weights
 from megatron_srpo.core.errors import nearest
 from megatron_srpo.core.tensors import ModelShards
+from megatron_srpo.families.family import EMBEDDING, OUTPUT
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes in which a weight may be stored
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # computed buffers that old checkpoints carry
+COMPARED_ROWS = 8192  # of head and embedding at a time
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -58,6 +61,15 @@ class WeightFolder:
     def names(self) -> set[str]:
         return set(self._file_of)
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the files with tensors, sorted."""
+        return sorted(set(self._file_of.values()))
+
+    def stored(self, file: str) -> list[str]:
+        """The names of all tensors in a file, whether or not the index names them."""
+        return list(self._handle(file).keys())
+
     def source(self, name: str) -> TensorSlice:
         """A slice of one tensor. Nothing is read until it is indexed."""
         if name not in self._file_of:
@@ -94,6 +106,9 @@ class WeightFolder:
         """Tensor name → file name."""
         if not self.folder.is_dir():
             raise BridgeError(f"{self.folder} is not a folder: expected a Hugging Face model folder (model.path).")
+        ambiguous = two_sets_of_weights(self.folder)
+        if ambiguous:
+            raise BridgeError(f"{self.folder} {ambiguous}")
         if (self.folder / INDEX).exists():
             try:
                 names = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -106,7 +121,16 @@ class WeightFolder:
         files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise BridgeError(self._no_weights())
-        return {name: file.name for file in files for name in self._handle(file.name).keys()}  # noqa: SIM118
+        found: dict[str, str] = {}
+        for file in files:
+            for name in self.stored(file.name):
+                if name in found:
+                    raise BridgeError(
+                        f"{self.folder} has {name!r} in both {found[name]} and {file.name}: remove the file that is "
+                        "not of this model."
+                    )
+                found[name] = file.name
+        return found
 
     def _no_weights(self) -> str:
         pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in self.folder.glob(f"*.{suffix}"))
@@ -126,7 +150,36 @@ def check_names(folder: WeightFolder, table: WeightTable) -> None:
         raise BridgeError(
             f"{folder.folder} has {len(extra)} tensor(s) that family {table.family.name!r} with {table.shape.layers} "
             f"layers does not know, the first is {extra[0]!r}.{nearest(extra[0], known)} Training without them would "
-            "be wrong: check config.json (num_hidden_layers, architectures, attention_bias)."
+            "be wrong: check config.json (num_hidden_layers, architectures, attention_bias, mlp_only_layers)."
+        )
+    for file in folder.files:
+        stray = sorted(n for n in set(folder.stored(file)) - folder.names if not n.endswith(IGNORED_SUFFIXES))
+        if stray:
+            raise BridgeError(
+                f"{folder.folder / file} holds {stray[0]!r}, which {INDEX} does not name: index and file are of "
+                "different downloads; fetch the model again."
+            )
+    _refuse_own_head(folder, table)
+
+
+def has_own_head(folder: WeightFolder, table: WeightTable) -> bool:
+    """Whether a folder of a model with a tied head stores a head that differs from the embedding."""
+    (head,), (embedding,) = table.line_names(OUTPUT), table.line_names(EMBEDDING)
+    if not table.shape.tied or head not in folder.names:
+        return False
+    mine, tied = folder.source(head), folder.source(embedding)
+    if shape_of(mine) != shape_of(tied):
+        return True
+    starts = range(0, shape_of(mine)[0], COMPARED_ROWS)
+    return not all(torch.equal(mine[i : i + COMPARED_ROWS], tied[i : i + COMPARED_ROWS]) for i in starts)
+
+
+def _refuse_own_head(folder: WeightFolder, table: WeightTable) -> None:
+    if has_own_head(folder, table):
+        raise BridgeError(
+            f"{folder.folder}: config.json says tie_word_embeddings = true, but the folder has its own lm_head.weight, "
+            "which differs from the embedding. If the model was trained with this head, set tie_word_embeddings to "
+            "false in config.json; if it was not, remove lm_head.weight from the weights."
         )
 
 

@@ -85,15 +85,27 @@ class WeightTable:
         names = tuple(hf.format(**numbers) for hf in line.hf)
         return Mapped(names, self._rules[line.split], exported=True, expert=numbers.get("expert"))
 
+    def line_names(self, megatron: str) -> tuple[str, ...]:
+        """The Hugging Face names that the family has for a parameter outside the layers, whether the model uses it or
+        not."""
+        return next(line.hf for line in self.family.lines if line.megatron == megatron)
+
     def hf_names(self) -> set[str]:
-        """All Hugging Face names that a folder of this model may hold, including optional ones such as biases."""
+        """All Hugging Face names that a folder of this model may hold, a tied head included."""
         return {
             name.format(layer=layer, expert=expert)
             for line in self.family.lines
             for name in line.hf
-            for layer in (range(self.shape.layers) if LAYER in name else (0,))
+            for layer in (self._layers_of(line) if LAYER in name else (0,))
             for expert in (range(self.shape.experts) if EXPERT in name else (0,))
         }
+
+    def _layers_of(self, line: Line) -> list[int]:
+        """The layers that have this line's parameter: a layer has experts or a dense MLP, not both."""
+        experts = self.shape.expert_layers
+        if line.of_experts or line.of_dense_mlp:
+            return [layer for layer, has in enumerate(experts) if has == line.of_experts]
+        return list(range(len(experts)))
 
 
 def weight_table(hf: HfConfig, padded_vocab_size: int) -> WeightTable:

@@ -27,6 +27,7 @@ def file_problems(config: Config, splits: Iterable[str]) -> Iterator[str]:
         yield from _reward_files(config)
     if "train" in splits:
         yield from _output_folder(config.run.output_dir)
+        yield from _export_folder(config)
 
 
 def _reward_files(config: Config) -> Iterator[str]:
@@ -49,6 +50,18 @@ def _data_file(file: Path) -> str | None:
     if file.stat().st_size == 0:
         return "is empty; expected one row per line"
     return None
+
+
+def _export_folder(config: Config) -> Iterator[str]:
+    """The trained model replaces output_dir/hf at the end: not the model that it started from."""
+    for key in ("path", "tokenizer"):
+        given = getattr(config.model, key)
+        target = Path(config.run.output_dir).expanduser() / "hf"
+        if given and os.path.realpath(Path(given).expanduser()) == os.path.realpath(target):
+            yield (
+                f'model.{key} = "{given}": is the folder into which this run writes its trained model; name another '
+                "run.output_dir"
+            )
 
 
 def _output_folder(given: str) -> Iterator[str]:

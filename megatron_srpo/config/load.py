@@ -127,7 +127,7 @@ def _without_effect(given: dict[str, Any]) -> list[str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Expected a configuration in TOML{_tomls_beside(path)}.") from None
     except IsADirectoryError:

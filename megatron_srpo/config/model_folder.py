@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_srpo.core.errors import ConfigError
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LFS_POINTER = b"version https://git-lfs"
 
@@ -49,6 +49,9 @@ def _require_weights(folder: Path, given: str) -> None:
             else "Fetch the model again, weights included"
         )
         raise ConfigError(f"{given}: has no weights. Expected *.safetensors. {cure}.")
+    ambiguous = two_sets_of_weights(folder)
+    if ambiguous:
+        raise ConfigError(f"{given}: {ambiguous}")
     index = folder / INDEX
     if index.is_file():
         try:
@@ -66,6 +69,27 @@ def _require_weights(folder: Path, given: str) -> None:
         damage = _damage(folder / name)
         if damage:
             raise ConfigError(f"{given}: {name} {damage}.")
+
+
+def two_sets_of_weights(folder: Path) -> str | None:
+    """Why the folder's files may be two models, or None. transformers reads the single file first, vLLM reads the index
+    first, and without an index vLLM reads all files."""
+    if not (folder / SINGLE).is_file():
+        return None
+    try:
+        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except FileNotFoundError:
+        named = {SINGLE}
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):
+        return None  # the reader of the index tells about it
+    shards = [] if (folder / INDEX).exists() else sorted(file.name for file in folder.glob(SHARDS))
+    if SINGLE in named and not shards:
+        return None
+    other = shards[0] if shards else INDEX
+    return (
+        f"has both {SINGLE} and {other}, which may be two models: transformers reads the first, and vLLM the second. "
+        f"Keep one: remove {SINGLE}, or remove {INDEX} and the files {SHARDS}."
+    )
 
 
 def _damage(file: Path) -> str | None:

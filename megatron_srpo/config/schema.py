@@ -144,6 +144,9 @@ class RolloutConfig(Section):
     mismatch_warning: float = Field(0.05, ge=0)
     """Warn if trainer and engine log-probs differ by more than this on average, in nats per token. 0 switches it
     off."""
+    start_mismatch_limit: float = Field(0.0, ge=0)
+    """Refuse to start if trainer and engine log-probs differ by more than this on average before the first iteration,
+    in nats per token. 0 takes the limit of the dtype: 0.01 for float32, 0.15 for bfloat16, 0.3 with model.fp8."""
     num_servers: int = Field(1, ge=1)
     """Number of servers that the run starts on the machine of rank 0. For placement = "servers"."""
     servers: list[str] = []

@@ -27,9 +27,24 @@ def model_folder(checkpoint: Path, given: Path | None) -> Path:
     raise BridgeError(f"no config.json of the model in {looked}: name its Hugging Face folder with --hf DIR.")
 
 
-def _of_run(checkpoint: Path) -> list[Path]:
-    """model.path of the training run that wrote the checkpoint."""
+def tokenizer_folder(checkpoint: Path, model: Path, *, given: Path | None) -> Path:
+    """The tokenizer's folder: that of the model, unless the run that wrote the checkpoint had another one. Raises
+    BridgeError if that one is not there."""
+    named = [] if given or model == checkpoint / MODEL_FOLDER else _of_run(checkpoint, "tokenizer")
+    for folder in named:
+        if not folder.is_dir():
+            raise BridgeError(
+                f"the run was trained with the tokenizer in {folder} (model.tokenizer), which is not there: put it "
+                "back, or name a folder that has config.json and the tokenizer with --hf DIR."
+            )
+        return folder
+    return model
+
+
+def _of_run(checkpoint: Path, key: str = "path") -> list[Path]:
+    """model.path or model.tokenizer of the training run that wrote the checkpoint."""
     try:
-        return [Path(json.loads((checkpoint / "config.json").read_text())["model"]["path"]).expanduser()]
+        named = json.loads((checkpoint / "config.json").read_text())["model"][key]
+        return [Path(named).expanduser()] if named else []
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []

@@ -16,7 +16,7 @@ from megatron_srpo.bridge.safetensors_file import TensorGroup, plan_files, write
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
-from megatron_srpo.conversion.source import checkpoint_folder, model_folder
+from megatron_srpo.conversion.source import checkpoint_folder, model_folder, tokenizer_folder
 from megatron_srpo.conversion.store_group import StoreGroup
 from megatron_srpo.conversion.verify import require_equal
 from megatron_srpo.core.errors import nearest
@@ -39,6 +39,7 @@ def megatron_to_hf(
     """
     folder = checkpoint_folder(checkpoint)
     source = model_folder(folder, hf_dir)
+    tokenizer = tokenizer_folder(folder, source, given=hf_dir)
     refuse_existing(out_dir, dry_run=dry_run)
     refuse_bad_target(source, out_dir)
     model = _StoredModel(folder, read_config(source), dtype)
@@ -66,7 +67,7 @@ def megatron_to_hf(
         if processes.is_leader:
             write_index(aside, files)
             write_config(source, aside, dtype or files[0].groups[0].dtype)
-            copy_files(source, aside)
+            copy_files(source, aside, tokenizer)
             if verify_against:
                 require_equal(aside, verify_against)
                 report.equal_to = str(verify_against)

@@ -113,4 +113,4 @@ def _copy_model(hf_dir: Path, target: Path) -> None:
     """The model's configuration and tokenizer into the checkpoint, so that it can be converted back by itself."""
     target.mkdir()
     shutil.copyfile(hf_dir / "config.json", target / "config.json")
-    copy_files(hf_dir, target)
+    copy_files(hf_dir, target, hf_dir)

@@ -7,25 +7,29 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.bridge import BridgeError, read_config, weight_table
-from megatron_srpo.bridge.load import IGNORED_SUFFIXES, WeightFolder
+from megatron_srpo.bridge.load import IGNORED_SUFFIXES, WeightFolder, has_own_head
 from megatron_srpo.bridge.rules import shape_of
+
+HEAD = "lm_head.weight"
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
     """A line for every tensor that is in one folder only, or has another dtype, shape or value; a tensor at a time.
 
-    If the model is tied, a head in one folder only is no difference.
+    If the model is tied, a head in one folder only is no difference as long as it equals the embedding.
     """
     config = read_config(theirs)
     table = weight_table(config, config["vocab_size"])
     found = []
     with WeightFolder(ours) as mine, WeightFolder(theirs) as other:
         names = {name for name in other.names if not name.endswith(IGNORED_SUFFIXES)}
-        if table.shape.tied:
-            names.discard("lm_head.weight")
-        found += [f"{name}: missing" for name in sorted(names - mine.names)]
-        found += [f"{name}: not in {theirs}" for name in sorted(mine.names - names)]
-        for name in sorted(mine.names & names):
+        held = set(mine.names)
+        if table.shape.tied and not has_own_head(other, table) and not has_own_head(mine, table):
+            names.discard(HEAD)
+            held.discard(HEAD)
+        found += [f"{name}: missing" for name in sorted(names - held)]
+        found += [f"{name}: not in {theirs}" for name in sorted(held - names)]
+        for name in sorted(held & names):
             a, b = mine.source(name), other.source(name)
             if (a.get_dtype(), shape_of(a)) != (b.get_dtype(), shape_of(b)):
                 found.append(f"{name}: {a.get_dtype()} {shape_of(a)}, there {b.get_dtype()} {shape_of(b)}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,11 +65,14 @@ class LoadReport:
         return f"{text}, {bad} skipped: {'; '.join(self.problems)}{more}"
 
 
-def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example], LoadReport]:
+def load_rows(
+    paths: str | list[str], config: DataConfig, unreadable: Callable[[str, object], str | None] = lambda *row: None
+) -> tuple[list[Example], LoadReport]:  # fmt: skip
     """The rows of the files, in order.
 
     `prompt` is text or a list of chat messages. `answer` is any JSON value but null. `kind` comes from the row, or from
     `config.kind` if the row has none. An optional `system` is put before the messages. Other fields become metadata.
+    `unreadable` is (kind, answer) → why the reward cannot read the answer, or None.
     A bad row raises DataError, or is skipped and counted if `config.on_bad_row` is "skip". A missing or unreadable
     file, and a data set without a usable row, always raise DataError.
     """
@@ -81,9 +85,13 @@ def load_rows(paths: str | list[str], config: DataConfig) -> tuple[list[Example]
     for file in files:
         for place, record in read_records(file):
             try:
-                examples.append(_example(record, row, place, config))
-            except _BadRow as problem:
-                _complain(f"{place}: {problem}", config, report)
+                example = _example(record, row, place, config)
+                problem = unreadable(example.kind, example.answer)
+                if problem:
+                    raise _BadRow(problem)
+                examples.append(example)
+            except _BadRow as bad:
+                _complain(f"{place}: {bad}", config, report)
             row += 1
     report.rows = len(examples)
     if not examples:
@@ -172,6 +180,8 @@ def _example(record: object, row: int, place: str, config: DataConfig) -> Exampl
     answer = _required(record, "answer", config.answer_key)
     if isinstance(answer, str):
         _check_text(answer, config.answer_key)
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise _BadRow(f"{config.answer_key!r} is {answer}: expected text, a number or another JSON value")
     used = {config.prompt_key, config.answer_key, config.kind_key, config.system_key, config.solution_key}
     metadata = {name: value for name, value in record.items() if name not in used}
     solution = record.get(config.solution_key) if config.solution_key else None
@@ -203,6 +213,7 @@ def _kind(record: dict[str, object], config: DataConfig) -> str:
 
 def _messages(prompt: object, system: object, config: DataConfig) -> tuple[dict[str, str], ...]:
     key = config.prompt_key
+    prompt = _written_messages(prompt)
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": _text(prompt, key)}]
     elif isinstance(prompt, list) and prompt:
@@ -216,6 +227,20 @@ def _messages(prompt: object, system: object, config: DataConfig) -> tuple[dict[
             raise _BadRow(f"a system message in both {config.system_key!r} and {key!r}: keep one")
         messages.insert(0, {"role": "system", "content": _text(system, config.system_key)})
     return tuple(messages)
+
+
+def _written_messages(prompt: object) -> object:
+    """The chat messages of a text that is their JSON, as data sets in parquet have them; any other prompt as it is."""
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("["):
+        return prompt
+    try:
+        messages = json.loads(prompt)
+    except (ValueError, RecursionError):
+        return prompt
+    are_messages = isinstance(messages, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+    )
+    return messages if messages and are_messages else prompt
 
 
 def _message(message: object, place: str) -> dict[str, str]:

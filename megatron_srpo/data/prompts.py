@@ -27,6 +27,11 @@ def render_prompts(
         some = examples[start : start + _AT_ONCE]
         texts = [render_chat(tokenizer, one.messages, config.chat_template_kwargs, one.source) for one in some]
         for example, ids in zip(some, encode(tokenizer, texts), strict=True):
+            if not ids:
+                raise DataError(
+                    f"{example.source}: the chat template makes no token of these messages; a response needs at least "
+                    "one token before it. Correct the row, or the template of the tokenizer"
+                )
             if len(ids) > config.max_prompt_length:
                 too_long.append((example, len(ids)))
             else:

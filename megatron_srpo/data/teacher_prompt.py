@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from megatron_srpo.config import DataConfig, TeacherConfig
@@ -47,7 +48,7 @@ class TeacherPromptBuilder:
             name: template_pieces(f"{name}_section", getattr(teacher, f"{name}_section"))
             for name in ("solution", "feedback")
         }
-        self._untrusted = _UntrustedText(tokenizer)
+        self._untrusted = _UntrustedText(tokenizer, self._control_tokens())
         self._check_chat_template()
 
     def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> TeacherPrompt | None:
@@ -88,6 +89,18 @@ class TeacherPromptBuilder:
             fields[name] = _fill(self._sections[name], {name: mark})
         return _fill(self._template, fields)
 
+    def _control_tokens(self) -> list[str]:
+        """The special tokens, and the added tokens with which the chat template marks turns: some tokenizers do not
+        call them special."""
+        chat = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+        text = render_chat(self._tokenizer, chat[:1], self._kwargs, "teacher")
+        with suppress(DataError):  # a template may refuse an earlier answer
+            text += render_chat(self._tokenizer, chat, self._kwargs, "teacher")
+        special = [token for token in self._tokenizer.all_special_tokens if token != self._tokenizer.unk_token]
+        # Some tokenizers have runs of spaces, or words, among the added tokens: these are text.
+        added = [token for token in self._tokenizer.get_added_vocab() if token.strip() and not token.isalnum()]
+        return special + [token for token in added if token in text and token not in special]
+
     def _check_chat_template(self) -> None:
         messages = ({"role": "user", "content": "question"},)
         shown = {name for name in self._sections if ("field", name) in self._template}
@@ -104,9 +117,8 @@ class TeacherPromptBuilder:
 class _UntrustedText:
     """Encodes text that a model wrote, so that nothing in it becomes a control token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: list[str]) -> None:
         self._tokenizer = tokenizer
-        tokens = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
         control = set(tokenizer.convert_tokens_to_ids(tokens))
         obeyed = [token for token in tokens if control & set(self._split(f"a{token}a"))]
         # Some tokenizers cannot be told to read these tokens as letters. Then they are removed from the text.

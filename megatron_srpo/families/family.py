@@ -41,6 +41,16 @@ class Line:
             pattern = pattern.replace(re.escape(number), rf"(?P<{number[1:-1]}>\d+)")
         return re.compile(pattern)
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether only layers with experts have this parameter."""
+        return ".mlp.experts." in self.megatron or ".mlp.router." in self.megatron
+
+    @property
+    def of_dense_mlp(self) -> bool:
+        """Whether only layers without experts have this parameter."""
+        return self.megatron.endswith((".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight"))
+
     def match(self, name: str) -> dict[str, int] | None:
         """The numbers in `name` ("layer", "expert", as far as it has them) if the name is this line's, else None."""
         found = self._pattern.fullmatch(name)

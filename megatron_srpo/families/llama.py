@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_srpo.families.family import EMBEDDING, OUTPUT, Family, Line, Settings, Split
+from megatron_srpo.families.rope import rope_problems
 from megatron_srpo.families.shape import HfConfig, ModelShape
 
 MLP, ATTENTION = "decoder.layers.{layer}.mlp.", "decoder.layers.{layer}.self_attention."
@@ -30,6 +31,11 @@ NUMBERS = (
 )  # fmt: skip
 
 
+READ_BY_ENGINES_ALONE = {
+    "logit_scale": 1.0, "is_causal": True, "qk_norm": False, "bias": False, "shared_expert_intermediate_size": 0,
+}  # fmt: skip
+
+
 def decoder_config(shape: ModelShape) -> Settings:
     """Megatron's TransformerConfig of a dense decoder."""
     return {
@@ -55,16 +61,17 @@ def rotary_model(shape: ModelShape) -> Settings:
 
 def decoder_refusals(hf: HfConfig) -> list[str]:
     """What a dense decoder's config.json may ask for and we would compute wrongly."""
-    problems = []
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        problems.append(f'rotary embedding "{kind}" (rope_scaling) is not supported; expected the default one')
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        problems.append("partial_rotary_factor is not 1; expected rotary embedding of whole heads")
+    problems = rope_problems(hf)
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if hf.get(key):
             problems.append(f"{key} is true in its config.json; expected false, others are not supported")
+    # vLLM reads these keys, and transformers' classes of our families do not, or read them otherwise.
+    layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
+    if layers:
+        problems.append(f'layer_types has "{layers[0]}"; expected full attention in every layer')
+    for key, usual in READ_BY_ENGINES_ALONE.items():
+        if hf.get(key) not in (None, usual):
+            problems.append(f"{key} is {hf[key]!r} in its config.json; expected {usual!r}, others are not supported")
     if hf.get("hidden_act", "silu") != "silu":
         problems.append(f'hidden_act is "{hf["hidden_act"]}"; expected "silu"')
     if hf.get("quantization_config"):

@@ -35,6 +35,9 @@ def _refusals(hf: HfConfig) -> list[str]:
     problems = QWEN3.refusals(hf)
     if hf["num_experts_per_tok"] == 1 and hf.get("norm_topk_prob"):
         problems.append("norm_topk_prob with one expert a token leaves its router without a gradient")
+    old, new = hf.get("num_experts"), hf.get("num_local_experts")
+    if old and new and old != new:
+        problems.append(f"num_experts is {old} and num_local_experts is {new} in its config.json; keep the right one")
     return problems
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-HfConfig = Mapping[str, Any]  # a Hugging Face config.json
+from megatron_srpo.families.rope import HfConfig, rope_base
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def _numbers(hf: HfConfig) -> dict[str, Any]:
         "vocab": hf["vocab_size"],
         "max_positions": hf.get("max_position_embeddings", 0),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        # Older files have the base at the top, newer ones inside rope_parameters.
-        "rope_theta": float({**hf, **(hf.get("rope_parameters") or {})}.get("rope_theta", 10000.0)),
+        "rope_theta": rope_base(hf),
         "tied": bool(hf.get("tie_word_embeddings", False)),
     }
     if experts:

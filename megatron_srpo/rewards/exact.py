@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_srpo.rewards.registry import RewardError, Verdict, register
+from megatron_srpo.rewards.answers import exact_reference
+from megatron_srpo.rewards.registry import Verdict, register
 
 
 @register("exact")
 def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     """1 if the stripped response equals the answer (text, or a number as Python writes it), else 0."""
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise RewardError(f"kind 'exact' expects text or a number as answer, got {type(answer).__name__}")
     given = response.strip()
-    if given == str(answer).strip():
+    if given == exact_reference(answer):
         return Verdict(1.0)
     return Verdict(0.0, f"The answer {_shown(given)} is not correct." if given else "The response is empty.")
 

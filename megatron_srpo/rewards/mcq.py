@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_srpo.rewards.registry import RewardError, Verdict, register
+from megatron_srpo.rewards.answers import mcq_reference
+from megatron_srpo.rewards.registry import Verdict, register
 from megatron_srpo.rewards.tags import last_tagged
 
 
@@ -12,8 +13,9 @@ from megatron_srpo.rewards.tags import last_tagged
 def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     """1 if the text between the last `<answer>` and `</answer>` is the answer's letter, else 0.
 
-    The response is well-formed if it ends with that pair and one capital letter is between the tags. The feedback never
-    names the right option, because a teacher that reads it would only have to copy it.
+    The row's answer may be written as `B`, `b`, `(B)`, `B. text` or `Answer: B`. The response is well-formed if it ends
+    with that pair and one capital letter is between the tags. The feedback never names the right option, because a
+    teacher that reads it would only have to copy it.
     """
     return _compare(response, last_tagged(response, "answer"), answer)
 
@@ -26,13 +28,12 @@ def score_lenient(response: str, answer: object, metadata: Mapping[str, object])
 
 
 def _compare(response: str, given: str | None, answer: object) -> Verdict:
-    if not isinstance(answer, str) or not answer.strip():
-        raise RewardError(f"kind 'mcq' expects the letter of the right option as answer, got {answer!r:.80}")
+    expected = mcq_reference(answer)
     if given is None:
         return Verdict(0.0, "The response has no <answer>…</answer> with the letter of an option.", False)
     is_letter = len(given) == 1 and "A" <= given <= "Z"
     well_formed = is_letter and "<answer>" in response and response.rstrip().endswith("</answer>")
-    if given == answer.strip():
+    if given == expected:
         return Verdict(1.0, None, well_formed, given)
     if is_letter:
         return Verdict(0.0, f"Option {given} is not the right one.", well_formed, given)

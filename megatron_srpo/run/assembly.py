@@ -79,11 +79,13 @@ def build_parts(
     from megatron_srpo.mcore import checkpoint
     from megatron_srpo.mcore.device import device_name
     from megatron_srpo.plan import Architecture, Meter
+    from megatron_srpo.run.start_check import check_start, probes, routing_note
     from megatron_srpo.trainer import Components
 
     control, topology = session.control, session.topology
     policy = build_policy(config, session, trainable=True)
-    architecture = Architecture.from_hf(read_model_folder(config.model.path))
+    hf = read_model_folder(config.model.path)
+    architecture = Architecture.from_hf(hf)
     exporter = build_exporter(config, policy)
     store = Checkpoints(config, control, checkpoint, lambda text: role.log.message(text))
     restored = store.restore(policy)
@@ -98,6 +100,12 @@ def build_parts(
             engine.sleep()
     if start or config.rollout.servers:  # external servers may still hold another run's weights
         engine.publish(exporter, start)
+    objective = Objective(config)
+    if start < config.run.iterations:
+        sample = control.share(lambda: probes(config, role.prompts("train")))
+        agreement = check_start(config, control, engine, policy, objective, sample)
+        for line in filter(None, (agreement, routing_note(hf))):
+            role.log.message(line)
     test = control.share(lambda: role.prompts("test"))
     control.share(lambda: role.open_log(start, state.get("observer", {})))
     source = role.source(control, engine, scorer, start=start, dp_size=topology.dp_size, padding=policy.padding)
@@ -106,7 +114,7 @@ def build_parts(
         control=control,
         source=source,
         policy=policy,
-        objective=Objective(config),
+        objective=objective,
         engine=engine,
         weights=exporter,
         evaluate=Evaluator(config, engine, test, scorer),

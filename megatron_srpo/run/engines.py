@@ -25,6 +25,7 @@ def build_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
         seed=config.run.seed,
         control_group=session.topology.control_group,
         device=session.topology.device.type,
+        tokenizer=config.model.tokenizer,
         verifier=Verifier(config.bridge.verify_every),
     )
 

@@ -72,7 +72,9 @@ def _write_hf(config: Config, weights: Weights, target: Path, *, is_driver: bool
     from megatron_srpo.bridge import write_hf_folder
 
     if is_driver:
-        write_hf_folder(weights, config.model.path, target, dtype=config.model.dtype)
+        write_hf_folder(
+            weights, config.model.path, target, dtype=config.model.dtype, tokenizer=config.model.tokenizer
+        )  # fmt: skip
     else:
         for _ in weights:
             pass

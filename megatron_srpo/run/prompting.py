@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from megatron_srpo.config import Config, read_model_folder
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.run.first_start import first_start
+
+# What the rewards look for in a response's text, by kind; a user's own function may look for any of it.
+MARKS = {
+    "mcq": ("<answer>", "</answer>"),
+    "reasoning_gym": ("<answer>", "</answer>"),
+    "tooluse": ("Action:", "Action Input:", "</think>"),
+    "math": ("\\boxed",),
+}
+OWN = ("<answer>", "</answer>", "<think>", "</think>", "<tool_call>", "</tool_call>", "\\boxed")
 
 
 class Prompting:
@@ -19,7 +30,12 @@ class Prompting:
         longest = config.teacher.max_prompt_length or (
             config.data.max_prompt_length + config.rollout.max_response_length
         )
-        self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, config.data, longest)
+        self._data = config.data
+        if "strftime_now" in str(self.tokenizer.chat_template):  # the template writes today's date
+            day = first_start(Path(config.run.output_dir), anew=not config.checkpoint.resume)
+            options = {"strftime_now": day.strftime, **config.data.chat_template_kwargs}
+            self._data = config.data.model_copy(update={"chat_template_kwargs": options})
+        self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, self._data, longest)
 
     def prompts(self, split: str, say: Callable[[str], None]) -> list:
         """The prompts of one split, those over length dropped or refused."""
@@ -28,14 +44,20 @@ class Prompting:
         files = self._config.data.train if split == "train" else self._config.data.test
         if not files:
             raise ConfigError(f"data.{split} is empty: name the file of the {split} split.")
-        examples, report = load_rows(files, self._config.data)
-        prompts, dropped = render_prompts(examples, self.tokenizer, self._config.data, split)
+        examples, report = load_rows(files, self._config.data, self._problem)
+        prompts, dropped = render_prompts(examples, self.tokenizer, self._data, split)
         self._check_vocabulary(max(max(prompt.token_ids) for prompt in prompts))
         self._check_kinds(prompts)
         say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")
         for warning in self._warnings(prompts, split):
             say(f"warning: {warning}")
         return prompts
+
+    def _problem(self, kind: str, answer: object) -> str | None:
+        """Why the reward cannot read a row's answer."""
+        from megatron_srpo.rewards.answers import unreadable
+
+        return unreadable(kind, answer, self._config.reward.functions)
 
     def _check_kinds(self, prompts: list) -> None:
         from megatron_srpo.rewards.registry import RewardError, unknown
@@ -56,11 +78,26 @@ class Prompting:
             )
         instructed = [prompt for prompt in prompts if prompt.messages[0]["role"] == "system"]
         # One is enough: they share the template, and rendering all of a large data set again takes minutes.
-        if instructed and hides_system(self.tokenizer, instructed[0], self._config.data):
+        if instructed and hides_system(self.tokenizer, instructed[0], self._data):
             yield (
                 f"the tokenizer's chat template leaves out the system message, which {len(instructed)} {split} prompts "
                 f"have, the first of them {instructed[0].source}: the model will not see it"
             )
+
+        yield from self._unseen_marks({prompt.kind for prompt in prompts})
+
+    def _unseen_marks(self, kinds: set[str]) -> Iterator[str]:
+        """A warning where rewards look for a special token: their text is decoded without them."""
+        special = set(self.tokenizer.all_special_tokens)
+        for kind in sorted(kinds):
+            own = kind in self._config.reward.functions
+            unseen = sorted(special.intersection(OWN if own else MARKS.get(kind.replace("-", "_"), ())))
+            if unseen:
+                yield (
+                    f"the tokenizer has {', '.join(unseen)} as special tokens, and rewards read responses without "
+                    f'special tokens: the reward of kind "{kind}" will never see them. Set "special": false for them '
+                    "in the tokenizer's tokenizer.json and tokenizer_config.json"
+                )
 
     def _check_vocabulary(self, largest: int) -> None:
         """A tokenizer of another model gives ids that the model has no embedding for."""

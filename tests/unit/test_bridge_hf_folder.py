@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_srpo.bridge import BridgeError, write_hf_folder
+from megatron_srpo.bridge import BridgeError, read_config, write_hf_folder
 from tests.tiny_models import make_tiny_model
 
 
@@ -110,3 +110,26 @@ def test_files_are_those_that_the_safetensors_library_writes(source, tmp_path):
     out = write_hf_folder(mixed.items(), source, tmp_path / "out")
     save_file(mixed, tmp_path / "library", metadata={"format": "pt"})
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "library").read_bytes()
+
+
+def test_the_export_has_the_tokenizer_that_was_trained_with_and_nothing_of_the_other(source, tmp_path):
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (other / name).write_text(f"other {name}")
+    (other / "config.json").write_text("{}")
+    out = write_hf_folder([("a", torch.zeros(3))], source, tmp_path / "out", tokenizer=other)
+    assert (out / "tokenizer.json").read_text() == "other tokenizer.json"
+    assert (out / "chat_template.jinja").read_text() == "other chat_template.jinja"
+    assert not (out / "tokenizer_config.json").exists() and (source / "tokenizer_config.json").exists()
+    assert read_config(out)["hidden_size"] == read_config(source)["hidden_size"]
+
+
+def test_an_output_that_is_a_link_to_another_disk_stays_a_link(source, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/hf")
+    for value in (1.0, 2.0):  # the folder is not there yet, and is there
+        write_hf_folder([("a", torch.full((3,), value))], source, tmp_path / "out")
+        assert (tmp_path / "out").is_symlink() and not (tmp_path / "disk/hf").is_symlink()
+        assert load_file(tmp_path / "disk/hf/model.safetensors")["a"].eq(value).all()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["hf"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_srpo.bridge import BridgeError, Exporter, load_hf_weights, read_config, weight_table
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.families import family_of
-from tests.tiny_models import make_tiny_model
+from megatron_srpo.families import ModelShape, family_of, unsupported
+from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.tiny_shards import empty_shards
 
 SIZES = {"hidden": 48, "layers": 2, "heads": 12, "kv_heads": 4, "head_dim": 6, "ffn": 28, "vocab": 37}
@@ -212,8 +213,11 @@ def reconfigure(folder, **values):
             r"1 tensor\(s\) .* does not know.*o_proj.bias.*attention_bias",
         ),
         (
-            lambda f: (f / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}})
+            lambda f: (
+                (f / "model.safetensors").rename(f / "model-00002-of-00002.safetensors"),
+                (f / "model.safetensors.index.json").write_text(
+                    json.dumps({"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}})
+                ),
             ),
             "lacks model-00001-of-00002.safetensors.*incomplete",
         ),
@@ -241,3 +245,56 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path, folders):
 def test_a_head_of_tied_models_that_is_in_the_folder_all_the_same_is_ignored(broken):
     rewrite(broken, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
     load_hf_weights(empty_shards(read_config(broken)), broken)
+
+
+@pytest.mark.parametrize("rows", [37, 38], ids=["other values", "another shape"])
+def test_a_head_of_its_own_contradicts_tied_embeddings_and_is_refused(broken, rows):
+    rewrite(broken, lambda w: w.update({"lm_head.weight": torch.ones(rows, 48)}))
+    with pytest.raises(BridgeError, match=r"tie_word_embeddings = true, but .* own lm_head.weight.*set tie_word_emb"):
+        load_hf_weights(empty_shards(read_config(broken)), broken)
+
+
+def test_a_dense_mlp_in_a_layer_with_experts_is_refused_as_unread(folders, tmp_path):
+    shutil.copytree(folders("qwen3_moe"), tmp_path / "model")  # layer 0 is dense, layer 1 has experts
+    shards = empty_shards(read_config(tmp_path / "model"))
+    name = "model.layers.1.mlp.gate_proj.weight"
+    rewrite(tmp_path / "model", lambda w: w.update({name: torch.ones(28, 48)}))
+    with pytest.raises(BridgeError, match=f"does not know, the first is '{name}'"):
+        load_hf_weights(shards, tmp_path / "model")
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(broken):
+    names = list(load_file(broken / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    rewrite(broken, lambda w: w.update({"lm_head.weight": torch.ones(37, 48)}))
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BridgeError, match=r"holds 'lm_head.weight', which model.safetensors.index.json does not name"):
+        load_hf_weights(empty_shards(read_config(broken)), broken)
+
+
+def test_a_tensor_in_two_files_without_an_index_is_refused(broken):
+    (broken / "model.safetensors").rename(broken / "model-00001-of-00002.safetensors")
+    save_file({"model.norm.weight": torch.ones(48)}, broken / "model-00002-of-00002.safetensors")
+    with pytest.raises(BridgeError, match=r"'model.norm.weight' in both model-00001-of-00002.*and model-00002-of"):
+        load_hf_weights(empty_shards(read_config(broken)), broken)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("scaling", [None, {}, {"type": "default"}, {"rope_type": "yarn", "factor": 4.0}])
+@pytest.mark.parametrize("parameters", [None, {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "default"}])
+@pytest.mark.parametrize("base", [None, 5e5, 7e5])
+def test_a_rotary_embedding_is_either_refused_or_the_one_that_transformers_computes(family, scaling, parameters, base):
+    config_class, model_class = FAMILIES[family]
+    given = {"architectures": [model_class.__name__], "hidden_size": 64, "num_attention_heads": 4}
+    given |= {"num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 7, "max_position_embeddings": 64}
+    given |= {"rms_norm_eps": 1e-6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    given |= {"num_experts": 4} if family == "qwen3_moe" else {}
+    spelled = {"rope_scaling": scaling, "rope_parameters": parameters, "rope_theta": base}
+    given |= {key: copy.deepcopy(value) for key, value in spelled.items() if value is not None}
+    refused = unsupported(copy.deepcopy(given))
+    theirs = config_class(**given).rope_parameters
+    if not refused:
+        assert theirs["rope_type"] == "default"
+        assert ModelShape.from_hf(given | spelled).rope_theta == theirs["rope_theta"]
+    elif parameters is None or not scaling:  # nothing is given twice
+        assert theirs["rope_type"] != "default" or (parameters and base not in (None, parameters.get("rope_theta")))

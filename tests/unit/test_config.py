@@ -199,6 +199,12 @@ def test_a_folder_in_place_of_a_file_is_told(minimal):
     assert "is a folder" in message(minimal.parent)
 
 
+def test_a_byte_order_mark_is_read_over(minimal):
+    expected = load_config(minimal)
+    minimal.write_bytes(b"\xef\xbb\xbf" + minimal.read_bytes())
+    assert load_config(minimal) == expected
+
+
 def test_a_file_that_is_not_text_is_told(minimal):
     minimal.write_bytes(b"\xff\xfe")
     assert "not UTF-8" in message(minimal)

@@ -234,8 +234,31 @@ def test_what_only_resembles_a_contradiction_passes(changes):
         ({}, {}, "is for no architecture"),
         ({"architectures": ["LlamaForCausalLM"]}, {}, "has no number for num_hidden_layers, hidden_size"),
         ({**QWEN3_8B, "rope_scaling": {"type": "yarn", "factor": 4}}, {}, 'rotary embedding "yarn"'),
-        ({**QWEN3_8B, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, {}, 'rotary embedding "llama3"'),
+        ({**QWEN3_8B, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, {}, 'rotary embedding "llama3"'),
         ({**QWEN3_8B, "rope_parameters": {"partial_rotary_factor": 0.5}}, {}, "partial_rotary_factor"),
+        (
+            {**QWEN3_8B, "rope_scaling": {"type": "yarn", "factor": 4}, "rope_parameters": {"rope_type": "default"}},
+            {},
+            'rotary embedding "yarn" (rope_scaling)',
+        ),
+        ({**QWEN3_8B, "rope_scaling": {"type": "linear", "rope_type": "default"}}, {}, 'rotary embedding "linear"'),
+        (
+            {**QWEN3_8B, "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            {},
+            "has full_attention; expected",
+        ),
+        ({**QWEN3_8B, "rope_scaling": {"factor": 4.0}}, {}, "rope_scaling has factor"),
+        ({**QWEN3_8B, "rope_scaling": "yarn"}, {}, "rope_scaling is no table"),
+        (
+            {**QWEN3_8B, "rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}},
+            {},
+            "rope_theta is given twice in its config.json: 1e+06 in the top, 10000 in rope_parameters",
+        ),
+        ({**QWEN3_8B, "partial_rotary_factor": 0.5}, {}, "partial_rotary_factor is not 1"),
+        ({**QWEN3_8B, "rotary_emb_base": 5e5}, {}, "rotary_emb_base is set"),
+        ({**QWEN3_8B, "layer_types": ["sliding_attention"]}, {}, 'layer_types has "sliding_attention"'),
+        ({**QWEN3_8B, "logit_scale": 0.5}, {}, "logit_scale is 0.5"),
+        ({**QWEN3_30B_A3B, "num_local_experts": 64}, {}, "num_experts is 128 and num_local_experts is 64"),
         ({**QWEN3_8B, "attention_bias": True}, {}, "attention_bias is true"),
         ({**QWEN3_8B, "use_sliding_window": True}, {}, "use_sliding_window is true"),
         (QWEN3_8B, {"parallel__expert_model_parallel_size": 2}, "the model has no experts; set it to 1"),
@@ -275,6 +298,8 @@ def test_a_model_that_does_not_fit_is_told(hf, changes, expected):
         (SMOLLM2, {"parallel__tensor_model_parallel_size": 3, "parallel__pipeline_model_parallel_size": 2}),
         (QWEN3_8B, {"rollout__tensor_parallel_size": 16}),  # the engine may repeat key-value heads
         ({**QWEN3_8B, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {}),
+        ({**QWEN3_8B, "rope_theta": 1e6, "rope_scaling": {"type": "default"}, "rope_parameters": None}, {}),
+        ({**QWEN3_8B, "layer_types": ["full_attention"], "logit_scale": None, "num_experts": None}, {}),
         ({**QWEN3_8B, "architectures": ["Qwen2ForCausalLM"]}, {}),
         (
             QWEN3_30B_A3B,
@@ -358,6 +383,17 @@ def test_an_output_folder_that_cannot_be_is_told(tmp_path):
     assert "is a file; name a folder" in of(file)
     assert f"{file} is a file; name a folder" in of(file / "below")
     assert 'run.output_dir = "": is empty' in of("")
+
+
+@pytest.mark.parametrize("key", ["path", "tokenizer"])
+def test_a_model_that_the_export_would_replace_is_refused_at_once(tmp_path, key):
+    (tmp_path / "run/hf").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run/hf")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for named in (tmp_path / "run/hf", tmp_path / "run/../run/hf/", tmp_path / "link"):
+        changes = {"run__output_dir": str(tmp_path / "run"), f"model__{key}": str(named)}
+        text = told(splits=("train",), data__train=str(tmp_path / "rows.jsonl"), **changes)
+        assert f"model.{key}" in text and "into which this run writes its trained model" in text
 
 
 def test_an_output_folder_without_permission_is_told(tmp_path, monkeypatch):
@@ -449,6 +485,22 @@ def test_an_unfinished_download_is_told(folder):
     assert "1 of the 2 weight files" in refused(folder) and "model-00002-of-00002.safetensors" in refused(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "is not an index" in refused(folder)
+
+
+def test_single_and_sharded_weights_side_by_side_are_refused_and_both_are_named(folder):
+    shard = "model-00001-of-00002.safetensors"
+    (folder / shard).write_bytes(weights(b"x" * 12))
+    assert f"has both model.safetensors and {shard}" in refused(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    assert "has both model.safetensors and model.safetensors.index.json" in refused(folder)
+    (folder / "model.safetensors").unlink()
+    read_model_folder(str(folder))
+
+
+def test_an_old_index_beside_a_newer_single_file_is_not_taken_for_an_unfinished_download(folder):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}  # its files are gone
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "has both" in refused(folder) and "download" not in refused(folder)
 
 
 @pytest.mark.parametrize(

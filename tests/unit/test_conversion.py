@@ -284,7 +284,7 @@ def converted(folders, to_megatron, tmp_path):
     return tmp_path / "megatron"
 
 
-def test_a_runs_newest_checkpoint_is_found_and_its_model_folder_too(folders, converted, to_hf, tmp_path):
+def test_a_runs_newest_checkpoint_is_found_with_its_model_folder_and_its_tokenizer(folders, converted, to_hf, tmp_path):
     source = folders("qwen3 tied fp32")
     shutil.rmtree(converted / "hf")  # checkpoints of training have none
     newest = tmp_path / "run/checkpoints/step_00000012"
@@ -297,6 +297,16 @@ def test_a_runs_newest_checkpoint_is_found_and_its_model_folder_too(folders, con
         code, *said = to_hf(given, tmp_path / "back", "--verify-against", source)
         assert code == 0, said
         shutil.rmtree(tmp_path / "back")
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    (own / "tokenizer.json").write_text("another one")
+    (newest / "config.json").write_text(json.dumps({"model": {"path": str(source), "tokenizer": str(own)}}))
+    assert to_hf(newest, tmp_path / "back")[0] == 0
+    assert (tmp_path / "back/tokenizer.json").read_text() == "another one"
+    shutil.rmtree(tmp_path / "back")
+    shutil.rmtree(own)
+    code, _, said = to_hf(newest, tmp_path / "back")
+    assert code == 2 and "which is not there" in said and "--hf DIR" in said
     (newest / "config.json").write_text(json.dumps({"model": {"path": "models/moved"}}))
     code, _, said = to_hf(newest, tmp_path / "back")
     assert code == 2 and "models/moved" in said and "--hf DIR" in said
@@ -357,3 +367,11 @@ def test_verification_names_the_tensor_that_differs_and_keeps_nothing(converted,
     assert code == 2
     assert "in 1 tensor(s)" in said and "model.layers.1.self_attn.k_proj.weight: other values, by at most 0.5" in said
     assert not (tmp_path / "back").exists()
+
+
+def test_verification_looks_at_a_head_that_a_tied_source_has_of_its_own(converted, broken, to_hf, tmp_path):
+    rewrite(broken, lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}))
+    assert to_hf(converted, tmp_path / "back", "--verify-against", broken)[0] == 0  # a copy is no difference
+    rewrite(broken, lambda held: held["lm_head.weight"].mul_(2))
+    code, _, said = to_hf(converted, tmp_path / "again", "--verify-against", broken)
+    assert code == 2 and "lm_head.weight: missing" in said and not (tmp_path / "again").exists()

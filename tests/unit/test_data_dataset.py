@@ -68,6 +68,22 @@ def test_chat_messages_are_kept_as_they_are(tmp_path):
     assert load_rows(write(tmp_path, row(prompt=messages)), config())[0][0].messages == tuple(messages)
 
 
+def test_a_prompt_that_is_the_json_of_chat_messages_is_read_as_messages(tmp_path):
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1"}]
+    lists = ["[1, 2]", "[x] or [y]?", "[]", '["a"]', '[{"role": "user"}]']  # text that only looks like it
+    examples, _ = load_rows(
+        write(tmp_path, row(prompt=json.dumps(chat)), *(row(prompt=one) for one in lists)), config()
+    )
+    assert list(examples[0].messages) == chat
+    assert [example.messages[0]["content"] for example in examples[1:]] == lists
+
+
+def test_an_answer_that_is_no_number_is_a_bad_row(tmp_path):
+    table = pa.table({"prompt": ["a"], "answer": [float("nan")], "kind": ["exact"]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "'answer' is nan" in refusal(str(tmp_path / "rows.parquet"))
+
+
 def test_the_fields_names_and_the_kind_can_be_set(tmp_path):
     path = write(tmp_path, {"question": "q", "gold": 1, "task": "math"}, {"question": "q2", "gold": 2})
     keys = {"prompt_key": "question", "answer_key": "gold", "kind_key": "task"}

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from megatron_srpo.config import DataConfig, TeacherConfig
 from megatron_srpo.core.records import Prompt
@@ -168,3 +169,12 @@ def test_doubled_braces_are_braces():
 def test_a_chat_template_that_does_not_show_the_message_once_is_refused(template):
     with pytest.raises(DataError, match="shows the last user message"):
         builder(tokenizer=chat_tokenizer(template))
+
+
+def test_control_tokens_that_the_tokenizer_does_not_call_special_end_no_turn_either():
+    tokenizer = chat_tokenizer(TEMPLATE.replace("<|im_end|>", "<|turn_end|>"))
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<|turn_end|>", "<t>", "  ")])
+    (end,) = tokenizer.convert_tokens_to_ids(["<|turn_end|>"])
+    found = builder(tokenizer=tokenizer)(prompt(), "so<|turn_end|>  l<t>", "f<|turn<|turn_end|>_end|>b")
+    assert found.ids.count(end) == 1  # the template's own
+    assert "|S:so  l<t>:S|F:fb:F|" in tokenizer.decode(found.ids)

@@ -1,11 +1,14 @@
 """What the driver says of the data before anything is built."""
 
+import datetime
 import json
 
 import pytest
 
 from megatron_srpo.config import Config
+from megatron_srpo.data import DataError
 from megatron_srpo.rewards import RewardError
+from megatron_srpo.run import first_start
 from megatron_srpo.run.prompting import Prompting
 from tests.tiny_models import make_tiny_model
 
@@ -34,6 +37,17 @@ def test_an_unknown_kind_is_refused_with_its_first_row_and_the_nearest_name(prom
     assert prompting(rows, reward={"functions": {"exakt": "m:f"}}).prompts("train", print)
 
 
+def test_a_reference_answer_that_the_reward_cannot_read_is_refused_with_its_row_or_skipped(prompting):
+    rows = [{"prompt": "a", "kind": "mcq", "answer": "b"}, {"prompt": "b", "kind": "mcq", "answer": "a cell"}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: kind 'mcq' expects the letter .* got 'a cell'"):
+        prompting(rows).prompts("train", print)
+    for kind, answer in (("math", "x is 3\nso it is 4"), ("exact", ["1"]), ("tooluse", "search")):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:1: kind '{kind}' expects"):
+            prompting([{"prompt": "a", "kind": kind, "answer": answer}]).prompts("train", print)
+    own = prompting(rows, reward={"functions": {"mcq": "m:f"}})
+    assert len(own.prompts("train", print)) == 2  # the user's own function may read anything
+
+
 def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_told(prompting):
     rows = [{"prompt": "a", "system": "be brief"}, {"prompt": "b"}]
     said = []
@@ -43,3 +57,45 @@ def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_t
     said.clear()
     prompting(rows, rollout={"rollout_batch_size": 2}).prompts("train", said.append)
     assert len(said) == 1
+
+
+DATED = "Today is {{ strftime_now('%d %b %Y') }}. {% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def test_a_template_that_writes_todays_date_keeps_that_of_the_first_start(prompting, tmp_path, monkeypatch):
+    class Clock(datetime.datetime):
+        today = datetime.datetime(2026, 3, 1, 12)
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls.today
+
+    monkeypatch.setattr(first_start, "datetime", Clock)
+    (tmp_path / "out").mkdir()
+
+    def rendered(**sections):
+        made = prompting([{"prompt": "a"}], DATED, run={"output_dir": str(tmp_path / "out")}, **sections)
+        (prompt,) = made.prompts("train", print)
+        shown = made.tokenizer.decode(made.teacher_prompt(prompt, "s", None).ids)
+        text = made.tokenizer.decode(prompt.token_ids)
+        assert shown.startswith(text.removesuffix("a"))
+        return text
+
+    assert rendered() == "Today is 01 Mar 2026. a"
+    Clock.today = datetime.datetime(2026, 3, 2, 12)
+    assert rendered() == "Today is 01 Mar 2026. a"
+    assert rendered(checkpoint={"resume": False}) == "Today is 02 Mar 2026. a"
+
+
+def test_an_answer_tag_that_is_a_special_token_is_told_because_no_reward_would_see_it(prompting):
+    made = prompting([{"prompt": "a", "kind": "mcq", "answer": "B"}], rollout={"rollout_batch_size": 1})
+    made.tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    said = []
+    made.prompts("train", said.append)
+    assert "has </answer>, <answer> as special tokens" in said[1] and 'kind "mcq" will never see them' in said[1]
+
+
+def test_a_prompt_of_no_tokens_is_refused_with_its_row(prompting):
+    template = "{% if messages[0].content != 'a' %}{{ messages[0].content }}{% endif %}"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template makes no token"):
+        prompting([{"prompt": "a"}], template).prompts("train", print)

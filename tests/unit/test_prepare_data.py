@@ -1,5 +1,7 @@
 """Data sets as users download them become rows that the trainer reads; no question is in both splits."""
 
+import datetime
+import decimal
 import json
 from pathlib import Path
 
@@ -295,3 +297,34 @@ def test_the_layout_is_that_of_the_published_split():
         science(1, question=question, choices={"text": texts, "label": list("ABCD")}, answerKey=real["answer"])
     )
     assert (row["prompt"], row["answer"], row["kind"]) == (real["prompt"], real["answer"], real["kind"])
+
+
+def test_rows_that_differ_in_the_system_message_are_no_duplicates_and_stay_in_one_split(tmp_path):
+    rows = [{"prompt": f"q{n}", "answer": "1", "system": system} for n in range(20) for system in ("a", "b", "a")]
+    source = write(tmp_path / "s.jsonl", rows)
+    train, test = prepare(tmp_path / "out", "convert", source, "--kind", "exact", "--test-size", 5)
+    assert len(train + test) == 40 and len(test) == 6  # 20 prompts under two system messages each
+    assert {row["prompt"] for row in train}.isdisjoint(row["prompt"] for row in test)
+    held_out = write(tmp_path / "t.jsonl", [{"prompt": "q3", "answer": "1", "system": "c"}])
+    train, _ = prepare(tmp_path / "o2", "convert", source, "--kind", "exact", "--test-source", held_out)
+    assert len(train) == 38 and "q3" not in {row["prompt"] for row in train}
+
+
+def test_parquet_types_without_a_json_form_become_text_or_are_skipped_and_counted(tmp_path, capsys):
+    day = datetime.datetime(2026, 11, 29, 7, 30)
+    table = {
+        "prompt": ["a", "b", "c"],
+        "answer": [1.5, float("nan"), 2.0],
+        "day": [day, day, day],
+        "price": [decimal.Decimal("1.50")] * 3,
+        "raw": [{"at": day.date(), "more": [b"x"]}, None, None],
+    }
+    parquet.write_table(pa.table(table), tmp_path / "s.parquet")
+    options = ("--kind", "exact", "--test-size", 0)
+    train, _ = prepare(tmp_path / "out", "convert", tmp_path / "s.parquet", *options, "--keep", "day,price")
+    assert [(row["prompt"], row["answer"], row["day"], row["price"]) for row in train] == [
+        ("a", 1.5, "2026-11-29T07:30:00", "1.50"), ("c", 2.0, "2026-11-29T07:30:00", "1.50")
+    ]  # fmt: skip
+    assert "skipped 1: 'answer' is NaN or infinite, which has no JSON form (first" in capsys.readouterr().out
+    prepare(tmp_path / "o2", "convert", tmp_path / "s.parquet", *options, "--keep", "raw")
+    assert "'raw.more' is of the type bytes" in capsys.readouterr().out

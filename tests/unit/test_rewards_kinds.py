@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_srpo.rewards import RewardError, known_kinds, resolve
-from megatron_srpo.rewards.math import last_boxed
 from megatron_srpo.rewards.mcq import score_lenient
-from megatron_srpo.rewards.tags import after_thinking, last_tagged
+from megatron_srpo.rewards.tags import after_thinking, last_boxed, last_tagged
 from megatron_srpo.rewards.tooluse import read_calls
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

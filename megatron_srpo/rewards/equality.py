@@ -1,0 +1,216 @@
+r"""Whether two answers of mathematics, physics or chemistry are equal.
+
+    1. the same text, apart from spaces and LaTeX's spacing and font commands
+    2. numbers: exactly, or to 6 digits if one is a decimal; units that both have must be the same
+    3. numerals with a base, and clock times
+    4. words, names and formulas (NaCl, x_1): only the same text, see 1
+    5. all else is mathematics: math-verify compares the expressions symbolically
+
+math-verify alone would read `listen` as a product of letters, equal to `silent`, and round numbers to 6 places.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from cmath import isfinite
+from fractions import Fraction
+
+import math_verify
+from math_verify import LatexExtractionConfig, grader
+from sympy import Basic, Float, MatrixBase, Mul, Rational, UnevaluatedExpr
+
+DECIMALS = Fraction(2, 10**6)  # relative tolerance if one of two numbers is a decimal: 0.333333 is 1/3
+CLOSED_FORMS = Fraction(1, 10**12)  # relative tolerance of two expressions without decimals
+EXPONENT_LIMIT = 400  # of a number in scientific notation; larger ones are compared as text
+
+# math-verify's own time-outs use signals, which fail outside the main thread. They are off, because the pool has a
+# time-out, and so is the library's warning that they are off.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_SPACING = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|~|\$")
+_FONT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?")
+_NUMBER = re.compile(
+    r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)(?:\s*(?:[eE]|(?:\\times|\\cdot|\*|×)\s*10\s*(?:\^|\*\*))\s*\{?\s*"
+    r"([+-]?\d{1,4})(?:\s*\})?)?"
+)
+_UNIT = re.compile(r"\s*(?:\\%|%|[A-Za-zµΩ°Å\\](?:[A-Za-zµΩ°Å\d\s/^{}()*·.⁻¹²³\\-]*))?")
+_BASED = re.compile(r"([0-9A-Fa-f]+)_\{?(\d+)\}?")
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2}(?::\d{2})?)\s*([aApP])?\.?\s*(?:[mM]\.?)?")
+_FORMULA = re.compile(r"\(?[A-Za-z]{1,2}\)?(?:_?\d+|_[A-Za-z])?(?:[A-Z(][a-z]?\)?(?:_?\d+)?)*(?:\^?\d*[+-])?")
+_OPERATOR = re.compile(r"[-+*/^=<>\\]|\d")
+_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "arcsin", "arccos", "arctan", "sinh"}
+_FUNCTIONS |= {"cosh", "tanh", "max", "min", "mod", "gcd", "lcm", "and", "infty", "inf", "det", "lim", "deg", "frac"}
+_LONG = 5  # letters; a run of so many inside an expression is a name and no product
+
+
+def equal(expected: str, given: str) -> bool:
+    """Whether `given` is the answer `expected`. The answers are parsed as LaTeX and never evaluated as code."""
+    ours, theirs = _plain(expected), _plain(given)
+    if _squeezed(ours) == _squeezed(theirs):
+        return True
+    for compare in (_equal_numbers, _equal_numerals, _equal_times, _equal_words):
+        verdict = compare(ours, theirs)
+        if verdict is not None:
+            return verdict
+    return _equal_expressions(expected, given)
+
+
+def _plain(text: str) -> str:
+    text = _SPACING.sub(" ", text.strip()).strip()
+    while (unwrapped := _FONT.sub(r" \1 ", text)) != text:
+        text = unwrapped
+    return " ".join(text.split()).removesuffix(".").strip()
+
+
+def _squeezed(text: str) -> str:
+    """Without spaces next to anything but two letters, and without braces around single characters."""
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+(?![A-Za-z])|(?<![A-Za-z])\s+", "", text))
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _equal_numbers(ours: str, theirs: str) -> bool | None:
+    """None unless both are numbers, with or without a unit."""
+    first, second = _number(ours), _number(theirs)
+    if first is None or second is None:
+        return None
+    if first[1] and second[1] and first[1] != second[1]:
+        return None if "%" in first[1] + second[1] else False
+    if "%" in first[1] + second[1]:
+        return None  # math-verify lets 50% be 50 or 0.5
+    return _close(first[0], second[0], DECIMALS if first[2] or second[2] else Fraction(0))
+
+
+def _number(text: str) -> tuple[Fraction, str, bool] | None:
+    """(value, unit, whether it is a decimal)."""
+    fraction = _FRACTION.match(text)
+    if fraction and int(fraction[3]):
+        value, decimal, end = Fraction(int(fraction[1] + fraction[2]), int(fraction[3])), False, fraction.end()
+    else:
+        found = _NUMBER.match(text)
+        if found is None or not re.search(r"\d", found[1] or ""):
+            return None
+        power = int(found[2] or 0)
+        if abs(power) > EXPONENT_LIMIT:
+            return None
+        value, decimal = Fraction(found[1].replace(",", "")) * Fraction(10) ** power, "." in found[1] or power != 0
+        end = found.end()
+        over = re.match(r"\s*/\s*(\d+)(?![\d.])", text[end:])
+        if over and int(over[1]):
+            value, end = value / int(over[1]), end + over.end()
+    unit = text[end:]
+    # 2x is no number with a unit: a unit follows a space, or is more than a letter.
+    if (unit and (not _UNIT.fullmatch(unit) or not (unit[0] == " " or "%" in unit))) or _is_expression(unit):
+        return None
+    return value, _squeezed(unit.replace("^", "").replace("{", "").replace("}", "").replace("\\", "")).strip(), decimal
+
+
+def _is_expression(unit: str) -> bool:
+    """Whether what follows a number is mathematics: a command such as \\sqrt, or a sum."""
+    return bool(re.search(r"\\(?!%|circ|degree|Omega|mu)[a-zA-Z]", unit)) or " + " in unit or " - " in unit
+
+
+def _close(first: Fraction, second: Fraction, tolerance: Fraction) -> bool:
+    return abs(first - second) <= tolerance * max(abs(first), abs(second))
+
+
+# ---- numerals, times, words ------------------------------------------------------------------------------------------
+
+
+def _equal_numerals(ours: str, theirs: str) -> bool | None:
+    """With a base on both sides the values count, with one on one side the digits; None if no side has one."""
+    first, second = (_BASED.fullmatch(text.replace(" ", "")) for text in (ours, theirs))
+    if (first is None and second is None) or not all(_digits(one) for one in (first, second)):
+        return None
+    if first and second:
+        return int(first[1], int(first[2])) == int(second[1], int(second[2]))
+    digits = [found[1] if found else text.replace(" ", "") for found, text in ((first, ours), (second, theirs))]
+    return digits[0].upper() == digits[1].upper()
+
+
+def _digits(found: re.Match[str] | None) -> bool:
+    """Whether its digits exist in its base."""
+    return found is None or (2 <= int(found[2]) <= 36 and all(int(digit, 36) < int(found[2]) for digit in found[1]))
+
+
+def _equal_times(ours: str, theirs: str) -> bool | None:
+    first, second = (_CLOCK.fullmatch(text) for text in (ours, theirs))
+    if first is None and second is None:
+        return None
+    if first is None or second is None:
+        return False
+    same = (int(first[1]), first[2]) == (int(second[1]), second[2])
+    halves = {(found[3] or "").lower() for found in (first, second)}
+    return same and len(halves - {""}) < 2
+
+
+def _equal_words(ours: str, theirs: str) -> bool | None:
+    """None unless one side is a text, a name or a formula: only the same text is equal to it. Whether a word begins
+    with a capital does not matter; inside a formula it does (CO, Co)."""
+    if not _is_text(ours) and not _is_text(theirs):
+        return None
+    words = re.findall(r"[^\W\d_]+", f"{ours} {theirs}")
+    if all(len(word) > 2 and (word[1:].islower() or (len(word) > 3 and word.isupper())) for word in words):
+        ours, theirs = ours.casefold(), theirs.casefold()
+    return _squeezed(ours) == _squeezed(theirs)
+
+
+def _is_text(text: str) -> bool:
+    bare = re.sub(r"\\[A-Za-z]+", " ", text)
+    runs = [run for run in re.findall(r"[A-Za-z]+", bare) if run.lower() not in _FUNCTIONS]
+    longest = max(map(len, runs), default=0)
+    if longest >= _LONG:
+        return True
+    if "\\" not in text and _FORMULA.fullmatch(text.replace("{", "").replace("}", "").replace(" ", "")):
+        letters = re.sub(r"[^A-Za-z]", "", text)
+        return (len(letters) > 1 and letters != letters.lower()) or bool(re.match(r"[A-Za-z]+_?\d", text))
+    return longest > 2 and not _OPERATOR.search(text)
+
+
+# ---- mathematics -----------------------------------------------------------------------------------------------------
+
+
+def _equal_expressions(expected: str, given: str) -> bool:
+    gold, parsed = _parse(expected), _parse(given)
+    if not gold or not parsed:
+        return False
+    return bool(math_verify.verify(gold, parsed, timeout_seconds=None))
+
+
+def _parse(content: str) -> list:
+    latex = f"\\boxed{{{content.strip(' $')}}}"
+    return math_verify.parse(f"${latex}$", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+
+
+def _relatively_equal(first: Basic, second: Basic, float_rounding: int, numeric_precision: int) -> bool:
+    """In place of math-verify's comparison of numbers, which rounds to decimal places and takes 1e-19 for 0."""
+    if isinstance(first, MatrixBase) and isinstance(second, MatrixBase):
+        pairs = zip(first.flat(), second.flat(), strict=True) if first.shape == second.shape else [(0, 1)]
+        return all(_relatively_equal(a, b, float_rounding, numeric_precision) for a, b in pairs)
+    return any(_close_values(a, b) for a in _readings(first) for b in _readings(second))
+
+
+def _readings(value: Basic) -> list[Basic]:
+    """A percentage may be meant as it is or as its number; anything else is itself."""
+    percent = UnevaluatedExpr(Rational(1, 100))
+    if isinstance(value, Mul) and len(value.args) == 2 and value.args[1] == percent:
+        return [value.doit(), value.args[0]]
+    return [value.doit() if hasattr(value, "doit") else value]
+
+
+def _close_values(first: Basic, second: Basic) -> bool:
+    if first == second:
+        return True
+    if isinstance(first, Rational) and isinstance(second, Rational):
+        return False
+    if not (getattr(first, "is_number", False) and getattr(second, "is_number", False)):
+        return False
+    tolerance = DECIMALS if first.has(Float) or second.has(Float) else CLOSED_FORMS
+    a, b = complex(first.evalf(30)), complex(second.evalf(30))
+    return isfinite(a) and isfinite(b) and abs(a - b) <= float(tolerance) * max(abs(a), abs(b))
+
+
+grader.sympy_numeric_eq = _relatively_equal

@@ -1,0 +1,138 @@
+r"""Pairs of answers over mathematics, physics, chemistry, intervals, units and words: right ones and wrong ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.rewards.answers import math_reference, mcq_reference
+from megatron_srpo.rewards.equality import equal
+
+RIGHT = {
+    "numbers": r"""
+        42 | 42 || 42 | 42.0 || 42 | +42 || -7 | -7 || -7 | - 7 || 1,000 | 1000 || 1,234,567 | 1234567 || 0.5 | .5
+        0.5 | 1/2 || 0.5 | \frac{1}{2} || \frac12 | 0.5 || \dfrac{3}{4} | 0.75 || 1/3 | 0.333333 || 2/4 | 1/2
+        \frac{22}{7} | 3.142857 || -\frac{1}{2} | -0.5 || 007 | 7 || 0 | 0.0 || 100 | 1e2 || 2.50 | 2.5
+        \sqrt{2} | 1.41421356 || \pi | 3.14159265 || \sqrt{12} | 2\sqrt{3} || 2^{10} | 1024 || 10^5 | 100000
+        \frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}} || 50\% | 50 || 50\% | 0.5 || 1\frac{1}{2} | 1.5 || 3! | 6
+        \frac{\pi}{2} | \pi/2 || e^{2} | e^2 || \ln(4) | 2\ln 2 || 5. | 5 || $7$ | 7 || \left(7\right) | 7""",
+    "physics": r"""
+        6.63\times 10^{-34} | 6.63e-34 || 6.63 \times 10^{-34} | 6.63\times10^{-34} || 1.6e-19 | 1.6E-19
+        3\times10^8 | 300000000 || 3\times 10^{8} | 3e8 || 9.81 | 9.810 || 1.6\cdot10^{-19} | 1.6e-19
+        6.022*10^23 | 6.022\times 10^{23} || 0.00012 | 1.2e-4 || 9.8\text{ m/s}^2 | 9.8 || 9.8 m/s^2 | 9.8 m/s^{2}
+        5\text{ m} | 5 m || 5\,\mathrm{m} | 5\text{ m} || 12\text{ cm} | 12 || 12 | 12\text{ cm}
+        10\ \text{N} | 10 N
+        \frac{1}{2}mv^2 | \frac{mv^2}{2} || mgh | mgh || F=ma | F = ma || v = 5 | 5 || \sqrt{2gh} | (2gh)^{1/2}
+        1.60\times10^{-19}\text{ C} | 1.6e-19 C || 25 ^\circ | 25^\circ || \frac{GM}{r^2} | GM/r^2
+        2\pi r | 2 \pi r""",
+    "chemistry": r"""
+        NaCl | NaCl || \text{NaCl} | NaCl || \mathrm{H_2O} | H_2O || H_2O | H_{2}O || H_2O | H_2 O
+        CO_2 | \mathrm{CO}_2
+        C_6H_{12}O_6 | C_{6}H_{12}O_6 || Fe | Fe || \text{Ca(OH)}_2 | Ca(OH)_2 || 18.02\text{ g/mol} | 18.02 g/mol
+        7.4 | 7.40 || 2\text{ mol} | 2 mol || sodium chloride | Sodium chloride || benzene | Benzene || pH | pH""",
+    "intervals and sets": r"""
+        (1,2] | (1,2] || [0,1) | [0, 1) || (-\infty, 3) | (-\infty,3) || \{1, 2\} | \{2,1\} || (1,2) | (1, 2)
+        [0.5,1] | [\frac{1}{2}, 1] || (0,1)\cup(2,3) | (0,1) \cup (2,3) || x>2 | 2<x || x > 2 | x>2
+        (3,4) | \left(3,4\right)
+        x \geq 1 | x\ge 1 || (0.333333, 1) | (1/3, 1) || \{1,2,3\} | \{3,2,1\}
+        \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix}""",
+    "expressions": r"""
+        x+1 | 1+x || 2x+2 | 2(x+1) || x^2-1 | (x-1)(x+1) || ab | ba || 2xa | 2ax || \sin x | \sin(x) || x_1 | x_1
+        \frac{x}{2} | 0.5x || a+b | b+a || x=5 | 5 || x | x || 3x^2 | 3 x^2 || (x+1)^2 | x^2+2x+1""",
+    "words": r"""
+        Paris | Paris || Paris | paris || \text{Paris} | Paris || True | true || yes | Yes || increases | Increases
+        the cat | the cat || New York | New  York || A | A || \textbf{B} | B || even | \text{even}
+        DECREASES | decreases""",
+    "bases and times": r"""
+        1011_2 | 1011_{2} || 1011_2 | 11_{10} || FF_{16} | ff_{16} || 1011_2 | 1011 || 12:30 | 12:30 || 09:05 | 9:05
+        3:45 pm | 3:45 PM || 3:45 | 3:45 pm || 12:30:15 | 12:30:15 || 1:2 | 2:4 || 3:4 | 3:4""",
+}  # fmt: skip
+WRONG = {
+    "numbers": r"""
+        42 | 43 || 42 | -42 || 0.5 | 0.05 || 1/3 | 0.333 || 1/2 | 1/3 || 3.14 | 3.14159 || 1000 | 1,001
+        0 | 0.0000001
+        0.0000001 | 0.0000002 || 1e-7 | 2e-7 || 1e-7 | 0 || 0.0000004 | 0 || 100000.1 | 100001.1
+        10^{20} | 10^{20}+1
+        \pi | 3.14 || \sqrt{2} | 1.41 || \sqrt{2} | \sqrt{3} || 2^{10} | 1000 || 7 | 7x || 50\% | 5
+        12 | 1 || 3! | 3
+        123456789012 | 123456789013 || \frac{1}{10^9} | \frac{2}{10^9} || 10^{-8} | 10^{-9} || 1.5 | 15
+        7 | seven""",
+    "physics": r"""
+        1.6e-19 | 1.7e-19 || 1.60\times10^{-19} | 1.67\times10^{-27} || 6.63\times10^{-34} | 6.02\times10^{-34}
+        1.67\times 10^{-27} | 9.11\times 10^{-31} || 3\times10^8 | 3\times10^{-8} || 3e8 | 3e9 || 9.81 | 9.8
+        5\text{ m} | 5 km
+        5 m | 5 s || 3 cm | 3 m || 10\text{ N} | 10\text{ J} || 9.8\text{ m/s} | 9.8\text{ m/s}^2
+        mgh | mgv || F=ma | F=mv
+        \frac{1}{2}mv^2 | mv^2 || 2\times10^{-9} | 0 || 8.85\times10^{-12} | 1.26\times10^{-6} || 1.38e-23 | 0
+        x\cdot 10^{-19} | 2x\cdot 10^{-19} || \frac{3}{10^{19}} | \frac{4}{10^{19}}""",
+    "chemistry": r"""
+        NaCl | ClNa || NaCl | NaCI || CO | OC || CO | Co || H_2O | H_2O_2 || H_2O | HO_2 || CO_2 | CO_3 || HCN | NHC
+        C_6H_{12}O_6 | C_6H_6 || Fe | F || sodium | dosium || 2H | H_2 || FeS | SeF || NO | ON || Ca | aC
+        KI | IK""",
+    "intervals and sets": r"""
+        [1,2] | (1,2) || (1,2] | [1,2) || (1,2) | (2,1) || \{1,2\} | \{1,3\} || (0,1) | (0,2) || x>2 | x<2
+        x>2 | x \geq 2
+        (0.0000001, 1) | (0.0000002, 1) || (-\infty,3) | (3,\infty) || \{1,2\} | \{1,2,3\} || (1,2,3) | (1,3,2)
+        \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}2\\1\end{pmatrix} || [0,1] | [0,1.1]""",
+    "expressions": r"""
+        x+1 | x-1 || x+1 | y+1 || x^2 | x^3 || 2x | 3x || \sin x | \cos x || x_1 | x_2 || a-b | b-a || x^2+1 | x^2-1
+        x | y || \frac{x}{y} | \frac{y}{x} || 0.0000001x | 0.0000002x || e^{x} | e^{-x} || x=5 | x=6 || x=5 | y=5""",
+    "words": r"""
+        listen | silent || Paris | Praia || yes | sey || cat | act || AB | BA || ATG | GTA || even | odd
+        Paris | London
+        the cat | the act || elbow | below || stressed | desserts || True | False || A | B || north | thorn
+        angel | glean
+        speed/time | speed/item || night+1 | thing+1 || decreases | increases || evil | live""",
+    "bases and times": r"""
+        101_2 | 101_3 || 1011_{2} | 1011_{8} || FF_{16} | FF_{18} || 1011_2 | 11 || 12:30 | 24:60 || 3:45 | 1:15
+        12:30 | 2/5 || 10:00 | 10 || 10:15 | 2/3 || 3:45 am | 3:45 pm || 12:30 | 12:31 || 1:2 | 1:3""",
+}  # fmt: skip
+
+
+def pairs(table: dict[str, str]) -> list[tuple[str, str]]:
+    lines = [pair for text in table.values() for line in text.splitlines() for pair in line.split(" || ")]
+    return [(pair.split(" | ")[0].strip(), pair.split(" | ")[1].strip()) for pair in lines if pair.strip()]
+
+
+def test_there_are_a_few_hundred_pairs():
+    assert len(pairs(RIGHT)) > 120 and len(pairs(WRONG)) > 120
+
+
+def test_answers_that_mean_the_same_are_equal_in_both_directions():
+    assert [pair for pair in pairs(RIGHT) if not (equal(*pair) and equal(*pair[::-1]))] == []
+
+
+def test_answers_that_only_look_alike_are_not_equal_in_either_direction():
+    assert [pair for pair in pairs(WRONG) if equal(*pair) or equal(*pair[::-1])] == []
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "72", 72, " 72 ", "$72$", r"\boxed{72}", "She has 48 clips.\n48+24 = 72\n#### 72", "**72**", "Answer: 72",
+        "answer: 72", "The answer is 72", "The final answer is: **72**", "**Answer:** 72", "**Answer**: 72", "`72`",
+        "So it is\n\\boxed{72}.",
+    ],
+)  # fmt: skip
+def test_a_reference_answer_is_read_however_it_is_written(written):
+    assert equal(math_reference(written), "72")
+
+
+@pytest.mark.parametrize("written", ["x is 3\nso it is 4", "", "####", "Answer:", "because " * 100, None, True, ["72"]])
+def test_a_reference_answer_that_cannot_be_read_is_refused(written):
+    with pytest.raises(UserError, match="kind 'math' expects"):
+        math_reference(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "letter"),
+    [("B", "B"), ("b", "B"), ("(b)", "B"), ("B.", "B"), ("B) a cell", "B"), ("Answer: B", "B"), ("**b**", "B")],
+)
+def test_the_letter_of_a_multiple_choice_is_read_however_it_is_written(written, letter):
+    assert mcq_reference(written) == letter
+
+
+@pytest.mark.parametrize("written", ["a cell", "AB", "", "3", 3, None, ["A"]])
+def test_an_option_that_is_no_letter_is_refused(written):
+    with pytest.raises(UserError, match="letter of the right option"):
+        mcq_reference(written)
