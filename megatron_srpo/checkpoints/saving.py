@@ -247,8 +247,7 @@ class Checkpoints(Generic[Policy]):
         """The newest undamaged checkpoint. Damaged ones are renamed, so that nothing uses them."""
         damaged = []
         for found in reversed(self._control.share(lambda: folders.published(self.root))):
-            shares = self._control.collect(folders.damage(found, self._control.rank, self._control.world_size))
-            problems = [problem for share in shares for problem in share]
+            problems = self._damage(found)
             if not problems:
                 return found
             self._control.share(partial(self._retire, found, problems[0]))
@@ -256,6 +255,21 @@ class Checkpoints(Generic[Policy]):
         if damaged:
             raise UserError(f"no checkpoint in {self.root} is whole (damaged: {', '.join(damaged)}). {FRESH_START}")
         return None
+
+    def _damage(self, found: Path) -> list[str]:
+        """The problems of a checkpoint, which the ranks verify together. UserError on all ranks if one of them cannot
+        read it: only a checkpoint whose bytes differ may be retired."""
+        problems: list[str] = []
+        refused: UserError | None = None
+        try:
+            problems = folders.damage(found, self._control.rank, self._control.world_size)
+        except UserError as error:
+            refused = error
+        shares = self._control.collect((problems, str(refused or "")))
+        refusals = [text for _, text in shares if text]
+        if refusals:
+            raise refused or UserError(refusals[0])
+        return [problem for share, _ in shares for problem in share]
 
     def _retire(self, found: Path, problem: str) -> None:
         aside = found.with_name(f"damaged_{found.name}")

@@ -188,7 +188,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Outp
 def checkpoints(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its checkpoints folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
-    prune: Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the newest N (and --best).")] = None,
+    prune: Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the newest N whole (and --best).")] = None,
     best: Annotated[str, typer.Option(metavar="METRIC", help='Name the best by a metric; "-name": the least.')] = "",
 ) -> int:
     """List a run's checkpoints, verify them, or remove old ones. The exit code is 1 if --verify finds damage."""
