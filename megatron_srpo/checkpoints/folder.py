@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict, TypeVar, cast
 
-from megatron_srpo.core.atomic import atomic_write, replace_folder, sync
+from megatron_srpo.core.atomic import atomic_write, remove_leftovers, replace_folder, sync, sync_tree
 from megatron_srpo.core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -37,13 +37,6 @@ T = TypeVar("T")
 
 class Unreadable(UserError):
     """A checkpoint cannot be read at the moment, so that nobody knows whether it is damaged."""
-
-    def __init__(self, folder: Path, reason: str) -> None:
-        super().__init__(
-            f"checkpoint {folder} cannot be read ({reason}), so nobody knows whether it is damaged. Nothing was "
-            "changed. Make it readable (permissions, mount, limit of open files), then start the same command again. "
-            "If its disk has lost it, rename the folder, and the checkpoint before it is used"
-        )
 
 
 class OtherFormat(UserError):
@@ -181,7 +174,12 @@ def _read_patiently(folder: Path, read: Callable[[], T]) -> T:
                 raise
             if seconds is None:
                 name = Path(error.filename).name if error.filename else "a file"
-                raise Unreadable(folder, f"{name}: {error.strerror or error}") from error
+                raise Unreadable(
+                    f"checkpoint {folder} cannot be read ({name}: {error.strerror or error}), so nobody knows whether "
+                    "it is damaged. Nothing was changed. Make it readable (permissions, mount, limit of open files), "
+                    "then start the same command again. If its disk has lost it, rename the folder, and the "
+                    "checkpoint before it is used"
+                ) from error
             time.sleep(seconds)
     raise AssertionError("the last attempt returns or raises")
 
@@ -281,7 +279,7 @@ def prune(root: Path, keep: int, keep_best: str = "", *, whole: Collection[Path]
 
 def publish(aside: Path, target: Path) -> None:
     """Rename a complete folder to `target`, and name it in the file `latest`."""
-    sync(aside)
+    sync_tree(aside)
     replace_folder(aside, target)
     atomic_write(target.parent / "latest", target.name + "\n", durable=True)
     sync(target.parent)
@@ -289,6 +287,7 @@ def publish(aside: Path, target: Path) -> None:
 
 def remove_unfinished(root: Path) -> None:
     """Remove the incomplete folders of killed runs. Only the run that owns `root` may call it."""
-    for pattern in ("writing_*", "removing_*", ".step_*.replaced-*"):
+    for pattern in ("writing_*", "removing_*"):
         for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(root)

@@ -268,6 +268,11 @@ class CheckpointConfig(Section):
     better. Empty switches it off."""
     asynchronous: bool = True
     """Write checkpoints in a background thread while the training continues."""
+    retry_minutes: float = Field(10.0, ge=0)
+    """How long the run tries again, in minutes, if the disk does not take its last checkpoint."""
+    fallback_dir: str = ""
+    """Folder on another disk for the last checkpoint, or for its weights, if output_dir does not take it within
+    checkpoint.retry_minutes. Empty means none."""
     resume: bool = True
     """Continue from the newest checkpoint in output_dir/checkpoints, if one exists."""
     allow_reset: list[Resettable] = []

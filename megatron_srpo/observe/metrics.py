@@ -114,6 +114,9 @@ class JsonlWriter:
 
     def _append(self, line: bytes) -> None:
         """Write the whole `line`, or nothing of it."""
+        if self._file is not None and not self._is_there(self._file):
+            self._close_file()
+            self._warn(f"{self._path} was deleted or replaced; it is continued with this line")
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -127,6 +130,13 @@ class JsonlWriter:
                 os.ftruncate(self._file, end)
             self._close_file()
             raise
+
+    def _is_there(self, file: int) -> bool:
+        """Whether the path still names the open file. A folder that is deleted keeps open files writable, unseen."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(file))
+        except FileNotFoundError:
+            return False
 
     def _close_file(self) -> None:
         if self._file is not None:

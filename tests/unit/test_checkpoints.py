@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_srpo.checkpoints import find_latest, resolve, whole
+from megatron_srpo.checkpoints import find_latest, resolve, saving, whole
 from megatron_srpo.checkpoints import folder as folder_module
 from megatron_srpo.checkpoints.changes import changes, kind_of
 from megatron_srpo.checkpoints.folder import best, damage, published, read_manifest
-from megatron_srpo.checkpoints.saving import Checkpoints
+from megatron_srpo.checkpoints.saving import Checkpoints, LastCheckpointLost
 from megatron_srpo.config import Config
 from megatron_srpo.config.load import config_fields
 from megatron_srpo.core.errors import ConfigError, UserError
@@ -414,14 +415,63 @@ def test_a_full_disk_is_a_warning_training_goes_on_and_the_next_attempt_is_a_new
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one_that_is_left(tmp_path):
     saved(tmp_path, 1)
-    run = checkpoints(tmp_path, Storage(FULL))
+    run = checkpoints(tmp_path, Storage(FULL), checkpoint={"retry_minutes": 0})
     run.restore(["x"])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(LastCheckpointLost) as caught:
         run.save(["p"], 2, {}, {}, last=True)
     told = str(caught.value)
-    assert "step_00000002 could not be written: x: No space left" in told
+    assert "step_00000002 could not be written: x: No space left on device. Make room" in told
     assert f"goes on from {tmp_path / 'checkpoints/step_00000001'}" in told
     assert find_latest(run.root).name == "step_00000001"
+
+
+def test_a_last_checkpoint_is_tried_until_the_disk_takes_it(tmp_path, monkeypatch):
+    storage, said, waited = Storage(FULL), [], []
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            storage.error = None
+
+    monkeypatch.setattr(saving.time, "sleep", wait)
+    run = checkpoints(tmp_path, storage, said)
+    run.save(["p"], 2, {}, {}, last=True)
+    assert waited == [10.0] * 3 and restored(checkpoints(tmp_path)) == (2, {}, "p")
+    assert len(said) == 1 and "It is tried again for 10 minutes (checkpoint.retry_minutes). Make room" in said[0]
+
+
+def test_a_last_checkpoint_goes_to_the_other_folder_when_its_own_does_not_take_it(tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.write_text("a file where the folder would be")
+    run = checkpoints(out, checkpoint={"retry_minutes": 0, "fallback_dir": str(other)})
+    with pytest.raises(UserError) as caught:
+        run.save(["p"], 2, {}, {}, last=True)
+    told, found = str(caught.value), other / "step_00000002"
+    assert "could not be written" in told and f"It is in {found} instead" in told and "Make the folder writable" in told
+    assert not isinstance(caught.value, LastCheckpointLost) and whole(found) == found
+    out.unlink()
+    (out / "checkpoints").mkdir(parents=True)
+    found.rename(out / "checkpoints/step_00000002")  # as the message says
+    assert restored(checkpoints(out)) == (2, {}, "p")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_the_true_cause_is_named_and_no_room_is_asked_for(tmp_path, number):
+    run = checkpoints(tmp_path, Storage(OSError(number, os.strerror(number), "x")), checkpoint={"retry_minutes": 0})
+    with pytest.raises(LastCheckpointLost, match=rf"x: {os.strerror(number)}\. Make the folder writable"):
+        run.save(["p"], 2, {}, {}, last=True)
+
+
+def test_an_output_folder_that_is_deleted_during_a_write_is_a_warning(tmp_path):
+    said, storage = [], Storage()
+    run = checkpoints(tmp_path, storage, said)
+    storage.may_write.clear()
+    run.save(["p"], 1, {}, {})
+    shutil.rmtree(run.root)
+    storage.may_write.set()
+    run.save(["q"], 2, {}, {}, last=True)
+    assert "step_00000001 could not be written" in said[0] and "No such file or directory" in said[0]
+    assert restored(checkpoints(tmp_path)) == (2, {}, "q")
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning_too(tmp_path, monkeypatch):
