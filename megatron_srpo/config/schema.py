@@ -151,6 +151,9 @@ class RolloutConfig(Section):
     """Port of the first server that the run starts. The others take the next ports. 0 takes free ports."""
     server_devices: list[int] = []
     """GPUs of the servers that the run starts. An empty list takes the GPUs after those of the training ranks."""
+    server_environment: list[str] = []
+    """Names of further environment variables that the servers inherit. Otherwise they inherit only what Python, CUDA,
+    the network libraries and vLLM need, and no keys."""
     server_start_seconds: float = Field(900, gt=0)
     """Seconds that a server may take to start."""
     server_timeout_seconds: float = Field(60, gt=0)
@@ -212,6 +215,9 @@ class RewardConfig(Section):
     """Seconds that the score of one response may take."""
     memory_mib: int = Field(2048, ge=0)
     """Address space in MiB that a worker may use beyond what it has at its start. 0 means no limit."""
+    environment: list[str] = []
+    """Names of environment variables, for example the key of a service, that the workers inherit. Otherwise they
+    inherit only what Python and its libraries need, and no keys."""
     failure_score: float = 0.0
     """Score of a response whose reward function timed out or crashed."""
 

@@ -74,7 +74,11 @@ class RewardPool:
     def __init__(self, config: RewardConfig, kinds: Iterable[str]) -> None:
         self._config = config
         self._setup = Setup(
-            tuple(sorted(set(kinds))), dict(config.functions), config.timeout_seconds, config.memory_mib
+            tuple(sorted(set(kinds))),
+            dict(config.functions),
+            config.timeout_seconds,
+            config.memory_mib,
+            tuple(config.environment),
         )
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from typing import IO
 
+from megatron_srpo.core.environment import inherited
 from megatron_srpo.rewards.worker import Result, Setup, Task, encode
 
 START_SECONDS = 120.0  # limit for starting a worker, importing the user's functions included
@@ -50,7 +51,7 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=(child.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches the driver alone, and `kill` reaches the worker's children
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env=inherited(setup.environment) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         assert self._process.stdout is not None
         self.output: IO[bytes] = self._process.stdout

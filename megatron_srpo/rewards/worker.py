@@ -34,6 +34,7 @@ class Setup:
     functions: dict[str, str]  # the user's own functions: kind → reference
     timeout_seconds: float
     memory_mib: int  # limit of the address space above what the worker has at its start; 0 means no limit
+    environment: tuple[str, ...] = ()  # names of the variables that the user lets the worker inherit
 
 
 Task = tuple[str, str, object, dict[str, object]]  # (kind, response, answer, metadata)

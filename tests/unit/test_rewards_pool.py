@@ -52,6 +52,8 @@ def judge(response, answer, metadata):
         return 0.25 if os.fork() else 0.75
     if word == "imports":
         return float(bool({"torch", "vllm", "megatron.core", "transformers", "pydantic"} & set(sys.modules)))
+    if word == "variable":
+        return 1.0, os.environ.get(rest, "not there")
     if word == "nan":
         return float("nan")
     if word == "limits":
@@ -89,6 +91,17 @@ def test_rewards_come_in_the_order_of_the_tasks(pool):
 def test_kinds_are_mixed_in_a_batch(pool):
     tasks = [RewardTask("mcq", "<answer>A</answer>", "A"), *own("0.25"), RewardTask("exact", "no", "yes")]
     assert [reward.score for reward in pool.score(tasks)] == [1.0, 0.25, 0.0]
+
+
+def test_workers_inherit_no_keys_but_what_the_user_names(judge, monkeypatch):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "MEGATRON_SRPO_ENGINE_TOKEN", "AWS_PROFILE", "MY_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("LC_TIME", "C")
+    config = RewardConfig(functions={"own": judge}, workers=1, environment=["MY_KEY"])
+    with RewardPool(config, ["own"]) as pool:
+        names = ("WANDB_API_KEY", "HF_TOKEN", "MEGATRON_SRPO_ENGINE_TOKEN", "AWS_PROFILE", "MY_KEY", "LC_TIME")
+        found = [reward.feedback for reward in pool.score(own(*(f"variable {name}" for name in names)))]
+    assert found == ["not there"] * 4 + ["secret", "C"]
 
 
 FAILURES = {

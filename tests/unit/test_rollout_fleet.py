@@ -280,6 +280,18 @@ def test_shared_memory_of_a_killed_server_is_removed(fleet_of, expected):
         assert not block.exists()
 
 
+def test_servers_inherit_what_engines_need_and_no_keys_but_what_the_user_names(monkeypatch):
+    secrets = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    for name in (*secrets, "MINE", "MASTER_ADDR", "RANK", "TORCHELASTIC_RUN_ID", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "x")
+    kept = ("NCCL_SOCKET_IFNAME", "CUDA_HOME", "VLLM_USE_V1", "HF_HOME", "LD_LIBRARY_PATH", "TOKENIZERS_PARALLELISM")
+    for name in kept:
+        monkeypatch.setenv(name, "x")
+    found = server_environment("token", None, 1, ["MINE"])
+    assert all(found[name] == "x" for name in (*kept, "MINE")) and found["MEGATRON_SRPO_ENGINE_TOKEN"] == "token"
+    assert not {*secrets, "MASTER_ADDR", "RANK", "TORCHELASTIC_RUN_ID", "LD_PRELOAD"} & found.keys()
+
+
 TRAINER = """
 import sys
 sys.path.insert(0, {root!r})

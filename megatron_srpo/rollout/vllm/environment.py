@@ -20,6 +20,14 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "msrpo"
 LONGEST_FOLDER = 107 - len("/") - 36  # <sys/un.h> takes 107 bytes for the path of a socket, whose name is a UUID
 
+# The variables of CUDA, of network libraries, of compilers, and of vLLM and what it is made of. Those of torchrun
+# (RANK, MASTER_ADDR, …) are for this process and not among them.
+ENGINE_PREFIXES = (
+    "VLLM_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "FI_", "IBV_", "ROCR_", "HIP_", "TORCH_LOGS", "TORCH_CPP_",
+    "TORCH_CUDA_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "FLASHINFER_", "SAFETENSORS_", "CC", "CXX",
+    "TRANSFORMERS_",
+)  # fmt: skip
+
 COMMON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and takes weights without copies
     "VLLM_LOGGING_LEVEL": "ERROR",

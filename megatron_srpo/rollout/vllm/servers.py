@@ -115,7 +115,7 @@ class ServersEngine:
         servers = []
         for i in range(rollout.num_servers):
             devices = None if cpu else visible_devices(i, rollout.tensor_parallel_size, rollout.server_devices)
-            environment = server_environment(token, devices, threads if cpu else None)
+            environment = server_environment(token, devices, threads if cpu else None, rollout.server_environment)
             port = rollout.server_port and rollout.server_port + i
             log = logs / f"server-{i}.log"
             process = VllmServerProcess(self._settings, environment, rollout.server_host, port, log)
