@@ -26,7 +26,8 @@ WAITING_LINES = 10_000  # lines kept in memory while the file cannot be written;
 def json_line(step: int, metrics: Mapping[str, object]) -> str:
     """One line of metrics.jsonl, without the line break."""
     record = {"step": step} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes JSON's own escape
 
 
 def _plain(value: object) -> JsonValue:

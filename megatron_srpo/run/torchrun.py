@@ -7,7 +7,7 @@ kills ranks that need more than 30 s for a clean stop. This one waits SHUTDOWN_S
 ranks, which then save a checkpoint and exit with exit_codes.REQUEUE. It does the same with SIGHUP (the ssh connection
 is gone), after which they exit with exit_codes.STOPPED. With --max-restarts N it starts all ranks again when one was
 lost, and they continue from the last checkpoint; it never does so after a rank refused its configuration or stopped on
-request.
+request. On one node its store listens on the loopback interface only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from megatron_srpo.core import loopback
 from megatron_srpo.core.exit_codes import FINAL, TOLD
 from megatron_srpo.run import stopping
 
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threading.Thread(target=_pass_on, args=[passed_on], daemon=True).start()
     try:
         options = run.parse_args(sys.argv[1:] if arguments is None else arguments)
+        if options.standalone or options.nnodes in ("1", "1:1"):
+            loopback.confine_stores()
+            options.local_addr = options.local_addr or loopback.ADDRESS  # not the host name, which may not resolve
         if options.max_restarts:
             os.environ[NEW_STORE] = "1"
         run.run(options)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.config import Config
+from megatron_srpo.core import loopback
 from megatron_srpo.core.environment import inherited
 from megatron_srpo.rollout.engine import RolloutError
 from megatron_srpo.rollout.vllm import parent_watcher
@@ -79,7 +80,9 @@ def server_environment(
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights; TokenMiddleware refuses others
-        "VLLM_HOST_IP": "127.0.0.1",  # the rendezvous of its own processes
+        # Its own processes meet on this machine. The stream of weights has an address of its own.
+        "VLLM_HOST_IP": loopback.ADDRESS,
+        "GLOO_SOCKET_IFNAME": loopback.interface(),
         "VLLM_LOGGING_LEVEL": os.environ.get("MEGATRON_SRPO_ENGINE_LOG", "WARNING"),
     }
     if devices is not None:
