@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from typing import TypedDict, TypeVar, cast
 
 from megatron_srpo.core.atomic import atomic_write, remove_leftovers, replace_folder, sync, sync_tree
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.json_types import open_without_waiting, read_json, require_regular
 
 MANIFEST = "manifest.json"
 CONFIG, STATE = "config.json", "run.json"
@@ -117,9 +117,8 @@ def whole(path: Path) -> Path:
 
 def checksum(path: Path) -> FileFacts:
     """Size and SHA-256 of a file. ValueError if it is a pipe or a device."""
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+    with open(path, "rb", opener=open_without_waiting) as file:
+        require_regular(file.fileno())
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
@@ -133,12 +132,7 @@ def write_manifest(folder: Path, facts: Facts, files: dict[str, FileFacts]) -> N
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest. ValueError if it is damaged, OtherFormat if another version of this program has written it."""
-    path = folder / MANIFEST
-    checksum(path)  # refuses a pipe, which would never end
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("self") != _digest_of(manifest):
         raise ValueError("its own checksum differs")
     if manifest.get("format") != FORMAT:
@@ -148,6 +142,9 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if not manifest.keys() >= Manifest.__required_keys__ or not _are_file_facts(manifest["files"]):
         raise ValueError("it does not list files with their sizes and checksums")
+    tables = (manifest["metrics"], manifest["layout"], manifest["versions"])
+    if type(manifest["iteration"]) is not int or not all(isinstance(table, dict) for table in tables):
+        raise ValueError("it does not describe its run")
     return cast(Manifest, manifest)
 
 
@@ -156,11 +153,6 @@ def _are_file_facts(files: object) -> bool:
         name == Path(name).name and isinstance(facts, dict) and facts.keys() >= FileFacts.__required_keys__
         for name, facts in files.items()
     )
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file; a named pipe that nobody writes to does not block."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read_patiently(folder: Path, read: Callable[[], T]) -> T:

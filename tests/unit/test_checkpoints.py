@@ -257,6 +257,23 @@ def test_a_manifest_with_foreign_content_is_damage_and_no_defect(tmp_path, files
     assert damage(folder)[0].startswith("manifest.json: it ")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("run.json", "[]"), ("run.json", "[" * 100_000), ("config.json", "[]"), ("config.json", '{"run": 2}')],
+    ids=["a list", "nested", "no configuration", "no sections"],
+)
+def test_state_that_somebody_else_wrote_with_right_checksums_is_one_message(tmp_path, name, text):
+    folder = saved(tmp_path, 1).last
+    (folder / name).write_text(text)
+    manifest = read_manifest(folder)
+    folder_module.write_manifest(
+        folder, {key: manifest[key] for key in folder_module.Facts.__required_keys__},
+        {file: folder_module.checksum(folder / file) for file in manifest["files"]},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=rf"{name} was not written by this program"):
+        restored(checkpoints(tmp_path))
+
+
 def test_ranks_divide_the_verification(tmp_path):
     folder = saved(tmp_path, 1).last
     for file in read_manifest(folder)["files"]:
