@@ -12,17 +12,22 @@ request. On one node its store listens on the loopback interface only.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_srpo.core import loopback
 from megatron_srpo.core.exit_codes import FINAL, TOLD
+from megatron_srpo.core.own_names import remove_leftovers, shared_memory_name
 from megatron_srpo.run import stopping
 
 if TYPE_CHECKING:
@@ -46,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    _own_temporary_folder()
     _silence_launcher()
     _restart_only_after_a_fault()
     stopping.hold_requeue()
@@ -72,6 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("the port of the rendezvous is in use: choose another, --master-port N, or have one found, --standalone")
         return 2
     return 0
+
+
+def _own_temporary_folder() -> None:
+    """Have torch put its temporary folder, which it never removes, into one that goes with this process or with the
+    next start. The ranks keep the user's."""
+    place = Path(tempfile.gettempdir())
+    remove_leftovers(place)
+    folder = place / f"{shared_memory_name(os.getpid())}-torchrun"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        tempfile.tempdir = str(folder)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _pass_on(signals: set[signal.Signals]) -> None:
