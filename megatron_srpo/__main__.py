@@ -4,6 +4,9 @@ import signal
 import sys
 
 if __name__ == "__main__":
+    from megatron_srpo.core import streams
+
+    streams.guard()
     # Ctrl-C ends the process at once and without a traceback, until a run's loop takes it over (stopping.py).
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,7 +2,10 @@
 
 import sys
 
-from megatron_srpo.run.torchrun import main
+from megatron_srpo.core import streams
 
 if __name__ == "__main__":
+    streams.guard()  # before anything else opens a file
+    from megatron_srpo.run.torchrun import main
+
     sys.exit(main())

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # started by its path
     sys.path.insert(0, str(ROOT))
 
+from megatron_srpo.core import streams  # noqa: E402
 from megatron_srpo.core.exit_codes import DONE, MISTAKE  # noqa: E402
 from slurm import commands  # noqa: E402
 from slurm.job import BrokenJob, Job, Options, job_from, parse  # noqa: E402
@@ -90,4 +91,5 @@ def joined(overrides: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    streams.guard()
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_srpo.core import streams
 from megatron_srpo.core.exit_codes import TOLD
 from megatron_srpo.run.stopping import hold_requeue
 
@@ -56,4 +57,5 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    streams.guard()
     sys.exit(main(sys.argv[1:]))

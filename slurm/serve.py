@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_srpo.core import exit_codes
+from megatron_srpo.core import exit_codes, streams
 
 RESTARTS = 3
 LOOK_SECONDS = 0.5
@@ -100,4 +100,5 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
+    streams.guard()
     sys.exit(main(sys.argv[1:]))

@@ -22,7 +22,7 @@ from examples.quickstart.task import WARM_START, Ordering
 from examples.tiny.launch import ROOT, Interrupted, TrainingFailed, run_training, train_command
 from examples.tiny.runs import SUMMARY, cached_warm_start, open_run, place_inputs, refuse_placed, request_of, shown_path
 from megatron_srpo.config import check, load_config
-from megatron_srpo.core import exit_codes
+from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.errors import UserError
 
 CONFIG = Path("examples/quickstart/quickstart.toml")
@@ -167,4 +167,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    streams.guard()
     sys.exit(main())

@@ -32,7 +32,7 @@ from examples.tiny.runs import (
 from examples.worksheet.report import accuracy_curve, write_report
 from examples.worksheet.task import WARM_START, Worksheet
 from megatron_srpo.config import check, load_config
-from megatron_srpo.core import exit_codes
+from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.errors import UserError
 
 CONFIG = Path("examples/worksheet/worksheet.toml")
@@ -216,4 +216,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    streams.guard()
     sys.exit(main())

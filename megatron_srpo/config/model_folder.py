@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.core.json_types import read_json, read_weight_map
 
 INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -25,7 +26,7 @@ def read_model_folder(path: str) -> dict[str, Any]:
         )
     file = folder / "config.json"
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_json(file)
     except FileNotFoundError:
         inside = sorted(found.parent.name for found in folder.glob("*/config.json"))
         hint = f"; there is one in its folder {inside[0]}" if inside else ""
@@ -55,8 +56,8 @@ def _require_weights(folder: Path, given: str) -> None:
     index = folder / INDEX
     if index.is_file():
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, OSError):
+            named = set(read_weight_map(index).values())
+        except (ValueError, OSError):
             raise ConfigError(f"{index} is not an index of safetensors files. Fetch the model again.") from None
         if named - present:
             missing = sorted(named - present)
@@ -110,7 +111,7 @@ def _damage(file: Path) -> str | None:
     try:
         tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
         expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-    except (ValueError, KeyError, AttributeError, TypeError, IndexError):
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, RecursionError):
         return "is not a safetensors file. Fetch the model again"
     if size != expected:
         return f"has {size:,} bytes, and its header tells of {expected:,}. The download was not finished: run it again"

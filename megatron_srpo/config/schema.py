@@ -157,6 +157,9 @@ class RolloutConfig(Section):
     """Port of the first server that the run starts. The others take the next ports. 0 takes free ports."""
     server_devices: list[int] = []
     """GPUs of the servers that the run starts. An empty list takes the GPUs after those of the training ranks."""
+    server_environment: list[str] = []
+    """Names of further environment variables that the servers inherit. Otherwise they inherit only what Python, CUDA,
+    the network libraries and vLLM need, and no keys."""
     server_start_seconds: float = Field(900, gt=0)
     """Seconds that a server may take to start."""
     server_timeout_seconds: float = Field(60, gt=0)
@@ -235,7 +238,10 @@ class RewardConfig(Section):
     """Seconds that the score of one response may take."""
     memory_mib: int = Field(2048, ge=0)
     """Address space in MiB that a worker may use beyond what it has at its start. 0 means no limit."""
-    failure_score: float = 0.0
+    environment: list[str] = []
+    """Names of environment variables, for example the key of a service, that the workers inherit. Otherwise they
+    inherit only what Python and its libraries need, and no keys."""
+    failure_score: float = Field(0.0, ge=-1e12, le=1e12)
     """Score of a response whose reward function timed out or crashed."""
 
 
@@ -295,6 +301,11 @@ class CheckpointConfig(Section):
     better. Empty switches it off."""
     asynchronous: bool = True
     """Write checkpoints in a background thread while the training continues."""
+    retry_minutes: float = Field(10.0, ge=0)
+    """How long the run tries again, in minutes, if the disk does not take its last checkpoint."""
+    fallback_dir: str = ""
+    """Folder on another disk for the last checkpoint, or for its weights, if output_dir does not take it within
+    checkpoint.retry_minutes. Empty means none."""
     resume: bool = True
     """Continue from the newest checkpoint in output_dir/checkpoints, if one exists."""
     allow_reset: list[Resettable] = []

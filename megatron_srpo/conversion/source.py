@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_srpo.bridge import BridgeError
 from megatron_srpo.checkpoints import resolve
+from megatron_srpo.core.json_types import read_json
 
 MODEL_FOLDER = "hf"  # in a converted checkpoint: config.json and tokenizer, no weights
 
@@ -44,7 +44,10 @@ def tokenizer_folder(checkpoint: Path, model: Path, *, given: Path | None) -> Pa
 def _of_run(checkpoint: Path, key: str = "path") -> list[Path]:
     """model.path or model.tokenizer of the training run that wrote the checkpoint."""
     try:
-        named = json.loads((checkpoint / "config.json").read_text())["model"][key]
-        return [Path(named).expanduser()] if named else []
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
+        match read_json(checkpoint / "config.json"):
+            case {"model": {**section}}:
+                named = section.get(key)
+                return [Path(named).expanduser()] if isinstance(named, str) and named else []
+    except (FileNotFoundError, ValueError):
+        pass
+    return []

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from megatron_srpo.core import loopback
+
 if TYPE_CHECKING:
     import torch.distributed as dist
 
@@ -29,6 +31,8 @@ class StoreGroup:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             import torch.distributed as dist
 
+            if loopback.is_one_machine():
+                loopback.confine_stores()
             self._store, self.rank, self.size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
 
     @property

@@ -8,22 +8,34 @@ import re
 from collections.abc import Iterator
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+# What the disk answers when a folder that was there is gone, or its mount, or when this process may open no more files.
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 FULL = os.strerror(errno.ENOSPC)
 # Texts of libraries that raise no OSError: safetensors quotes the system, torch.save names a file position.
 TEXTS = re.compile(rf"{FULL}|inline_container\.cc:\d+\] \. unexpected pos")
 
 
-def disk_problem(error: BaseException) -> str | None:
+def disk_problem(error: BaseException, *, writing: bool = False) -> str | None:
     """The disk's message, e.g. "runs/x: No space left on device", if the disk is the cause of `error`; else None.
 
-    It searches the chain of causes, and the failures by rank that the writer of a checkpoint collects.
+    It searches the chain of causes, and the failures by rank that the writer of a checkpoint collects. `writing` means
+    that the error comes from writing files whose folder exists, so that a missing folder is the disk's problem too.
     """
-    for part in _parts(error, depth=8):
-        if isinstance(part, OSError) and part.errno in ERRORS:
+    errors = ERRORS + GONE if writing else ERRORS
+    parts = list(_parts(error, depth=8))
+    for part in parts:
+        if isinstance(part, OSError) and part.errno in errors:
             return f"{part.filename or 'the disk'}: {part.strerror}"
-        if TEXTS.search(str(part)):
-            return f"the disk: {FULL}"
+    if any(TEXTS.search(str(part)) for part in parts):  # a library has lost the number of the error
+        return f"the disk: {FULL}"
     return None
+
+
+def cure(problem: str) -> str:
+    """What the user can do about a `disk_problem` of an output folder, as an imperative sentence without its stop."""
+    if FULL in problem or os.strerror(errno.EDQUOT) in problem:
+        return "Make room"
+    return "Make the folder writable (its disk, mount and permissions)"
 
 
 def interrupt(error: BaseException) -> KeyboardInterrupt | None:

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.records import Prompt
+from megatron_srpo.core.time_limit import TimeIsUp, time_limit
 from megatron_srpo.data.dataset import DataError, Example
 from megatron_srpo.data.tokenizer import Tokenizer
 
 _RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+TEMPLATE_SECONDS = 10.0  # limit for one prompt, which takes less than a millisecond
 _AT_ONCE = 1024  # texts in one call of the tokenizer
 
 
@@ -50,7 +52,12 @@ def render_chat(
     if reserved:
         raise DataError(f"data.chat_template_kwargs: {sorted(reserved)} are set by the trainer; remove them")
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+        with time_limit(TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+    except TimeIsUp as error:
+        raise DataError(
+            f"{where}: the tokenizer's chat template does not come to an end ({error}). Use another template"
+        ) from error
     except Exception as error:  # templates raise their own errors, e.g. that they have no system role
         raise DataError(f"{where}: the tokenizer's chat template refuses these messages: {error}") from error
 

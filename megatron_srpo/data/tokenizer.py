@@ -67,6 +67,9 @@ def tokenizer_from(folder: Path) -> Tokenizer:
 
     if not any((folder / name).is_file() for name in _FILES):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy it from the model's repository")
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DataError(f"{path} is a named pipe or a device: expected files only; remove it")
     if (folder / MODEL).is_file() and not any((folder / name).is_file() for name in _DESCRIBED):
         return load_sentencepiece(folder)
     try:

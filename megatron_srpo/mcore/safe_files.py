@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.json_types import open_without_waiting, require_regular
 
 INDEX = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -44,10 +45,16 @@ def read_index(directory: Path) -> Metadata:
     need."""
     file = Path(directory) / INDEX
     try:
-        with file.open("rb") as stream:
-            return _IndexUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        with open(file, "rb", opener=open_without_waiting) as stream:
+            require_regular(stream.fileno())
+            index = _IndexUnpickler(stream).load()
+        if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
+            raise ValueError(f"it holds {type(index).__name__}")
+    except OSError:
+        raise
+    except Exception as error:  # a pickle that somebody has changed raises anything
         raise UserError(f"{file} is no checkpoint's index and was not loaded: {error}") from error
+    return index
 
 
 def refuse_objects(directory: Path) -> None:
@@ -65,6 +72,10 @@ def refuse_objects(directory: Path) -> None:
 def read_tensors(file: Path) -> dict[str, Any]:
     """Tensors and plain values that torch.save wrote. Raises UserError if the file holds anything else."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        with open(file, "rb", opener=open_without_waiting) as stream:
+            require_regular(stream.fileno())
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
         raise UserError(f"{file} is no file of a checkpoint and was not loaded: {type(error).__name__}") from error

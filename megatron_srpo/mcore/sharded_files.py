@@ -225,4 +225,6 @@ def _exactly(stream: IO[bytes], size: int, path: Path) -> bytes:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError):  # the disk, which says nothing about the bytes
+        return UserError(f"{path} cannot be read ({error.strerror or error}). Make it readable and try again.")
     return UserError(f"{path} cannot be read ({error}): the checkpoint is damaged. Use another one.")

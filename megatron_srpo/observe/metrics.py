@@ -26,7 +26,8 @@ WAITING_LINES = 10_000  # lines kept in memory while the file cannot be written;
 def json_line(step: int, metrics: Mapping[str, object]) -> str:
     """One line of metrics.jsonl, without the line break."""
     record = {"step": step} | {name: _plain(value) for name, value in metrics.items() if name != "step"}
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes JSON's own escape
 
 
 def _plain(value: object) -> JsonValue:
@@ -114,6 +115,9 @@ class JsonlWriter:
 
     def _append(self, line: bytes) -> None:
         """Write the whole `line`, or nothing of it."""
+        if self._file is not None and not self._is_there(self._file):
+            self._close_file()
+            self._warn(f"{self._path} was deleted or replaced; it is continued with this line")
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -127,6 +131,13 @@ class JsonlWriter:
                 os.ftruncate(self._file, end)
             self._close_file()
             raise
+
+    def _is_there(self, file: int) -> bool:
+        """Whether the path still names the open file. A folder that is deleted keeps open files writable, unseen."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(file))
+        except FileNotFoundError:
+            return False
 
     def _close_file(self) -> None:
         if self._file is not None:

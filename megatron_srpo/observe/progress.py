@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_srpo.core.text import visible
+
 RECENT = 20  # the remaining time is estimated from this many iterations
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
@@ -194,7 +196,7 @@ def _print(console: Console, text: str) -> None:
     # Standard output may be a file on a full disk. Training continues, and rich writes the text later.
     with suppress(OSError):
         # No mark-up, colours or wrapping: the text may be anybody's, and a log file has no width.
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
         console.file.flush()
 
 

@@ -6,12 +6,12 @@ The dictionaries are what the hub's config.json of each Qwen3 says, so that plan
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.json_types import read_json
 from megatron_srpo.families import HfConfig, ModelShape, find_family
 
 _COMMON: dict[str, Any] = {
@@ -140,7 +140,9 @@ def read_architecture(model: str) -> tuple[Architecture, dict[str, Any]]:
             f"folder (its weights are not read), or one of {', '.join(SHIPPED)}."
         )
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_json(file)
+        if not isinstance(hf, dict):
+            raise TypeError(f"{type(hf).__name__}, expected an object")
         arch = Architecture.from_hf(hf, Path(model).name)
         _require_sound(arch)
         return arch, hf

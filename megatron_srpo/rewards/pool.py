@@ -79,7 +79,9 @@ class RewardPool:
     def __init__(self, config: RewardConfig, kinds: Iterable[str]) -> None:
         self._config = config
         functions = FORMATS[config.mcq_format] | config.functions
-        self._setup = Setup(tuple(sorted(set(kinds))), functions, config.timeout_seconds, config.memory_mib)
+        self._setup = Setup(
+            tuple(sorted(set(kinds))), functions, config.timeout_seconds, config.memory_mib, tuple(config.environment)
+        )
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
         self._batch = _Batch()

@@ -17,11 +17,14 @@ import time
 from contextlib import suppress
 from typing import IO
 
+from megatron_srpo.core.environment import inherited
+from megatron_srpo.rewards.registry import LARGEST_SCORE
 from megatron_srpo.rewards.worker import Result, Setup, Task, encode
 
 START_SECONDS = 120.0  # limit for starting a worker, importing the user's functions included
 SEND_SECONDS = 30.0  # limit for sending a chunk: an idle worker reads at once
 STOP_SECONDS = 1.0  # limit for workers to end by themselves
+LONGEST_MESSAGE = 2**20  # bytes; the limits of the texts keep a result far below it
 TAIL_BYTES = 2048  # how much of its last output is kept, for the message when the worker dies
 
 _PROGRAM = (
@@ -40,6 +43,7 @@ class WorkerProcess:
         self.deadline: float | None = time.monotonic() + START_SECONDS
         self._timeout = setup.timeout_seconds
         self._received = b""
+        self._junk = ""  # why what it wrote is no message
         self._tail = b""
         self.channel, child = socket.socketpair()
         with child:
@@ -50,7 +54,7 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=(child.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches the driver alone, and `kill` reaches the worker's children
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env=inherited(setup.environment) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         assert self._process.stdout is not None
         self.output: IO[bytes] = self._process.stdout
@@ -70,8 +74,8 @@ class WorkerProcess:
         self.channel.sendall(encode(tasks))
 
     def read(self) -> list[Result | dict[str, str]] | None:
-        """The messages that have arrived; None if the worker has closed its channel, because it ended. Call it when the
-        channel is readable."""
+        """The messages that have arrived; None if the worker has closed its channel, because it ended, or if it has
+        written something else than messages, which a reward function can do. Call it when the channel is readable."""
         try:
             data = self.channel.recv(1 << 16)
         except OSError:
@@ -79,8 +83,25 @@ class WorkerProcess:
         if not data:
             return None
         *lines, self._received = (self._received + data).split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        return [Result(*message) if isinstance(message, list) else message for message in messages]
+        try:
+            if len(self._received) > LONGEST_MESSAGE:
+                raise ValueError(f"more than {LONGEST_MESSAGE} bytes")
+            messages = [self._message(line) for line in lines]
+            if sum(isinstance(message, Result) for message in messages) > len(self.pending):
+                raise ValueError("more results than tasks")
+        except (ValueError, RecursionError) as error:
+            self._junk = f"something has written to its channel that is no result ({error})"
+            return None
+        return messages
+
+    def _message(self, line: bytes) -> Result | dict[str, str]:
+        """One message. ValueError for anything else than what `worker` sends in its present state."""
+        message = json.loads(line)
+        if isinstance(message, list):
+            return _result(message)
+        if self.ready or not isinstance(message, dict) or not all(isinstance(text, str) for text in message.values()):
+            raise ValueError(f"expected a result, got {str(message)[:80]!r}")
+        return {name: _expressible(text) for name, text in message.items()}
 
     def take_first(self) -> int:
         """The task whose result has just arrived. The time of the next one starts."""
@@ -109,6 +130,8 @@ class WorkerProcess:
         while self.drain_output() and self._printed_more():
             pass
         self._close()
+        if self._junk:
+            return self._junk
         how = "killed" if code is None else f"exit code {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
         last = self._tail.decode(errors="replace").strip().splitlines()[-1:]
         return f"{how}: {last[0][:200]}" if last else how
@@ -138,6 +161,27 @@ class WorkerProcess:
     def _close(self) -> None:
         self.channel.close()
         self.output.close()
+
+
+def _result(values: list[object]) -> Result:
+    """A result with values of the right types. ValueError otherwise."""
+    score, feedback, well_formed, prediction, error = values  # ValueError for another number
+    texts = (feedback, prediction, error)
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+        raise ValueError(f"expected a number as score, got {str(score)[:80]!r}")
+    if score is not None and not abs(score) <= LARGEST_SCORE:  # NaN too
+        raise ValueError(f"expected a score of at most {LARGEST_SCORE:g}, got {score:g}")
+    if not isinstance(well_formed, bool | None) or not all(isinstance(text, str | None) for text in texts):
+        raise ValueError("expected texts, and true or false")
+    feedback, prediction, error = (_expressible(text) if isinstance(text, str) else None for text in texts)
+    if score is None and error is None:
+        raise ValueError("expected a score or an error")
+    return Result(None if score is None else float(score), feedback, well_formed, prediction, error)
+
+
+def _expressible(text: str) -> str:
+    """The text with its lone surrogates as escapes: UTF-8, and so tokenizers and files, cannot express them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _search_path() -> list[str]:

@@ -26,6 +26,7 @@ RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
 FEEDBACK_LIMIT = 8192  # characters; the teacher reads the feedback, and its prompt has a limit too
 PREDICTION_LIMIT = 1000  # characters
 PREDICTION_IS_ANSWER = {"math"}  # kinds that can score a response against another response's prediction
+LARGEST_SCORE = 1e12  # larger ones overflow in the sums and squares of fp32, which would spoil the whole batch
 # Other files of this folder.
 _NOT_KINDS = {"answers", "equality", "pool", "process", "reasoning_gym_safety", "registry", "tags", "worker"}
 _FUNCTIONS: dict[str, RewardFunction] = {}
@@ -109,6 +110,8 @@ def _finite(score: object) -> float:
         raise RewardError(f"expected a number as score from the reward function, got {type(score).__name__}") from None
     if not math.isfinite(number):
         raise RewardError(f"expected a finite score from the reward function, got {number}")
+    if abs(number) > LARGEST_SCORE:
+        raise RewardError(f"expected a score of at most {LARGEST_SCORE:g} from the reward function, got {number:g}")
     return number
 
 

@@ -34,7 +34,10 @@ class Setup:
     functions: dict[str, str]  # the user's own functions: kind → reference
     timeout_seconds: float
     memory_mib: int  # limit of the address space above what the worker has at its start; 0 means no limit
+    environment: tuple[str, ...] = ()  # names of the variables that the user lets the worker inherit
 
+
+_to_json = json.dumps  # kept here, because a reward function may replace it in the module
 
 Task = tuple[str, str, object, dict[str, object]]  # (kind, response, answer, metadata)
 
@@ -139,6 +142,6 @@ def _read(channel: socket.socket, size: int) -> bytearray | None:
 
 def _send(channel: socket.socket, message: Result | dict[str, str]) -> None:
     try:
-        channel.sendall(json.dumps(message).encode() + b"\n")
+        channel.sendall(_to_json(message).encode() + b"\n")
     except OSError:
         os._exit(0)  # the driver has ended

@@ -91,7 +91,7 @@ def build_parts(
     restored = store.restore(policy)
     start, state = (restored.iteration, restored.state) if restored else (0, {})
     if restored:
-        control.share(lambda: role.restore_data(store.restore_data, state["loader"]))
+        control.share(lambda: role.restore_data(store.restore_data, state.get("loader", {})))
     control.share(lambda: save_resolved(config, Path(config.run.output_dir) / "config.toml"))  # nothing refused it
     with policy.on_host() if config.train.offload_while_generating else nullcontext():
         engine = build_engine(config, session, role)

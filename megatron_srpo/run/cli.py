@@ -28,9 +28,11 @@ from typing import Annotated, Protocol, runtime_checkable
 import typer
 
 from megatron_srpo.config import Config, contradictions, listed, load_config, nearest_key, read_model_folder
-from megatron_srpo.core import exit_codes
+from megatron_srpo.core import exit_codes, streams
+from megatron_srpo.core.atomic import remove_leftovers
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.core.text import visible
 from megatron_srpo.run import stopping
 from megatron_srpo.run.output_lock import OutputLock
 
@@ -59,19 +61,24 @@ class CommandLineError(Protocol):
 
 
 SPLITS = ("train", "test")
+TOOL_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # they end a tool in tools/ in the same way as Ctrl-C
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's TOML file.")]
 
 
 @app.command()
 def train(context: typer.Context, config: ConfigFile) -> int:
     """Train. Any key of the configuration can be set: --section.key VALUE (docs/configuration.md lists them)."""
+    stopping.hold_hangup()
     settings = load_config(config, context.obj, tell=print if is_driver() else lambda text: None)
     check_run(settings, train=True)
     run_alone()
-    with stopping.StopDuringStartup(prints=is_driver()), _open_output(settings) if is_driver() else nullcontext():
+    with (
+        stopping.StopDuringStartup(prints=is_driver()),
+        _open_output(settings) if is_driver() else nullcontext() as lock,
+    ):
         from megatron_srpo.run import launch
 
-        return launch.train(settings)
+        return launch.train(settings, lock)
 
 
 @app.command("eval")
@@ -188,7 +195,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Outp
 def checkpoints(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its checkpoints folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
-    prune: Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the newest N (and --best).")] = None,
+    prune: Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the newest N whole (and --best).")] = None,
     best: Annotated[str, typer.Option(metavar="METRIC", help='Name the best by a metric; "-name": the least.')] = "",
 ) -> int:
     """List a run's checkpoints, verify them, or remove old ones. The exit code is 1 if --verify finds damage."""
@@ -208,7 +215,9 @@ def is_driver() -> bool:
 def _open_output(config: Config) -> OutputLock:
     """Make the run's output folder and lock it. ConfigError if it cannot be written."""
     try:
-        return OutputLock(Path(config.run.output_dir))
+        lock = OutputLock(Path(config.run.output_dir))
+        remove_leftovers(Path(config.run.output_dir))  # of killed runs; nobody else is here
+        return lock
     except OSError as error:
         raise ConfigError(
             f'run.output_dir = "{config.run.output_dir}": cannot be written: {error.strerror}. '
@@ -330,7 +339,7 @@ def _fail(text: str, *, secondary: bool = False) -> int:
         if secondary:
             return exit_codes.LOST
     with suppress(OSError):  # standard error may be a file on a full disk
-        print(f"{speaker}: {text}", file=sys.stderr, flush=True)
+        print(f"{speaker}: {visible(text)}", file=sys.stderr, flush=True)
     _tell_torchrun(text)
     return exit_codes.LOST if secondary else exit_codes.MISTAKE
 
@@ -378,14 +387,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_tool(tool: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run the command line of a script in tools/, with the same handling of errors; returns the exit code."""
+    streams.guard()
     command = typer.main.get_command(tool)
 
     def invoke() -> int:
         with command.make_context(name, list(sys.argv[1:] if arguments is None else arguments)) as context:
             return command.invoke(context)
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a tool ends as after Ctrl-C, cleaned up
+    taken = [number for number in TOOL_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    # A tool ends as after Ctrl-C, cleaned up.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in taken}
     try:
         return _run(invoke)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -6,28 +6,34 @@ Nothing heavy is imported before `open_session` has set the environment of the l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config
 from megatron_srpo.core import exit_codes
+from megatron_srpo.core.disk import disk_problem
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.protocols import Weights
+from megatron_srpo.run.output_lock import OutputLock
 from megatron_srpo.run.session import Session, open_session
 from megatron_srpo.run.stopping import StopRequest
 from megatron_srpo.run.timer import PhaseTimer
 from megatron_srpo.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from megatron_srpo.mcore.control import Control
     from megatron_srpo.run.roles import Role
 
 
-def train(config: Config) -> int:
-    """Run the training job on this rank; returns the process's exit code: DONE, STOPPED or REQUEUE."""
+def train(config: Config, lock: OutputLock | None = None) -> int:
+    """Run the training job on this rank; returns the process's exit code: DONE, STOPPED or REQUEUE. Rank 0 gives the
+    `lock` of the output folder, which is looked after in every iteration."""
     with open_session(config) as session:
         with ExitStack() as closing:
-            code = _train(config, session, closing)
+            code = _train(config, session, closing, lock)
         session.control.barrier()  # torchrun ends all ranks when one has stopped early; rank 0 closes its log first
         return code
 
@@ -43,7 +49,8 @@ def _open_role(config: Config, session: Session, splits: tuple[str, ...], closin
     return role
 
 
-def _train(config: Config, session: Session, closing: ExitStack) -> int:
+def _train(config: Config, session: Session, closing: ExitStack, lock: OutputLock | None) -> int:
+    from megatron_srpo.checkpoints.saving import LastCheckpointLost
     from megatron_srpo.run.assembly import build_parts, build_scorer
     from megatron_srpo.trainer import Trainer
 
@@ -55,16 +62,29 @@ def _train(config: Config, session: Session, closing: ExitStack) -> int:
     closing.callback(watchdog.close)
     with watchdog.phase("start"):
         parts, restored = build_parts(config, session, role, scorer, stop, watchdog, closing)
+    if lock is not None:
+        parts.should_stop = partial(_looking_after, lock, role.log.warn, stop)
     start, saved = (restored.iteration, restored.folder) if restored else (0, None)
     stop.install()
-    done = Trainer(parts, start_iteration=start).run()
     folder = Path(config.run.output_dir) / "hf"
+    trainer = Trainer(parts, start_iteration=start)
+    try:
+        done = trainer.run()
+    except LastCheckpointLost as lost:
+        with watchdog.phase("export"):
+            raise UserError(f"{lost} {_rescue_weights(config, control, parts.weights, trainer.iteration)}") from lost
     if done:
         with watchdog.phase("export"):
             _write_hf(config, parts.weights, folder, is_driver=control.is_driver)
     role.log.message(_ending(config, done, start, folder, parts.store.last or saved))
     requeue = control.any(stop.requeue)
     return exit_codes.DONE if done else exit_codes.REQUEUE if requeue else exit_codes.STOPPED
+
+
+def _looking_after(lock: OutputLock, warn: Callable[[str], None], stop: StopRequest) -> bool:
+    """Whether the run shall stop. On the way it checks that the output folder is still this run's."""
+    lock.renew(warn)
+    return stop()
 
 
 def _write_hf(config: Config, weights: Weights, target: Path, *, is_driver: bool) -> None:
@@ -78,6 +98,28 @@ def _write_hf(config: Config, weights: Weights, target: Path, *, is_driver: bool
     else:
         for _ in weights:
             pass
+
+
+def _rescue_weights(config: Config, control: Control, weights: Weights, iteration: int) -> str:
+    """Export the weights that no checkpoint holds: into the output folder, where they need less room than a checkpoint,
+    or else into checkpoint.fallback_dir. Returns a sentence about the result. Every rank calls it."""
+    name = "hf" if iteration >= config.run.iterations else f"hf_iteration_{iteration:08d}"
+    problems = []
+    for root in filter(None, (config.run.output_dir, config.checkpoint.fallback_dir)):
+        problem = control.share(partial(str, _export_problem(config, weights, Path(root) / name, control.is_driver)))
+        if not problem:
+            return f"The weights of iteration {iteration} are in {Path(root) / name}, without the optimizer's state."
+        problems.append(problem)
+    return f"Its weights could not be exported either: {'; '.join(problems)}."
+
+
+def _export_problem(config: Config, weights: Weights, target: Path, is_driver: bool) -> str:
+    """Export the weights; why the disk did not take them, or "". Only rank 0 knows."""
+    try:
+        _write_hf(config, weights, target, is_driver=is_driver)
+    except (OSError, UserError) as error:  # write_hf_folder has drained the export, as the other ranks do
+        return disk_problem(error, writing=True) or str(error)
+    return ""
 
 
 def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | None) -> str:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_srpo.core.errors import UserError
@@ -26,6 +27,7 @@ class OutputLock:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._lost = folder, False
         self._file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,6 +50,33 @@ class OutputLock:
 
     def __exit__(self, *exception: object) -> None:
         self.release()
+
+    def renew(self, warn: Callable[[str], None]) -> None:
+        """Lock the folder again if somebody has deleted or replaced it, or the lock's file, since it was locked. `warn`
+        gets a message. Raises UserError if another run has the new one."""
+        try:
+            if os.path.samestat(os.stat(self._folder / LOCK_FILE), os.fstat(self._file)):
+                self._lost = False
+                return
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return  # a mount that fails: writing checkpoints tells
+        try:
+            new = OutputLock(self._folder)
+        except UserError:
+            raise
+        except OSError as error:
+            if not self._lost:
+                warn(f"{self._folder} was deleted, and cannot be made again ({error.strerror}); it is tried again")
+            self._lost = True
+            return
+        self.release()
+        self._file, new._file, self._lost = new._file, -1, False
+        warn(
+            f"{self._folder}, or the lock file in it, was deleted or replaced while this run writes to it. The run has "
+            "locked it again and goes on. What was deleted is lost; the next checkpoint is written at its usual time"
+        )
 
     def release(self) -> None:
         """Release the lock. It may be called again."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.json_types import read_weight_map
 from megatron_srpo.plan import (
     Architecture,
     Layout,
@@ -179,7 +180,7 @@ def _agreement(stages: dict[int, Tensors], layers: list[list[int]], arch: Archit
     yield f"parameters: {count:,} exported, as config.json implies"
     index = Path(folder).expanduser() / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        named = set(read_weight_map(index))
         if named != set(tensors):
             odd = sorted(named ^ set(tensors))
             raise UserError(f"plan: {len(odd)} names differ between {index} and the export, first {odd[0]}")

@@ -11,6 +11,7 @@ from megatron_srpo.batching.source import DriverSource, FollowerSource
 from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import Log, RoleControl, Scorer, Source, State
 from megatron_srpo.core.records import Padding, Prompt
+from megatron_srpo.core.text import visible
 from megatron_srpo.observe import Observer, SilentLog
 from megatron_srpo.rollout import Prefetcher, RolloutEngine
 from megatron_srpo.run.generation import GroupGenerator, Requests, training_sampling
@@ -150,4 +151,4 @@ class _ConsoleLog(SilentLog):
 
     def message(self, text: str) -> None:
         with suppress(OSError):  # a full disk behind standard output; whatever else is written will tell
-            print(text, flush=True)
+            print(visible(text), flush=True)

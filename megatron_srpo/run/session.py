@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config
+from megatron_srpo.core import loopback
 
 if TYPE_CHECKING:
     from megatron_srpo.mcore.control import Control
@@ -30,6 +31,8 @@ class Session:
 def open_session(config: Config) -> Iterator[Session]:
     """Inside the block this rank is in its process groups, and vLLM may be imported."""
     _quiet()  # before the libraries are imported
+    if loopback.is_one_machine():
+        loopback.confine(nccl=_all_engines_are_here(config))
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.control import Control
     from megatron_srpo.mcore.device import choose_device
@@ -44,6 +47,12 @@ def open_session(config: Config) -> Iterator[Session]:
         yield Session(path, topology, Control(topology))
     finally:
         groups.shutdown()
+
+
+def _all_engines_are_here(config: Config) -> bool:
+    """Whether weights go to engines on this machine only."""
+    rollout = config.rollout
+    return loopback.is_loopback(rollout.server_host) and all(map(loopback.host_is_loopback, rollout.servers))
 
 
 def _quiet() -> None:

@@ -1,11 +1,13 @@
-"""Signals that stop a run: Ctrl-C (SIGINT), SIGTERM, and SIGUSR1 from a cluster that will start the run again.
+"""Signals that stop a run: Ctrl-C (SIGINT), SIGTERM, SIGHUP (the terminal or the ssh connection is gone), and SIGUSR1
+from a cluster that will start the run again.
 
 Before the training loop starts, SIGINT and SIGTERM end the process at once: nothing is lost, and no traceback is shown.
 Inside the loop the first of them asks for a clean stop at the end of the iteration, and a second one ends the process
 at once. SIGUSR1 asks for the same clean stop, and the run then exits with exit_codes.REQUEUE. SIGUSR1 never ends a
 process by itself: it stays blocked (`hold_requeue`), and the loop checks whether one is pending. Therefore a request
 that arrives during startup is not lost, and a cluster manager may send it to every process of a job, helpers included,
-as often as it likes.
+as often as it likes. SIGHUP is treated in the same way, because the system sends it to helpers too, and more than once;
+the run then exits with exit_codes.STOPPED. Under nohup it stays ignored.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from collections.abc import Callable
 from types import FrameType
 
 from megatron_srpo.core import exit_codes
+from megatron_srpo.core.streams import write_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEUE = signal.SIGUSR1
+HANGUP = signal.SIGHUP
 SAME_REQUEST_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # How many seconds torchrun waits for its ranks before it kills them; its option --shutdown-timeout sets it too.
@@ -34,6 +38,14 @@ SignalHandler = Callable[[int, FrameType | None], object] | int | signal.Handler
 def hold_requeue() -> None:
     """Block SIGUSR1 so that it stays pending, in this thread, in the threads it starts and in its child processes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {REQUEUE})
+
+
+def hold_hangup() -> set[signal.Signals]:
+    """Block SIGHUP in the same way. Returns {SIGHUP}, or nothing if it is ignored (nohup)."""
+    if signal.getsignal(HANGUP) is signal.SIG_IGN:
+        return set()  # blocked, it would become pending even though it is ignored
+    signal.pthread_sigmask(signal.SIG_BLOCK, {HANGUP})
+    return {HANGUP}
 
 
 def end_with_launcher() -> None:
@@ -72,7 +84,7 @@ class StopDuringStartup:
             if received[0] not in SIGNALS:
                 continue
             if self._prints:
-                os.write(2, b"\nstopped before the first iteration: there is nothing to save\n")
+                write_error("\nstopped before the first iteration: there is nothing to save\n")
             os._exit(exit_codes.STOPPED)
 
     def __exit__(self, *exception: object) -> None:
@@ -97,7 +109,7 @@ class StopRequest:
         self._asked_at: float | None = None  # monotonic seconds
 
     def __call__(self) -> bool:
-        return self._asked_at is not None or self.requeue
+        return self._asked_at is not None or self.requeue or HANGUP in signal.sigpending()
 
     @property
     def requeue(self) -> bool:
@@ -117,7 +129,7 @@ class StopRequest:
                 if other != number or not _under_torchrun():
                     signal.signal(other, signal.SIG_DFL)  # it then ends the process even inside a collective
             if self._speaks:
-                os.write(2, f"\n{_stop_message()}\n".encode())  # print() is not safe in a signal handler
+                write_error(f"\n{_stop_message()}\n")
         elif time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

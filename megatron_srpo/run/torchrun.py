@@ -4,23 +4,30 @@
 
 The original torchrun ends a refused or stopped run with two dozen lines of its own and always with exit code 1, and it
 kills ranks that need more than 30 s for a clean stop. This one waits SHUTDOWN_SECONDS. It passes SIGUSR1 on to the
-ranks, which then save a checkpoint and exit with exit_codes.REQUEUE. With --max-restarts N it starts all ranks again
-when one was lost, and they continue from the last checkpoint; it never does so after a rank refused its configuration
-or stopped on request.
+ranks, which then save a checkpoint and exit with exit_codes.REQUEUE. It does the same with SIGHUP (the ssh connection
+is gone), after which they exit with exit_codes.STOPPED. With --max-restarts N it starts all ranks again when one was
+lost, and they continue from the last checkpoint; it never does so after a rank refused its configuration or stopped on
+request. On one node its store listens on the loopback interface only.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_srpo.core import loopback
 from megatron_srpo.core.exit_codes import FINAL, TOLD
+from megatron_srpo.core.own_names import remove_leftovers, shared_memory_name
 from megatron_srpo.run import stopping
 
 if TYPE_CHECKING:
@@ -32,6 +39,8 @@ SHUTDOWN_SECONDS = 3600
 # Without this variable restarted ranks read the addresses of the lost ranks from the launcher's store and connect to
 # nobody.
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# torch's own handler of SIGHUP kills the ranks when the signal comes twice, and takes effect even under nohup.
+HANDLED = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 LOGGERS = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
 
 
@@ -42,12 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    _own_temporary_folder()
     _silence_launcher()
     _restart_only_after_a_fault()
     stopping.hold_requeue()
-    threading.Thread(target=_pass_requeue_on, daemon=True).start()
+    os.environ.setdefault(HANDLED, "SIGTERM,SIGINT,SIGQUIT")
+    passed_on = {stopping.REQUEUE} | stopping.hold_hangup()
+    threading.Thread(target=_pass_on, args=[passed_on], daemon=True).start()
     try:
         options = run.parse_args(sys.argv[1:] if arguments is None else arguments)
+        if options.standalone or options.nnodes in ("1", "1:1"):
+            loopback.confine_stores()
+            options.local_addr = options.local_addr or loopback.ADDRESS  # not the host name, which may not resolve
         if options.max_restarts:
             os.environ[NEW_STORE] = "1"
         run.run(options)
@@ -65,15 +80,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _pass_requeue_on() -> None:
-    """Send every SIGUSR1 of this process to the ranks."""
+def _own_temporary_folder() -> None:
+    """Have torch put its temporary folder, which it never removes, into one that goes with this process or with the
+    next start. The ranks keep the user's."""
+    place = Path(tempfile.gettempdir())
+    remove_leftovers(place)
+    folder = place / f"{shared_memory_name(os.getpid())}-torchrun"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        tempfile.tempdir = str(folder)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _pass_on(signals: set[signal.Signals]) -> None:
+    """Send every one of these signals of this process to the ranks."""
     import psutil
 
     while True:
-        signal.sigwait({stopping.REQUEUE})
+        received = signal.sigwait(signals)
         for rank in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
-                rank.send_signal(stopping.REQUEUE)
+                rank.send_signal(received)
 
 
 def _restart_only_after_a_fault() -> None:
@@ -112,7 +139,8 @@ def _ended(failed: ChildFailedError) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # standard error may be a file on a full disk
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

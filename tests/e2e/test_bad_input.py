@@ -103,6 +103,11 @@ class Started:
         self._family = psutil.Process(self._process.pid).children(recursive=True)
         self._process.send_signal(signal.SIGTERM)
 
+    def hang_up(self) -> None:
+        """The terminal or the ssh connection is gone: its process group is signalled."""
+        self._family = psutil.Process(self._process.pid).children(recursive=True)
+        os.killpg(self._process.pid, signal.SIGHUP)
+
     def end(self) -> int:
         """Read to the end; the exit code. Nothing that it had started may be left."""
         self.said += [line.rstrip("\n") for line in self._process.stdout]
@@ -236,7 +241,7 @@ def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c
 
 
 @pytest.mark.slow
-def test_a_run_stops_cleanly_at_sigterm_and_goes_on_until_sigusr1(folder):
+def test_a_run_stops_cleanly_at_sigterm_sigusr1_and_sighup(folder):
     out = folder / "signalled"
     command = ranks("train", str(folder / "run.toml"), "--run.output_dir", str(out))
 
@@ -255,3 +260,11 @@ def test_a_run_stops_cleanly_at_sigterm_and_goes_on_until_sigusr1(folder):
     newest = sorted((out / "checkpoints").glob("step_*"))[-1]
     assert int(newest.name[5:]) == int(last.name[5:]) + 1  # one iteration: the request had waited for the loop
     assert f"last checkpoint: {newest}" in "\n".join(requeued.said[-2:]) and "Traceback" not in requeued.text
+
+    lost = Started(command)
+    lost.wait_for(f"iteration {int(newest.name[5:]) + 1}/1000")
+    for _ in range(2):  # of the kernel and of the shell
+        lost.hang_up()
+    assert lost.end() == exit_codes.STOPPED, lost.text
+    saved = sorted((out / "checkpoints").glob("step_*"))[-1]
+    assert saved > newest and f"last checkpoint: {saved}" in "\n".join(lost.said[-2:])

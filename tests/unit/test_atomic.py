@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import pytest
 
-from megatron_srpo.core.atomic import atomic_file, atomic_folder, atomic_write, replace_folder, set_aside
+from megatron_srpo.core import atomic
+from megatron_srpo.core.atomic import (
+    atomic_file,
+    atomic_folder,
+    atomic_write,
+    remove_leftovers,
+    replace_folder,
+    set_aside,
+)
 
 
 def names(folder):
@@ -54,6 +63,77 @@ def test_a_folder_replaces_an_old_one_whole(tmp_path):
         (aside / "new").touch()
         assert names(tmp_path / "model") == ["old"]
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["new"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_where_the_file_system_can_exchange_names_and_where_it_cannot(
+    tmp_path, monkeypatch, can_exchange
+):
+    if not can_exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/old").touch()
+    with atomic_folder(tmp_path / "model") as aside:
+        (aside / "new").touch()
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["new"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("killed_at", range(4))
+def test_wherever_a_replacement_is_killed_a_whole_folder_has_the_name_after_the_next_start(
+    tmp_path, monkeypatch, can_exchange, killed_at
+):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/old").touch()
+    writing = tmp_path / ".hf.writing-12"
+    writing.mkdir()
+    (writing / "new").touch()
+    calls = 0
+
+    def killing(real):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > killed_at:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(atomic, "_exchange", killing(atomic._exchange) if can_exchange else lambda one, other: False)
+    monkeypatch.setattr(type(tmp_path), "rename", killing(type(tmp_path).rename))
+    monkeypatch.setattr(atomic.shutil, "rmtree", killing(atomic.shutil.rmtree))
+    with suppress(KeyboardInterrupt):
+        replace_folder(writing, tmp_path / "hf")
+    assert not can_exchange or (tmp_path / "hf").is_dir()  # even without a next start
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["hf"] and names(tmp_path / "hf") in (["old"], ["new"])
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".hf.writing-7", ".hf.replaced-8", "hf", "writing-1", ".hf.writing", "checkpoints"):
+        (tmp_path / name).mkdir()
+    for name in (".config.writing-7.toml", "config.toml", ".latest.writing-9", ".hidden"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".hf.writing", ".hidden", "checkpoints", "config.toml", "hf", "writing-1"]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(atomic, "sync", lambda path: synced.append((path.name, (tmp_path / "hf").exists())))
+    with atomic_folder(tmp_path / "hf") as aside:
+        (aside / "weights").touch()
+    assert synced == [("weights", False), (aside.name, False), (tmp_path.name, True)]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk/hf").mkdir(parents=True)
+    (tmp_path / "hf").symlink_to(tmp_path / "disk/hf")
+    with atomic_folder(tmp_path / "hf") as aside:
+        (aside / "new").touch()
+    assert (tmp_path / "hf").is_symlink() and names(tmp_path / "disk/hf") == ["new"]
 
 
 def test_a_folder_whose_writing_fails_stays_as_it_was(tmp_path):

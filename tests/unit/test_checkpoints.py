@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 import threading
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_srpo.checkpoints import find_latest, resolve, whole
+from megatron_srpo.checkpoints import find_latest, resolve, saving, whole
+from megatron_srpo.checkpoints import folder as folder_module
 from megatron_srpo.checkpoints.changes import changes, kind_of
 from megatron_srpo.checkpoints.folder import best, damage, published, read_manifest
-from megatron_srpo.checkpoints.saving import Checkpoints
+from megatron_srpo.checkpoints.saving import Checkpoints, LastCheckpointLost
 from megatron_srpo.config import Config
 from megatron_srpo.config.load import config_fields
 from megatron_srpo.core.errors import ConfigError, UserError
@@ -196,6 +201,79 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(t
         restored(checkpoints(tmp_path))
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("name", ["weights", "manifest.json", "checkpoints"])
+def test_a_checkpoint_that_cannot_be_read_is_tried_again_then_refused_and_never_retired(
+    tmp_path, monkeypatch, error, name
+):
+    root = saved(tmp_path, 1, 2).root
+    waited, attempts, real = [], [], {"open": os.open, "listdir": os.listdir}
+    monkeypatch.setattr(folder_module.time, "sleep", waited.append)
+
+    def failing(call, path, *arguments):
+        path = Path(path)
+        if path.name == name and (path.parent.name == "step_00000002" or path == root):
+            attempts.append(path)
+            if len(attempts) <= failures:
+                raise OSError(error, os.strerror(error), str(path))
+        return real[call](path, *arguments)
+
+    for call in real:
+        monkeypatch.setattr(folder_module.os, call, partial(failing, call))
+    failures = 99
+    with pytest.raises(UserError, match=rf"cannot be read \({name}: {os.strerror(error)}\).*Nothing was changed"):
+        restored(checkpoints(tmp_path))
+    assert waited == [1.0, 5.0] and sorted(os.scandir(root), key=str)[-1].name == "step_00000002"
+    attempts.clear()
+    failures = 2
+    assert restored(checkpoints(tmp_path))[0] == 2
+
+
+def test_a_checkpoint_of_another_version_of_the_program_is_refused_and_never_retired(tmp_path, monkeypatch):
+    saved(tmp_path, 1, 2)
+    monkeypatch.setattr(folder_module, "FORMAT", 2)
+    with pytest.raises(UserError, match="step_00000002 has format 1, this version of the program reads 2"):
+        restored(checkpoints(tmp_path))
+    assert names(tmp_path / "checkpoints") == ["latest", "step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize("name", ["weights", "manifest.json"])
+def test_a_pipe_in_a_checkpoint_is_damage_and_nobody_waits_for_it(tmp_path, name):
+    folder = saved(tmp_path, 1).last
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert damage(folder) == [f"{name}: it is no regular file"]
+
+
+@pytest.mark.parametrize(
+    "files", [None, [], {"../x": {"bytes": 1, "sha256": ""}}, {"weights": {}}, "nested", {"weights": 1}]
+)
+def test_a_manifest_with_foreign_content_is_damage_and_no_defect(tmp_path, files):
+    folder = saved(tmp_path, 1).last
+    manifest = {**read_manifest(folder), "files": files, "self": ""}
+    manifest["self"] = folder_module._digest_of(manifest)
+    text = "[" * 100_000 if files == "nested" else json.dumps(manifest)
+    (folder / "manifest.json").write_text(text)
+    assert damage(folder)[0].startswith("manifest.json: it ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("run.json", "[]"), ("run.json", "[" * 100_000), ("config.json", "[]"), ("config.json", '{"run": 2}')],
+    ids=["a list", "nested", "no configuration", "no sections"],
+)
+def test_state_that_somebody_else_wrote_with_right_checksums_is_one_message(tmp_path, name, text):
+    folder = saved(tmp_path, 1).last
+    (folder / name).write_text(text)
+    manifest = read_manifest(folder)
+    folder_module.write_manifest(
+        folder, {key: manifest[key] for key in folder_module.Facts.__required_keys__},
+        {file: folder_module.checksum(folder / file) for file in manifest["files"]},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=rf"{name} was not written by this program"):
+        restored(checkpoints(tmp_path))
+
+
 def test_ranks_divide_the_verification(tmp_path):
     folder = saved(tmp_path, 1).last
     for file in read_manifest(folder)["files"]:
@@ -362,14 +440,63 @@ def test_a_full_disk_is_a_warning_training_goes_on_and_the_next_attempt_is_a_new
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one_that_is_left(tmp_path):
     saved(tmp_path, 1)
-    run = checkpoints(tmp_path, Storage(FULL))
+    run = checkpoints(tmp_path, Storage(FULL), checkpoint={"retry_minutes": 0})
     run.restore(["x"])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(LastCheckpointLost) as caught:
         run.save(["p"], 2, {}, {}, last=True)
     told = str(caught.value)
-    assert "step_00000002 could not be written: x: No space left" in told
+    assert "step_00000002 could not be written: x: No space left on device. Make room" in told
     assert f"goes on from {tmp_path / 'checkpoints/step_00000001'}" in told
     assert find_latest(run.root).name == "step_00000001"
+
+
+def test_a_last_checkpoint_is_tried_until_the_disk_takes_it(tmp_path, monkeypatch):
+    storage, said, waited = Storage(FULL), [], []
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            storage.error = None
+
+    monkeypatch.setattr(saving.time, "sleep", wait)
+    run = checkpoints(tmp_path, storage, said)
+    run.save(["p"], 2, {}, {}, last=True)
+    assert waited == [10.0] * 3 and restored(checkpoints(tmp_path)) == (2, {}, "p")
+    assert len(said) == 1 and "It is tried again for 10 minutes (checkpoint.retry_minutes). Make room" in said[0]
+
+
+def test_a_last_checkpoint_goes_to_the_other_folder_when_its_own_does_not_take_it(tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.write_text("a file where the folder would be")
+    run = checkpoints(out, checkpoint={"retry_minutes": 0, "fallback_dir": str(other)})
+    with pytest.raises(UserError) as caught:
+        run.save(["p"], 2, {}, {}, last=True)
+    told, found = str(caught.value), other / "step_00000002"
+    assert "could not be written" in told and f"It is in {found} instead" in told and "Make the folder writable" in told
+    assert not isinstance(caught.value, LastCheckpointLost) and whole(found) == found
+    out.unlink()
+    (out / "checkpoints").mkdir(parents=True)
+    found.rename(out / "checkpoints/step_00000002")  # as the message says
+    assert restored(checkpoints(out)) == (2, {}, "p")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_the_true_cause_is_named_and_no_room_is_asked_for(tmp_path, number):
+    run = checkpoints(tmp_path, Storage(OSError(number, os.strerror(number), "x")), checkpoint={"retry_minutes": 0})
+    with pytest.raises(LastCheckpointLost, match=rf"x: {os.strerror(number)}\. Make the folder writable"):
+        run.save(["p"], 2, {}, {}, last=True)
+
+
+def test_an_output_folder_that_is_deleted_during_a_write_is_a_warning(tmp_path):
+    said, storage = [], Storage()
+    run = checkpoints(tmp_path, storage, said)
+    storage.may_write.clear()
+    run.save(["p"], 1, {}, {})
+    shutil.rmtree(run.root)
+    storage.may_write.set()
+    run.save(["q"], 2, {}, {}, last=True)
+    assert "step_00000001 could not be written" in said[0] and "No such file or directory" in said[0]
+    assert restored(checkpoints(tmp_path)) == (2, {}, "q")
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning_too(tmp_path, monkeypatch):
@@ -417,6 +544,53 @@ def test_the_command_prunes_but_spares_the_best(tmp_path, capsys):
     assert cli.main(["checkpoints", str(tmp_path), "--prune", "1", "--best", "m"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["removed step_00000001", "removed step_00000003"]
     assert names(run.root) == ["latest", "step_00000002", "step_00000004"]
+
+
+@pytest.mark.parametrize("options", [["--prune", "1"], ["--verify", "--prune", "1"]])
+def test_the_command_never_removes_the_last_whole_checkpoint(tmp_path, capsys, options):
+    run = saved(tmp_path, 1, 2, 3, checkpoint={"keep": 3})
+    for number in (2, 3):
+        flip(run.root / f"step_0000000{number}/weights")
+    assert cli.main(["checkpoints", str(tmp_path), *options]) == 1
+    assert names(run.root) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
+    assert "removed" not in capsys.readouterr().out
+
+
+def test_the_command_removes_nothing_while_a_checkpoint_cannot_be_read(tmp_path, capsys, monkeypatch):
+    run = saved(tmp_path, 1, 2, 3, checkpoint={"keep": 3})
+    monkeypatch.setattr(folder_module, "RETRY_AFTER_SECONDS", ())
+    real = os.open
+
+    def refuse(path, *arguments):
+        if str(path) == str(run.last / "weights"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(folder_module.os, "open", refuse)
+    assert cli.main(["checkpoints", str(tmp_path), "--prune", "1"]) == 2
+    assert "cannot be read (weights: Input/output error)" in capsys.readouterr().err
+    assert len(published(run.root)) == 3
+    assert cli.main(["checkpoints", str(tmp_path), "--verify"]) == 1
+    assert "unknown: checkpoint" in capsys.readouterr().out
+
+
+def test_a_run_does_not_count_a_checkpoint_with_missing_bytes_among_those_it_keeps(tmp_path):
+    run = saved(tmp_path, 1, 2)
+    (run.last / "weights").write_bytes(b"")
+    run.save(["p"], 3, {}, {}, last=True)
+    assert names(run.root) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
+    run.save(["p"], 4, {}, {}, last=True)
+    assert names(run.root) == ["latest", "step_00000003", "step_00000004"]
+
+
+def test_a_removal_that_was_killed_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    run = saved(tmp_path, 1, 2)
+    monkeypatch.setattr(folder_module.shutil, "rmtree", lambda *unused, **unused_too: None)
+    assert [folder.name for folder in folder_module.prune(run.root, 1)] == ["step_00000001"]
+    assert published(run.root) == [run.last]
+    monkeypatch.undo()
+    assert restored(checkpoints(tmp_path))[0] == 2
+    assert names(run.root) == ["latest", "step_00000002"]
 
 
 def test_the_command_names_what_it_expected(tmp_path, capsys):

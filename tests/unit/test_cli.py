@@ -84,7 +84,7 @@ class FakeLaunch:
             raise self.result
         return self.result
 
-    def train(self, config):
+    def train(self, config, lock):
         return self._called("train", config)
 
     def evaluate(self, config, **options):

@@ -54,6 +54,16 @@ def test_other_errors_are_not_the_disks(error):
     assert disk_problem(error) is None
 
 
+def test_a_missing_folder_is_the_disks_problem_where_files_are_written():
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+    assert disk_problem(missing, writing=True) == "x: No such file or directory"
+
+
+def test_the_systems_error_is_named_before_a_librarys_guess_that_the_disk_is_full():
+    guess = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert disk_problem(caused(guess, OSError(errno.EIO, "Input/output error", "x"))) == "x: Input/output error"
+
+
 def test_a_circle_of_causes_ends():
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first

@@ -32,8 +32,8 @@ ALLOWED = {
     "comparison": BASE | {"batching", "bridge", "mcore", "rollout"},
     "rollout": BASE | {"bridge"},  # engines load and verify what the bridge exports
     "run": EVERYTHING,  # builds the parts and starts them
-    "torchrun": {"run"},  # the name by which users start it
-    "__main__": {"run"},
+    "torchrun": {"core", "run"},  # the name by which users start it
+    "__main__": {"core", "run"},
 }
 # Foreign packages that only these places may import; everything else is tested without them.
 FOREIGN = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -42,3 +43,25 @@ def test_the_lock_ends_with_its_block_and_programs_started_meanwhile_do_not_keep
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_folder_that_is_deleted_while_its_run_goes_on_is_told_once_and_locked_again(tmp_path):
+    out, told = tmp_path / "out", []
+    with OutputLock(out) as lock:
+        lock.renew(told.append)
+        assert told == []
+        shutil.rmtree(out)
+        lock.renew(told.append)
+        lock.renew(told.append)
+        assert len(told) == 1 and f"{out}, or the lock file in it, was deleted or replaced" in told[0]
+        with pytest.raises(UserError, match="in use by another run"):
+            OutputLock(out)
+    OutputLock(out).release()
+
+
+def test_a_run_whose_deleted_folder_another_run_has_taken_is_refused(tmp_path):
+    out = tmp_path / "out"
+    with OutputLock(out) as lock:
+        shutil.rmtree(out)
+        with OutputLock(out), pytest.raises(UserError, match="in use by another run"):
+            lock.renew(lambda text: None)

@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 JUDGE = """
 import ctypes, os, signal, sys
 
+def is_socket(descriptor):
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket")
+    except OSError:
+        return False
+
 def judge(response, answer, metadata):
     word, _, rest = response.partition(" ")
     if word == "hang":
@@ -54,6 +60,20 @@ def judge(response, answer, metadata):
         return 0.25 if os.fork() else 0.75
     if word == "imports":
         return float(bool({"torch", "vllm", "megatron.core", "transformers", "pydantic"} & set(sys.modules)))
+    if word == "surrogate":
+        return 0.5, "feedback \\ud800", True, "\\udfff"
+    if word == "raise-surrogate":
+        raise ValueError("\\ud800")
+    if word == "channel":
+        [descriptor] = [n for n in map(int, os.listdir("/proc/self/fd")) if n > 2 and is_socket(n)]
+        os.write(descriptor, rest.replace("NEWLINE", chr(10)).encode())
+        return 0.5
+    if word == "patch":
+        import json
+        json.dumps = lambda *unused, **unused_too: "junk"
+        return 0.5
+    if word == "variable":
+        return 1.0, os.environ.get(rest, "not there")
     if word == "nan":
         return float("nan")
     if word == "limits":
@@ -100,6 +120,25 @@ def test_kinds_are_mixed_in_a_batch(pool):
     assert [reward.score for reward in pool.score(tasks)] == [1.0, 0.25, 0.0]
 
 
+def test_workers_inherit_no_keys_but_what_the_user_names(judge, monkeypatch):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "MEGATRON_SRPO_ENGINE_TOKEN", "AWS_PROFILE", "MY_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("LC_TIME", "C")
+    config = RewardConfig(functions={"own": judge}, workers=1, environment=["MY_KEY"])
+    with RewardPool(config, ["own"]) as pool:
+        names = ("WANDB_API_KEY", "HF_TOKEN", "MEGATRON_SRPO_ENGINE_TOKEN", "AWS_PROFILE", "MY_KEY", "LC_TIME")
+        found = [reward.feedback for reward in pool.score(own(*(f"variable {name}" for name in names)))]
+    assert found == ["not there"] * 4 + ["secret", "C"]
+
+
+def test_texts_that_no_file_can_express_are_escaped(pool):
+    assert pool.score(own("surrogate")) == [Reward(0.5, "feedback \\ud800", True, prediction="\\udfff")]
+
+
+def test_a_reward_function_that_replaces_json_changes_nothing(pool):
+    assert [reward.score for reward in pool.score(own("patch", "patch", "patch", "patch"))] == [0.5] * 4
+
+
 FAILURES = {
     "hang": "time-out after 1 s",
     "exit 7": "crash: exit code 7",
@@ -109,6 +148,15 @@ FAILURES = {
     "raise it": "exception: KeyError: 'it'",
     "quit": "exception: SystemExit: 3",
     "nan": "exception: expected a finite score",
+    "1e308": "exception: expected a score of at most 1e+12",
+    "-1e39": "exception: expected a score of at most 1e+12",
+    "raise-surrogate": "exception: ValueError: \\ud800",
+    "channel junkNEWLINE": "crash: something has written to its channel that is no result",
+    "channel [1]NEWLINE": "crash: something has written to its channel",
+    'channel [NaN, "", true, "", null]NEWLINE': "crash: something has written to its channel",
+    'channel {"failed": "the run"}NEWLINE': "crash: something has written to its channel",
+    "channel [1, 2, 3, 4, 5]NEWLINE": "crash: something has written to its channel",
+    "channel \\xff": "crash: something has written to its channel",
     "word": "exception: ValueError: could not convert",
 }
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def clean(monkeypatch, tmp_path):
     """None of the variables is set, leftovers are sought in an empty folder, and torch's threads are put back."""
-    for name in (*COMMON, *CPU, SOCKETS, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+    for name in (*COMMON, *CPU, SOCKETS, "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what a test sets
         monkeypatch.delenv(name)
     monkeypatch.setattr(environment, "remove_leftovers", lambda folder=tmp_path: remove_leftovers(folder))
@@ -150,6 +150,24 @@ def test_vllms_sockets_are_in_a_folder_that_goes_with_the_process_or_with_the_ne
         assert Path(killed, 36 * "s").exists()
         run([sys.executable, "-c", program], check=True)
         assert not Path(killed).exists()
+
+
+@pytest.mark.slow
+def test_everything_temporary_is_in_a_folder_that_goes_with_the_process_or_with_the_next_start():
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        program = (
+            "import os, subprocess, sys, tempfile;"
+            "from megatron_srpo.rollout.vllm.environment import prepare_environment; prepare_environment('cuda');"
+            "subprocess.run([sys.executable, '-c', 'import tempfile; tempfile.mkdtemp()'], check=True);"
+            "print(tempfile.mkdtemp(), flush=True);"
+        )
+        run = partial(subprocess.run, capture_output=True, text=True, env={**os.environ, "TMPDIR": short}, cwd=ROOT)
+        run([sys.executable, "-c", program], check=True)
+        assert left(Path(short)) == set()
+        killed = Path(run([sys.executable, "-c", program + "os.kill(os.getpid(), 9)"]).stdout.strip())
+        assert killed.is_dir() and killed.parent.parent == Path(short) and len(left(killed.parent)) == 2
+        run([sys.executable, "-c", program], check=True)
+        assert left(Path(short)) == set()
 
 
 def test_unlinking_takes_the_blocks_of_one_engine_alone(tmp_path):

@@ -23,7 +23,7 @@ from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSetting
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
 from megatron_srpo.rollout.http import BadAnswer
 from megatron_srpo.rollout.vllm import parent_watcher, server_process
-from megatron_srpo.rollout.vllm.client import VllmClient, read_answer
+from megatron_srpo.rollout.vllm.client import VllmClient, decode_inside, read_answer
 from megatron_srpo.rollout.vllm.environment import COMMON, CPU
 from megatron_srpo.rollout.vllm.server_process import (
     VllmServerProcess,
@@ -278,6 +278,25 @@ def test_shared_memory_of_a_killed_server_is_removed(fleet_of, expected):
         psutil.Process(process.pid).children()[0].suspend()  # it cannot tidy up itself
         fleet.close()
         assert not block.exists()
+
+
+def test_servers_inherit_what_engines_need_and_no_keys_but_what_the_user_names(monkeypatch):
+    secrets = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    for name in (*secrets, "MINE", "MASTER_ADDR", "RANK", "TORCHELASTIC_RUN_ID", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "x")
+    kept = ("NCCL_SOCKET_IFNAME", "CUDA_HOME", "VLLM_USE_V1", "HF_HOME", "LD_LIBRARY_PATH", "TOKENIZERS_PARALLELISM")
+    for name in kept:
+        monkeypatch.setenv(name, "x")
+    found = server_environment("token", None, 1, ["MINE"])
+    assert all(found[name] == "x" for name in (*kept, "MINE")) and found["MEGATRON_SRPO_ENGINE_TOKEN"] == "token"
+    assert not {*secrets, "MASTER_ADDR", "RANK", "TORCHELASTIC_RUN_ID", "LD_PRELOAD"} & found.keys()
+
+
+def test_token_ids_outside_the_vocabulary_are_no_answer():
+    assert decode_inside(10, str, [0, 9]) == "[0, 9]"
+    for bad in (10, -1, 2**70, True, 1.0):
+        with pytest.raises(ValueError, match=r"outside the vocabulary of model\.path, which has 10"):
+            decode_inside(10, str, [0, bad])
 
 
 TRAINER = """

@@ -66,7 +66,17 @@ def test_an_object_in_a_tensors_place_is_refused_because_the_loader_would_unpick
         refuse_objects(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(index())[:-5]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps(index())[:-5],
+        pickle.dumps([1]),
+        pickle.dumps(Metadata(None)),
+        b"\x80\x02]q\x00(K\x01sr.",
+    ],
+)
 def test_a_broken_index_is_one_message(tmp_path, content):
     (tmp_path / INDEX).write_bytes(content)
     with pytest.raises(UserError, match="no checkpoint's index"):
@@ -84,3 +94,14 @@ def test_tensors_and_plain_values_are_read_and_code_is_refused(tmp_path):
     file.write_bytes(b"garbage")
     with pytest.raises(UserError, match="was not loaded"):
         read_tensors(file)
+
+
+@pytest.mark.parametrize("read", [lambda folder: read_index(folder), lambda folder: read_tensors(folder / INDEX)])
+def test_a_pipe_or_a_device_is_refused_without_a_hang(tmp_path, read):
+    os.mkfifo(tmp_path / INDEX)
+    with pytest.raises(UserError, match="was not loaded"):
+        read(tmp_path)
+    (tmp_path / INDEX).unlink()
+    (tmp_path / INDEX).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="was not loaded"):
+        read(tmp_path)

@@ -132,6 +132,35 @@ def test_a_requeue_is_kept_until_the_loop_asks_however_often_it_came_and_is_told
     assert late() and late.requeue
 
 
+def test_a_hangup_asks_for_a_stop_however_often_it_comes_and_helpers_survive_it(clock, monkeypatch):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        assert stopping.hold_hangup() == {signal.SIGHUP}
+        stop = installed(monkeypatch, torchrun=True)
+        assert not stop()
+        helper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        helper.send_signal(signal.SIGHUP)
+        for _ in range(3):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGHUP)
+        assert stop() and not stop.requeue
+        helper.communicate(b"go on\n", timeout=60)
+        assert helper.returncode == 0
+    finally:
+        signal.sigtimedwait({signal.SIGHUP}, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_under_nohup_a_hangup_stays_ignored(clock, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stopping.hold_hangup() == set()
+        stop = installed(monkeypatch, torchrun=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_stop_by_ctrl_c_is_no_requeue(clock, held, monkeypatch):
     stop = installed(monkeypatch, torchrun=True)
     os.kill(os.getpid(), signal.SIGINT)

@@ -7,18 +7,23 @@ import contextlib
 import glob
 import logging
 import os
-import re
 import shutil
-import socket
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
+from megatron_srpo.core.own_names import PREFIX, SHARED_MEMORY, remove_leftovers, shared_memory_name
+
 SOCKETS = "VLLM_RPC_BASE_PATH"  # where vLLM puts its sockets; an address has 107 characters at most
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "msrpo"
 LONGEST_FOLDER = 107 - len("/") - 36  # <sys/un.h> takes 107 bytes for the path of a socket, whose name is a UUID
+
+# The variables of CUDA, of network libraries, of compilers, and of vLLM and what it is made of. Those of torchrun
+# (RANK, MASTER_ADDR, …) are for this process and not among them.
+ENGINE_PREFIXES = (
+    "VLLM_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "FI_", "IBV_", "ROCR_", "HIP_", "TORCH_LOGS", "TORCH_CPP_",
+    "TORCH_CUDA_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "FLASHINFER_", "SAFETENSORS_", "CC", "CXX",
+    "TRANSFORMERS_",
+)  # fmt: skip
 
 COMMON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and takes weights without copies
@@ -43,6 +48,7 @@ def prepare_environment(device: str) -> None:
     for name, value in (COMMON | CPU if device == "cpu" else COMMON).items():
         os.environ.setdefault(name, value)
     _own_socket_folder()
+    _own_temporary_folder()
     if device != "cpu":
         return
     # Every rank would log that Triton cannot compile for CPUs, which nothing here needs.
@@ -78,35 +84,18 @@ def _own_socket_folder() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-def shared_memory_name(pid: int) -> str:
-    """The first part of the names of an engine's shared memory blocks: host, process namespace and process id. A later
-    run can tell from it whether their owner is alive, and two runs on one machine never use the same name."""
-    return f"{PREFIX}.{_machine()}.{pid}"
-
-
-def _machine() -> str:
-    """Identifies this host and process namespace, outside of which a process id means nothing."""
-    namespace = "0"
+def _own_temporary_folder() -> None:
+    """Make the temporary folder of this process and its children (W&B, vLLM, reward functions) one that is removed with
+    this process, or by the next start if it is killed. Kernels that torch has compiled stay where they are kept."""
+    place = Path(tempfile.gettempdir())
+    folder = place / f"{shared_memory_name(os.getpid())}-tmp"
+    if place.name.startswith(f"{PREFIX}.") or len(os.fsencode(folder)) > LONGEST_FOLDER:
+        return  # it is one already, or sockets of others would not fit in it
     with contextlib.suppress(OSError):
-        namespace = str(os.stat("/proc/self/ns/pid").st_ino)
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}-{namespace}"
-
-
-def remove_leftovers(folder: Path = SHARED_MEMORY) -> list[str]:
-    """Remove shared memory, or entries of another folder, that our dead processes left. Returns the names.
-
-    It removes only entries that have our own name, belong to this user, were made in this process namespace, and whose
-    process is gone. Other entries, also those with vLLM's own names, may be in use.
-    """
-    ours = re.compile(rf".?{PREFIX}\.{re.escape(_machine())}\.(\d+)-.*")
-    removed = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        found = ours.fullmatch(path.name)
-        with contextlib.suppress(OSError):
-            if found and path.stat().st_uid == os.getuid() and not Path(f"/proc/{found[1]}").exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                removed.append(path.name)
-    return removed
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place / f"torchinductor_{os.getuid()}"))
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def unlink_blocks(name: str, folder: Path = SHARED_MEMORY) -> None:

@@ -5,7 +5,6 @@ The process keeps vLLM's process groups, threads and memory away from the caller
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 
 from megatron_srpo.config import RolloutConfig
+from megatron_srpo.core.environment import inherited
 from megatron_srpo.rollout.engine import RolloutError
-from megatron_srpo.rollout.vllm.environment import prepare_environment
+from megatron_srpo.rollout.vllm.environment import ENGINE_PREFIXES, prepare_environment
 from megatron_srpo.rollout.vllm.settings import EngineSettings
 from megatron_srpo.rollout.vllm.start import start_engine, stop_engine
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 TOP = 20  # log-probs for each position, vLLM's own limit
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 class PromptTrace(TypedDict):
@@ -37,7 +36,7 @@ class PromptTrace(TypedDict):
 
 def prompt_traces(hf_dir: Path, prompts: list[list[int]], dtype: str, device: str) -> list[PromptTrace]:
     """A trace of each prompt, from a new process. Raises RolloutError with vLLM's reason."""
-    alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN and "ELASTIC" not in name}
+    alone = inherited(prefixes=ENGINE_PREFIXES)
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "question.pt"), Path(folder, "answer.pt")
         torch.save({"hf_dir": str(hf_dir), "prompts": prompts, "dtype": dtype, "device": device}, question)

@@ -8,16 +8,19 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from megatron_srpo.config import Config
+from megatron_srpo.core import loopback
+from megatron_srpo.core.environment import inherited
 from megatron_srpo.rollout.engine import RolloutError
 from megatron_srpo.rollout.vllm import parent_watcher
 from megatron_srpo.rollout.vllm.client import MODEL_NAME
-from megatron_srpo.rollout.vllm.environment import prepare_environment
+from megatron_srpo.rollout.vllm.environment import ENGINE_PREFIXES, prepare_environment
 from megatron_srpo.rollout.vllm.settings import (
     KV_SPACE,
     EngineSettings,
@@ -29,12 +32,8 @@ from megatron_srpo.rollout.vllm.settings import (
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE, TokenMiddleware
 from megatron_srpo.rollout.vllm.worker_extension import TRANSFER_BACKEND, ServerExtension
 
-# torchrun and our own in-process engines set these variables for this process; a server must not inherit them.
-NOT_INHERITED = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
-    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "VLLM_ENABLE_V1_MULTIPROCESSING", "LD_PRELOAD",
-    KV_SPACE,
-)  # fmt: skip
+# Our own in-process engines set these for this process, or the server gets them in another way.
+NOT_INHERITED = ("VLLM_ENABLE_V1_MULTIPROCESSING", KV_SPACE)
 TAIL_LINES = 3
 
 
@@ -66,22 +65,24 @@ def server_arguments(settings: EngineSettings, host: str, port: int) -> list[str
     return ["-m", "vllm.entrypoints.openai.api_server", *command_line(arguments)]
 
 
-def server_environment(token: str, devices: str | None, threads: int | None) -> dict[str, str]:
+def server_environment(
+    token: str, devices: str | None, threads: int | None, named: Sequence[str] = ()
+) -> dict[str, str]:  # fmt: skip
     """The environment variables of a server. `devices` is its CUDA_VISIBLE_DEVICES, None on a CPU. `threads` is the
-    number of threads of a CPU worker if OMP_NUM_THREADS is not set, None on a GPU, where vLLM chooses."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in NOT_INHERITED and not name.startswith(("TORCHELASTIC_", "TORCH_NCCL_"))
-    }
+    number of threads of a CPU worker if OMP_NUM_THREADS is not set, None on a GPU, where vLLM chooses. `named` are
+    further variables that it inherits (rollout.server_environment)."""
+    found = inherited(named, ENGINE_PREFIXES)
+    kept = {name: value for name, value in found.items() if name not in NOT_INHERITED}
     package = str(Path(__file__).parents[3])  # the server may run in another folder than the user
-    path = os.pathsep.join(filter(None, [package, inherited.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [package, kept.get("PYTHONPATH", "")]))
     chosen = {
         TOKEN_VARIABLE: token,
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights; TokenMiddleware refuses others
-        "VLLM_HOST_IP": "127.0.0.1",  # the rendezvous of its own processes
+        # Its own processes meet on this machine. The stream of weights has an address of its own.
+        "VLLM_HOST_IP": loopback.ADDRESS,
+        "GLOO_SOCKET_IFNAME": loopback.interface(),
         "VLLM_LOGGING_LEVEL": os.environ.get("MEGATRON_SRPO_ENGINE_LOG", "WARNING"),
     }
     if devices is not None:
@@ -91,7 +92,7 @@ def server_environment(token: str, devices: str | None, threads: int | None) -> 
         # An engine with one worker runs it in its own process. vLLM would start another one to choose its threads,
         # which are chosen here.
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return inherited | chosen
+    return kept | chosen
 
 
 class VllmServerProcess:
@@ -223,4 +224,4 @@ def become_server(config: Config, max_model_len: int, device: str, host: str, po
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # prepare_environment counts a training rank's
     prepare_environment(device)
     command = watched(parent_watcher.ALONE, sys.executable, *server_arguments(settings, host, port))
-    os.execve(sys.executable, command, server_environment(token, devices, threads))
+    os.execve(sys.executable, command, server_environment(token, devices, threads, config.rollout.server_environment))

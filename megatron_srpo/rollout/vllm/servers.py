@@ -13,6 +13,7 @@ import urllib.parse
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import Control, GenerateRequest, OnRollout, SamplingSettings, check_lengths
 from megatron_srpo.rollout.fleet import Fleet, Server
 from megatron_srpo.rollout.http import ServerError, UnacceptableRequest, results_or_errors
-from megatron_srpo.rollout.vllm.client import VllmClient
+from megatron_srpo.rollout.vllm.client import VllmClient, decode_inside
 from megatron_srpo.rollout.vllm.server_process import VllmServerProcess, server_environment, visible_devices
-from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model
+from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, vocabulary_size
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -148,7 +149,8 @@ class ServersEngine:
         self._fleet = Fleet(
             servers, limit=rollout.max_num_seqs, exact=rollout.max_staleness == 0,
             timeout_s=rollout.server_timeout_seconds, start_timeout_s=rollout.server_start_seconds,
-            max_restarts=rollout.max_server_restarts, say=say, needs_weights=self._events.put, decode=decode,
+            max_restarts=rollout.max_server_restarts, say=say, needs_weights=self._events.put,
+            decode=partial(decode_inside, vocabulary_size(self._settings.hf_dir), decode),
         )  # fmt: skip
         try:
             self._fleet.run(self._fleet.bring_up())
@@ -175,7 +177,7 @@ class ServersEngine:
         servers = []
         for i in range(rollout.num_servers):
             devices = None if cpu else visible_devices(i, rollout.tensor_parallel_size, rollout.server_devices)
-            environment = server_environment(token, devices, threads if cpu else None)
+            environment = server_environment(token, devices, threads if cpu else None, rollout.server_environment)
             port = rollout.server_port and rollout.server_port + i
             log = logs / f"server-{i}.log"
             process = VllmServerProcess(self._settings, environment, rollout.server_host, port, log)

@@ -69,6 +69,11 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
         )
 
 
+def vocabulary_size(hf_dir: str) -> int:
+    """The number of token ids of a model."""
+    return ModelShape.from_hf(read_config(hf_dir)).vocab
+
+
 def engine_arguments(settings: EngineSettings) -> Arguments:
     """The arguments that an engine in this process and a server share, by their Python names."""
     rollout, cpu = settings.rollout, settings.device == "cpu"

@@ -6,6 +6,7 @@ worker.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -13,7 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_srpo.bridge.verify import Report
+from megatron_srpo.core import loopback
 from megatron_srpo.rollout.vllm.weight_loader import WeightLoader
+
+# A worker imports this module before it joins its process group.
+if os.environ.get("VLLM_HOST_IP") == loopback.ADDRESS:
+    loopback.confine_stores()
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
