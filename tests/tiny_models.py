@@ -10,6 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -30,6 +32,7 @@ FAMILIES = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
 }
 
 
@@ -72,13 +75,14 @@ def make_tiny_model(
     expert_ffn: int = 32,
     dense_layers: tuple[int, ...] = (),
     renormalise: bool = True,
+    rope: dict[str, object] | None = None,
 ) -> Path:
     """Save a random model and its tokenizer in `folder`; returns the folder.
 
     `vocab` counts the embedding's rows: 101 by default, odd and above the tokenizer's 99, as real models have it.
     head_dim 32 is the smallest that vLLM takes on a CPU. Norm weights and biases are random too, so that a mix-up
     shows; weights are large enough that next-token distributions are far from uniform. Qwen2 has no head_dim of its
-    own: there `hidden` is heads · head_dim. The last five settings are of qwen3_moe alone.
+    own: there `hidden` is heads · head_dim. The settings of experts are of qwen3_moe alone.
     """
     config_class, model_class = FAMILIES[family]
     special = {"attention_bias": False, "head_dim": head_dim}
@@ -93,6 +97,10 @@ def make_tiny_model(
             "norm_topk_prob": renormalise,
         }
     tokenizer = tiny_tokenizer(min(vocab, len(SPECIAL) + len(CHARACTERS)))
+    if family == "mistral":
+        special |= {"sliding_window": None}
+    if rope is not None:
+        special |= {"rope_parameters": rope}
     config = config_class(
         vocab_size=vocab,
         hidden_size=hidden,

@@ -57,7 +57,7 @@ class Drift(Distillation):
     """Number of iterations at the start in which every response that can be taught is distilled, and nothing else is
     trained."""
     bonus_rate: float = Field(1.0, ge=0)
-    """Rate γ of the bonus of tokens of which the student is surer than the teacher."""
+    """Rate γ of the bonus of tokens that the student finds likelier than the teacher does."""
 
     @property
     def needs(self) -> Needs:

@@ -78,10 +78,10 @@ def two_sets_of_weights(folder: Path) -> str | None:
     if not (folder / SINGLE).is_file():
         return None
     try:
-        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        named = set(read_weight_map(folder / INDEX).values())
     except FileNotFoundError:
         named = {SINGLE}
-    except (ValueError, TypeError, KeyError, AttributeError, OSError):
+    except (ValueError, OSError):
         return None  # the reader of the index tells about it
     shards = [] if (folder / INDEX).exists() else sorted(file.name for file in folder.glob(SHARDS))
     if SINGLE in named and not shards:

@@ -89,7 +89,7 @@ class DataConfig(Section):
     """Field of a row that names its reward function."""
     solution_key: str = ""
     """Field of a row with a worked solution, which the teacher source "solution" shows (algorithm.teachers). Rows may
-    leave it out. Empty: there is none."""
+    leave it out. Empty means that no row has one."""
     system_key: str = "system"
     """Field of a row with its system message. Rows may leave it out."""
     kind: str = ""
@@ -229,7 +229,7 @@ class RewardConfig(Section):
     available."""
     mcq_format: Literal["strict", "lenient"] = "strict"
     """How the answer of a response of kind "mcq" is found. "strict" requires <answer>LETTER</answer>. "lenient" finds
-    it as SDPO's code does: after the last <answer>, or from the start if there is none, up to </answer> or the end. Use
+    it as SDPO's code does: after the last <answer>, or from the start without that tag, up to </answer> or the end. Use
     it to compare scores with those of the SDPO and SRPO papers."""
     workers: int = Field(2, ge=1, le=1024)
     """Number of processes that score responses, over all ranks. They are shared among the engines; each engine has at

@@ -12,12 +12,13 @@ from __future__ import annotations
 from megatron_srpo.core.errors import UserError, nearest
 from megatron_srpo.families.family import Family, Line, Settings, Split
 from megatron_srpo.families.llama import LLAMA
+from megatron_srpo.families.mistral import MISTRAL
 from megatron_srpo.families.qwen2 import QWEN2
 from megatron_srpo.families.qwen3 import QWEN3
 from megatron_srpo.families.qwen3_moe import QWEN3_MOE
 from megatron_srpo.families.shape import HfConfig, ModelShape, expert_count
 
-FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE, QWEN2, LLAMA)
+FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE, QWEN2, LLAMA, MISTRAL)
 ARCHITECTURES = [name for family in FAMILIES for name in family.architectures]
 
 

@@ -1,4 +1,4 @@
-"""Llama: the plain dense decoder (Llama 2 and 3, SmolLM2, Mistral-like checkpoints saved as Llama)."""
+"""Llama: the plain dense decoder (Llama 2, 3 to 3.3, SmolLM2)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def decoder_config(shape: ModelShape) -> Settings:
 
 
 def rotary_model(shape: ModelShape) -> Settings:
-    """Megatron's GPTModel with rotary embedding of whole heads, not scaled."""
+    """Megatron's GPTModel with rotary embedding of whole heads. mcore/rotary.py scales it."""
     return {"position_embedding_type": "rope", "rotary_base": shape.rope_theta}
 
 

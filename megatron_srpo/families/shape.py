@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from megatron_srpo.families.rope import HfConfig, rope_base
+from megatron_srpo.families.rope import HfConfig, longest_sequence, rope_base, rope_kind
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ModelShape:
     max_positions: int  # longest sequence, in tokens
     norm_eps: float
     rope_theta: float  # base of the rotary embedding
+    rope_kind: str  # "default", or how its frequencies are scaled
     tied: bool  # the output layer is the embedding
     experts: int = 0  # in each layer that has experts; 0 in a dense model
     experts_per_token: int = 0
@@ -59,9 +60,10 @@ def _numbers(hf: HfConfig) -> dict[str, Any]:
         "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
         "ffn": hf.get("intermediate_size", 0),
         "vocab": hf["vocab_size"],
-        "max_positions": hf.get("max_position_embeddings", 0),
+        "max_positions": longest_sequence(hf),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "rope_theta": rope_base(hf),
+        "rope_kind": rope_kind(hf),
         "tied": bool(hf.get("tie_word_embeddings", False)),
     }
     if experts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_srpo.families import HfConfig, ModelShape, family_of
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
+from megatron_srpo.mcore.rotary import scaled_rotary
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -117,6 +119,9 @@ def transformer_config(
         "variable_seq_lengths": pp > 1 and parallel.virtual_pipeline_model_parallel_size == 1,
         "moe_token_dispatcher_type": "alltoall",
     }
+    if shape.rope_kind != "default":
+        # Cosine and sine are multiplied by the factor, so that queries times keys are by its square.
+        fields["softmax_scale"] = scaled_rotary(hf).attention_factor ** 2 / math.sqrt(shape.head_dim)
     if shape.experts:
         fields["moe_grouped_gemm"] = transformer_engine
         fields["expert_model_parallel_size"] = parallel.expert_model_parallel_size
@@ -213,6 +218,8 @@ def build_model(
             vp_stage=virtual_stage,
             **positions,
         )
+        if shape.rope_kind != "default":
+            gpt.rotary_pos_emb.inv_freq = scaled_rotary(hf).inverse_frequencies.to(gpt.rotary_pos_emb.inv_freq.device)
         if gpt.post_process:
             gpt.output_layer.__class__ = DeferredHead
         mark_experts(gpt)

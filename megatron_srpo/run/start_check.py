@@ -55,7 +55,7 @@ def check_start(
     engine asleep if rollout.sleep_while_training says so.
     """
     found = _generate(config, engine, policy, prompts)
-    rollouts = control.share(lambda: found or [])
+    rollouts = control.share(lambda: found)
     samples = [_sample(prompts[rollout.prompt], rollout) for rollout in rollouts]
     mean = _mean_difference(policy, objective, samples)
     limit, tokens = start_limit(config), sum(sample.length for sample in samples)

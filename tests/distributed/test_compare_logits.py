@@ -168,3 +168,32 @@ def test_vllm_agrees_and_a_fault_in_it_is_traced_to_its_layer(model, tmp_path):
         assert found.worst < 1e-4 and found.where == HEAD
     for ours, theirs in zip(expected, engine_traces(faulty, prompts, "float32", "cpu"), strict=True):
         assert compare(ours, theirs, [1e-4] * (1 + LAYERS)).where == "layer 3"
+
+
+SCALED = {
+    "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "kind"), [("mistral", "linear"), ("llama", "llama3"), ("qwen3", "yarn")])
+def test_scaled_rotary_embeddings_agree_within_and_beyond_the_original_length(process, tmp_path, family, kind):
+    folder = make_tiny_model(tmp_path / "hf", family, rope=SCALED[kind], layers=3, max_positions=128)
+    long = ",".join(str(5 + i % 90) for i in range(100))
+    arguments = ["--hf", str(folder), "--no-vllm", "--token-ids", "5,6,7", "--token-ids", long]
+    code = process.submit(_compare_alone, tmp_path / "said", arguments).result()
+    said = (tmp_path / "said").read_text()
+    assert code == 0 and "Megatron: agrees" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [("mistral", "linear"), ("llama", "llama3"), ("qwen3", "yarn")])
+def test_vllm_reads_scaled_rotary_embeddings_as_transformers_does(process, tmp_path, family, kind):
+    folder = make_tiny_model(tmp_path / "hf", family, rope=SCALED[kind], max_positions=128)  # 4 × 32 for YaRN
+    long = ",".join(str(5 + i % 90) for i in range(100))
+    arguments = ["--hf", str(folder), "--token-ids", "5,6,7", "--token-ids", long]
+    code = process.submit(_compare_alone, tmp_path / "said", arguments).result()
+    said = (tmp_path / "said").read_text()
+    assert code == 0 and "vLLM: agrees" in said, said

@@ -350,6 +350,14 @@ def models_of(tmp_path_factory):
     return functools.cache(functools.partial(make_models, tmp_path_factory))
 
 
+# The rows are longer than the original lengths. Qwen3's rotary embedding is plain.
+ROPES = {
+    "llama": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "qwen3_moe": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
 def make_models(tmp_path_factory, family, dtype):
     folder = tmp_path_factory.mktemp(family)
     tied = family == "qwen3"
@@ -364,6 +372,7 @@ def make_models(tmp_path_factory, family, dtype):
             layers=4,
             dtype=getattr(torch, dtype),
             dense_layers=(1,),
+            rope=ROPES.get(family),
         )
         for seed, name in enumerate(("student", "teacher"))
     ]

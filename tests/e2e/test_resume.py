@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_fewer_ranks_and_another_layout(tmp_path):
     shutil.copytree(tmp_path / "out", tmp_path / "other", ignore=shutil.ignore_patterns("step_00000008"))
     for ranks, overrides in ((1, ("--run.iterations=6",)), (2, tp2)):
         output = tiny_run.train(config, f"--run.output_dir={tmp_path}/other", *overrides, ranks=ranks)
-        assert "seeded anew" in output
+        assert "seeded again" in output
     expected, found = tiny_run.records(tmp_path / "out"), tiny_run.records(tmp_path / "other")
     assert [line["step"] for line in found] == list(range(1, 9))
     for mine, theirs in zip(found, expected, strict=True):

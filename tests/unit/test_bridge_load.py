@@ -279,8 +279,18 @@ def test_a_tensor_in_two_files_without_an_index_is_refused(broken):
         load_hf_weights(empty_shards(read_config(broken)), broken)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_moe"])
-@pytest.mark.parametrize("scaling", [None, {}, {"type": "default"}, {"rope_type": "yarn", "factor": 4.0}])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {},
+        {"type": "default"},
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "dynamic", "factor": 4.0},
+    ],
+)
 @pytest.mark.parametrize("parameters", [None, {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "default"}])
 @pytest.mark.parametrize("base", [None, 5e5, 7e5])
 def test_a_rotary_embedding_is_either_refused_or_the_one_that_transformers_computes(family, scaling, parameters, base):
@@ -288,13 +298,13 @@ def test_a_rotary_embedding_is_either_refused_or_the_one_that_transformers_compu
     given = {"architectures": [model_class.__name__], "hidden_size": 64, "num_attention_heads": 4}
     given |= {"num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 7, "max_position_embeddings": 64}
     given |= {"rms_norm_eps": 1e-6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    given |= {"num_experts": 4} if family == "qwen3_moe" else {}
+    given |= {"num_experts": 4} if family == "qwen3_moe" else {"sliding_window": None}
     spelled = {"rope_scaling": scaling, "rope_parameters": parameters, "rope_theta": base}
     given |= {key: copy.deepcopy(value) for key, value in spelled.items() if value is not None}
     refused = unsupported(copy.deepcopy(given))
     theirs = config_class(**given).rope_parameters
     if not refused:
-        assert theirs["rope_type"] == "default"
+        assert ModelShape.from_hf(given | spelled).rope_kind == theirs["rope_type"]
         assert ModelShape.from_hf(given | spelled).rope_theta == theirs["rope_theta"]
     elif parameters is None or not scaling:  # nothing is given twice
-        assert theirs["rope_type"] != "default" or (parameters and base not in (None, parameters.get("rope_theta")))
+        assert theirs["rope_type"] == "dynamic" or (parameters and base not in (None, parameters.get("rope_theta")))

@@ -16,6 +16,7 @@ PACKAGE = Path(megatron_srpo.__file__).parent
 FOR_PEOPLE_ONLY = {
     "run/cli.py": "the time in torchrun's report",
     "checkpoints/saving.py": "when a checkpoint was written",
+    "run/first_start.py": "the date that chat templates show; later starts read it from a file",
 }
 
 

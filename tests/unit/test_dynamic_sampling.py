@@ -83,7 +83,7 @@ def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refill
     control = SimpleNamespace(broadcast=sent.append, failing_together=nullcontext)
     loader = SimpleNamespace(next_batch=lambda: ["prompts"])
     source = DriverSource(
-        config, control, generate, loader, None, None, dp_size=1, padding=Padding(), engine_metrics=dict
+        config, control, generate, loader, None, None, None, dp_size=1, padding=Padding(), engine_metrics=dict
     )
     found = uids(source._groups(0, None))
     assert numbers == asked and sent == [["prompts"]] * len(asked)

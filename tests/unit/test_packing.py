@@ -140,8 +140,9 @@ def test_the_ranks_shares_are_the_iteration_and_pack_the_same_rows(case):
     for rank, (mine, share) in enumerate(shares):
         for whole, mini in zip(plan.mini_batches, share.mini_batches, strict=True):
             assert (mini.loss_tokens, mini.distill_tokens) == (whole.loss_tokens, whole.distill_tokens)
-            for teacher, rows, [found] in ((False, whole.student, mini.student), (True, whole.teacher, mini.teacher)):
-                settings = {"padding": arguments["padding"], "teacher": teacher}
+            passes = ("student", whole.student, mini.student), ("teacher", whole.teacher, mini.teacher)
+            for stream, rows, [found] in passes:
+                settings = {"padding": arguments["padding"], "stream": stream}
                 expected = pack_rows(rows[rank], samples, **settings)
                 packed = pack_rows(found, mine, **settings)
                 assert [r.input_ids.tolist() for r in packed] == [r.input_ids.tolist() for r in expected]
