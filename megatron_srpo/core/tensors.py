@@ -79,6 +79,12 @@ class PackedBatch:
         weights = {name: function(weight) for name, weight in self.weights.items()}
         return dataclasses.replace(row, weights=weights, scores=self.scores.map(function))
 
+    def at(self, positions: Tensor) -> PackedBatch:
+        """The row with these positions alone [R], in ascending order. Every sequence stays one, maybe an empty one."""
+        part = self.map(lambda values: values.index_select(0, positions), without=("cu_seqlens",))
+        ends = torch.searchsorted(positions, self.cu_seqlens[1:].to(positions.dtype)).to(self.cu_seqlens.dtype)
+        return dataclasses.replace(part, cu_seqlens=torch.cat([torch.zeros_like(ends[:1]), ends]))
+
 
 @dataclass(frozen=True)
 class HeadInput:

@@ -56,22 +56,49 @@ class Objective:
         teacher row fit as a student row too, because their own prompts are never longer.
         """
         needs = self._needs
-        found = [ScoringPass("old", "student", "student", self._score_old, start=1)]
+        found = [ScoringPass("old", "student", "student", self._on_trained(self._score_old), start=1)]
         if needs.divergence and needs.topk:
-            found.append(ScoringPass("topk", "distilled", "student", self._score_topk))
+            found.append(ScoringPass("topk", "distilled", "student", self._on_trained(self._score_topk)))
         if needs.teacher and self._trust_region is not None:
             found.append(ScoringPass("initial", "teacher", "reference", self._trust_region.score_initial))
         if needs.teacher:
-            found.append(ScoringPass("teacher", "teacher", "teacher", self._score_teacher, frees=("initial_hidden",)))
+            found.append(
+                ScoringPass(
+                    "teacher", "teacher", "teacher", self._on_trained(self._score_teacher), frees=("initial_hidden",)
+                )
+            )
         if needs.contrast:
-            found.append(ScoringPass("contrast", "contrast", "teacher", self._score_contrast))
+            found.append(ScoringPass("contrast", "contrast", "teacher", self._on_trained(self._score_contrast)))
         if needs.reference:
-            found.append(ScoringPass("reference", "student", "reference", self._score_reference))
+            found.append(ScoringPass("reference", "student", "reference", self._on_trained(self._score_reference)))
         return found
 
     def check_pass(self) -> ScoringPass:
         """Log-probs of the rows of a step, to look for what is not finite."""
-        return ScoringPass("check", "student", "student", self._score_old)
+        return ScoringPass("check", "student", "student", self._on_trained(self._score_old))
+
+    def _trained(self, given: HeadInput, row: PackedBatch) -> tuple[HeadInput, PackedBatch, Tensor]:
+        """What predicts trained tokens, and where it is in the row [R]: the head, which is a large part of a small
+        model, does not run on prompts. With a full-vocabulary divergence it does, because the teacher's logits would be
+        copied. A row without trained tokens keeps one position, so that no tensor is empty."""
+        if self._needs.divergence and not self._needs.topk:
+            return given, row, torch.arange(len(row.targets), device=row.targets.device)
+        at = row.loss_mask.nonzero()[:, 0]
+        at = at if len(at) else at.new_zeros(1)
+        return replace(given, hidden=given.hidden.index_select(0, at)), row.at(at), at
+
+    def _on_trained(self, score: ScoreFunction) -> ScoreFunction:
+        """`score` of the positions that predict trained tokens; 0 at the others."""
+
+        def whole(given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
+            some, part, at = self._trained(given, row)
+            found = score(some, part)
+            return {
+                name: values.new_zeros(len(row.targets), *values.shape[1:]).index_copy_(0, at, values)
+                for name, values in found.items()
+            }
+
+        return whole
 
     def _head(self, given: HeadInput) -> Head:
         return LinearHead(**vars(given), temperature=self._temperature, budget_bytes=self._budget)
@@ -125,6 +152,7 @@ class Objective:
         """The loss of one row inside an optimiser step with these global denominators."""
 
         def row_loss(given: HeadInput, row: PackedBatch) -> tuple[Tensor, Metrics]:
+            given, row, _ = self._trained(given, row)
             return self._loss(
                 self._head(given), row,
                 loss_tokens=loss_tokens, responses=responses, distill_weight_mean=distill_weight_mean,

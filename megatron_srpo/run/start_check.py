@@ -91,7 +91,7 @@ def _generate(config: Config, engine: RolloutEngine, policy: Policy, prompts: Se
 
 def _sample(prompt: Prompt, rollout: Rollout) -> Sample:
     stream = Stream(array("i", prompt.token_ids), rollout.token_ids, rollout.trained)
-    return Sample(prompt.uid, rollout.prompt, stream, rollout.trained_logprobs, 0.0, {})
+    return Sample(prompt.uid, rollout.prompt, stream, rollout.trained_logprobs, 0.0, {"policy": 1.0})
 
 
 def _mean_difference(policy: Policy, objective: Objective, samples: list[Sample]) -> float:

@@ -11,12 +11,19 @@ import torch
 
 from megatron_srpo.batching import plan_batch, share_of
 from megatron_srpo.batching.passes import BatchPasses
+from megatron_srpo.batching.rows import pack_rows
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import Batch, Padding
+from megatron_srpo.core.records import Batch, Padding, Row
+from megatron_srpo.core.tensors import HeadInput, Scores
 from megatron_srpo.losses.objective import Objective
 from tests.made_samples import make_sample
 
 TEACHER_PROMPT = [1] * 9
+SCORES = {  # of a sample with two trained tokens
+    "topk_ids": torch.tensor([[1, 2, 3, 4]] * 2),
+    "teacher_logprobs": torch.full((2, 4), -2.0),
+    "teacher_entropy": torch.ones(2),
+}
 WIDTHS = {"topk_ids": (2,), "teacher_logprobs": (2,), "initial_hidden": (4,)}
 RESULTS = {  # of each pass
     "old": ["logprob"], "check": ["logprob"], "topk": ["topk_ids"], "initial": ["initial_hidden"],
@@ -172,3 +179,29 @@ def test_samples_without_a_gradient_are_forwarded_only_where_asked_or_another_te
 
 def test_a_step_on_which_nothing_has_a_gradient_forwards_one_sample_to_compare_trainer_and_engine():
     assert passes([WRONG], ranks=2)[0]["train"] == tokens(WRONG[:1])
+
+
+def test_the_head_runs_on_positions_that_predict_trained_tokens_and_no_others(monkeypatch):
+    config = Config(model={"path": "m"}, data={"train": "d"}, algorithm={"distillation_topk": 4})
+    objective, seen = Objective(config), []
+    head = objective._head
+
+    def counting(given):
+        seen.append(len(given.hidden))
+        return head(given)
+
+    monkeypatch.setattr(objective, "_head", counting)
+    samples = [
+        make_sample("a", 0, [1, 2, 3], [4, 5], [-1.0, -1.0], weights={"distill": 1.0}, teacher_ids=TEACHER_PROMPT),
+        make_sample("b", 0, [1, 2], [4, 5, 6], [-1.0, -1.0], teacher_ids=None, trained=[True, False, True]),
+    ]
+    (row,) = pack_rows([Row((0, 1), 10)], samples, [Scores(**SCORES), Scores()], padding=Padding(row=16))
+    given = HeadInput(torch.randn(16, 8, requires_grad=True), torch.randn(11, 8), 11, 0, None)
+    every = head(given).gather_logprobs(row.targets[:, None])[0][:, 0]
+    found = objective.check_pass().score(given, row)["logprob"]
+    at = torch.tensor([2, 3, 6, 8])
+    assert row.loss_mask.nonzero()[:, 0].equal(at)
+    torch.testing.assert_close(found[at], every[at])
+    assert seen == [4] and found.count_nonzero() == 4
+    objective.loss(loss_tokens=4, responses=2, distill_weight_mean=1.0)(given, row)[0].backward()
+    assert seen == [4, 4] and sorted(given.hidden.grad.abs().sum(1).nonzero()[:, 0].tolist()) == at.tolist()
