@@ -99,3 +99,10 @@ def test_scoring_keeps_no_logits():
     with torch.no_grad():
         logprobs, entropy = LinearHead(hidden, weight, V).gather_logprobs(ids)
     assert logprobs.grad_fn is None and entropy.grad_fn is None
+
+
+def test_more_candidates_than_the_vocabulary_has_are_refused():
+    with pytest.raises(ValueError, match="lower distillation_topk"):
+        vocab_parallel.topk(torch.randn(2, 3), 4, vocab_start=0, group=None)
+    assert vocab_parallel.topk(torch.tensor([[0.5, 2.0, 1.0]]), 3, vocab_start=0, group=None).tolist() == [[1, 2, 0]]
+    assert vocab_parallel.topk(torch.tensor([[1.0, 2.0, 1.0]]), 3, vocab_start=0, group=None).tolist() == [[1, 0, 2]]
