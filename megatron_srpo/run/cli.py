@@ -62,11 +62,13 @@ class CommandLineError(Protocol):
 
 SPLITS = ("train", "test")
 TOOL_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # they end a tool in tools/ in the same way as Ctrl-C
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's TOML file.")]
+ConfigFiles = Annotated[
+    list[Path], typer.Argument(metavar="CONFIG...", help="The run's TOML file, or several; keys of later files win.")
+]
 
 
 @app.command()
-def train(context: typer.Context, config: ConfigFile) -> int:
+def train(context: typer.Context, config: ConfigFiles) -> int:
     """Train. Any key of the configuration can be set: --section.key VALUE (docs/configuration.md lists them)."""
     stopping.hold_hangup()
     settings = load_config(config, context.obj, tell=print if is_driver() else lambda text: None)
@@ -84,7 +86,7 @@ def train(context: typer.Context, config: ConfigFile) -> int:
 @app.command("eval")
 def evaluate(
     context: typer.Context,
-    config: ConfigFile,
+    config: ConfigFiles,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A run, its checkpoints folder, or one step_NNNNNNNN.")
     ] = None,
@@ -115,7 +117,7 @@ def evaluate(
 @app.command()
 def serve(
     context: typer.Context,
-    config: ConfigFile,
+    config: ConfigFiles,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Where to listen.", min=1, max=65535)] = 8000,
 ) -> int:
@@ -155,7 +157,10 @@ def plan(
     top: Annotated[int, typer.Option(min=1, help="Layouts that are shown.")] = 5,
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Of python -m benchmarks.calibrate.")] = None,
     write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the best layout's configuration.")] = None,
-    check: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Build a configuration's ranks instead.")] = None,
+    check: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CONFIG", help="Build a configuration's ranks instead. May be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> int:
     """Predict which layouts of a model fit on a cluster and how long an iteration takes. Needs no GPU.
@@ -165,7 +170,7 @@ def plan(
     from megatron_srpo.plan import Workload
     from megatron_srpo.run import planning
 
-    if check is not None:
+    if check:
         if write is not None or as_json:
             raise UserError("plan: --check prints a table; --write and --json belong to a search")
         return planning.check(check, gpus, list(context.obj), model)
