@@ -296,6 +296,12 @@ class TrainConfig(Section):
     backward pass."""
     max_skipped_steps: int = Field(10, ge=0)
     """Stop with a checkpoint after this many optimizer steps in a row without a finite gradient. 0 never stops."""
+    collapse_share: float = Field(0.5, ge=0, lt=1)
+    """Warn that responses collapse if the mean length of all and of correct responses over 10 iterations falls below
+    this share of its highest value so far, or below 0.75 of it while the entropy of the teacher or of the first token
+    falls below 0.25 of its own. 0 switches it off."""
+    stop_on_collapse: bool = False
+    """Stop with a checkpoint at this warning."""
     moe_aux_loss_coef: float = Field(0.0, ge=0)
     """Coefficient of the load-balancing loss of the expert routers, computed per row. A usual value is 0.001. 0
     switches it off."""
