@@ -55,8 +55,8 @@ class History:
 
 
 class CollapseAlarm:
-    """Warns when responses collapse, and by configuration ends the run. After a warning the history begins again, so that
-    a run that goes on is warned again if its responses fall as far once more."""
+    """Warns when responses collapse, and by configuration ends the run. After a warning the history begins again, so
+    that a run that goes on is warned again if its responses fall as far once more."""
 
     def __init__(self, config: Config, state: State) -> None:
         self._config = config

@@ -185,14 +185,28 @@ def plan(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Output folder of a run.")]) -> int:
-    """Draw curves.png from a run's metrics.jsonl."""
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(f"{metrics} is not there: expected the output folder of a training run.")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Output folders of runs.")],
+    axis: Annotated[str, typer.Option(metavar="AXIS", help="iterations, hours or tokens.")] = "iterations",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for a comparison (default: the one that has all runs).")
+    ] = None,
+) -> int:
+    """Draw curves.png of one run; of several, figures by benchmark and tables beside the SRPO paper's numbers."""
+    from megatron_srpo.observe import grid
+    from megatron_srpo.observe.curves import AXES
     from megatron_srpo.observe.report import plot_run
 
-    print(plot_run(metrics, run_dir / "curves.png"))
+    if axis not in AXES:
+        raise UserError(f"report: expected --axis {', '.join(AXES)}, got {axis}")
+    found = [grid.read_run(folder) for folder in runs]
+    if len(found) == 1 and out is None:
+        name = "curves.png" if axis == "iterations" else f"curves_{axis}.png"
+        print(plot_run(runs[0] / "metrics.jsonl", runs[0] / name, axis))
+        return 0
+    written = grid.write_report(found, out or Path(os.path.commonpath([run.absolute() for run in runs])), axis)
+    print(written[0].read_text())
+    print("\n".join(map(str, written)))
     return 0
 
 
