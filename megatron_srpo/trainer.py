@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps, explain_skip
 from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
@@ -57,6 +58,7 @@ class Components:
     should_stop: Callable[[], bool]  # this rank was asked to stop
     skipped: SkippedSteps
     refresh: TeacherRefresh
+    collapse: CollapseAlarm
 
 
 class Trainer:
@@ -95,7 +97,8 @@ class Trainer:
                 with parts.timer.phase("eval"):
                     metrics |= self._evaluate()
             parts.log.log(self.iteration, metrics)
-            problem = parts.skipped.reason_to_stop(metrics)
+            collapsed = parts.collapse.watch(self.iteration, metrics, parts.log)
+            problem = parts.skipped.reason_to_stop(metrics) or collapsed
             stop = parts.control.any(parts.should_stop()) or bool(problem)
             self._save(metrics, last=stop or self.iteration == total)
             if problem:
@@ -140,4 +143,5 @@ class Trainer:
             "observer": parts.log.state_dict(),
             "skipped_in_a_row": parts.skipped.in_a_row,
             "teacher": parts.refresh.state_dict(),
+            "collapse": parts.collapse.state_dict(),
         }

@@ -34,7 +34,7 @@ def check_step(job: Job) -> Step:
     How many ranks an engine has is not known before: here each engine node has one.
     """
     overrides = (*trainer_overrides(job), *_placement(job, job.ranks_per_node))
-    command = (job.python, "-m", "slurm.settings", str(job.world_size), job.config, *overrides)
+    command = (job.python, "-m", "slurm.settings", str(job.world_size), *job.files, *overrides)
     return _step(job, "check of the configuration", job.nodes[:1], command, ())
 
 
@@ -54,7 +54,7 @@ def serve_step(job: Job, engine_ranks: int) -> Step:
     """Engine servers on the last nodes, for as long as training runs."""
     hosts = ",".join(map(job.address_of, job.rollout_hosts))
     where = (f"--hosts={hosts}", f"--port={job.port + 2}", f"--gpus={job.ranks_per_node}", f"--size={engine_ranks}")
-    server = (job.python, "-m", "megatron_srpo", "serve", job.config)
+    server = (job.python, "-m", "megatron_srpo", "serve", *job.files)
     serve = (job.python, "-m", "slurm.serve", *where, f"--logs={job.logs}", "--")
     command = (*serve, *server, *job.overrides)
     return _step(job, "engine servers", job.rollout_hosts, _on_node(job, "serve", command), ())
@@ -75,7 +75,7 @@ def server_urls(job: Job, engine_ranks: int) -> list[str]:
 def train_step(job: Job, engine_ranks: int) -> Step:
     overrides = (*trainer_overrides(job), *_placement(job, engine_ranks))
     port = job.port + 1
-    command = _torchrun(job, job.training_nodes, port, "megatron_srpo", "train", job.config, *overrides)
+    command = _torchrun(job, job.training_nodes, port, "megatron_srpo", "train", *job.files, *overrides)
     logged = (f"--output={job.logs}/node-%n.log", "--open-mode=append")
     return _step(job, "training", job.training_nodes, _on_node(job, "train", command), logged)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 GPUS_PER_NODE = 8
 FIRST_PORT, PORTS = 20000, 10000  # below the range from which systems give ports to whoever asks
 SITE_SETTINGS = "slurm/site.env"
+OVERLAYS = ("--benchmark", "--method")  # --benchmark NAME adds the keys of configs/benchmark/NAME.toml
 
 
 class BrokenJob(Exception):
@@ -40,6 +41,12 @@ class Job:
     max_attempts: int = 3
     logs_folder: str = "logs"
     environment: Mapping[str, str] = field(default_factory=dict)
+    overlays: tuple[str, ...] = ()  # further configuration files, whose keys replace those of `config`
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The configuration's files, in the trainer's order."""
+        return (self.config, *self.overlays)
 
     @property
     def training_nodes(self) -> tuple[str, ...]:
@@ -77,10 +84,13 @@ class Options:
     dry_run: bool = False
     nodes: int = 0  # of a dry run; 0 = the script's own number
     rollout_nodes: int = 0
+    overlays: tuple[str, ...] = ()
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """CONFIG [--dry-run] [--nodes N] [--rollout-nodes K] [--section.key VALUE …]. Raises BrokenJob."""
+    """CONFIG [--benchmark NAME] [--method NAME] [--dry-run] [--nodes N] [--rollout-nodes K] [--section.key VALUE …].
+    Raises BrokenJob."""
+    chosen: dict[str, str] = {}
     rest, overrides, numbers = list(arguments), [], {"--nodes": 0, "--rollout-nodes": 0}
     config, dry_run = "", False
     while rest:
@@ -93,6 +103,8 @@ def parse(arguments: Sequence[str]) -> Options:
             numbers[name] = int(value)
             if name == "--nodes" and not numbers[name]:
                 raise BrokenJob("--nodes: expected at least 1")
+        elif name in OVERLAYS:
+            chosen[name] = _overlay(name, value if equals else rest.pop(0) if rest else "")
         elif token == "--dry-run":
             dry_run = True
         elif name.startswith("--") and "." in name:
@@ -103,14 +115,32 @@ def parse(arguments: Sequence[str]) -> Options:
             config = token
         else:
             raise BrokenJob(
-                f"{token}: no such argument. After the script come --rollout-nodes K, --dry-run, and keys of the "
-                "configuration, --section.key VALUE; sbatch's own options stand before the script"
+                f"{token}: no such argument. After the script come --benchmark NAME, --method NAME, "
+                "--rollout-nodes K, --dry-run, and keys of the configuration, --section.key VALUE; sbatch's own "
+                "options stand before the script"
             )
     if not config:
         raise BrokenJob("no configuration: expected the path of a TOML file as the first argument")
     if not Path(config).is_file():
         raise BrokenJob(f"{config}: no such file (looked from {Path.cwd()}); submit from the checkout")
-    return Options(config, tuple(overrides), dry_run, numbers["--nodes"], numbers["--rollout-nodes"])
+    overlays = tuple(chosen[name] for name in OVERLAYS if name in chosen)
+    return Options(config, tuple(overrides), dry_run, numbers["--nodes"], numbers["--rollout-nodes"], overlays)
+
+
+def _overlay(option: str, name: str) -> str:
+    """The file that --benchmark or --method names. Raises BrokenJob."""
+    folder = Path("configs") / option.lstrip("-")
+    names = sorted(path.stem for path in folder.glob("*.toml"))
+    if name not in names:
+        where = ", ".join(names) or f"the files of {folder}, which is not in {Path.cwd()}; submit from the checkout"
+        raise BrokenJob(f'{option}: expected one of {where}, got "{name}"')
+    return str(folder / f"{name}.toml")
+
+
+def files_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split CONFIG… [--section.key VALUE …]: the files stand first."""
+    count = next((i for i, part in enumerate(arguments) if part.startswith("--")), len(arguments))
+    return list(arguments[:count]), list(arguments[count:])
 
 
 def job_from(options: Options, environment: Mapping[str, str]) -> Job:
@@ -124,6 +154,7 @@ def job_from(options: Options, environment: Mapping[str, str]) -> Job:
     gpus = int(environment.get("SLURM_GPUS_ON_NODE") or GPUS_PER_NODE)
     return Job(
         config=options.config,
+        overlays=options.overlays,
         overrides=options.overrides,
         nodes=nodes,
         rollout_nodes=options.rollout_nodes,

@@ -1,4 +1,7 @@
-"""The batch script's program: python slurm/launch.py CONFIG [--dry-run] [--rollout-nodes K] [--section.key VALUE …].
+"""The batch script's program: python slurm/launch.py CONFIG [--benchmark NAME] [--method NAME] [--dry-run]
+[--rollout-nodes K] [--section.key VALUE …].
+
+--benchmark and --method add the keys of configs/benchmark/NAME.toml and configs/method/NAME.toml.
 
 In a job it checks the configuration and the nodes, trains, and ends as docs/slurm.md says. With --dry-run, or
 DRY_RUN=1, it prints the commands of every node; --nodes N then says for how many.
@@ -50,7 +53,7 @@ def dry_run(job: Job) -> list[str]:
     engines = [commands.serve_step(job, size)] if job.rollout_nodes else []
     train = commands.train_step(job, size)
     steps = [commands.check_step(job), health, *engines, train]
-    head = f"# {len(job.nodes)} × {job.ranks_per_node} GPUs, {job.world_size} ranks train {job.config}"
+    head = f"# {len(job.nodes)} × {job.ranks_per_node} GPUs, {job.world_size} ranks train {' + '.join(job.files)}"
     shown = [line for step in steps for line in ("", *commands.shown(step))]
     return [head, *exports, *shown, "", *(f"# {line}" for line in plan(job))]
 
@@ -59,7 +62,7 @@ def plan(job: Job) -> list[str]:
     """What the planner says, where the job's Python and the project's environment are at hand. BrokenJob if the
     trainer would refuse the configuration."""
     sizes = (len(job.nodes), job.rollout_nodes, job.ranks_per_node)
-    command = [job.python, "-m", "slurm.plan", job.gpu, *map(str, sizes), job.config, *job.overrides]
+    command = [job.python, "-m", "slurm.plan", job.gpu, *map(str, sizes), *job.files, *job.overrides]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -75,8 +78,10 @@ def engine_ranks(job: Job) -> int:
     import tomllib
 
     given = dict(part.removeprefix("--").split("=", 1) for part in joined(job.overrides))
-    from_file = tomllib.loads(Path(job.config).read_text()).get("rollout", {}).get("tensor_parallel_size", 1)
-    return int(given.get("rollout.tensor_parallel_size", from_file))
+    rollout: dict[str, int] = {}
+    for file in job.files:
+        rollout |= tomllib.loads(Path(file).read_text()).get("rollout", {})
+    return int(given.get("rollout.tensor_parallel_size", rollout.get("tensor_parallel_size", 1)))
 
 
 def joined(overrides: Sequence[str]) -> list[str]:

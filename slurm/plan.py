@@ -1,4 +1,4 @@
-"""What the planner says of a job: python -m slurm.plan GPU NODES ROLLOUT_NODES RANKS CONFIG [--section.key VALUE …].
+"""What the planner says of a job: python -m slurm.plan GPU NODES ROLLOUT_NODES RANKS CONFIG… [--section.key VALUE …].
 
 GPU is a kind that the planner knows, like h100; RANKS are those of a node. Memory and time are predictions.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from megatron_srpo.config import Config, contradictions, listed, load_config
 from megatron_srpo.core import exit_codes
@@ -21,13 +20,15 @@ from megatron_srpo.plan import (
     read_architecture,
     shipped_if_absent,
 )
+from slurm.job import files_and_overrides
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prints; exit_codes.MISTAKE if the trainer would refuse the configuration."""
-    gpu, nodes, rollout_nodes, ranks, config, *overrides = arguments
+    gpu, nodes, rollout_nodes, ranks, *rest = arguments
+    files, overrides = files_and_overrides(rest)
     try:
-        settings = load_config(Path(config), overrides)
+        settings = load_config(files, overrides)
     except UserError as error:
         print(error)
         return exit_codes.MISTAKE
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         arch, hf = read_architecture(shipped_if_absent(settings.model.path))
         problems = contradictions(settings, hf, layout.training_gpus)
         if problems:
-            print(listed(f"{config} on {layout.training_gpus} ranks", problems))
+            print(listed(f"{' + '.join(files)} on {layout.training_gpus} ranks", problems))
             return exit_codes.MISTAKE
         print("\n".join(lines(settings, arch, layout, gpu)))
     except UserError as error:  # a model or a GPU that is not known here
@@ -83,7 +84,8 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
 
 def workload_of(config: Config) -> Workload:
     """The configuration's iteration; what it does not say, like the mean length, is the planner's assumption."""
-    rollout, data = config.rollout, config.data
+    rollout, data, distillation = config.rollout, config.data, config.algorithm.distillation
+    taught = {} if config.algorithm.needs.teacher else {"distilled": 0.0}
     return Workload(
         prompts=rollout.rollout_batch_size,
         samples=rollout.n_samples_per_prompt,
@@ -91,8 +93,9 @@ def workload_of(config: Config) -> Workload:
         response_max=rollout.max_response_length,
         teacher_prompt_max=config.teacher.max_prompt_length or data.max_prompt_length + rollout.max_response_length,
         steps=-(-rollout.rollout_batch_size // (config.train.prompts_per_mini_batch or rollout.rollout_batch_size)),
-        topk=config.algorithm.distillation_topk,
+        topk=distillation.distillation_topk if distillation else 0,
         iterations=config.run.iterations,
+        **taught,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the batch host has to know of a configuration: python -m slurm.settings RANKS CONFIG [--section.key VALUE …].
+"""What the batch host has to know of a configuration: python -m slurm.settings RANKS CONFIG… [--section.key VALUE …].
 
 Runs in the job's own environment, before anything else; prints one line of JSON, or the configuration's problems with
 exit code 2.
@@ -16,13 +16,15 @@ from megatron_srpo.config import load_config
 from megatron_srpo.core import exit_codes
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.run.cli import check_run
+from slurm.job import files_and_overrides
 
 
 def main(arguments: Sequence[str]) -> int:
-    ranks, config, *overrides = arguments
+    ranks, *rest = arguments
+    files, overrides = files_and_overrides(rest)
     os.environ["WORLD_SIZE"] = ranks
     try:
-        settings = load_config(Path(config), overrides)
+        settings = load_config(files, overrides)
         check_run(settings, train=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

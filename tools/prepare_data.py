@@ -1,5 +1,6 @@
 """Turns data sets as users download them into the trainer's rows: train.jsonl and test.jsonl.
 
+    python tools/prepare_data.py sdpo SDPO/datasets --out data/sdpo
     python tools/prepare_data.py sciknoweval SciKnowEval/data --domain chemistry --out data/chemistry
     python tools/prepare_data.py toolalpaca ToolAlpaca/data/train_data.json \
         --test-source ToolAlpaca/data/eval_simulated.json --out data/tooluse
@@ -9,6 +10,9 @@ A row has idx, kind, dataset, system, prompt, answer. Rows with the same prompt 
 with the same prompt are in the same split, so that no test question is trained on. The split is drawn from the seed and
 the prompt's text alone, so that it does not change with the order of the rows. The files are read back by the trainer's
 own loader before they take their names.
+
+`sdpo` is different: it keeps the splits, the prompts and the order of SDPO's repository, which the SRPO paper uses. Use
+it to compare results with the papers. The hub's SciKnowEval has other splits and our own prompts.
 """
 
 from __future__ import annotations
@@ -135,8 +139,6 @@ def read_source(path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"no {', '.join(READABLE)} files in {path}")
         for file in files:
             yield from read_source(file)
-    elif path.suffix.lower() == ".json":
-        yield from _read_json(path)
     elif path.suffix.lower() in READABLE:
         yield from read_records(path)
     else:
@@ -144,17 +146,6 @@ def read_source(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path}: expected {', '.join(READABLE)}; of another kind of table, pandas writes them: "
             'pandas.read_csv("x.csv").to_parquet("x.parquet")'
         )
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, list):
-        raise UserError(f"{path}: expected a list of rows, got {type(content).__name__}")
-    for index, record in enumerate(content, 1):
-        yield f"{path}:item {index}", record
 
 
 def _read_saved(path: Path) -> Iterator[tuple[str, Any]]:
@@ -376,6 +367,55 @@ def prepare(
         typer.echo(f"  skipped {reason}")
 
 
+# Our name of a benchmark → its folder in the data sets of SDPO's repository.
+SDPO_FOLDERS = {
+    "biology": "sciknoweval/biology",
+    "chemistry": "sciknoweval/chemistry",
+    "materials": "sciknoweval/material",
+    "physics": "sciknoweval/physics",
+    "tooluse": "tooluse",
+}
+
+
+def sdpo_rows(record: dict) -> Iterator[dict[str, Any]]:
+    """A row of SDPO's files as it is, without the fields that only its own code reads."""
+    yield {name: record[name] for name in ("idx", "kind", "dataset", "system", "prompt", "answer")}
+
+
+def prepare_sdpo(folder: Path, out: Path) -> None:
+    """Write every benchmark of SDPO's data sets into a folder of its own; say what was dropped and what is missing."""
+    found = {name: folder / where for name, where in SDPO_FOLDERS.items() if (folder / where).is_dir()}
+    if not found:
+        raise UserError(
+            f"{folder}: expected the folder `datasets` of SDPO's repository (github.com/lasgroup/SDPO), with some of "
+            f"{', '.join(SDPO_FOLDERS.values())} in it"
+        )
+    for name, source in found.items():
+        read = {split: Converted() for split in ("train", "test")}
+        for split, part in read.items():
+            file = source / f"{split}.json"
+            if file.is_file():
+                part.add(read_source(file), sdpo_rows)
+                if part.skipped or not part.rows:
+                    why = "; ".join(part.why(5)) or "there are no rows"
+                    raise UserError(f"{file}: expected rows as in SDPO's repository: {why}")
+        train, test = (part.rows for part in read.values())
+        held_out = {prompt_key(row) for row in test}
+        kept = [row for row in train if prompt_key(row) not in held_out]
+        write_splits(out / name, {"train": kept, "test": test})
+        typer.echo(f"{out / name}: {len(kept)} train rows, {len(test)} test rows")
+        if len(kept) < len(train):
+            typer.echo(
+                f"  {len(train) - len(kept)} of {len(train)} train rows dropped: their prompt is in the test split"
+            )
+        for split, part in read.items():
+            if not part.rows:
+                typer.echo(f"  no {split} split: {source / f'{split}.json'} does not exist")
+    missing = [where for name, where in SDPO_FOLDERS.items() if name not in found]
+    if missing:
+        typer.echo(f"not in {folder}: {', '.join(missing)}")
+
+
 Sources = Annotated[list[Path], typer.Argument(help="files, or folders that are searched for them")]
 Out = Annotated[Path, typer.Option(help="folder for train.jsonl and test.jsonl")]
 TestSource = Annotated[list[Path], typer.Option(help="the test split, instead of drawing one")]
@@ -385,13 +425,25 @@ Seed = Annotated[int, typer.Option(help="of the split")]
 
 
 @app.command()
+def sdpo(
+    folder: Annotated[Path, typer.Argument(help="the folder `datasets` of SDPO's repository")],
+    out: Annotated[Path, typer.Option(help="folder for a folder of each benchmark")],
+) -> None:
+    """The five benchmarks of the SDPO and SRPO papers, with their splits and prompts."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder, which may not exist yet")
+    prepare_sdpo(folder, out)
+
+
+@app.command()
 def sciknoweval(
     sources: Sources, out: Out,
     domain: Annotated[list[str], typer.Option(help=f"one or more of {', '.join(DOMAINS)}; default: all")] = [],  # noqa: B006
     level: Annotated[str, typer.Option(help="L1 to L5, or all; L3 is reasoning")] = "L3",
     test_source: TestSource = [], test_fraction: TestFraction = None, test_size: TestSize = None, seed: Seed = 0,  # noqa: B006
 ) -> None:  # fmt: skip
-    """SciKnowEval's multiple-choice questions, as the hub has them (jsonl or parquet)."""
+    """SciKnowEval's multiple-choice questions as the hub has them (jsonl or parquet). Splits and prompts are ours, not
+    those of the SDPO and SRPO papers."""
     domains = {_domain(one) for one in domain} or set(DOMAINS)
     if domains - set(DOMAINS):
         raise UserError(f"--domain: expected some of {', '.join(DOMAINS)}, got {', '.join(domain)}")

@@ -61,7 +61,9 @@ def markdown_table(runs: Mapping[str, Sequence[Path]], columns: int = 6) -> str:
 
 
 def write_report(runs: Mapping[str, Sequence[Path]], folder: Path) -> str:
-    """Writes compare.json, table.md and compare.png into `folder`; returns the table."""
+    """Writes compare.json, table.md, and compare.png with its forms over hours and over tokens into `folder`; returns
+    the table."""
+    from megatron_srpo.observe.curves import AXES
     from megatron_srpo.observe.report import plot_comparison
 
     numbers = {
@@ -78,5 +80,7 @@ def write_report(runs: Mapping[str, Sequence[Path]], folder: Path) -> str:
     (folder / "compare.json").write_text(json.dumps(numbers, indent=1) + "\n")
     table = markdown_table(runs)
     (folder / "table.md").write_text("Held-out accuracy, mean ± 95 % interval over seeds.\n\n" + table + "\n")
-    plot_comparison({method: list(files) for method, files in runs.items() if files}, folder / "compare.png")
+    for axis in AXES:
+        picture = folder / ("compare.png" if axis == "iterations" else f"compare_{axis}.png")
+        plot_comparison({method: list(files) for method, files in runs.items() if files}, picture, axis=axis)
     return table

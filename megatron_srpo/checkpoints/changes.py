@@ -18,8 +18,8 @@ from megatron_srpo.core.json_types import JsonValue
 FIXED = ("algorithm.name",)
 RESETS = {"run.seed": "data", "data.shuffle": "data", "teacher.mode": "teacher"}
 QUIET = (
-    "run.name", "run.output_dir", "run.device", "run.control_timeout_minutes", "run.watchdog_minutes",
-    "reward.workers", "checkpoint", "eval", "observe",
+    "run.name", "run.output_dir", "run.benchmark", "run.method", "run.device",
+    "run.control_timeout_minutes", "run.watchdog_minutes", "reward.workers", "checkpoint", "eval", "observe",
 )  # fmt: skip
 # How versions without the key trained, where that is not the key's default.
 BEFORE_THE_KEY: dict[str, JsonValue] = {"optimizer.decay_norms_and_biases": True}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_srpo.config.schema import Config
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
 def file_problems(config: Config, splits: Iterable[str]) -> Iterator[str]:
@@ -18,7 +18,7 @@ def file_problems(config: Config, splits: Iterable[str]) -> Iterator[str]:
         given = getattr(config.data, split)
         files = [given] if isinstance(given, str) else given
         if not [name for name in files if name]:
-            yield f"data.{split}: is empty; name the {split} split's .jsonl or .parquet file"
+            yield f"data.{split}: is empty; name the {split} split's .jsonl, .json or .parquet file"
         for name in files:
             problem = _data_file(Path(name).expanduser()) if name else None
             if problem:
@@ -39,9 +39,9 @@ def _reward_files(config: Config) -> Iterator[str]:
 
 def _data_file(file: Path) -> str | None:
     if os.path.isdir(file):  # Path.is_dir raises where a name is too long
-        return "is a folder; name its .jsonl or .parquet files"
+        return "is a folder; name its .jsonl, .json or .parquet files"
     if file.suffix.lower() not in DATA_SUFFIXES:
-        return "expected a .jsonl or .parquet file; tools/prepare_data.py makes them from other data"
+        return "expected a .jsonl, .json or .parquet file; tools/prepare_data.py makes them from other data"
     if not os.path.exists(file):
         beside = [one.name for one in file.parent.glob("*") if one.suffix.lower() in DATA_SUFFIXES]
         nearest = difflib.get_close_matches(file.name, beside, n=1)

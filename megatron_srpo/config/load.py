@@ -1,4 +1,4 @@
-"""From a TOML file and command line overrides to a `Config`, and back."""
+"""From TOML files and command line overrides to a `Config`, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -86,27 +86,33 @@ def nearest_key(key: str) -> str | None:
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, tell: Callable[[str], None] = lambda text: None
+    files: str | Path | Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Config:
-    """Read `path` and apply `overrides` ("--section.key", "VALUE", or "--section.key=VALUE").
+    """Read one file or several and apply `overrides` ("--section.key", "VALUE", or "--section.key=VALUE").
 
-    An override's value is a TOML literal; where the key holds text, quotes are optional. `tell` gets a line for the
-    user about settings that have no effect. Raises ConfigError with all problems in one message.
+    A key of a later file replaces the same key of an earlier one, and an override replaces both. A table that is the
+    value of a key, such as data.chat_template_kwargs, is replaced as a whole. An override's value is a TOML literal;
+    where the key holds text, quotes are optional. `tell` gets a line for the user about settings that have no effect.
+    Raises ConfigError with all problems in one message.
     """
-    given = _read_toml(Path(path))
+    paths = [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+    given, origins = _read_files(paths)
     pairs, problems = _split_overrides(overrides)
-    from_command_line = set()
     for key, text in pairs:
         problem = _apply(given, key, text)
         problems += [problem] if problem else []
-        from_command_line.add(key)
+        origins[key] = "the command line"
+    problems += _fill_names(given)
     config = None
     try:
         config = Config.model_validate(given)
     except ValidationError as error:
-        problems += _explain(error, given, from_command_line)
+        problems += _explain(error, given, origins)
     if problems or config is None:
-        raise ConfigError(listed(str(path), problems))
+        raise ConfigError(listed(" + ".join(map(str, paths)), problems))
     for note in _without_effect(given):
         tell(note)
     return config
@@ -123,6 +129,42 @@ def _without_effect(given: dict[str, Any]) -> list[str]:
         f"note: algorithm.name = {json.dumps(section.get('name', DEFAULT))} does not use algorithm.{', '.join(keys)} "
         f"({', '.join(users)} would): no effect"
     ]
+
+
+def _read_files(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The sections of all files in one tree, and the file from which each key comes (nothing if there is one file)."""
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path in paths:
+        for section, values in _read_toml(path).items():
+            before = merged.get(section, {})
+            if isinstance(values, dict) and isinstance(before, dict):
+                merged[section] = before | values
+                origins |= {f"{section}.{key}": str(path) for key in values}
+            else:  # a plain value in place of a section: the validation reports it
+                merged[section] = values
+            origins[section] = str(path)
+    return merged, origins if len(paths) > 1 else {}
+
+
+def _fill_names(given: dict[str, Any]) -> list[str]:
+    """Put run.benchmark and the method's name in place of {benchmark} and {method} in run.name and run.output_dir.
+    Returns what is missing for it."""
+    run, algorithm = given.get("run"), given.get(ALGORITHM, {})
+    if not isinstance(run, dict) or not isinstance(algorithm, dict):
+        return []
+    names = {"benchmark": run.get("benchmark", ""), "method": run.get("method") or algorithm.get("name", DEFAULT)}
+    problems = []
+    for key in ("name", "output_dir"):
+        for placeholder, name in names.items():
+            text, mark = run.get(key), f"{{{placeholder}}}"
+            if not isinstance(text, str) or mark not in text:
+                continue
+            if name:
+                run[key] = text.replace(mark, str(name))
+            else:
+                problems.append(f"run.{key} = {_shown(text)}: needs the name for {mark}; set run.{placeholder}")
+    return problems
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -212,8 +254,8 @@ def _plain_types(annotation: Any) -> set[type]:
 # ---- explaining ------------------------------------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError, given: dict[str, Any], from_command_line: set[str]) -> list[str]:
-    """One line for each key that is wrong, in the file's order."""
+def _explain(error: ValidationError, given: dict[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """One line for each key that is wrong, in the file's order, with its origin if there can be several."""
     lines: dict[str, str] = {}
     for details in error.errors(include_url=False):
         problem: dict[str, Any] = {**details}
@@ -228,7 +270,7 @@ def _explain(error: ValidationError, given: dict[str, Any], from_command_line: s
             continue
         if len(where) > 2:  # an element of a list or table is wrong: show the whole value
             problem["input"] = given[location[0]][location[1]]
-        origin = " (from the command line)" if key in from_command_line else ""
+        origin = f" (from {origins[key]})" if key in origins else ""
         lines[key] = _explain_one(key, problem) + origin
     return list(lines.values())
 
@@ -317,7 +359,7 @@ def save_resolved(config: Config, path: str | Path) -> None:
     """Write `to_toml(config)` to `path`, whole or not at all; makes its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = "# Resolved configuration of this run: the file, the overrides and the defaults.\n\n"
+    header = "# Resolved configuration of this run: the files, the overrides and the defaults.\n\n"
     atomic_write(path, header + to_toml(config))
 
 

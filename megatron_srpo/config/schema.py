@@ -7,9 +7,10 @@ docs/configuration.md. A docstring says first what the key does, then its unit, 
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_srpo.algorithms.section import AnyAlgorithm, algorithm
 from megatron_srpo.core.section import Folder, Section
@@ -19,9 +20,16 @@ Resettable = Literal["optimizer", "teacher", "data", "rng"]
 
 class RunConfig(Section):
     name: str = "srpo"
-    """Name of the run in the log and in TensorBoard and Weights & Biases."""
+    """Name of the run in the log and in TensorBoard and Weights & Biases. {benchmark} and {method} stand for
+    run.benchmark and run.method."""
     output_dir: Folder = "runs/srpo"
-    """Folder for metrics, checkpoints and, in `hf/`, the trained model. It is created if it does not exist."""
+    """Folder for metrics, checkpoints and, in `hf/`, the trained model. It is created if it does not exist. {benchmark}
+    and {method} stand for run.benchmark and run.method, so that runs of a grid do not share a folder."""
+    benchmark: str = ""
+    """Name of the benchmark, for run.name, run.output_dir and reports. Letters, digits, ".", "_" and "-"."""
+    method: str = ""
+    """Name of the method, for run.name, run.output_dir and reports, for example of an ablation. Letters, digits, ".",
+    "_" and "-". Empty takes algorithm.name."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the data order, of sampling and of the choice of teachers."""
     iterations: int = Field(100, ge=1)
@@ -33,6 +41,13 @@ class RunConfig(Section):
     fails after that."""
     watchdog_minutes: float = Field(30, ge=0)
     """After this many minutes without progress every rank prints its phase and stack. 0 switches it off."""
+
+    @field_validator("benchmark", "method")
+    @classmethod
+    def _part_of_a_path(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError('expected a name of letters, digits, ".", "_" and "-", because folders are named after it')
+        return value
 
 
 class ModelConfig(Section):
@@ -78,9 +93,9 @@ class ParallelConfig(Section):
 
 class DataConfig(Section):
     train: str | list[str]
-    """Training data: one or several .jsonl or .parquet files."""
+    """Training data: one or several files, .jsonl, .parquet, or .json (JSON Lines or one list of rows)."""
     test: str | list[str] = []
-    """Held-out data for evaluation: one or several .jsonl or .parquet files."""
+    """Held-out data for evaluation: one or several files, as in data.train."""
     prompt_key: str = "prompt"
     """Field of a row with the prompt: a string, or a list of chat messages."""
     answer_key: str = "answer"
@@ -281,6 +296,12 @@ class TrainConfig(Section):
     backward pass."""
     max_skipped_steps: int = Field(10, ge=0)
     """Stop with a checkpoint after this many optimizer steps in a row without a finite gradient. 0 never stops."""
+    collapse_share: float = Field(0.5, ge=0, lt=1)
+    """Warn that responses collapse if the mean length of all and of correct responses over 10 iterations falls below
+    this share of its highest value so far, or below 0.75 of it while the entropy of the teacher or of the first token
+    falls below 0.25 of its own. 0 switches it off."""
+    stop_on_collapse: bool = False
+    """Stop with a checkpoint at this warning."""
     moe_aux_loss_coef: float = Field(0.0, ge=0)
     """Coefficient of the load-balancing loss of the expert routers, computed per row. A usual value is 0.001. 0
     switches it off."""

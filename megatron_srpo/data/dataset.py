@@ -1,4 +1,4 @@
-"""Reads the rows of jsonl and parquet files as examples. Every error names the file and the line (or row)."""
+"""Reads the rows of jsonl, json and parquet files as examples. Every error names the file and the line (or row)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_srpo.core.errors import UserError
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
-JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet",)
+JSONL, JSON, PARQUET = (".jsonl", ".ndjson"), (".json",), (".parquet",)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write
 ROLES = ("system", "user", "assistant", "tool")
 _REPORTED = 3  # how many skipped rows are reported with their problem
 _UNUSABLE = re.compile("[\x00\ud800-\udfff]")
@@ -78,7 +79,7 @@ def load_rows(
     """
     files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
     if not files:
-        raise DataError("no data file given: expected .jsonl or .parquet files in data.train")
+        raise DataError("no data file given: expected .jsonl, .json or .parquet files in data.train")
     examples: list[Example] = []
     report = LoadReport(files=len(files))
     row = 0
@@ -100,26 +101,55 @@ def load_rows(
 
 
 def read_records(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yields ("file:line", row) for every row of a .jsonl or .parquet file. In place of a row that cannot be read it
-    yields an exception object. DataError if the file as a whole cannot be read."""
+    """Yields ("file:line", row) for every row of a .jsonl, .json or .parquet file. In place of a row that cannot be
+    read it yields an exception object. A .json file is JSON Lines or one list of rows. DataError if the file as a whole
+    cannot be read."""
     if file.is_dir():
-        raise DataError(f"{file} is a folder: name its .jsonl or .parquet files")
+        raise DataError(f"{file} is a folder: name its .jsonl, .json or .parquet files")
     suffix = file.suffix.lower()
-    if suffix not in JSONL + PARQUET:
-        raise DataError(f"{file}: expected a .jsonl or .parquet file (tools/prepare_data.py converts other data)")
+    if suffix not in JSONL + JSON + PARQUET:
+        raise DataError(
+            f"{file}: expected a .jsonl, .json or .parquet file (tools/prepare_data.py converts other data)"
+        )
     if not file.is_file():
         raise DataError(_missing(file))
     try:
-        yield from _read_jsonl(file) if suffix in JSONL else _read_parquet(file)
+        if suffix in PARQUET:
+            yield from _read_parquet(file)
+        elif suffix in JSON and not _is_json_lines(file):
+            yield from _read_list(file)
+        else:
+            yield from _read_jsonl(file)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _is_json_lines(file: Path) -> bool:
+    """Whether the first line that is not blank is a JSON object by itself. Data sets are often JSON Lines that are
+    named .json."""
+    with file.open("rb") as lines:
+        for line in lines:
+            if line.removeprefix(BYTE_ORDER_MARK).strip():
+                return isinstance(_parse(line.removeprefix(BYTE_ORDER_MARK)), dict)
+    return True  # no row: the caller says so
+
+
+def _read_list(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise DataError(f"{file} is not JSON: expected JSON Lines or one list of rows: {error}") from None
+    if not isinstance(content, list):
+        raise DataError(f"{file}: expected JSON Lines or one list of rows, got {_type(content)}")
+    for number, record in enumerate(content, 1):
+        yield f"{file}:item {number}", record
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+                line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
                 yield f"{file}:{number}", _parse(line)
 
@@ -289,6 +319,6 @@ def _nothing_usable(files: list[Path], rows: int, report: LoadReport) -> str:
 
 
 def _missing(file: Path) -> str:
-    beside = [one.name for one in file.parent.glob("*") if one.suffix.lower() in JSONL + PARQUET]
+    beside = [one.name for one in file.parent.glob("*") if one.suffix.lower() in JSONL + JSON + PARQUET]
     nearest = difflib.get_close_matches(file.name, beside, n=1)
     return f"data file not found: {file}" + (f"; did you mean {file.parent / nearest[0]}?" if nearest else "")

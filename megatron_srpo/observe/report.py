@@ -7,18 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_srpo.algorithms.section import BY_NAME
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.observe.metrics import read_records
+from megatron_srpo.observe.curves import AXES, Interval, Record, load_curve, positions, read_metrics, rolling
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Record = Mapping[str, float | str | None]  # of metrics.jsonl; float() reads its strings
 
 # 97.5 % quantile of Student's t by degrees of freedom, from 1 on. For more of them 1.96 is used.
 STUDENT_T = (
@@ -44,13 +42,6 @@ STYLE: dict[Any, object] = {
     "figure.facecolor": "white",
     "savefig.dpi": 150,
 }
-
-
-class Interval(NamedTuple):
-    """Mean over seeds, and half the width of its 95 % confidence interval (NaN for one seed)."""
-
-    mean: float
-    half_width: float
 
 
 @dataclass(frozen=True)
@@ -99,17 +90,10 @@ TITLES = {
     "eval/response_length": ("Response length, held out", "tokens"),
     "srpo/sdpo_fraction": ("Samples on the SDPO branch", ""),
     "srpo/teacher_entropy": ("Teacher entropy", "nats"),
+    "actor/first_token_entropy": ("Entropy of the first token", "nats"),
+    "timing_s/step": ("Time of an iteration", "s"),
 }
-
-
-def load_curve(records: Sequence[Record], name: str) -> dict[int, float]:
-    """Step → value of one metric, for steps at which it was logged and is finite. The last record of a step counts."""
-    found = {}
-    for record in records:
-        value = record.get(name)
-        if value is not None:
-            found[int(record["step"] or 0)] = float(value)
-    return {step: value for step, value in sorted(found.items()) if math.isfinite(value)}
+Band = Literal["interval", "deviation"]
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -122,33 +106,40 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, quantile * deviation / math.sqrt(n))
 
 
-def plot_run(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
-    """Draw one run: reward, SDPO share, teacher entropy, response length, mismatch, gradient norm."""
-    records = _records(metrics_jsonl)
-    with _figure(2, 3, out_png, width=4.0, height=3.1) as (_, grid):
+def plot_run(metrics_jsonl: str | Path, out_png: str | Path, axis: str = "iterations") -> Path:
+    """Draw one run: reward, SDPO share, teacher entropy, response length, mismatch, gradient norm. `axis`: see AXES."""
+    records = read_metrics(metrics_jsonl)
+    where = positions(records, axis)
+    with _figure(2, 3, out_png, width=4.0, height=3.1, axis=axis) as (_, grid):
         for axes, panel in zip(grid.flat, RUN_PANELS, strict=True):
-            _draw_panel(axes, panel, records)
+            _draw_panel(axes, panel, records, where)
     return Path(out_png)
 
 
 def plot_comparison(
-    series: Mapping[str, Sequence[str | Path]], out_png: str | Path, metrics: Sequence[str] = COMPARISON_METRICS
-) -> dict[str, dict[str, dict[int, Interval]]]:
-    """Draw mean and 95 % band over seeds of each metric; `series` maps a method to its runs' metrics.jsonl.
+    series: Mapping[str, Sequence[str | Path]], out_png: str | Path, metrics: Sequence[str] = COMPARISON_METRICS, *,
+    axis: str = "iterations", band: Band = "interval",
+) -> dict[str, dict[str, dict[int, Interval]]]:  # fmt: skip
+    """Draw each metric with a band over seeds; `series` maps a method to its runs' metrics.jsonl.
+
+    The band "interval" is the mean over seeds and its 95 % confidence interval, "deviation" the 5-step mean over all
+    seeds ± one standard deviation, as in the SRPO paper. On the axes "hours" and "tokens" (see AXES) a step stands at
+    the mean over seeds of its place.
 
     Returns metric → method → step → Interval, at the steps that all of the method's runs have.
     """
-    runs = {method: [_records(path) for path in paths] for method, paths in series.items() if paths}
+    runs = {method: [read_metrics(path) for path in paths] for method, paths in series.items() if paths}
     if not runs:
         raise UserError("there is no run to compare: expected at least one metrics.jsonl")
     table = {
-        name: {method: _over_seeds(records, name) for method, records in runs.items()}
+        name: {method: _over_seeds(records, name, band) for method, records in runs.items()}
         for name in dict.fromkeys(metrics)
     }
+    where = {method: _mean_positions(records, axis) for method, records in runs.items()}
     columns = min(2, len(table))
-    with _figure(-(-len(table) // columns), columns, out_png, width=5.2, height=3.3) as (figure, grid):
+    with _figure(-(-len(table) // columns), columns, out_png, width=5.2, height=3.3, axis=axis) as (figure, grid):
         for axes, (name, methods) in zip(grid.flat, table.items(), strict=False):
-            _draw_comparison(axes, name, methods)
+            _draw_comparison(axes, name, methods, where, smooth=band == "interval")
         for axes in grid.flat[len(table) :]:
             axes.set_visible(False)
         _shared_legend(figure, runs)
@@ -171,20 +162,19 @@ def _cell(value: Interval) -> str:
     return f"{value.mean:.3f}" if math.isnan(value.half_width) else f"{value.mean:.3f} ± {value.half_width:.3f}"
 
 
-def _records(path: str | Path) -> list[dict[str, Any]]:
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: expected the metrics.jsonl of a run, in its run.output_dir")
-    records = list(read_records(path))
-    if not records:
-        raise UserError(f"{path} has no metrics: expected one JSON object with a step a line")
-    return records
-
-
-def _over_seeds(runs: Sequence[Sequence[Record]], name: str) -> dict[int, Interval]:
+def _over_seeds(runs: Sequence[Sequence[Record]], name: str, band: Band) -> dict[int, Interval]:
     curves = [load_curve(records, name) for records in runs]
+    if band == "deviation":
+        return rolling(curves)
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: mean_interval([curve[step] for curve in curves]) for step in common}
+
+
+def _mean_positions(runs: Sequence[Sequence[Record]], axis: str) -> dict[int, float]:
+    """Step → mean over seeds of its place on the axis, for steps that all of them have."""
+    places = [positions(records, axis) for records in runs]
+    common = set.intersection(*(set(place) for place in places))
+    return {step: math.fsum(place[step] for place in places) / len(places) for step in common}
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -192,7 +182,7 @@ def _over_seeds(runs: Sequence[Sequence[Record]], name: str) -> dict[int, Interv
 
 @contextmanager
 def _figure(
-    rows: int, columns: int, out_png: str | Path, *, width: float, height: float
+    rows: int, columns: int, out_png: str | Path, *, width: float, height: float, axis: str
 ) -> Iterator[tuple[Figure, np.ndarray]]:
     """Yields (figure, its axes as an array [rows, columns]) and saves the figure when the block ends. It does not use
     pyplot, which needs a screen and keeps global state."""
@@ -206,7 +196,7 @@ def _figure(
         grid = figure.subplots(rows, columns, squeeze=False)
         yield figure, grid
         for axes in grid[-1]:
-            axes.set_xlabel("iteration")
+            axes.set_xlabel(AXES[axis].label)
         out = Path(out_png)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="png")
@@ -219,7 +209,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return [math.fsum(part) / len(part) for part in parts]
 
 
-def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record], where: Mapping[int, float]) -> None:
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
     drawn = 0
@@ -229,7 +219,13 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
             curve = {step: value for step, value in curve.items() if value > 0}
         if curve:
             drawn += 1
-            _draw_curve(axes, curve, label, colour, sparse=name.startswith("eval/"))
+            _draw_curve(
+                axes,
+                {where[step]: value for step, value in curve.items()},
+                label,
+                colour,
+                sparse=name.startswith("eval/"),
+            )
     _finish_axes(axes, panel.kind)
     if not drawn:
         axes.text(0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", color=GREY)
@@ -239,7 +235,7 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
         axes.legend(loc="best", fontsize=8)
 
 
-def _draw_curve(axes: Axes, curve: Mapping[int, float], label: str, colour: str, *, sparse: bool) -> None:
+def _draw_curve(axes: Axes, curve: Mapping[float, float], label: str, colour: str, *, sparse: bool) -> None:
     """Draw points and a line for `sparse` values (evaluations); else the values pale and their moving average."""
     steps, values = list(curve), list(curve.values())
     if sparse or len(steps) < 8:
@@ -250,9 +246,11 @@ def _draw_curve(axes: Axes, curve: Mapping[int, float], label: str, colour: str,
 
 
 def _finish_axes(axes: Axes, kind: str) -> None:
+    import numpy as np
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    whole = all((np.asarray(line.get_xdata(), dtype=float) % 1 == 0).all() for line in axes.get_lines())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=whole, nbins=6))
     if kind == "log":
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -269,24 +267,27 @@ def _finish_axes(axes: Axes, kind: str) -> None:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
 
 
-def _draw_comparison(axes: Axes, name: str, methods: Mapping[str, Mapping[int, Interval]]) -> None:
+def _draw_comparison(
+    axes: Axes, name: str, methods: Mapping[str, Mapping[int, Interval]], where: Mapping[str, Mapping[int, float]], *,
+    smooth: bool,
+) -> None:  # fmt: skip
     title, unit = TITLES.get(name, (name, ""))
     axes.set_title(title)
     axes.set_ylabel(unit)
     for number, (method, curve) in enumerate(methods.items()):
         if not curve:
             continue
-        steps, means = list(curve), [value.mean for value in curve.values()]
+        places, means = [where[method][step] for step in curve], [value.mean for value in curve.values()]
         halves = [0.0 if math.isnan(value.half_width) else value.half_width for value in curve.values()]
         colour = _colour(method, number)
-        if len(steps) > 60:  # measured in every iteration: without smoothing the band would hide the curves
-            window = len(steps) // 25
+        if smooth and len(places) > 60:  # measured in every iteration: without smoothing the band would hide the curves
+            window = len(places) // 25
             means, halves = smoothed(means, window), smoothed(halves, window)
         low = [mean - half for mean, half in zip(means, halves, strict=True)]
         high = [mean + half for mean, half in zip(means, halves, strict=True)]
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        marker, label = "o" if len(steps) <= 30 else None, METHOD_NAMES.get(method, method)
-        axes.plot(steps, means, color=colour, linewidth=1.8, label=label, marker=marker, markersize=3.5)
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        marker, label = "o" if len(places) <= 30 else None, METHOD_NAMES.get(method, method)
+        axes.plot(places, means, color=colour, linewidth=1.8, label=label, marker=marker, markersize=3.5)
     _finish_axes(axes, "percent" if name in PERCENT_METRICS else "positive")
 
 

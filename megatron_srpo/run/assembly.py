@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import Config, read_model_folder, save_resolved
@@ -125,6 +126,7 @@ def build_parts(
         should_stop=stop,
         skipped=SkippedSteps(config.train.max_skipped_steps, state.get("skipped_in_a_row", 0)),
         refresh=TeacherRefresh(config, state.get("teacher", {})),
+        collapse=CollapseAlarm(config, state.get("collapse", {})),
     )
     if restored:
         restored.restore_generators()

@@ -62,11 +62,13 @@ class CommandLineError(Protocol):
 
 SPLITS = ("train", "test")
 TOOL_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # they end a tool in tools/ in the same way as Ctrl-C
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's TOML file.")]
+ConfigFiles = Annotated[
+    list[Path], typer.Argument(metavar="CONFIG...", help="The run's TOML file, or several; keys of later files win.")
+]
 
 
 @app.command()
-def train(context: typer.Context, config: ConfigFile) -> int:
+def train(context: typer.Context, config: ConfigFiles) -> int:
     """Train. Any key of the configuration can be set: --section.key VALUE (docs/configuration.md lists them)."""
     stopping.hold_hangup()
     settings = load_config(config, context.obj, tell=print if is_driver() else lambda text: None)
@@ -84,7 +86,7 @@ def train(context: typer.Context, config: ConfigFile) -> int:
 @app.command("eval")
 def evaluate(
     context: typer.Context,
-    config: ConfigFile,
+    config: ConfigFiles,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A run, its checkpoints folder, or one step_NNNNNNNN.")
     ] = None,
@@ -115,7 +117,7 @@ def evaluate(
 @app.command()
 def serve(
     context: typer.Context,
-    config: ConfigFile,
+    config: ConfigFiles,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Where to listen.", min=1, max=65535)] = 8000,
 ) -> int:
@@ -155,7 +157,10 @@ def plan(
     top: Annotated[int, typer.Option(min=1, help="Layouts that are shown.")] = 5,
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Of python -m benchmarks.calibrate.")] = None,
     write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the best layout's configuration.")] = None,
-    check: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Build a configuration's ranks instead.")] = None,
+    check: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CONFIG", help="Build a configuration's ranks instead. May be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> int:
     """Predict which layouts of a model fit on a cluster and how long an iteration takes. Needs no GPU.
@@ -165,7 +170,7 @@ def plan(
     from megatron_srpo.plan import Workload
     from megatron_srpo.run import planning
 
-    if check is not None:
+    if check:
         if write is not None or as_json:
             raise UserError("plan: --check prints a table; --write and --json belong to a search")
         return planning.check(check, gpus, list(context.obj), model)
@@ -180,14 +185,28 @@ def plan(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Output folder of a run.")]) -> int:
-    """Draw curves.png from a run's metrics.jsonl."""
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(f"{metrics} is not there: expected the output folder of a training run.")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Output folders of runs.")],
+    axis: Annotated[str, typer.Option(metavar="AXIS", help="iterations, hours or tokens.")] = "iterations",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for a comparison (default: the one that has all runs).")
+    ] = None,
+) -> int:
+    """Draw curves.png of one run; of several, figures by benchmark and tables beside the SRPO paper's numbers."""
+    from megatron_srpo.observe import grid
+    from megatron_srpo.observe.curves import AXES
     from megatron_srpo.observe.report import plot_run
 
-    print(plot_run(metrics, run_dir / "curves.png"))
+    if axis not in AXES:
+        raise UserError(f"report: expected --axis {', '.join(AXES)}, got {axis}")
+    found = [grid.read_run(folder) for folder in runs]
+    if len(found) == 1 and out is None:
+        name = "curves.png" if axis == "iterations" else f"curves_{axis}.png"
+        print(plot_run(runs[0] / "metrics.jsonl", runs[0] / name, axis))
+        return 0
+    written = grid.write_report(found, out or Path(os.path.commonpath([run.absolute() for run in runs])), axis)
+    print(written[0].read_text())
+    print("\n".join(map(str, written)))
     return 0
 
 

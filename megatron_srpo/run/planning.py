@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -100,23 +100,23 @@ def _check(positions: int, workload: Workload) -> None:
 # ---- the check of a configuration ------------------------------------------------------------------------------------
 
 
-def check(config_file: Path, gpus: int, overrides: list[str], model: str | None) -> int:
+def check(files: Sequence[Path], gpus: int, overrides: list[str], model: str | None) -> int:
     """Build every distinct rank of a configuration on the meta device, and compare the parameters with config.json.
 
     Prints a table; returns 0. UserError if they differ, or for a configuration that the trainer would refuse.
     """
     from megatron_srpo.config import contradictions, listed, load_config
 
-    config = load_config(config_file, overrides)
+    config, shown = load_config(files, overrides), " + ".join(map(str, files))
     name = shipped_if_absent(config.model.path)
     if model is None and name != config.model.path:
         print(f"{config.model.path} does not exist: using the shipped numbers of {name}")
     elif model is not None and Path(model).name != Path(config.model.path).name:
-        print(f"note: {config_file} trains {config.model.path}, but its ranks are built for {model}")
+        print(f"note: {shown} trains {config.model.path}, but its ranks are built for {model}")
     arch, hf = read_architecture(model or name)
     problems = contradictions(config, hf, gpus)
     if problems:
-        raise UserError(listed(f"{config_file} on {gpus} GPUs", problems))
+        raise UserError(listed(f"{shown} on {gpus} GPUs", problems))
     from megatron_srpo.bridge.inventory import stage_inventory
     from megatron_srpo.mcore.meta_model import meta_ranks
 

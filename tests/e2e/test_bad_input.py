@@ -150,7 +150,7 @@ def test_all_that_is_wrong_with_a_configuration_is_one_message_of_one_rank(folde
     overrides = ["--rollout.top_p", "0.5", "--data.train", str(folder / "rows.csv"), "--model.path", str(folder)]
     told = refused(*ranks("train", str(folder / "run.toml"), *overrides))
     assert told.startswith("error: this configuration: 3 problems\n  rollout.top_p = 0.5:")
-    assert "expected a .jsonl or .parquet file" in told and "has no config.json" in told
+    assert "expected a .jsonl, .json or .parquet file" in told and "has no config.json" in told
     assert len(told.splitlines()) == 4
     assert not (folder / "out").exists()
 

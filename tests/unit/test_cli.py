@@ -215,6 +215,31 @@ def test_eval_refuses_what_it_cannot_do(run_file, launch, capfd, arguments, expe
     assert expected in capfd.readouterr().err and launch.calls == []
 
 
+def test_every_command_with_a_configuration_takes_several_files(run_file, launch, monkeypatch, tmp_path, capfd):
+    more = tmp_path / "more.toml"
+    more.write_text("[run]\nseed = 7\n[parallel]\ntensor_model_parallel_size = 1\nsequence_parallel = false\n")
+    files, served = [str(run_file), str(more)], []
+    monkeypatch.setattr("megatron_srpo.run.engines.serve", lambda config, host, port: served.append(config.run.seed))
+    assert cli.main(["train", *files]) == 0, capfd.readouterr().err
+    assert cli.main(["eval", *files, "--hf", str(tmp_path / "model")]) == 0, capfd.readouterr().err
+    assert cli.main(["serve", *files]) == 0 and served == [7]
+    assert [config.run.seed for _, config, _, _ in launch.calls] == [7, 7]
+    assert (
+        cli.main(
+            [
+                "plan",
+                "--gpus",
+                "3",
+                "--parallel.tensor_model_parallel_size",
+                "2",
+                *(part for file in files for part in ("--check", file)),
+            ]
+        )
+        == 2
+    )
+    assert f"{files[0]} + {files[1]} on 3 GPUs" in capfd.readouterr().err
+
+
 # ---- report, help, usage ---------------------------------------------------------------------------------------------
 
 
@@ -243,7 +268,7 @@ def test_report_of_a_folder_without_metrics_is_refused(tmp_path, capfd):
         (["train"], "Missing argument"),
         (["trian", "x.toml"], "No such command"),
         (["train", "x.toml", "--lr", "3"], "set by --optimizer.lr VALUE"),
-        (["train", "x.toml", "y.toml"], "unexpected extra argument"),
+        (["doctor", "x.toml"], "unexpected extra argument"),
         (["train", "absent.toml"], "absent.toml: no such file"),
         (["doctor", "--jsn"], "--jsn"),
     ],

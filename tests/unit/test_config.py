@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.algorithms.section import algorithm
+from megatron_srpo.algorithms.section import BY_NAME, DEFAULT, known_fields
 from megatron_srpo.config import Config, load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.load import OTHER_NAMES, config_fields, to_toml_value
 from megatron_srpo.config.reference import defaults, markdown
@@ -266,9 +266,63 @@ def test_a_saved_configuration_loads_as_the_same_one(minimal, tmp_path):
 
 def test_the_saved_configuration_names_every_key(minimal):
     tree = tomllib.loads(to_toml(load_config(minimal)))
-    assert {f"{section}.{key}" for section, values in tree.items() for key in values} == {
-        key for key in config_fields() if not key.startswith("algorithm.")
-    } | {f"algorithm.{key}" for key in algorithm().model_dump()}
+    others = {f"algorithm.{key}" for key in known_fields() if key not in BY_NAME[DEFAULT].model_fields}
+    assert {f"{section}.{key}" for section, values in tree.items() for key in values} == {*config_fields()} - others
+
+
+# ---- several files ---------------------------------------------------------------------------------------------------
+
+
+def write_all(tmp_path, **texts):
+    """A file for each text, in order; the first one is complete."""
+    files = [tmp_path / f"{name}.toml" for name in texts]
+    for file, text in zip(files, texts.values(), strict=True):
+        file.write_text(text)
+    return files
+
+
+def test_keys_of_later_files_win_and_the_command_line_wins_over_all(tmp_path):
+    files = write_all(
+        tmp_path,
+        base=MINIMAL + "kind = 'exact'\nchat_template_kwargs = { a = 1, b = 2 }\n[run]\nseed = 1\niterations = 7\n",
+        one="[run]\nseed = 2\n[optimizer]\nlr = 1e-3\n",
+        two="[run]\nseed = 3\n[data]\nchat_template_kwargs = { c = 3 }\n",
+    )
+    config = load_config(files, ["--optimizer.lr", "0.5"])
+    assert (config.run.seed, config.run.iterations, config.optimizer.lr, config.data.kind) == (3, 7, 0.5, "exact")
+    assert config.data.chat_template_kwargs == {"c": 3}  # the value of one key
+    assert load_config([files[0], files[2], files[1]]).run.seed == 2
+    save_resolved(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+def test_a_mistake_names_the_file_in_which_it_stands(tmp_path):
+    files = write_all(
+        tmp_path,
+        base=MINIMAL + "[run]\nseed = 1\n",
+        one="[run]\nseed = -1\niteration = 3\n",
+        two="[optimiser]\nlr = 1\n",
+        three="run = 3\n",
+    )
+    said = message(files[:3], ["--train.max_skipped_steps", "x"])
+    assert said.startswith(f"{files[0]} + {files[1]} + {files[2]}: 4 problems\n")
+    assert f"run.seed = -1: expected a whole number ≥ 0 and < 2147483648 (from {files[1]})" in said
+    assert f"the nearest is run.iterations (from {files[1]})" in said
+    assert f"[optimiser]: no such section; the nearest is [optimizer] (from {files[2]})" in said
+    assert said.rstrip().count("(from the command line)") == 1
+    assert f"(from {files[3]})" in message([files[0], files[3]])
+    assert message([files[0], tmp_path / "absent.toml"]).startswith(f"{tmp_path / 'absent.toml'}: no such file")
+
+
+def test_run_name_and_folder_are_named_after_benchmark_and_method(tmp_path):
+    names = MINIMAL + '[run]\nname = "m-{benchmark}-{method}"\noutput_dir = "runs/{benchmark}/{method}/{seed}"\n'
+    files = write_all(tmp_path, base=names, task='[run]\nbenchmark = "physics"\n', own='[run]\nmethod = "x-1"\n')
+    run = load_config(files[:2]).run
+    assert (run.name, run.output_dir) == ("m-physics-srpo", "runs/physics/srpo/{seed}")
+    assert load_config(files[:2], ["--algorithm.name", "grpo"]).run.output_dir == "runs/physics/grpo/{seed}"
+    assert load_config(files).run.name == "m-physics-x-1"
+    assert "run.name = " in message(files[:1]) and "set run.benchmark" in message(files[:1])
+    assert 'expected a name of letters, digits, ".", "_" and "-"' in message(files, ["--run.method", "a/b"])
 
 
 # ---- documentation ---------------------------------------------------------------------------------------------------

@@ -360,9 +360,9 @@ def test_data_files_are_looked_for_where_the_command_needs_them(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("rows.csv", "expected a .jsonl or .parquet file"),
+        ("rows.csv", "expected a .jsonl, .json or .parquet file"),
         ("empty.jsonl", "is empty; expected one row per line"),
-        ("folder", "is a folder; name its .jsonl or .parquet files"),
+        ("folder", "is a folder; name its .jsonl, .json or .parquet files"),
         ("x" * 300 + ".jsonl", "no such file"),  # longer than a name may be
     ],
 )

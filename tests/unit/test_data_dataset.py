@@ -168,7 +168,7 @@ def test_unusable_files_are_refused_also_when_rows_may_be_skipped(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not")
     skip = {"on_bad_row": "skip"}
     assert existing in refusal(str(tmp_path / "trian.jsonl"), **skip)
-    assert "expected a .jsonl or .parquet" in refusal(str(tmp_path / "rows.csv"), **skip)
+    assert "expected a .jsonl, .json or .parquet" in refusal(str(tmp_path / "rows.csv"), **skip)
     assert "is a folder" in refusal(str(tmp_path), **skip)
     assert "not a readable parquet" in refusal(str(tmp_path / "broken.parquet"), **skip)
     assert "no data file given" in refusal([], **skip)
@@ -213,3 +213,30 @@ def test_the_real_data_sets_load_completely(name):
     assert len(examples) == ROWS[name] and report.skipped == 0
     assert {one.kind for one in examples} == {name.split("/")[0].replace("sciknoweval", "mcq")}
     assert all(one.messages[-1]["role"] == "user" for one in examples)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_json_file_is_json_lines_or_one_list(tmp_path, mark):
+    rows = [row(prompt=f"q{number}") for number in range(3)]
+    lines = write(tmp_path, mark, *rows, name="lines.json")  # SDPO's repository names its JSON Lines so
+    (tmp_path / "list.json").write_bytes(mark + json.dumps(rows, indent=1).encode())
+    for name, place in ((lines, "lines.json:4"), (str(tmp_path / "list.json"), "list.json:item 3")):
+        examples, _ = load_rows(name, config())
+        assert [one.messages[0]["content"] for one in examples] == ["q0", "q1", "q2"]
+        assert examples[2].source.endswith(place)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{\n "prompt": "1+1"\n}', "expected JSON Lines or one list of rows, got an object"),
+        ('[{"prompt": NaN}]', "NaN is no JSON value"),
+        ("[" * 100_000, "is not JSON: expected JSON Lines or one list of rows"),
+        ('{"prompt": "1+1", "answer": "2", "kind": "exact"}\n{broken', "rows.json:2: not JSON"),
+        ("", "the data set is empty"),
+    ],
+    ids=["object", "constant", "deep", "line", "empty"],
+)
+def test_a_json_file_that_is_neither_is_refused(tmp_path, text, told):
+    (tmp_path / "rows.json").write_text(text)
+    assert told in refusal(str(tmp_path / "rows.json"))

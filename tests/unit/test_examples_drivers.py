@@ -234,6 +234,15 @@ def test_the_table_has_a_row_a_method_and_only_steps_that_all_its_runs_have(tmp_
     assert srpo == "| srpo | 1 | 0.10 | 0.40 | 0.80 | 21.00 |"
 
 
+def test_the_comparison_is_drawn_over_iterations_hours_and_tokens(tmp_path):
+    rows = [{"step": i, report.ACCURACY: i / 4, "timing_s/step": 2.0, "perf/total_tokens": 5e3} for i in range(4)]
+    (tmp_path / "m").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = report.write_report({"srpo": [tmp_path / "m"], "grpo": []}, tmp_path)
+    assert "| srpo | 1 |" in table
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn == {"compare.png", "compare_hours.png", "compare_tokens.png"}
+
+
 class FakeTraining:
     """Ends at once; the status comes from the case's folder."""
 

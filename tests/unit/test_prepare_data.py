@@ -39,7 +39,7 @@ def write(path, rows):
 
 
 def read(folder, name):
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
 
 
 def prepare(out, *arguments):
@@ -235,7 +235,7 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
     empty = write(tmp_path / "e.jsonl", [{"q": "z"}])
     nothing = write(tmp_path / "n.jsonl", [])
     (tmp_path / "bad.json").write_text("{")
-    (tmp_path / "object.json").write_text("{}")
+    (tmp_path / "object.json").write_text('{\n"a": 1}')
     out = ["--out", tmp_path / "out"]
     for arguments, complaint in [
         (["sciknoweval", tmp_path / "absent.jsonl", *out], "no such file or folder"),
@@ -250,7 +250,7 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
         ),
         (["sciknoweval", source, *out], "nothing to convert"),
         (["toolalpaca", tmp_path / "bad.json", *out], "is not JSON"),
-        (["toolalpaca", tmp_path / "object.json", *out], "expected a list"),
+        (["toolalpaca", tmp_path / "object.json", *out], "expected JSON Lines or one list of rows, got an object"),
         (["convert", source, *out], f"2: no 'prompt'; --map prompt=FIELD names it (first {source}:1, which has a, q)"),
         (["convert", source, "--map", "prompt=q,answer=a", *out], "no kind"),
         (["convert", source, "--map", "prompt", *out], "expected OURS=THEIRS"),
@@ -328,3 +328,76 @@ def test_parquet_types_without_a_json_form_become_text_or_are_skipped_and_counte
     assert "skipped 1: 'answer' is NaN or infinite, which has no JSON form (first" in capsys.readouterr().out
     prepare(tmp_path / "o2", "convert", tmp_path / "s.parquet", *options, "--keep", "raw")
     assert "'raw.more' is of the type bytes" in capsys.readouterr().out
+
+
+# ---- SDPO's repository -----------------------------------------------------------------------------------------------
+
+
+def sdpo_row(index, prompt, kind="mcq", **changes):
+    system = None if kind == "tooluse" else "\nGiven a question and four options …\n"
+    row = {"idx": index, "kind": kind, "dataset": "d", "answer": "A", "elo": 1500, "prompt": prompt}
+    return {**row, "description": prompt, "tests": "-", "embedding": [], "system": system, **changes}
+
+
+def sdpo_folder(root, **benchmarks):
+    """A folder like that of SDPO's repository: JSON Lines that are named .json."""
+    for name, splits in benchmarks.items():
+        folder = root / (name if name == "tooluse" else f"sciknoweval/{name}")
+        folder.mkdir(parents=True)
+        for split, rows in splits.items():
+            write(folder / f"{split}.json", rows)
+    return root
+
+
+def test_sdpos_data_sets_keep_their_splits_their_order_and_every_character_of_their_prompts(tmp_path, capsys):
+    prompts = ["  two  spaces\n", "Ünï \u2028 cödé", "same", "same"]
+    source = sdpo_folder(
+        tmp_path / "datasets",
+        material={
+            "train": [sdpo_row(i, text) for i, text in enumerate([*prompts, "in both"])],
+            "test": [sdpo_row(9, "in both"), sdpo_row(7, "other")],
+        },
+        tooluse={"test": [sdpo_row(0, "Use a tool", "tooluse", answer='[{"Action": "a", "Action_Input": "{}"}]')]},
+    )
+    assert main(["sdpo", str(source), "--out", str(tmp_path / "out")]) == 0
+    train, test = read(tmp_path / "out/materials", "train"), read(tmp_path / "out/materials", "test")
+    assert [row["prompt"] for row in train] == prompts and [row["idx"] for row in test] == [9, 7]
+    assert all(list(row) == FIELDS and row["system"].startswith("\nGiven") for row in train + test)
+    (tool,) = read(tmp_path / "out/tooluse", "test")
+    assert tool["system"] is None and not (tmp_path / "out/tooluse/train.jsonl").exists()
+    said = capsys.readouterr().out
+    assert "materials: 4 train rows, 2 test rows" in said
+    assert "1 of 5 train rows dropped: their prompt is in the test split" in said
+    assert "no train split: " in said and "not in " in said and "sciknoweval/physics" in said
+
+
+def test_what_is_not_sdpos_data_is_refused_with_what_is_expected(tmp_path, capsys):
+    told = refusal(capsys, "sdpo", tmp_path, "--out", tmp_path / "out")
+    assert "expected the folder `datasets` of SDPO's repository" in told
+    source = sdpo_folder(tmp_path / "datasets", physics={"train": [sdpo_row(0, "q"), {"idx": 1, "prompt": "p"}]})
+    told = refusal(capsys, "sdpo", source, "--out", tmp_path / "out")
+    assert "train.json: expected rows as in SDPO's repository: 1: no field 'kind' (first " in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+def test_the_real_splits_have_the_papers_sizes_but_for_the_prompt_that_is_in_both(tmp_path, capsys):
+    source = tmp_path / "datasets"
+    for name in ("chemistry", "material"):
+        (source / "sciknoweval" / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            (source / f"sciknoweval/{name}/{split}.json").symlink_to(SHARED / f"sciknoweval/{name}_{split}.jsonl")
+    assert main(["sdpo", str(source), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "chemistry: 1890 train rows, 210 test rows" in said and "materials: 840 train rows, 94 test rows" in said
+    assert "1 of 841 train rows dropped" in said
+    given = [json.loads(line) for line in (SHARED / "sciknoweval/chemistry_train.jsonl").open(encoding="utf-8")]
+    assert read(tmp_path / "out/chemistry", "train") == [{name: row[name] for name in FIELDS} for row in given]
+
+
+def test_a_json_file_that_is_json_lines_is_converted_like_a_jsonl_file(tmp_path):
+    rows = [science(number) for number in range(20)]
+    lines = write(tmp_path / "lines.json", rows)
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    given = [prepare(tmp_path / f"o{i}", "sciknoweval", path) for i, path in enumerate([lines, tmp_path / "list.json"])]
+    assert given[0] == given[1] and len(given[0][0]) == 18

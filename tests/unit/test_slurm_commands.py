@@ -64,6 +64,23 @@ def test_every_node_gets_its_number_the_first_ones_address_and_the_users_overrid
     assert f"slurm.settings 24 {CONFIG} --optimizer.lr 1e-6" in checks
 
 
+def test_a_benchmark_and_a_method_are_two_more_files_in_every_step():
+    given = ("--method", "grpo", "--benchmark=physics", "--nodes=2", "--rollout-nodes=1", "--run.seed", "4")
+    lines = dry_run("srpo_qwen3_8b.sh", *given, SRPO_PYTHON=sys.executable)
+    files = [CONFIG, "configs/benchmark/physics.toml", "configs/method/grpo.toml"]
+    assert lines[0].endswith("ranks train " + " + ".join(files))
+    for what in ("slurm.settings 8", "megatron_srpo serve", "megatron_srpo train"):
+        assert any(f"{what} {' '.join(files)} --run.seed 4" in line for line in lines if line.startswith("srun")), what
+    assert lines[-1].startswith("# an iteration, s: ")  # the planner has read all of them
+
+
+def test_an_engines_size_in_a_method_or_benchmark_counts(tmp_path, monkeypatch):
+    (tmp_path / "base.toml").write_text("[rollout]\ntensor_parallel_size = 2\n")
+    (tmp_path / "more.toml").write_text("[rollout]\ntensor_parallel_size = 4\n")
+    job = Job(str(tmp_path / "base.toml"), (), ("a",), overlays=(str(tmp_path / "more.toml"),))
+    assert launch.engine_ranks(job) == 4
+
+
 def test_the_health_check_meets_on_another_port_and_sees_every_rank():
     lines = dry_run("srpo_qwen3_8b.sh", "--nodes=2")
     health, train = (next(line for line in lines if line.startswith("srun") and what in line)
@@ -191,6 +208,8 @@ def test_jobs_that_share_a_host_do_not_share_ports():
         (["absent.toml"], "no such file"),
         ([CONFIG, "--bogus"], "--bogus: no such argument"),
         ([CONFIG, "another.toml"], "another.toml: no such argument"),
+        ([CONFIG, "--benchmark", "maths"], "--benchmark: expected one of biology, chemistry, materials, physics, too"),
+        ([CONFIG, "--method"], "--method: expected one of grpo, mix, sdpo, sdpo-correct"),
         ([CONFIG, "--rollout-nodes"], "--rollout-nodes: expected a number of nodes"),
         ([CONFIG, "--nodes=two"], '--nodes: expected a number of nodes, got "two"'),
     ],

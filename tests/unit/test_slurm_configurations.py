@@ -11,7 +11,7 @@ import pytest
 from megatron_srpo.config import Config, check, load_config
 from megatron_srpo.plan import SHIPPED, evaluate, machine_of, read_architecture, shipped_if_absent
 from slurm import plan
-from tests.unit.test_examples_science import PAPER
+from tests.unit.test_paper_settings import PAPER, value_of
 
 ROOT = Path(__file__).parents[2]
 MODELS = {name.removeprefix("Qwen3-").lower().replace("-", "_"): name for name in SHIPPED}
@@ -47,7 +47,6 @@ def test_by_the_planner_it_fits_gpus_of_80_gb(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_trains_by_the_papers_numbers(size):
     config = configuration(size)
-    found = {part: {key: getattr(getattr(config, part), key) for key in keys} for part, keys in PAPER.items()}
-    assert found == PAPER
+    assert {key: value_of(config, key) for key in PAPER} == PAPER
     assert config.model.path == f"runs/models/{MODELS[size]}"
-    assert config.run.output_dir == f"runs/srpo-qwen3-{size.replace('_', '-')}"
+    assert config.run.output_dir == f"runs/qwen3-{size.replace('_', '-')}/chemistry/srpo"

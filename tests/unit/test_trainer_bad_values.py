@@ -10,6 +10,7 @@ import torch
 from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching import plan_batch, share_of
+from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps, consecutive_skips, explain_skip
 from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
@@ -70,19 +71,19 @@ class Run:
     """A trainer whose iterations only have `metrics`, one after the other; `saved` has its checkpoints."""
 
     def __init__(self, *metrics, **sections):
-        self.saved, self.metrics, self.ended = [], iter(metrics), 0
+        self.saved, self.warned, self.metrics, self.ended = [], [], iter(metrics), 0
         config = config_of(checkpoint={"every": 0}, **sections)
         self.trainer = Trainer(
             Components(
                 config=config, policy=SimpleNamespace(steps=0, end_iteration=self._end), weights=[], evaluate=None,
                 should_stop=lambda: False,
                 control=SimpleNamespace(any=bool, share=lambda compute: compute()),
-                log=SimpleNamespace(log=lambda *values: None, state_dict=dict),
+                log=SimpleNamespace(log=lambda *values: None, state_dict=dict, warn=self.warned.append),
                 source=SimpleNamespace(next_batch=self._next_batch, state_dict=dict),
                 objective=SimpleNamespace(passes=list), engine=SimpleNamespace(publish=lambda *values: None),
                 store=SimpleNamespace(poll=lambda: None, save=self._save), timer=PhaseTimer(Watchdog(0).phase),
                 meter=lambda *values: {}, skipped=SkippedSteps(config.train.max_skipped_steps),
-                refresh=TeacherRefresh(config, {}),
+                refresh=TeacherRefresh(config, {}), collapse=CollapseAlarm(config, {}),
             )
         )  # fmt: skip
 
@@ -136,3 +137,20 @@ def test_a_rollout_whose_engine_log_probs_are_not_finite_is_left_out_and_named(b
     )  # fmt: skip
     assert [s.counted for s in groups[0].samples] == [True, False, True]
     assert report.nonfinite == ["train:5 sample 1"] and report.metrics()["rollout/nonfinite_samples"] == 1
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_collapse_is_told_and_by_choice_ends_the_run_with_a_checkpoint(stops):
+    lengths = [100.0] * 10 + [5.0] * 10
+    run = Run(
+        *({"response_length/mean": length, "srpo/response_length_correct": length} for length in lengths),
+        run={"iterations": 20},
+        train={"stop_on_collapse": stops},
+    )
+    if stops:
+        with pytest.raises(UserError, match="stopped after iteration 16: its responses collapse"):
+            run.trainer.run()
+        assert run.saved == [(16, True, 0)]
+    else:
+        assert run.trainer.run()
+    assert run.warned[0].startswith("iteration 16: responses collapse.")
