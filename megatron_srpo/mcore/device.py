@@ -16,7 +16,7 @@ class DevicePath:
     """The chosen path and the reason. `str()` is the line for the log."""
 
     device: torch.device
-    backend: str  # torch.distributed backend
+    backend: str  # of torch.distributed's default group and of Megatron's: one alone, each costs every group sockets
     transformer_engine: bool
     reason: str
 
@@ -58,5 +58,5 @@ def choose_device(requested: str, local_rank: int) -> DevicePath:
     torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank)
     if importlib.util.find_spec("transformer_engine") is not None:
-        return DevicePath(device, "cpu:gloo,cuda:nccl", True, "CUDA with Transformer Engine")
-    return DevicePath(device, "cpu:gloo,cuda:nccl", False, "CUDA without Transformer Engine: local layers, torch SDPA")
+        return DevicePath(device, "nccl", True, "CUDA with Transformer Engine")
+    return DevicePath(device, "nccl", False, "CUDA without Transformer Engine: local layers, torch SDPA")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from megatron_srpo.core.exit_codes import FINAL, TOLD
 from megatron_srpo.run import stopping
+from megatron_srpo.run.open_files import raise_limit
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threading.Thread(target=_pass_requeue_on, daemon=True).start()
     try:
         options = run.parse_args(sys.argv[1:] if arguments is None else arguments)
+        raise_limit()  # the first node's launcher has several connections of every rank
         if options.max_restarts:
             os.environ[NEW_STORE] = "1"
         run.run(options)
