@@ -71,7 +71,9 @@ class Trainer:
         unless there is nothing to save: stopped before the first iteration."""
         parts, total, evaluated = self.parts, self.config.run.iterations, self.config.eval.every
         if self.iteration == 0 and evaluated:
-            parts.log.log(0, self._evaluate())
+            found = self._evaluate()
+            if found:
+                parts.log.log(0, found)
             if parts.control.any(parts.should_stop()):
                 return False
         while self.iteration < total:

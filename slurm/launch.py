@@ -7,6 +7,7 @@ DRY_RUN=1, it prints the commands of every node; --nodes N then says for how man
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -70,11 +71,17 @@ def plan(job: Job) -> list[str]:
 
 
 def engine_ranks(job: Job) -> int:
-    """rollout.tensor_parallel_size, without the project's own reader, which a login node may lack."""
-    import tomllib
-
+    """rollout.tensor_parallel_size, by a reader that needs no packages and no Python of today: a login node may have
+    neither. The job itself asks the project's own reader."""
     given = dict(part.removeprefix("--").split("=", 1) for part in joined(job.overrides))
-    from_file = tomllib.loads(Path(job.config).read_text()).get("rollout", {}).get("tensor_parallel_size", 1)
+    section, from_file = "", "1"
+    for line in Path(job.config).read_text().splitlines():
+        header = re.match(r"\s*\[([\w.]+)\]", line)
+        setting = re.match(r"\s*([\w.]+)\s*=\s*(\d+)", line)
+        if header:
+            section = header[1] + "."
+        elif setting and section + setting[1] == "rollout.tensor_parallel_size":
+            from_file = setting[2]
     return int(given.get("rollout.tensor_parallel_size", from_file))
 
 

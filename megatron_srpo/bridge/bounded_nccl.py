@@ -39,7 +39,8 @@ class BoundedNccl:
 
     def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> BoundedWork:
         """Start a broadcast. The limit counts from here."""
-        return BoundedWork(self._group, self._group.broadcast(tensors, options), self._seconds)
+        work = self._group.broadcast(tensors, options)  # type: ignore[attr-defined]  # torch has no type for it
+        return BoundedWork(self._group, work, self._seconds)
 
 
 class BoundedWork:

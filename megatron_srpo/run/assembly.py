@@ -69,6 +69,15 @@ def build_exporter(config: Config, policy: Policy) -> Exporter:
     return Exporter(policy.shards, hf, bucket_bytes=config.bridge.bucket_mib * 2**20)
 
 
+def _evaluated_at_once(config: Config, ranks: int) -> int:
+    """Responses of one batch of an evaluation: as many as the engines generate at a time, or a training batch."""
+    rollout = config.rollout
+    engines = len(rollout.servers) or rollout.num_servers
+    if rollout.placement != "servers":
+        engines = ranks // rollout.tensor_parallel_size
+    return max(engines * rollout.max_num_seqs, rollout.rollout_batch_size * rollout.n_samples_per_prompt)
+
+
 def build_parts(
     config: Config, session: Session, role: Role, scorer: Scorer, stop: StopRequest, watchdog: Watchdog,
     closing: ExitStack,
@@ -109,7 +118,15 @@ def build_parts(
         objective=Objective(config),
         engine=engine,
         weights=exporter,
-        evaluate=Evaluator(config, engine, test, scorer),
+        evaluate=Evaluator(
+            config,
+            engine,
+            test,
+            scorer,
+            stop=lambda: control.any(stop()),
+            requests=_evaluated_at_once(config, topology.world_size),
+            say=lambda text: role.log.message(text),
+        ),
         store=cast(Store, store),  # generic in the policy, which mypy cannot match with a protocol
         log=role.log,
         timer=PhaseTimer(watchdog.phase),

@@ -172,7 +172,7 @@ def test_an_engine_that_hangs_half_way_is_named_and_the_other_gets_everything(en
 @pytest.mark.parametrize("engines", [("nccl", 1.0)], indirect=True, ids=["nccl"])
 def test_a_rank_that_does_not_come_to_an_nccl_group_is_an_error_of_the_join(engines):
     sender, _, _ = engines
-    with pytest.raises(RuntimeError, match="imed? ?out|Timeout"):
+    with pytest.raises(RuntimeError, match=r"[Tt]imed? ?out"):
         sender.join("c", sender.new_address("c", 1))
 
 

@@ -65,6 +65,19 @@ def test_groups_on_gpus_have_no_part_in_gloo(monkeypatch):
     assert choose_device("cuda", 0).backend == "nccl"
 
 
+def test_transformer_engine_that_is_installed_in_part_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text("")
+    (tmp_path / "transformer_engine/pytorch.py").write_text("import transformer_engine_torch_that_is_absent")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    told = "cannot be imported: No module named 'transformer_engine_torch_that_is_absent'. Install it again"
+    with pytest.raises(UserError, match=told):
+        choose_device("auto", 0)
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+
+
 def _limits(monkeypatch, soft, hard):
     found = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))

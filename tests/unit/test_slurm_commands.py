@@ -73,6 +73,34 @@ def test_the_health_check_meets_on_another_port_and_sees_every_rank():
     assert "--nproc-per-node=8" in health and "--gpus=8" in health
 
 
+def test_ranks_have_most_of_the_health_checks_time_to_start_and_one_node_needs_no_bandwidth():
+    job = Job(CONFIG, (), ("a", "b"), health_seconds=900)
+    words = commands.health_step(job, device="auto", output="out").command
+    assert {"--meet-seconds=600", "--seconds=300", "--min-bandwidth=5"} <= set(words)
+    alone = commands.health_step(Job(CONFIG, (), ("a",)), device="auto", output="out").command
+    assert not [word for word in alone if "bandwidth" in word] and "--meet-seconds=400" in alone
+
+
+def test_the_interface_reaches_every_node_unless_it_only_excludes_some():
+    steps = [commands.train_step(Job(CONFIG, (), ("a",), interface=name), 1).command for name in ("ib0", "^lo")]
+    assert "--interface=ib0" in steps[0] and not [word for word in steps[1] if "--interface" in word]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "size"),
+    [
+        ("[rollout]\ntensor_parallel_size = 16  # two nodes\n", (), 16),
+        ("[parallel]\ntensor_parallel_size = 4\n[rollout]\n # x\n", (), 1),
+        ("rollout.tensor_parallel_size=2\n", (), 2),
+        ("[rollout]\ntensor_parallel_size = 4\n", ("--rollout.tensor_parallel_size", "8"), 8),
+    ],
+)
+def test_a_dry_run_reads_the_engines_size_without_todays_python(tmp_path, monkeypatch, text, given, size):
+    monkeypatch.setitem(sys.modules, "tomllib", None)  # it came with Python 3.11
+    (tmp_path / "c.toml").write_text(text)
+    assert launch.engine_ranks(Job(str(tmp_path / "c.toml"), given, ("a",))) == size
+
+
 def test_a_dry_run_ends_with_what_the_planner_says_of_memory_and_time():
     fits, time = dry_run("srpo_qwen3_32b.sh", SRPO_PYTHON=sys.executable)[-2:]
     assert fits.startswith("# memory of a training GPU, GB: weights 8.2 + gradients 16.4") and fits.endswith("fits")
