@@ -10,6 +10,8 @@ from pathlib import Path
 from slurm.job import BrokenJob, Job
 
 NODE = "{node}"
+MEMORY = "rollout.gpu_memory_utilization"
+ENGINE_MEMORY = "0.9"  # of a GPU that only generates; the configuration's own share leaves room for the trainer
 TOKEN = "MEGATRON_SRPO_ENGINE_TOKEN"  # TOKEN_VARIABLE of rollout: a server with it takes weights from us alone
 CLOSING_SECONDS = 600  # from the first node's planned end to the last one's
 
@@ -60,7 +62,8 @@ def serve_step(job: Job, engine_ranks: int) -> Step:
     where = (f"--hosts={hosts}", f"--port={job.port + 2}", f"--gpus={job.ranks_per_node}", f"--size={engine_ranks}")
     server = (job.python, "-m", "megatron_srpo", "serve", job.config)
     serve = (job.python, "-m", "slurm.serve", *where, f"--logs={job.logs}", "--")
-    command = (*serve, *server, *job.overrides)
+    memory = () if any(MEMORY in part for part in job.overrides) else (f"--{MEMORY}", ENGINE_MEMORY)
+    command = (*serve, *server, *job.overrides, *memory)
     return _step(job, "engine servers", job.rollout_hosts, _on_node(job, "serve", command), ())
 
 

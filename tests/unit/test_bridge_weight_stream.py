@@ -147,7 +147,7 @@ def test_an_engine_that_leaves_half_way_is_named_and_the_other_gets_everything(e
     assert not sender.has_group("a") and sender.has_group("b")
 
 
-@pytest.mark.parametrize("engines", [("gloo", 1.0), ("nccl", 1.0)], indirect=True, ids=["gloo", "nccl"])
+@pytest.mark.parametrize("engines", [("gloo", 2.0), ("nccl", 2.0)], indirect=True, ids=["gloo", "nccl"])
 def test_an_engine_that_hangs_half_way_is_named_and_the_other_gets_everything(engines, request):
     sender, receive, _ = engines
     over = Event()

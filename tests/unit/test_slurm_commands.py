@@ -151,12 +151,22 @@ def test_the_last_nodes_serve_and_the_trainer_learns_every_servers_address(overr
     assert train[train.index("--rollout.placement") + 1] == "servers"
 
 
+@pytest.mark.parametrize(
+    ("given", "share"), [((), "0.9"), (("--rollout.gpu_memory_utilization", "0.7"), "0.7")], ids=["ours", "the user's"]
+)
+def test_engines_on_nodes_of_their_own_take_most_of_a_gpu(given, share):
+    job = Job(CONFIG, given, ("a", "b"), rollout_nodes=1)
+    words = commands.serve_step(job, 1).command
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--rollout.gpu_memory_utilization"] == [share]
+    assert "0.9" not in commands.train_step(job, 1).command
+
+
 def test_a_nodes_servers_listen_where_the_trainer_looks_for_them():
     job = Job(CONFIG, (), ("a", "b", "c"), rollout_nodes=2, ranks_per_node=8, address="{node}.net", job_id="31")
     for size in (1, 2, 8):
         command = commands.serve_step(job, size).command
         options, server = serve.parse(command[command.index("slurm.serve") + 1 :])
-        assert server[-3:] == ["megatron_srpo", "serve", CONFIG]
+        assert server[2:5] == ["megatron_srpo", "serve", CONFIG]
         found = [address for node in (0, 1) for address in serve.node_addresses(options, node)]
         assert [f"http://{host}:{port}" for host, port in found] == commands.server_urls(job, size)
         assert len(found) == 16 // size
