@@ -73,12 +73,14 @@ class Trainer:
         unless there is nothing to save: stopped before the first iteration."""
         parts, total, evaluated = self.parts, self.config.run.iterations, self.config.eval.every
         if self.iteration == 0 and evaluated:
-            parts.log.log(0, self._evaluate())
+            found = self._evaluate()
+            if found:
+                parts.log.log(0, found)
             if parts.control.any(parts.should_stop()):
                 return False
         while self.iteration < total:
             parts.timer.restart(self.iteration + 1)
-            with self._engines_turn():
+            with self._engines_turn(publish_next=True):
                 batch = parts.source.next_batch(self.iteration, parts.timer)
             passes = BatchPasses(batch, parts.policy, parts.objective)
             for scoring in parts.objective.passes():
@@ -108,14 +110,14 @@ class Trainer:
         return True
 
     @contextmanager
-    def _engines_turn(self) -> Iterator[None]:
+    def _engines_turn(self, *, publish_next: bool = False) -> Iterator[None]:
         """Inside the block engines generate. By configuration the trainer's tensors are in host memory meanwhile, and
         engines sleep afterwards, so that one has the device's memory at a time."""
         offload = self.config.train.offload_while_generating
         with self.parts.policy.on_host() if offload else nullcontext():
             yield
             if self.config.rollout.sleep_while_training:
-                self.parts.engine.sleep()
+                self.parts.engine.sleep(publish_next=publish_next)
 
     def _evaluate(self) -> dict[str, float]:
         with self._engines_turn():

@@ -10,6 +10,8 @@ from pathlib import Path
 from slurm.job import BrokenJob, Job
 
 NODE = "{node}"
+MEMORY = "rollout.gpu_memory_utilization"
+ENGINE_MEMORY = "0.9"  # of a GPU that only generates; the configuration's own share leaves room for the trainer
 TOKEN = "MEGATRON_SRPO_ENGINE_TOKEN"  # TOKEN_VARIABLE of rollout: a server with it takes weights from us alone
 CLOSING_SECONDS = 600  # from the first node's planned end to the last one's
 
@@ -40,10 +42,14 @@ def check_step(job: Job) -> Step:
 
 def health_step(job: Job, *, device: str, output: str) -> Step:
     """Every rank's look at its node, and an all-reduce over all of them."""
+    transfer = max(20, job.health_seconds // 3)  # the rest of the time is for the ranks' start
     wanted = [
         f"--device={device}", f"--gpus={job.ranks_per_node}", f"--memory-gib={job.memory_gib:g}",
-        f"--disk-gib={job.disk_gib:g}", f"--disk={output}", f"--seconds={max(20, job.health_seconds // 3)}",
+        f"--disk-gib={job.disk_gib:g}", f"--disk={output}", f"--seconds={transfer}",
+        f"--meet-seconds={max(20, job.health_seconds - transfer)}",
     ]  # fmt: skip
+    if len(job.nodes) > 1:
+        wanted.append(f"--min-bandwidth={job.min_bandwidth:g}")
     if job.scratch:
         wanted.append(f"--disk={job.scratch}")
     command = _torchrun(job, job.nodes, job.port, "slurm.health", *wanted)
@@ -56,7 +62,8 @@ def serve_step(job: Job, engine_ranks: int) -> Step:
     where = (f"--hosts={hosts}", f"--port={job.port + 2}", f"--gpus={job.ranks_per_node}", f"--size={engine_ranks}")
     server = (job.python, "-m", "megatron_srpo", "serve", *job.files)
     serve = (job.python, "-m", "slurm.serve", *where, f"--logs={job.logs}", "--")
-    command = (*serve, *server, *job.overrides)
+    memory = () if any(MEMORY in part for part in job.overrides) else (f"--{MEMORY}", ENGINE_MEMORY)
+    command = (*serve, *server, *job.overrides, *memory)
     return _step(job, "engine servers", job.rollout_hosts, _on_node(job, "serve", command), ())
 
 
@@ -131,8 +138,11 @@ def _torchrun(job: Job, nodes: tuple[str, ...], port: int, module: str, *argumen
 
 
 def _on_node(job: Job, kind: str, command: tuple[str, ...]) -> tuple[str, ...]:
-    scratch = (f"--scratch={job.scratch}",) if job.scratch else ()
-    return (job.python, "-m", "slurm.node", f"--record={record(job, kind, NODE)}", *scratch, "--", *command)
+    # "^lo" excludes interfaces, as NCCL reads it, and names none.
+    interface = job.interface if not job.interface.startswith("^") else ""
+    given = {"--scratch": job.scratch, "--interface": interface}
+    options = [f"{option}={value}" for option, value in given.items() if value]
+    return (job.python, "-m", "slurm.node", f"--record={record(job, kind, NODE)}", *options, "--", *command)
 
 
 def _step(job: Job, title: str, nodes: tuple[str, ...], command: tuple[str, ...], options: tuple[str, ...]) -> Step:

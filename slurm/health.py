@@ -1,7 +1,8 @@
 """The check of the nodes before a run: torchrun … -m slurm.health, every rank that will train.
 
-First over gloo: each node is looked at, and all hear of all problems. Then an all-reduce over the job's backend. Exit
-code 0, or UNHEALTHY with a line for each problem; the first rank of each node says what its node has.
+First over gloo: each node is looked at, and all hear of all problems. Then an all-reduce over the job's backend, whose
+sums are checked and, on GPUs, its bandwidth. Exit code 0, or UNHEALTHY with a line for each problem; the first rank of
+each node says what its node has.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from megatron_srpo.core.exit_codes import DONE, UNHEALTHY
 
 GIB = 2**30
-FLOATS = 2**20  # 4 MiB
+FLOATS = {"cpu": 2**20, "cuda": 2**26}  # 4 and 256 MiB
 ROUNDS = 5
 NETWORK = "see SRPO_INTERFACE and SRPO_ADDRESS in slurm/site.env"
 
@@ -35,9 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     device = _device(wanted.device)
     limit = timedelta(seconds=wanted.seconds)
     try:
-        dist.init_process_group("gloo", timeout=limit)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=wanted.meet_seconds))
     except Exception as error:
-        what = f"{world} ranks did not meet within {wanted.seconds:.0f} s ({_first_line(error)}); {NETWORK}"
+        what = f"{world} ranks did not meet within {wanted.meet_seconds:.0f} s ({_first_line(error)}); {NETWORK}"
         return _fail([f"{host}: {what}"] if local == 0 else [])
     own = [f"{host}: {problem}" for problem in problems(wanted, device)] if local == 0 else []
     found: list[list[str]] = [[] for _ in range(world)]
@@ -53,8 +54,25 @@ def main(arguments: Sequence[str]) -> int:
         return _fail([f"{host}: the all-reduce failed ({_first_line(error)}); {NETWORK}"])
     if local == 0:
         print(f"health of {host}: {_has(device)}; all-reduce over {world} ranks {speed:.2f} GB/s", flush=True)
+    speeds = [speed] * world
+    dist.all_gather_object(speeds, speed)
+    slow = too_slow(min(speeds), device, wanted.min_bandwidth)
+    if slow:
+        code = _fail([f"the all-reduce over {world} ranks {slow}"] if rank == 0 else [])
+        dist.barrier()
+        return code
     dist.destroy_process_group()
     return DONE
+
+
+def too_slow(speed: float, device: str, wanted: float) -> str:
+    """What is wrong with a bandwidth in GB/s, or "". gloo on CPUs only carries control messages: any speed will do."""
+    if device == "cpu" or speed >= wanted:
+        return ""
+    return (
+        f"reached {speed:.2f} GB/s, SRPO_MIN_BANDWIDTH = {wanted:g}: NCCL may have fallen back from InfiniBand to TCP "
+        f"(export NCCL_DEBUG=INFO in slurm/site.env shows its network); {NETWORK}"
+    )
 
 
 def problems(wanted: argparse.Namespace, device: str) -> Iterator[str]:
@@ -80,20 +98,30 @@ def problems(wanted: argparse.Namespace, device: str) -> Iterator[str]:
 
 
 def all_reduce(device: str, local: int, limit: timedelta) -> float:
-    """The sum of all ranks' tensors, checked; returns GB/s a rank. Raises where it fails, is wrong, or takes long."""
-    world = dist.get_world_size()
+    """The sum of all ranks' tensors, checked; returns GB/s that each rank sends and receives (NCCL's bus bandwidth).
+    Raises where it fails, is wrong, or takes long."""
+    world, size = dist.get_world_size(), FLOATS[device]
     if device == "cuda":
         torch.cuda.set_device(local)
     group = dist.new_group(backend="nccl" if device == "cuda" else "gloo", timeout=limit)
-    expected = world * (world + 1) / 2
-    started = time.perf_counter()
-    for _ in range(ROUNDS):
-        tensor = torch.full((FLOATS,), float(dist.get_rank() + 1), device=device)
+    expected, seconds = world * (world + 1) / 2, 0.0
+    for number in range(1 + ROUNDS):
+        tensor = torch.full((size,), float(dist.get_rank() + 1), device=device)
+        _synchronize(device)
+        started = time.perf_counter()
         dist.all_reduce(tensor, group=group)
+        _synchronize(device)
+        if number:  # the first round connects the ranks
+            seconds += time.perf_counter() - started
         wrong = int((tensor != expected).sum())
         if wrong:
-            raise RuntimeError(f"{wrong} of {FLOATS} sums are wrong")
-    return ROUNDS * FLOATS * 4 / 1e9 / (time.perf_counter() - started)
+            raise RuntimeError(f"{wrong} of {size} sums are wrong")
+    return max(1.0, 2 * (world - 1) / world) * ROUNDS * size * 4 / 1e9 / seconds
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -103,7 +131,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, default=0.0)
     parser.add_argument("--disk-gib", type=float, default=0.0)
     parser.add_argument("--disk", action="append", default=[], metavar="FOLDER")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=60, help="limit of the transfer")
+    parser.add_argument("--meet-seconds", type=float, default=60, help="limit of the ranks' start")
+    parser.add_argument("--min-bandwidth", type=float, default=0.0, help="GB/s of the all-reduce on GPUs")
     return parser.parse_args(arguments)
 
 

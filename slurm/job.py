@@ -37,7 +37,8 @@ class Job:
     scratch: str = ""
     disk_gib: float = 0.0
     memory_gib: float = 0.0
-    health_seconds: int = 300
+    health_seconds: int = 600
+    min_bandwidth: float = 5.0  # GB/s
     max_attempts: int = 3
     logs_folder: str = "logs"
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -169,7 +170,8 @@ def job_from(options: Options, environment: Mapping[str, str]) -> Job:
         scratch=environment.get("SRPO_SCRATCH", ""),
         disk_gib=_number(environment, "SRPO_MIN_DISK_GIB", float, 50.0),
         memory_gib=_number(environment, "SRPO_MIN_MEMORY_GIB", float, 0.0),
-        health_seconds=_number(environment, "SRPO_HEALTH_SECONDS", int, 300),
+        health_seconds=_number(environment, "SRPO_HEALTH_SECONDS", int, 600),
+        min_bandwidth=_number(environment, "SRPO_MIN_BANDWIDTH", float, 5.0),
         max_attempts=_number(environment, "SRPO_MAX_ATTEMPTS", int, 3),
         logs_folder=environment.get("SRPO_LOGS") or "logs",
         environment=environment,

@@ -10,6 +10,7 @@ DRY_RUN=1, it prints the commands of every node; --nodes N then says for how man
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -74,14 +75,20 @@ def plan(job: Job) -> list[str]:
 
 
 def engine_ranks(job: Job) -> int:
-    """rollout.tensor_parallel_size, without the project's own reader, which a login node may lack."""
-    import tomllib
-
+    """rollout.tensor_parallel_size, by a reader that needs no packages and no Python of today: a login node may have
+    neither. The job itself asks the project's own reader."""
     given = dict(part.removeprefix("--").split("=", 1) for part in joined(job.overrides))
-    rollout: dict[str, int] = {}
-    for file in job.files:
-        rollout |= tomllib.loads(Path(file).read_text()).get("rollout", {})
-    return int(given.get("rollout.tensor_parallel_size", rollout.get("tensor_parallel_size", 1)))
+    from_file = "1"
+    for file in job.files:  # keys of later files win
+        section = ""
+        for line in Path(file).read_text().splitlines():
+            header = re.match(r"\s*\[([\w.]+)\]", line)
+            setting = re.match(r"\s*([\w.]+)\s*=\s*(\d+)", line)
+            if header:
+                section = header[1] + "."
+            elif setting and section + setting[1] == "rollout.tensor_parallel_size":
+                from_file = setting[2]
+    return int(given.get("rollout.tensor_parallel_size", from_file))
 
 
 def joined(overrides: Sequence[str]) -> list[str]:

@@ -1,8 +1,11 @@
-"""The one task that a step has on a node: python -m slurm.node --record FILE [--scratch FOLDER] -- COMMAND …
+"""The one task that a step has on a node: python -m slurm.node --record FILE [--scratch FOLDER] [--interface NAME]
+-- COMMAND …
 
 `{node}` in the arguments is this node's number. It runs COMMAND and leaves its exit code in FILE. To Slurm, an end that
 the command has explained (exit_codes.TOLD) is a good one, so that the other nodes can end by themselves; any other end
-is a bad exit, at which Slurm ends the step. With --scratch, COMMAND has a temporary folder of its own there.
+is a bad exit, at which Slurm ends the step. With --scratch, COMMAND has a temporary folder of its own there. With
+--interface, an engine over several nodes finds this node at the address of that interface (VLLM_HOST_IP); vLLM itself
+would take the interface of the default route, which on a cluster is often one that other nodes cannot reach.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from megatron_srpo.core import streams
-from megatron_srpo.core.exit_codes import TOLD
+from megatron_srpo.core.exit_codes import TOLD, UNHEALTHY
 from megatron_srpo.run.stopping import hold_requeue
+
+VLLM_ADDRESS = "VLLM_HOST_IP"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,12 +37,41 @@ def main(arguments: Sequence[str]) -> int:
     options, command = _parse(filled[:split]), filled[split + 1 :]
     hold_requeue()  # Slurm signals every process of a step: all that start from here leave it to the training loop
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # the command gets it too: wait for its end
-    with _temporary(options.scratch) as added:
-        environment = {**os.environ, **added}
-        code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
-    code = code if code >= 0 else 128 - code
+    code = _run(options, command)
     options.record.write_text(f"{code}\n")
     return 0 if code in TOLD else code
+
+
+def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
+    added = {}
+    if options.interface and VLLM_ADDRESS not in os.environ:
+        address = interface_address(options.interface)
+        if not address:
+            host, known = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), ", ".join(psutil.net_if_addrs())
+            print(
+                f"{host}: SRPO_INTERFACE = {options.interface}: no such interface has an address; the node has {known}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            return UNHEALTHY
+        added[VLLM_ADDRESS] = address
+    with _temporary(options.scratch) as folder:
+        environment = {**os.environ, **added, **folder}
+        code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+    return code if code >= 0 else 128 - code
+
+
+def interface_address(names: str) -> str:
+    """The address of the first of these interfaces, separated by commas, that has one; "" if none has. A name stands
+    for all that begin with it, as in NCCL_SOCKET_IFNAME. IPv4 goes before IPv6, link-local addresses are left out."""
+    found = psutil.net_if_addrs()
+    for name in names.removeprefix("=").split(","):
+        matching = [name] if name in found else sorted(other for other in found if other.startswith(name))
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for interface in matching:
+                for entry in found[interface]:
+                    if entry.family == family and not entry.address.startswith("fe80"):
+                        return entry.address
+    return ""
 
 
 @contextlib.contextmanager
@@ -53,6 +90,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="slurm.node")
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--interface", default="")
     return parser.parse_args(arguments)
 
 

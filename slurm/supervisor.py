@@ -53,13 +53,19 @@ class Supervisor:
         """The job's exit code. Where that is one of REASONS, Slurm has been asked to start the job again."""
         signal.signal(signal.SIGUSR1, self._on_stop)
         signal.signal(signal.SIGTERM, self._on_end)
-        settings = self._check()
+        starts = Attempts(self._job.logs, self._job.max_attempts, self._job.job_id)  # that do not get to the output
+        starts.begin()
+        settings, code = self._check()
         if settings is None:
-            return exit_codes.STOPPED if self._ended else exit_codes.MISTAKE
+            return self._end(code, starts)
+        starts.forget()
         train = commands.train_step(self._job, settings["engine_ranks"])
         attempts = Attempts(Path(settings["output"]), self._job.max_attempts, self._job.job_id)
         attempts.begin()
-        code = self._attempt(settings, train)
+        return self._end(self._attempt(settings, train), attempts)
+
+    def _end(self, code: int, attempts: Attempts) -> int:
+        """The job's exit code after an attempt that came to `code`; asks for a requeue where that helps."""
         if code != exit_codes.DONE and (self._ended or code == exit_codes.STOPPED):
             # A job that was told to end and still runs has been preempted, with a period of grace.
             code = exit_codes.REQUEUE if job_state(self._job.job_id) == "RUNNING" else exit_codes.STOPPED
@@ -75,17 +81,22 @@ class Supervisor:
             return CRASH_LOOP
         return self._requeue(code)
 
-    def _check(self) -> dict | None:
+    def _check(self) -> tuple[dict | None, int]:
+        """What the check of the configuration found, and its exit code. Only MISTAKE says that the configuration is
+        wrong: a node that fails, or an image that cannot be pulled, has other codes."""
         step = commands.check_step(self._job)
         found = subprocess.run(
             step.argv, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
             start_new_session=True,
         )  # fmt: skip
-        try:
-            return json.loads(found.stdout.splitlines()[-1])
-        except (IndexError, ValueError):
-            say(f"the configuration was not accepted (exit code {found.returncode}); the job is not started again")
-            return None
+        if found.returncode == exit_codes.MISTAKE:
+            say(f"the configuration was not accepted (exit code {exit_codes.MISTAKE}); the job is not started again")
+            return None, exit_codes.MISTAKE
+        with contextlib.suppress(IndexError, ValueError):  # no output, or other output
+            if found.returncode == exit_codes.DONE:
+                return json.loads(found.stdout.splitlines()[-1]), exit_codes.DONE
+        say(f"the check of the configuration did not run to its end (exit code {found.returncode}); see above")
+        return None, exit_codes.STOPPED if self._ended else exit_codes.UNHEALTHY
 
     def _attempt(self, settings: dict, train: Step) -> int:
         self._job.logs.mkdir(parents=True, exist_ok=True)

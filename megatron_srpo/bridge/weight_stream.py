@@ -23,6 +23,7 @@ from typing import ParamSpec, TypedDict, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_srpo.bridge.bounded_nccl import BoundedNccl, BoundedWork
 from megatron_srpo.bridge.buffers import Buffers
 from megatron_srpo.bridge.errors import BridgeError
 from megatron_srpo.bridge.verify import Report
@@ -88,11 +89,9 @@ class Group:
         self._device = device if address.backend == "nccl" else torch.device("cpu")
         self._buffers = Buffers(self._device)
         self._timeout = timeout
-        self._group: dist.ProcessGroupNCCL | dist.ProcessGroupGloo
+        self._group: BoundedNccl | dist.ProcessGroupGloo
         if address.backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(self.store, rank, address.size, options)
+            self._group = BoundedNccl(self.store, rank, address.size, timeout, device)
             return
         gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch has no type for it
         gloo._timeout, gloo._threads = timeout, 2
@@ -101,7 +100,7 @@ class Group:
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=here)]
         self._group = dist.ProcessGroupGloo(self.store, rank, address.size, gloo)
 
-    def start_broadcast(self, flat: torch.Tensor) -> dist.Work:
+    def start_broadcast(self, flat: torch.Tensor) -> dist.Work | BoundedWork:
         """Broadcast from rank 0. wait() of the result raises when a rank is gone or too slow. Keep `flat` until
         then."""
         options = dist.BroadcastOptions()
@@ -200,7 +199,7 @@ def send_stream(groups: dict[str, Group], items: Iterable[Named]) -> dict[str, s
         alive = {name: group for name, group in groups.items() if name not in failed}
         frames = {name: group.frames(header, payload) for name, group in alive.items()}
         for step in range(2 if payload is None else 3):
-            works: dict[str, dist.Work | None] = {}
+            works: dict[str, dist.Work | BoundedWork | None] = {}
             for name, group in alive.items():
                 if name not in failed:
                     works[name] = _attempt(failed, name, group.start_broadcast, frames[name][step])
@@ -221,7 +220,7 @@ def send_stream(groups: dict[str, Group], items: Iterable[Named]) -> dict[str, s
 def _attempt(
     failed: dict[str, str], name: str, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
 ) -> T | None:
-    """The function's result, or None and an entry in `failed`: gloo raises RuntimeError when a peer is gone."""
+    """The function's result, or None and an entry in `failed`: a lost or silent peer is a RuntimeError."""
     try:
         return function(*arguments, **options)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from megatron_srpo.config.check import check, contradictions, layout_problems, l
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.model_folder import read_model_folder
 from megatron_srpo.config.schema import (
+    BUCKET_MIB,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -30,6 +31,7 @@ from megatron_srpo.config.schema import (
 )
 
 __all__ = [
+    "BUCKET_MIB",
     "CheckpointConfig",
     "Config",
     "DataConfig",

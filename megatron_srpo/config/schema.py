@@ -142,7 +142,8 @@ class RolloutConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     """Tensor-parallel size of one engine. It may differ from the trainer's."""
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
-    """Fraction of a GPU's memory that an engine may use, as in vLLM."""
+    """Fraction of a GPU's memory that an engine may use, as in vLLM. Raise it to 0.9 for servers on GPUs of their own;
+    slurm/ does so for --rollout-nodes."""
     cpu_kv_cache_gib: float = Field(1.0, gt=0)
     """Size in GiB of the KV cache of an engine on a CPU."""
     max_num_seqs: int = Field(256, ge=1)
@@ -193,10 +194,13 @@ class RolloutConfig(Section):
     older than the policy it trains. 0 is exact on-policy training."""
 
 
+BUCKET_MIB = {"cpu": 32, "cuda": 256}  # by device, for bridge.bucket_mib = 0
+
+
 class BridgeConfig(Section):
-    bucket_mib: int = Field(32, ge=1)
+    bucket_mib: int = Field(0, ge=0)
     """Size in MiB of one gather bucket when weights are exported. Two buckets are alive at once; a larger tensor is a
-    bucket of its own."""
+    bucket of its own. 0 takes 256 on GPUs, where a bucket has a fixed cost, and 32 on CPUs, whose caches are small."""
     verify_every: int = Field(50, ge=0)
     """Verify every n-th publish by checksums on both sides, starting with the first. 1 verifies all, 0 none."""
 

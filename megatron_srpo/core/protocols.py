@@ -126,8 +126,8 @@ class Engine(Protocol):
     def publish(self, weights: Weights, version: int) -> None:
         """Take new weights."""
 
-    def sleep(self) -> None:
-        """Free the device's memory until it is needed."""
+    def sleep(self, *, publish_next: bool = False) -> None:
+        """Free the device's memory until it is needed. With `publish_next` the next call is a publish."""
 
 
 class Scorer(Protocol):

@@ -55,7 +55,7 @@ def decoder_config(shape: ModelShape) -> Settings:
 
 
 def rotary_model(shape: ModelShape) -> Settings:
-    """Megatron's GPTModel with rotary embedding of whole heads. mcore/rotary.py scales it."""
+    """Megatron's GPTModel with rotary embedding of whole heads. mcore/rope_scaling.py scales it."""
     return {"position_embedding_type": "rope", "rotary_base": shape.rope_theta}
 
 

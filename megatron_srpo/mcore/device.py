@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import resource
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ class DevicePath:
     """The chosen path and the reason. `str()` is the line for the log."""
 
     device: torch.device
-    backend: str  # torch.distributed backend
+    backend: str  # of torch.distributed's default group and of Megatron's: one alone, each costs every group sockets
     transformer_engine: bool
     reason: str
 
@@ -57,6 +58,22 @@ def choose_device(requested: str, local_rank: int) -> DevicePath:
         return DevicePath(torch.device("cpu"), "gloo", False, "no CUDA: Megatron Core's local layers, torch SDPA, gloo")
     torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank)
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return DevicePath(device, "cpu:gloo,cuda:nccl", True, "CUDA with Transformer Engine")
-    return DevicePath(device, "cpu:gloo,cuda:nccl", False, "CUDA without Transformer Engine: local layers, torch SDPA")
+    if _transformer_engine():
+        return DevicePath(device, "nccl", True, "CUDA with Transformer Engine")
+    return DevicePath(device, "nccl", False, "CUDA without Transformer Engine: local layers, torch SDPA")
+
+
+def _transformer_engine() -> bool:
+    """Whether Transformer Engine can be used. Raises UserError if it is installed in part: to go on without it would
+    make every step slower, without a word."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a missing library, another CUDA, an undefined symbol …
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"transformer_engine is installed, but cannot be imported: {reason}. Install it again (make setup "
+            "DEVICE=gpu), or remove it to run with Megatron's local layers (pip uninstall transformer_engine)"
+        ) from error
+    return True

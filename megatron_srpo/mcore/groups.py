@@ -35,7 +35,7 @@ class Topology:
     dp_size: int
     dp_group: dist.ProcessGroup  # data parallel only
     dp_cp_group: dist.ProcessGroup  # data and context parallel: gradients are summed over it
-    control_group: dist.ProcessGroup  # gloo over all ranks, with a long time-out
+    control_group: dist.ProcessGroup  # gloo over all ranks, for tensors in host memory, with a long time-out
     device: torch.device
     ep_rank: int = 0
     ep_size: int = 1
@@ -57,7 +57,11 @@ class Topology:
 def initialize(
     parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout_minutes: float, control_backend: str = "gloo"
 ) -> Topology:
-    """Join the ranks that torchrun started, and build Megatron's groups. `seed` starts all random generators."""
+    """Join the ranks that torchrun started, and build Megatron's groups. `seed` starts all random generators.
+
+    Megatron's groups have the backend of `path`, and connect when they are first used. On GPUs the control group is the
+    only one of gloo, which connects all pairs of its ranks at once.
+    """
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group(path.backend, timeout=timeout)
@@ -69,7 +73,8 @@ def initialize(
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=int(timeout_minutes) or 1,
-        create_gloo_process_groups=control_backend == "gloo",
+        # Megatron's gloo groups serve checkpoints of its own optimizer only. Each would be a mesh of sockets.
+        create_gloo_process_groups=False,
     )
     generators.seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -22,10 +22,11 @@ from megatron_srpo.config import ModelConfig, ParallelConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families import HfConfig, ModelShape, family_of
+from megatron_srpo.mcore import rotary
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
-from megatron_srpo.mcore.rotary import scaled_rotary
+from megatron_srpo.mcore.rope_scaling import scaled_rotary
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -107,9 +108,7 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "apply_rope_fusion": False,
+        **fusions(transformer_engine, experts=bool(shape.experts)),
         "batch_p2p_comm": False,
         # Gradients are sums, because the objective divides by its own global denominators: see step.py.
         "calculate_per_token_loss": True,
@@ -131,6 +130,16 @@ def transformer_config(
         fields.update(fp8=model.fp8, fp8_recipe="tensorwise")
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     return TransformerConfig(**{name: value for name, value in fields.items() if name in known})
+
+
+def fusions(transformer_engine: bool, *, experts: bool) -> dict[str, bool]:
+    """Megatron's fused operations. They need Transformer Engine's kernels, or compile for a GPU."""
+    return {
+        "apply_rope_fusion": transformer_engine,  # without it: mcore/rotary.py
+        "bias_activation_fusion": transformer_engine,
+        "bias_dropout_fusion": transformer_engine,
+        "moe_permute_fusion": transformer_engine and experts,
+    }
 
 
 def recompute_fields(model: ModelConfig) -> dict[str, Any]:
@@ -198,6 +207,7 @@ def build_model(
             f'model.fp8 = "{model.fp8}" needs Transformer Engine on a GPU, which is not there: set it to "off", or see '
             "what is missing: python -m megatron_srpo doctor"
         )
+    rotary.install()
     on_cuda = topology.device.type == "cuda"
     config = transformer_config(hf, model, parallel, on_cuda=on_cuda, transformer_engine=transformer_engine)
     shape = ModelShape.from_hf(hf)

@@ -81,6 +81,7 @@ class ShardedOptimizer:
                 use_distributed_optimizer=True,
             ),
             self.model,
+            use_gloo_process_groups=False,  # only Megatron's own checkpoints of an optimizer use them
         )
         for group in self._megatron.param_groups:  # foreach would allocate temporaries of all parameters at once
             if "foreach" in group:

@@ -1,32 +1,95 @@
-"""Scaled rotary embeddings: transformers' own functions give the frequencies, Megatron's model turns with them."""
+"""Rotary embedding of packed rows in one pass, used without Transformer Engine.
+
+Megatron's own one goes through the sequences of a row one after the other, in every layer, for queries and keys. Here
+the cosines and sines of all tokens of a row are made once, and all layers use them. Values and gradients are the same,
+bit for bit.
+"""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from megatron_srpo.families import HfConfig, ModelShape, family_of
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer import attention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+_megatrons = rope_utils.apply_rotary_pos_emb
 
 
 @dataclass(frozen=True)
-class ScaledRotary:
-    """A rotary embedding whose frequencies are not those of its base."""
+class _Row:
+    """Cosines and sines [T, 1, d] of a row's tokens on this rank, and what they were made from."""
 
-    inverse_frequencies: Tensor  # [head_dim / 2] fp32
-    attention_factor: float  # cosine and sine are multiplied by it (YaRN)
+    boundaries: weakref.ref[Tensor]  # of the row's cu_seqlens
+    frequencies: Tensor
+    scale: float
+    cos: Tensor
+    sin: Tensor
+
+    def is_of(self, cu_seqlens: Tensor, frequencies: Tensor, scale: float, like: Tensor) -> bool:
+        """Recomputation detaches the frequencies, so the same memory counts, not the same object."""
+        return (
+            self.boundaries() is cu_seqlens
+            and (self.frequencies.data_ptr(), self.frequencies.shape) == (frequencies.data_ptr(), frequencies.shape)
+            and (self.scale, self.cos.dtype, self.cos.size(0)) == (scale, like.dtype, like.size(0))
+        )
 
 
-def scaled_rotary(hf: HfConfig) -> ScaledRotary:
-    """What transformers computes for this config.json, whose kind is not "default"."""
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+_last: _Row | None = None  # the row that was embedded last; forgotten with it
 
-    shape = ModelShape.from_hf(hf)
-    settings = {key: value for key, value in hf.items() if key not in ("model_type", "architectures")}
-    config = AutoConfig.for_model(family_of(hf).model_types[0], **settings)
-    config.head_dim = shape.head_dim
-    frequencies, factor = ROPE_INIT_FUNCTIONS[shape.rope_kind](config, "cpu")
-    return ScaledRotary(frequencies.float(), float(factor))
+
+def install() -> None:
+    """Have Megatron's attention embed packed rows with `apply_rotary`."""
+    attention.apply_rotary_pos_emb = apply_rotary
+
+
+def apply_rotary(
+    t: Tensor, freqs: Tensor, config: TransformerConfig, cu_seqlens: Tensor | None = None, mscale: float = 1.0,
+    cp_group: torch.distributed.ProcessGroup | None = None, **more: Any,
+) -> Tensor:  # fmt: skip
+    """Megatron's `apply_rotary_pos_emb`. Packed rows take the one pass, all others Megatron's own.
+
+    t [T, heads, d] of this rank, freqs [longest sequence, 1, 1, rotated part of d], cu_seqlens [S+1] of the whole row.
+    """
+    ours = cu_seqlens is not None and not (config.apply_rope_fusion or config.rotary_interleaved or any(more.values()))
+    if not ours or config.multi_latent_attention or t.device.type == "meta":
+        return _megatrons(t, freqs, config, cu_seqlens=cu_seqlens, mscale=mscale, cp_group=cp_group, **more)
+    assert cu_seqlens is not None and cp_group is not None, "Megatron's attention gives both"
+    row = _row(t, freqs, cu_seqlens, mscale, cp_group.rank(), cp_group.size())
+    rotated, rest = t[..., : row.cos.size(-1)], t[..., row.cos.size(-1) :]
+    first, second = rotated.chunk(2, dim=-1)
+    result = rotated * row.cos + torch.cat((-second, first), dim=-1) * row.sin
+    return torch.cat((result, rest), dim=-1) if rest.size(-1) else result
+
+
+@torch.no_grad()
+def _row(t: Tensor, freqs: Tensor, cu_seqlens: Tensor, scale: float, cp_rank: int, cp_size: int) -> _Row:
+    global _last
+    if _last is None or not _last.is_of(cu_seqlens, freqs, scale, t):
+        positions = positions_in_sequences(cu_seqlens, t.size(0), cp_rank, cp_size)
+        table = freqs[:, 0]  # [longest sequence, 1, d]
+        cos, sin = ((function(table) * scale).to(t.dtype)[positions] for function in (torch.cos, torch.sin))
+        _last = _Row(weakref.ref(cu_seqlens, _forget), freqs.detach(), scale, cos, sin)
+    return _last
+
+
+def _forget(boundaries: weakref.ref[Tensor]) -> None:
+    global _last
+    if _last is not None and _last.boundaries is boundaries:
+        _last = None
+
+
+def positions_in_sequences(cu_seqlens: Tensor, tokens: int, cp_rank: int, cp_size: int) -> Tensor:
+    """[tokens] position of each token of this rank's part of a row inside its own sequence. Nothing waits for the
+    device. The order of context-parallel ranks is that of mcore/context.py."""
+    bounds = cu_seqlens // cp_size  # of the parts
+    token = torch.arange(tokens, dtype=bounds.dtype, device=bounds.device)
+    sequence = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
+    offset = token - bounds[sequence]
+    half = (bounds[sequence + 1] - bounds[sequence]) // 2
+    later = offset - half + (2 * cp_size - 1 - cp_rank) * half
+    return torch.where(offset < half, offset + cp_rank * half, later)

@@ -47,7 +47,6 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
         norm = (w if fused else 8) * arch.hidden + 4
         kept = w * (2 * q + 2 * k) if fused else (8 if w == 2 else 12) * (q + k)
         small = kept + 4 * (heads + groups) if arch.qk_norm else 0.0
-        rope = 4 * w * arch.head_dim  # cosine and sine, for queries and keys
         attend = padding * (w * (2 * q + 2 * k) + 4 * heads + 9) + 8
         if layout.context > 1:  # keys and values of the whole row, and the mask against its longest sequence
             attend += w * 2 * k * (layout.context - 1)
@@ -55,10 +54,9 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
     else:
         norm = w * arch.hidden + 4
         small = w * (q + k) + 4 * (heads + groups) if arch.qk_norm else 0.0
-        rope = 4 * w * arch.head_dim
         attend = w * (2 * q + 2 * k) + 4 * heads + (0 if arch.qk_norm else w * q)
     linear = w * arch.hidden / s
-    attention = norm / s + linear + small + rope + attend
+    attention = norm / s + linear + small + attend
     return LayerBytes(
         attention=attention,
         mlp=5 * w * arch.ffn / t + _expert_bytes(arch, layout) / s,
@@ -111,7 +109,9 @@ def stage_activations(
     if layout.recompute_layers:
         again = min(again, layout.recompute_layers * layout.virtual)
     kept = layer.checkpoint if layout.recompute == "full" else layer.attention + layer.mlp_input
-    held = in_flight(layout, stage, rows) * tokens * (again * kept + (layers - again) * layer.whole)
+    # Cosines and sines of the rotary embedding, which all layers share; Transformer Engine's kernel makes them anew.
+    rotary = 0 if path == "te" else 2 * layout.dtype_bytes * arch.head_dim
+    held = in_flight(layout, stage, rows) * tokens * (again * kept + (layers - again) * layer.whole + rotary)
     head = 0.0
     if stage == layout.pipeline - 1:
         head = head_bytes(arch, layout, tokens, path=path, ids=ids, logits_mib=logits_mib)

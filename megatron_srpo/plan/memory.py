@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from megatron_srpo.config import BUCKET_MIB
 from megatron_srpo.plan.activations import LOGITS_MIB, stage_activations
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.workload import Workload
 
-BUCKET_BYTES = 32 * 2**20  # size of a gather bucket of a publish
+BUCKET_BYTES = BUCKET_MIB["cuda"] * 2**20  # size of a gather bucket of a publish
 
 
 @dataclass(frozen=True)

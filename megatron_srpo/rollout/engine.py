@@ -103,9 +103,10 @@ class RolloutEngine(Protocol):
         """Metrics of the last `generate` on rank 0; {} on the other ranks."""
         ...
 
-    def sleep(self) -> None:
+    def sleep(self, *, publish_next: bool = False) -> None:
         """Free the device's memory until it is needed, if the device supports it. A publish takes back the memory of
-        the weights only, `generate` all of it."""
+        the weights only, `generate` all of it. With `publish_next` the weights need not be kept: the next call is a
+        publish, which replaces them all."""
         ...
 
     def close(self) -> None:

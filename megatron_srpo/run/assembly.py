@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
-from megatron_srpo.config import Config, read_model_folder, save_resolved
+from megatron_srpo.config import BUCKET_MIB, Config, read_model_folder, save_resolved
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.generation import Evaluator
@@ -62,12 +62,26 @@ def build_policy(config: Config, session: Session, *, trainable: bool) -> Policy
     )  # fmt: skip
 
 
+def bucket_bytes(config: Config, device: str) -> int:
+    """bridge.bucket_mib in bytes, or the size for this device."""
+    return (config.bridge.bucket_mib or BUCKET_MIB[device]) * 2**20
+
+
 def build_exporter(config: Config, policy: Policy) -> Exporter:
     """The policy's weights in Hugging Face names."""
     from megatron_srpo.bridge import Exporter
 
     hf = read_model_folder(config.model.path)
-    return Exporter(policy.shards, hf, bucket_bytes=config.bridge.bucket_mib * 2**20)
+    return Exporter(policy.shards, hf, bucket_bytes=bucket_bytes(config, policy.topology.device.type))
+
+
+def _evaluated_at_once(config: Config, ranks: int) -> int:
+    """Responses of one batch of an evaluation: as many as the engines generate at a time, or a training batch."""
+    rollout = config.rollout
+    engines = len(rollout.servers) or rollout.num_servers
+    if rollout.placement != "servers":
+        engines = ranks // rollout.tensor_parallel_size
+    return max(engines * rollout.max_num_seqs, rollout.rollout_batch_size * rollout.n_samples_per_prompt)
 
 
 def build_parts(
@@ -118,7 +132,15 @@ def build_parts(
         objective=objective,
         engine=engine,
         weights=exporter,
-        evaluate=Evaluator(config, engine, test, scorer),
+        evaluate=Evaluator(
+            config,
+            engine,
+            test,
+            scorer,
+            stop=lambda: control.any(stop()),
+            requests=_evaluated_at_once(config, topology.world_size),
+            say=lambda text: role.log.message(text),
+        ),
         store=cast(Store, store),  # generic in the policy, which mypy cannot match with a protocol
         log=role.log,
         timer=PhaseTimer(watchdog.phase),

@@ -112,6 +112,8 @@ def _versions() -> dict[str, str]:
 
 def _device() -> tuple[Device, str, str]:
     """The device that the trainer chooses for run.device = "auto", its reason, and torch's build."""
+    from megatron_srpo.core.errors import UserError
+
     try:
         import torch
 
@@ -119,6 +121,8 @@ def _device() -> tuple[Device, str, str]:
 
         build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
         chosen = choose_device("auto", 0)
+    except UserError as error:
+        return "none", str(error), ""
     except Exception as error:  # a broken package may raise anything
         return "none", f"torch or Megatron Core does not work: {_last_line(str(error))}", ""
     return "cuda" if chosen.device.type == "cuda" else "cpu", chosen.reason, build

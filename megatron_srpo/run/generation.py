@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_srpo.config import Config
@@ -58,18 +59,34 @@ def training_sampling(config: Config) -> SamplingSettings:
 
 
 class Evaluator:
-    """Samples k answers to every held-out prompt and scores them. `prompts` is the same on every rank."""
+    """Samples k answers to every held-out prompt and scores them. `prompts` is the same on every rank.
 
-    def __init__(self, config: Config, engine: RolloutEngine, prompts: list[Prompt], scorer: Scorer) -> None:
+    With `stop`, which is collective, the prompts come in batches of up to `requests` responses, and between two
+    batches it is asked whether to stop: then nothing is evaluated, and `say` tells it.
+    """
+
+    def __init__(
+        self, config: Config, engine: RolloutEngine, prompts: list[Prompt], scorer: Scorer, *,
+        stop: Callable[[], bool] | None = None, requests: int = 0, say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
         settings = config.eval
-        requests = Requests(config.run.seed, settings.n_samples)
         sampling = replace(training_sampling(config), temperature=settings.temperature, top_p=settings.top_p)
-        self._generate = GroupGenerator(engine, scorer, requests, sampling)
+        self._generate = GroupGenerator(engine, scorer, Requests(config.run.seed, settings.n_samples), sampling)
         self._same = scorer.same_answers
         self._prompts = prompts[: settings.max_prompts] if settings.max_prompts else prompts
         self._samples = settings.n_samples
+        self._stop, self._say = stop, say
+        self._batch = max(1, requests // settings.n_samples) if stop else max(1, len(self._prompts))
 
     def __call__(self, timer: Timer) -> dict[str, float]:
-        """Metrics on rank 0, {} on the other ranks."""
-        groups = self._generate(self._prompts, EVALUATION, 0, timer)
+        """Metrics on rank 0, {} on the other ranks, and {} where it was stopped."""
+        groups: list[Group] = []
+        for start in range(0, len(self._prompts), self._batch):
+            if start and self._stop is not None and self._stop():
+                self._say(
+                    f"the run was asked to stop: its evaluation ends after {start} of {len(self._prompts)} prompts, "
+                    "without a result"
+                )
+                return {}
+            groups += self._generate(self._prompts[start : start + self._batch], EVALUATION, 0, timer)
         return accuracy_metrics(groups, k=self._samples, same=self._same) if groups else {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config
 from megatron_srpo.core import loopback
+from megatron_srpo.run.open_files import allow_open_files
 
 if TYPE_CHECKING:
     from megatron_srpo.mcore.control import Control
@@ -38,6 +39,7 @@ def open_session(config: Config) -> Iterator[Session]:
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rollout import prepare_environment
 
+    allow_open_files(int(os.environ.get("WORLD_SIZE", "1")))
     path = choose_device(config.run.device, groups.local_rank())
     prepare_environment(path.device.type)  # before vLLM is imported
     topology = groups.initialize(

@@ -29,6 +29,7 @@ from megatron_srpo.core import loopback
 from megatron_srpo.core.exit_codes import FINAL, TOLD
 from megatron_srpo.core.own_names import remove_leftovers, shared_memory_name
 from megatron_srpo.run import stopping
+from megatron_srpo.run.open_files import raise_limit
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.standalone or options.nnodes in ("1", "1:1"):
             loopback.confine_stores()
             options.local_addr = options.local_addr or loopback.ADDRESS  # not the host name, which may not resolve
+        raise_limit()  # the first node's launcher has several connections of every rank
         if options.max_restarts:
             os.environ[NEW_STORE] = "1"
         run.run(options)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from threading import Event
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_srpo.bridge import BridgeError
 from megatron_srpo.bridge import weight_stream as module
@@ -55,11 +60,42 @@ def test_a_large_tensor_is_sent_without_a_copy():
     assert flat.data_ptr() == large.data_ptr()
 
 
-@pytest.fixture
-def engines(request):
+class FakeNccl:
+    """A group with the manners of torch's NCCL groups, over gloo: ranks connect in the first operation, and wait()
+    returns at once and never raises."""
+
+    class Options:
+        _timeout = None
+
+    aborted: ClassVar[list[FakeNccl]] = []
+
+    def __init__(self, store, rank, size, options):
+        assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == "1", "its watchdog would end the process"
+        self._given, self._gloo = (store, rank, size), None
+
+    def _connected(self):
+        if self._gloo is None:
+            gloo = dist.ProcessGroupGloo._Options()
+            gloo._timeout, gloo._threads = timedelta(seconds=PATIENCE), 2
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            self._gloo = dist.ProcessGroupGloo(*self._given, gloo)
+        return self._gloo
+
+    def broadcast(self, tensors, options):
+        work = self._connected().broadcast(tensors, options)
+        return SimpleNamespace(is_completed=lambda: work.is_completed() and work.is_success(), wait=lambda: None)
+
+    def abort(self):
+        self.aborted.append(self)
+
+
+@pytest.fixture(params=[("gloo", PATIENCE), ("nccl", PATIENCE)], ids=["gloo", "nccl"])
+def engines(request, monkeypatch):
     """A sender, and two engines of two workers each, whose ends `receive` takes."""
-    patience = getattr(request, "param", PATIENCE)
-    sender = Sender("127.0.0.1", timeout_s=patience, backend="gloo", device=CPU)
+    backend, patience = request.param
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNccl, raising=False)
+    monkeypatch.setattr(FakeNccl, "aborted", [])
+    sender = Sender("127.0.0.1", timeout_s=patience, backend=backend, device=CPU)
     with ThreadPoolExecutor(4) as pool:
         ends: dict[str, list[Future]] = {}
         for name in ("a", "b"):
@@ -96,6 +132,7 @@ def test_one_engine_alone_can_be_sent_to(engines):
     assert sender.send(["b"], items()) == {} and results(futures) == [True, True]
 
 
+@pytest.mark.parametrize("engines", [("gloo", PATIENCE)], indirect=True, ids=["gloo"])
 def test_an_engine_that_leaves_half_way_is_named_and_the_other_gets_everything(engines):
     sender, receive, _ = engines
 
@@ -110,14 +147,15 @@ def test_an_engine_that_leaves_half_way_is_named_and_the_other_gets_everything(e
     assert not sender.has_group("a") and sender.has_group("b")
 
 
-@pytest.mark.parametrize("engines", [1.0], indirect=True, ids=["one second"])
-def test_an_engine_that_hangs_half_way_is_named_and_the_other_gets_everything(engines):
+@pytest.mark.parametrize("engines", [("gloo", 2.0), ("nccl", 2.0)], indirect=True, ids=["gloo", "nccl"])
+def test_an_engine_that_hangs_half_way_is_named_and_the_other_gets_everything(engines, request):
     sender, receive, _ = engines
     over = Event()
 
     def hang(group: Group) -> None:
         group.receive()
         over.wait()
+        del group._group
 
     def count(group: Group) -> int:
         return sum(1 for _ in receive_stream(group, CPU))
@@ -128,6 +166,14 @@ def test_an_engine_that_hangs_half_way_is_named_and_the_other_gets_everything(en
     over.set()
     assert list(failed) == ["a"] and "imed out" in failed["a"]
     assert results(hanging) == [None, None] and results(going_on) == [4, 4]
+    assert len(FakeNccl.aborted) == (request.node.callspec.params["engines"][0] == "nccl")  # this group alone
+
+
+@pytest.mark.parametrize("engines", [("nccl", 1.0)], indirect=True, ids=["nccl"])
+def test_a_rank_that_does_not_come_to_an_nccl_group_is_an_error_of_the_join(engines):
+    sender, _, _ = engines
+    with pytest.raises(RuntimeError, match=r"[Tt]imed? ?out"):
+        sender.join("c", sender.new_address("c", 1))
 
 
 def test_when_the_export_fails_every_worker_hears_why(engines):

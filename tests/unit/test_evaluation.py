@@ -1,7 +1,12 @@
 """avg@k, pass@k and maj@k of sampled answers, by hand."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+from megatron_srpo.config import Config
 from megatron_srpo.core.records import Prompt, Reward, Rollout
 from megatron_srpo.run.evaluation import accuracy_metrics
+from megatron_srpo.run.generation import Evaluator
 from tests.made_samples import make_groups
 
 
@@ -59,3 +64,47 @@ def test_tokens_of_the_environment_are_no_response():
     groups = answers(0, ("A", None, 1.0), ("B", None, 0.0))
     groups[0].attempts[0].rollout.trained[0] = False
     assert accuracy_metrics(groups, k=2)["eval/response_length"] == 1.5
+
+
+class Answering:
+    """An engine and a scorer in one: prompt i is answered right where i is even."""
+
+    def __init__(self):
+        self.batches, self._prompts = [], []
+
+    def start(self, prompts):
+        self._prompts = prompts
+        self.batches.append(len(prompts))
+
+    def generate(self, requests, sampling, on_rollout):
+        return [Rollout(r.prompt, r.sample, [1, 2], [-1.0, -1.0], str(r.seed), "stop", 0) for r in requests]
+
+    def finish(self, rollouts):
+        rewards = [Reward(float(self._prompts[rollout.prompt].token_ids[0] % 2 == 0)) for rollout in rollouts]
+        return make_groups(self._prompts, rollouts, rewards)
+
+    def same_answers(self, pairs):
+        return [False for _ in pairs]
+
+
+def _evaluation(**options):
+    config = Config.model_validate(
+        {"model": {"path": "m"}, "data": {"train": "t"}, "eval": {"n_samples": 2, "max_prompts": 7}}
+    )
+    prompts = [Prompt(f"test:{i}", (), [i], "", "exact") for i in range(9)]
+    answering = Answering()
+    timer = SimpleNamespace(phase=lambda name: nullcontext())
+    return Evaluator(config, answering, prompts, answering, **options)(timer), answering.batches
+
+
+def test_an_evaluation_in_batches_gives_what_one_batch_gives():
+    whole, batches = _evaluation()
+    assert batches == [7] and whole["eval/accuracy"] == 4 / 7
+    assert _evaluation(stop=lambda: False, requests=4) == (whole, [2, 2, 2, 1])
+
+
+def test_a_request_to_stop_ends_an_evaluation_after_its_batch_without_half_a_result():
+    said, asked = [], iter([False, True])
+    found = _evaluation(stop=lambda: next(asked), requests=6, say=said.append)
+    assert found == ({}, [3, 3])
+    assert said == ["the run was asked to stop: its evaluation ends after 6 of 7 prompts, without a result"]

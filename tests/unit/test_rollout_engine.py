@@ -254,6 +254,22 @@ def test_a_publish_wakes_the_weights_and_generating_the_rest(engine, folder, mon
     assert did == ["sleep 1", ["weights"], ["kv_cache"], "generate", "sleep 1", ["weights", "kv_cache"], "generate"]
 
 
+def test_an_engine_drops_weights_that_the_next_publish_replaces_and_generates_nothing_before(
+    engine, folder, monkeypatch
+):
+    did = []
+    monkeypatch.setattr(engine, "_device", "cuda")
+    monkeypatch.setattr(engine._llm, "sleep", lambda level: did.append(f"sleep {level}"))
+    monkeypatch.setattr(engine._llm, "wake_up", lambda tags: did.append(tags))
+    monkeypatch.setattr(engine, "_run", lambda *_: did.append("generate") or [])
+    engine.sleep(publish_next=True)
+    with pytest.raises(RuntimeError, match="has dropped its weights"):
+        engine.generate(tiny_requests(1), SAMPLED)
+    engine.publish(iter(weights(folder).items()), 10)
+    engine.generate(tiny_requests(1), SAMPLED)
+    assert did == ["sleep 2", ["weights"], ["kv_cache"], "generate"]
+
+
 def test_a_second_engine_in_the_same_process_is_refused(engine, folder):
     with (
         pytest.raises(RolloutError, match=r"RANK is not set.*another engine open in this process"),

@@ -90,6 +90,34 @@ def test_the_health_check_meets_on_another_port_and_sees_every_rank():
     assert "--nproc-per-node=8" in health and "--gpus=8" in health
 
 
+def test_ranks_have_most_of_the_health_checks_time_to_start_and_one_node_needs_no_bandwidth():
+    job = Job(CONFIG, (), ("a", "b"), health_seconds=900)
+    words = commands.health_step(job, device="auto", output="out").command
+    assert {"--meet-seconds=600", "--seconds=300", "--min-bandwidth=5"} <= set(words)
+    alone = commands.health_step(Job(CONFIG, (), ("a",)), device="auto", output="out").command
+    assert not [word for word in alone if "bandwidth" in word] and "--meet-seconds=400" in alone
+
+
+def test_the_interface_reaches_every_node_unless_it_only_excludes_some():
+    steps = [commands.train_step(Job(CONFIG, (), ("a",), interface=name), 1).command for name in ("ib0", "^lo")]
+    assert "--interface=ib0" in steps[0] and not [word for word in steps[1] if "--interface" in word]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "size"),
+    [
+        ("[rollout]\ntensor_parallel_size = 16  # two nodes\n", (), 16),
+        ("[parallel]\ntensor_parallel_size = 4\n[rollout]\n # x\n", (), 1),
+        ("rollout.tensor_parallel_size=2\n", (), 2),
+        ("[rollout]\ntensor_parallel_size = 4\n", ("--rollout.tensor_parallel_size", "8"), 8),
+    ],
+)
+def test_a_dry_run_reads_the_engines_size_without_todays_python(tmp_path, monkeypatch, text, given, size):
+    monkeypatch.setitem(sys.modules, "tomllib", None)  # it came with Python 3.11
+    (tmp_path / "c.toml").write_text(text)
+    assert launch.engine_ranks(Job(str(tmp_path / "c.toml"), given, ("a",))) == size
+
+
 def test_a_dry_run_ends_with_what_the_planner_says_of_memory_and_time():
     fits, time = dry_run("srpo_qwen3_32b.sh", SRPO_PYTHON=sys.executable)[-2:]
     assert fits.startswith("# memory of a training GPU, GB: weights 8.2 + gradients 16.4") and fits.endswith("fits")
@@ -140,12 +168,22 @@ def test_the_last_nodes_serve_and_the_trainer_learns_every_servers_address(overr
     assert train[train.index("--rollout.placement") + 1] == "servers"
 
 
+@pytest.mark.parametrize(
+    ("given", "share"), [((), "0.9"), (("--rollout.gpu_memory_utilization", "0.7"), "0.7")], ids=["ours", "the user's"]
+)
+def test_engines_on_nodes_of_their_own_take_most_of_a_gpu(given, share):
+    job = Job(CONFIG, given, ("a", "b"), rollout_nodes=1)
+    words = commands.serve_step(job, 1).command
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--rollout.gpu_memory_utilization"] == [share]
+    assert "0.9" not in commands.train_step(job, 1).command
+
+
 def test_a_nodes_servers_listen_where_the_trainer_looks_for_them():
     job = Job(CONFIG, (), ("a", "b", "c"), rollout_nodes=2, ranks_per_node=8, address="{node}.net", job_id="31")
     for size in (1, 2, 8):
         command = commands.serve_step(job, size).command
         options, server = serve.parse(command[command.index("slurm.serve") + 1 :])
-        assert server[-3:] == ["megatron_srpo", "serve", CONFIG]
+        assert server[2:5] == ["megatron_srpo", "serve", CONFIG]
         found = [address for node in (0, 1) for address in serve.node_addresses(options, node)]
         assert [f"http://{host}:{port}" for host, port in found] == commands.server_urls(job, size)
         assert len(found) == 16 // size

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +71,40 @@ def test_without_scratch_nothing_is_made_and_nothing_removed(tmp_path, monkeypat
     assert code == 0 and (tmp_path / "used").read_text().strip() == os.environ.get("TMPDIR", "")
 
 
+def test_an_engine_over_several_nodes_finds_each_at_the_address_of_its_interface(tmp_path):
+    say = f'echo "$VLLM_HOST_IP" > {tmp_path}/said'
+    given = (f"--record={tmp_path}/x", "--interface=nowhere,lo")
+    assert run(*given, "--", "bash", "-c", say, VLLM_HOST_IP="10.0.0.7") == 0
+    assert (tmp_path / "said").read_text() == "10.0.0.7\n"  # what the site has set stays
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_HOST_IP"}
+    command = [sys.executable, "-m", "slurm.node", *given, "--", "bash", "-c", say]
+    subprocess.run(command, cwd=ROOT, env={**environment, "SLURM_NODEID": "0"}, timeout=60, check=True)
+    assert (tmp_path / "said").read_text() == "127.0.0.1\n"
+
+
+def test_an_interface_is_a_name_or_its_beginning_and_must_have_an_address(monkeypatch):
+    def entry(family, address):
+        return SimpleNamespace(family=family, address=address)
+
+    v4, v6 = socket.AF_INET, socket.AF_INET6
+    found = {
+        "ib0": [entry(v6, "fe80::1%ib0"), entry(v4, "10.1.0.3")], "ib01": [entry(v4, "10.1.0.4")],
+        "eth1": [entry(v6, "fe80::2%eth1"), entry(v6, "fd00::5")], "down": [],
+    }  # fmt: skip
+    monkeypatch.setattr(node.psutil, "net_if_addrs", lambda: found)
+    names = ("ib0", "ib", "=ib01", "down,eth", "eth1,ib0", "down", "wlan")
+    assert [node.interface_address(name) for name in names] == [
+        "10.1.0.3", "10.1.0.3", "10.1.0.4", "fd00::5", "fd00::5", "", ""
+    ]  # fmt: skip
+
+
+def test_a_node_without_the_interface_is_not_healthy(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
+    options = node._parse([f"--record={tmp_path}/x", "--interface=ib7"])
+    assert node._run(options, ["false"]) == exit_codes.UNHEALTHY
+    assert "SRPO_INTERFACE = ib7: no such interface has an address; the node has " in capsys.readouterr().err
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """A world of one rank."""
@@ -104,6 +140,18 @@ def test_a_sum_that_comes_out_wrong_is_a_problem_of_the_network(alone, capsys, m
     monkeypatch.setattr(health.dist, "all_reduce", lambda tensor, group: tensor[5:7].zero_())
     assert health.main(["--device=cpu", "--seconds=30"]) == exit_codes.UNHEALTHY
     assert "the all-reduce failed (2 of 1048576 sums are wrong)" in capsys.readouterr().err
+
+
+def test_the_time_that_ranks_take_to_connect_is_no_part_of_the_bandwidth(alone, capsys, monkeypatch):
+    clock = iter([0.0, *(now for number in range(5) for now in (200.0 + number, 200.001 + number))])
+    monkeypatch.setattr(health.time, "perf_counter", lambda: next(clock))
+    assert health.main(["--device=cpu", "--seconds=30"]) == exit_codes.DONE
+    assert "all-reduce over 1 ranks 4.19 GB/s" in capsys.readouterr().out  # 4 MiB in a millisecond
+
+
+def test_a_bandwidth_that_only_tcp_has_is_a_problem_on_gpus():
+    assert "reached 2.50 GB/s, SRPO_MIN_BANDWIDTH = 5: NCCL may have fallen back" in health.too_slow(2.5, "cuda", 5.0)
+    assert health.too_slow(5.0, "cuda", 5.0) == health.too_slow(0.1, "cpu", 5.0) == ""
 
 
 def settings(*arguments: str) -> subprocess.CompletedProcess:

@@ -25,7 +25,7 @@ kind=
 for part in "$@"; do
   case $part in
     slurm.settings)
-      [ -z "$REFUSED" ] || exit 2
+      [ -z "$REFUSED" ] || exit $REFUSED
       echo "{\\"output\\": \\"$OUTPUT\\", \\"device\\": \\"cpu\\", \\"engine_ranks\\": ${ENGINE:-1}}"
       exit 0 ;;
     --record=*) file=${part#--record=}; kind=$(basename "$file"); kind=${kind%%-*} ;;
@@ -104,7 +104,9 @@ def attempt(start, tmp_path):
     ("does", "code", "requeued"),
     [
         ({}, exit_codes.DONE, False),
-        ({"REFUSED": "1"}, exit_codes.MISTAKE, False),
+        ({"REFUSED": "2"}, exit_codes.MISTAKE, False),
+        ({"REFUSED": "1"}, exit_codes.UNHEALTHY, True),  # an image that cannot be pulled
+        ({"REFUSED": "137"}, exit_codes.UNHEALTHY, True),  # a node that fails
         ({"TRAIN": "2 143"}, exit_codes.MISTAKE, False),
         ({"TRAIN": "75 75"}, exit_codes.REQUEUE, True),
         ({"TRAIN": "76 -"}, CRASHED, True),
@@ -133,6 +135,16 @@ def test_a_job_that_crashes_again_and_again_is_not_started_for_ever(attempt):
     ends = [attempt(TRAIN="1 1")[:2] for _ in range(3)]
     assert ends == [(CRASHED, True), (CRASHED, True), (CRASH_LOOP, False)]
     assert attempt(TRAIN="1 1", SLURM_JOB_ID="8")[:2] == (CRASHED, True)  # submitted anew by somebody who has looked
+
+
+def test_a_check_that_never_runs_to_its_end_is_not_started_for_ever(attempt):
+    ends = [attempt(REFUSED="1")[:2] for _ in range(3)]
+    assert ends == [(exit_codes.UNHEALTHY, True), (exit_codes.UNHEALTHY, True), (CRASH_LOOP, False)]
+
+
+def test_a_check_that_ran_at_last_starts_the_count_again(attempt):
+    ends = [attempt(REFUSED="1" if number % 2 else "")[0] for number in range(6)]
+    assert ends == [exit_codes.DONE, exit_codes.UNHEALTHY] * 3
 
 
 def test_a_crash_after_a_new_checkpoint_is_no_loop(attempt):

@@ -104,6 +104,14 @@ def test_every_iteration_ends_once_for_the_policy_so_that_a_teacher_can_be_updat
     assert run.trainer.run() and run.ended == 3
 
 
+def test_engines_keep_their_weights_over_an_evaluation_but_not_over_a_training():
+    run, slept = Run({}, {}, run={"iterations": 2}, rollout={"sleep_while_training": True}, eval={"every": 1}), []
+    run.trainer.parts.evaluate = lambda timer: {}
+    run.trainer.parts.engine.sleep = lambda *, publish_next: slept.append(publish_next)
+    run.trainer.run()
+    assert slept == [False, True, False, True, False]  # an evaluation, then two iterations with one each
+
+
 def test_many_skipped_steps_in_a_row_end_the_run_with_a_checkpoint():
     nothing_finite = {"rollout/nonfinite_samples": 1}  # which counts as a skipped step
     run = Run(*[nothing_finite] * 9, train={"max_skipped_steps": 3}, run={"iterations": 9})

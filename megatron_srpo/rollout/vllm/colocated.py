@@ -66,6 +66,7 @@ class ColocatedEngine:
         self._tokenizer = self._llm.get_tokenizer()
         self._asleep: set[str] = set()  # of SLEEPERS
         self._half_published = False
+        self._dropped = False  # whether the engine sleeps without its weights
         self._verifier = verifier or Verifier(0)
         self.weight_version = 0
 
@@ -82,6 +83,8 @@ class ColocatedEngine:
         """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
         if self._half_published:
             raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
+        if self._dropped:
+            raise RuntimeError("the engine has dropped its weights, because a publish was to come next. Publish first.")
         check_lengths(requests, sampling, self._max_model_len)
         self._wake(*SLEEPERS)
         mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
@@ -166,7 +169,7 @@ class ColocatedEngine:
         if verify:
             self._compare(reports[0])
         self._reset_cache()
-        self.weight_version, self._half_published = version, False
+        self.weight_version, self._half_published, self._dropped = version, False, False
 
     def _compare(self, report: Report) -> None:
         """Every rank compares all engines, so that all ranks raise the same error."""
@@ -185,11 +188,12 @@ class ColocatedEngine:
     def metrics(self) -> dict[str, float]:
         return {}
 
-    def sleep(self) -> None:
-        """Move the weights to the host and drop the cache. On a CPU nothing happens."""
+    def sleep(self, *, publish_next: bool = False) -> None:
+        """See RolloutEngine. The cache is dropped, and the weights move to the host (vLLM's level 1) or are dropped as
+        well (level 2), which saves two copies of them and the host's memory. On a CPU nothing happens."""
         if self._device == "cuda" and not self._asleep:
-            self._llm.sleep(level=1)
-            self._asleep = set(SLEEPERS)
+            self._llm.sleep(level=2 if publish_next else 1)
+            self._asleep, self._dropped = set(SLEEPERS), publish_next
 
     def _wake(self, *parts: str) -> None:
         """Give these parts their memory back, if they sleep."""

@@ -91,7 +91,7 @@ class ServersFollower:
         """Rank 0 has them."""
         return {}
 
-    def sleep(self) -> None:
+    def sleep(self, *, publish_next: bool = False) -> None:
         """Does nothing, as on rank 0."""
 
     def close(self) -> None:
@@ -385,7 +385,7 @@ class ServersEngine:
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
-    def sleep(self) -> None:
+    def sleep(self, *, publish_next: bool = False) -> None:
         """Does nothing: servers have devices of their own."""
 
     def close(self) -> None:
