@@ -11,7 +11,7 @@ from pathlib import Path
 GPUS_PER_NODE = 8
 FIRST_PORT, PORTS = 20000, 10000  # below the range from which systems give ports to whoever asks
 SITE_SETTINGS = "slurm/site.env"
-OVERLAYS = ("--benchmark", "--method")  # --benchmark NAME adds the keys of configs/benchmark/NAME.toml
+OVERLAYS = ("--model", "--benchmark", "--method")  # --benchmark NAME adds the keys of configs/benchmark/NAME.toml
 
 
 class BrokenJob(Exception):
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str]) -> Options:
             config = token
         else:
             raise BrokenJob(
-                f"{token}: no such argument. After the script come --benchmark NAME, --method NAME, "
+                f"{token}: no such argument. After the script come --model NAME, --benchmark NAME, --method NAME, "
                 "--rollout-nodes K, --dry-run, and keys of the configuration, --section.key VALUE; sbatch's own "
                 "options stand before the script"
             )
@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _overlay(option: str, name: str) -> str:
-    """The file that --benchmark or --method names. Raises BrokenJob."""
+    """The file that --model, --benchmark or --method names. Raises BrokenJob."""
     folder = Path("configs") / option.lstrip("-")
     names = sorted(path.stem for path in folder.glob("*.toml"))
     if name not in names:

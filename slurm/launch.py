@@ -1,7 +1,8 @@
-"""The batch script's program: python slurm/launch.py CONFIG [--benchmark NAME] [--method NAME] [--dry-run]
-[--rollout-nodes K] [--section.key VALUE …].
+"""The batch script's program: python slurm/launch.py CONFIG [--model NAME] [--benchmark NAME] [--method NAME]
+[--dry-run] [--rollout-nodes K] [--section.key VALUE …].
 
---benchmark and --method add the keys of configs/benchmark/NAME.toml and configs/method/NAME.toml.
+--model, --benchmark and --method add the keys of configs/model/NAME.toml, configs/benchmark/NAME.toml and
+configs/method/NAME.toml, in this order.
 
 In a job it checks the configuration and the nodes, trains, and ends as docs/slurm.md says. With --dry-run, or
 DRY_RUN=1, it prints the commands of every node; --nodes N then says for how many.

@@ -139,3 +139,19 @@ def test_a_base_alone_is_srpo_on_chemistry():
     for base, order in itertools.product(BASES, ([], ["benchmark/chemistry", "method/srpo"])):
         files = [base, *(ROOT / f"configs/{name}.toml" for name in order)]
         assert load_config(files) == load_config(base)
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}  # fmt: skip
+
+
+def test_llama_is_one_more_file_and_its_scaled_rotary_embedding_is_accepted():
+    base = ROOT / "examples/science/srpo_qwen3_8b.toml"
+    config = load_config([base, ROOT / "configs/model/llama_3_1_8b.toml", ROOT / "configs/method/grpo.toml"])
+    assert (config.run.name, config.data.chat_template_kwargs) == ("llama-3.1-8b-chemistry-grpo", {})
+    check(config, LLAMA_8B, 8)
