@@ -98,10 +98,12 @@ class CollapseAlarm:
         return early or length < self._config.train.collapse_share
 
     def _fallen(self) -> str:
+        low = max(EARLY_LENGTH, self._config.train.collapse_share)
         fallen = [
-            f"{WATCHED[name][0]} {history.highest:.3g} → {history.mean:.3g} {WATCHED[name][1]} ({history.share:.0%})"
+            f"{WATCHED[name][0]} {_short(history.highest)} → {_short(history.mean)} {WATCHED[name][1]} "
+            f"({history.share:.0%})"
             for name, history in self._histories.items()
-            if history.share < EARLY_LENGTH
+            if history.share < low
         ]
         return f"responses collapse. Means of {WINDOW} iterations, the highest and now: {', '.join(fallen)}."
 
@@ -125,6 +127,10 @@ class CollapseAlarm:
         if getattr(algorithm, "distill_iterations", None) == 0:
             helps.append(f"algorithm.distill_iterations (fewer than {iteration}: reinforce afterwards)")
         return f"What helps: {'; '.join(helps or ['a reward that looks at more than the final answer'])}."
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _restored(saved: object) -> History:

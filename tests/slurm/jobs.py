@@ -19,8 +19,8 @@ TINY = {
     "rollout.rollout_batch_size": "2", "rollout.n_samples_per_prompt": "4", "rollout.max_response_length": "4",
     "rollout.enforce_eager": "true", "rollout.cpu_kv_cache_gib": "0.25", "algorithm.distillation_topk": "20",
     "teacher.max_prompt_length": "128", "train.prompts_per_mini_batch": "2", "train.max_tokens_per_gpu": "256",
-    "reward.workers": "1", "eval.every": "0", "checkpoint.every": "1", "observe.wandb": "false",
-    "observe.tensorboard": "false", "observe.progress": "plain",
+    "optimizer.warmup_steps": "0", "reward.workers": "1", "eval.every": "0", "checkpoint.every": "1",
+    "observe.wandb": "false", "observe.tensorboard": "false", "observe.progress": "plain",
 }  # fmt: skip
 SITE = """
 SRPO_RANKS_PER_NODE=1

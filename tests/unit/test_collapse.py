@@ -50,6 +50,11 @@ def test_shrinking_responses_give_one_warning_that_names_what_falls_and_what_hel
         assert cure in warning
 
 
+def test_long_responses_are_told_in_whole_tokens():
+    (warning,), _ = watch([seen(12345.4, 12345.4)] * 10 + [seen(4000, 4000)] * 10)
+    assert "response length 12345 → 5669 tokens (46%)" in warning
+
+
 def test_lengths_that_halve_again_are_told_again():
     said, _ = watch([seen(length, length) for length in [400.0] * 10 + [120.0] * 20 + [30.0] * 20])
     assert ["response length 400" in said[0], "response length 120" in said[1], len(said)] == [True, True, 2]
@@ -88,7 +93,9 @@ def test_responses_of_which_none_is_correct_any_more_are_still_watched():
 def test_the_share_is_configuration_and_zero_switches_it_off():
     series = [seen(length, length) for length in [100.0] * 10 + [60.0] * 20]
     assert watch(series) == ([], [])
-    assert len(watch(series, train={"collapse_share": 0.7})[0]) == 1
+    for share in (0.7, 0.9):  # above 0.75 too the warning names what falls
+        (warning,), _ = watch(series, train={"collapse_share": share})
+        assert "response length 100 → " in warning
     assert watch([seen(100, 100)] * 10 + [seen(1, 1)] * 20, train={"collapse_share": 0}) == ([], [])
 
 

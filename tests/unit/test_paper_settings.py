@@ -63,6 +63,7 @@ OWN_BETA = {"algorithm.entropy_beta": -1}  # in a file: the algorithm's own valu
 SDPO_REPOSITORY = {
     "data.shuffle": True,
     "algorithm.success_reward_threshold": 0.5,
+    "algorithm.use_feedback": False,
     "algorithm.clip_ratio_low": 0.2,
     "algorithm.dual_clip": 3.0,
     "algorithm.distillation_tail": True,
