@@ -24,7 +24,8 @@ class RoutingReport:
 
     groups: list[Group] = field(default_factory=list)
     available: int = 0  # attempts with something to show a teacher
-    truncated: int = 0  # teacher prompts whose demonstration was shortened
+    taught: int = 0  # attempts for which a teacher prompt was built
+    truncated: int = 0  # those of them whose demonstration was shortened
     unfit: int = 0  # attempts whose teacher prompt did not fit at any length
     nonfinite: list[str] = field(default_factory=list)  # attempts left out as the engine's log-probs are not finite
     failed: list[str] = field(default_factory=list)  # attempts whose reward could not be had, and why
@@ -74,6 +75,8 @@ class RoutingReport:
             "srpo/all_right_groups": sum(all(group) for group in correct),
             "srpo/teacher_prompt_truncated": self.truncated,
             "srpo/teacher_prompt_unfit": self.unfit,
+            "srpo/teacher_prompt_truncated_fraction": self.truncated / max(1, self.taught),
+            "srpo/teacher_prompt_unfit_fraction": self.unfit / max(1, self.taught + self.unfit),
         }
 
 

@@ -88,6 +88,7 @@ def _credits(
             attempt.teachable = len(fitting) == len(shown)
             if attempt.teachable:
                 taught[i] = fitting
+                report.taught += 1
                 report.truncated += any(prompt.truncated for prompt in fitting)
             else:
                 report.unfit += 1

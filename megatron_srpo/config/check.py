@@ -66,8 +66,20 @@ def distils(config: Config) -> bool:
 
 
 def teacher_prompt_length(config: Config) -> int:
-    """Tokens of the longest enriched prompt: teacher.max_prompt_length, resolved."""
+    """Tokens of the longest enriched prompt: teacher.max_prompt_length, or what 0 stands for without the templates."""
     return config.teacher.max_prompt_length or config.data.max_prompt_length + config.rollout.max_response_length
+
+
+def teacher_prompt_limit(config: Config, hf_config: HfConfig, words: int) -> int:
+    """As `teacher_prompt_length`. If teacher.max_prompt_length is 0, `words` tokens of the templates are added as far
+    as a packed row and the model's positions have room for them."""
+    longest, parallel = teacher_prompt_length(config), config.parallel
+    if config.teacher.max_prompt_length:
+        return longest
+    multiple = 2 * parallel.context_parallel_size * parallel.tensor_model_parallel_size  # rows are padded to it at most
+    row = config.row_budget - config.row_budget % multiple
+    room = min(row, ModelShape.from_hf(hf_config).max_positions) - config.rollout.max_response_length
+    return max(longest, min(longest + words, room))
 
 
 def optimizer_steps(config: Config) -> int:

@@ -301,6 +301,8 @@ def test_the_report_measures_what_was_routed():
             "srpo/all_right_groups": 1,
             "srpo/teacher_prompt_truncated": 2,
             "srpo/teacher_prompt_unfit": 0,
+            "srpo/teacher_prompt_truncated_fraction": 1.0,
+            "srpo/teacher_prompt_unfit_fraction": 0.0,
             "critic/score/mean": 0.5,
             "critic/score/max": 1,
             "critic/score/min": 0,
