@@ -56,7 +56,23 @@ class RoutingReport:
             **_rewards(attempts, len(self.failed)),
             **_advantages(samples),
             **_lengths(attempts),
+            **self._by_kind(),
         }
+
+    def _by_kind(self) -> dict[str, float]:
+        """The most important values of each kind of row alone."""
+        found: dict[str, float] = {}
+        for kind in sorted({group.prompt.kind for group in self.groups}):
+            groups = [group for group in self.groups if group.prompt.kind == kind]
+            attempts = [attempt for group in groups for attempt in group.attempts]
+            found |= {
+                f"kind/{kind}/prompts": len(groups),
+                f"kind/{kind}/score": _mean([attempt.reward.score for attempt in attempts]),
+                f"kind/{kind}/accuracy": _mean([attempt.correct for attempt in attempts]),
+                f"kind/{kind}/error_fraction": _mean([attempt.reward.error is not None for attempt in attempts]),
+                f"kind/{kind}/response_length": _mean([attempt.rollout.response_length for attempt in attempts]),
+            }
+        return found
 
     def _branches(self, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> dict[str, float]:
         n = len(samples)
@@ -88,6 +104,7 @@ def _rewards(attempts: Sequence[Attempt], failed: int) -> dict[str, float]:
         "critic/score/max": max(scores),
         "critic/score/min": min(scores),
         "critic/score/std": math.sqrt(_mean([(score - mean) ** 2 for score in scores])),
+        "reward/accuracy": _mean([attempt.correct for attempt in attempts]),
         "reward/errors": failed,
         "reward/error_fraction": failed / len(attempts),
     }

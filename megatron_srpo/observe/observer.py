@@ -10,7 +10,7 @@ from megatron_srpo.core.protocols import State
 from megatron_srpo.core.records import Group
 from megatron_srpo.observe.metrics import METRICS_FILE, JsonlWriter
 from megatron_srpo.observe.progress import open_progress
-from megatron_srpo.observe.rollouts import groups_record
+from megatron_srpo.observe.rollouts import Decode, groups_record
 from megatron_srpo.observe.trackers import Trackers
 from megatron_srpo.observe.watches import watches
 
@@ -21,11 +21,12 @@ class Observer:
     """Logs to metrics.jsonl, rollouts.jsonl, the trackers and the terminal. Nothing that goes wrong here stops
     training.
 
-    `start_step`: iterations that an earlier process has finished; what was logged after them is dropped.
+    `start_step`: iterations that an earlier process has finished; what was logged after them is dropped. `decode`: the
+    text of the tokens of a teacher's prompt.
     """
 
-    def __init__(self, config: Config, *, start_step: int = 0) -> None:
-        self._watches = watches(config)
+    def __init__(self, config: Config, *, start_step: int = 0, decode: Decode = lambda ids: "") -> None:
+        self._watches, self._decode = watches(config), decode
         self._progress = open_progress(
             config.observe.progress, name=config.run.name, total=config.run.iterations, start=start_step
         )
@@ -64,7 +65,7 @@ class Observer:
 
     def record(self, step: int, groups: Sequence[Group]) -> None:
         """Record what became of every response of one iteration."""
-        self._rollouts.log(step, {"groups": groups_record(groups, self._texts)})
+        self._rollouts.log(step, {"groups": groups_record(groups, self._texts, self._decode)})
 
     def message(self, text: str) -> None:
         """A line for the user that does not disturb the display."""

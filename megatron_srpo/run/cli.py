@@ -90,10 +90,14 @@ def evaluate(
     ] = None,
     hf: Annotated[Path | None, typer.Option(metavar="DIR", help="A Hugging Face folder.")] = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="Which data file: train or test.")] = "test",
+    responses: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the responses go: run.output_dir/eval/SPLIT.jsonl.")
+    ] = None,
 ) -> int:
     """Evaluate: avg@k, pass@k and maj@k on a split, with k = eval.n_samples. Any key can be set: --section.key VALUE.
 
-    Without torchrun it runs as one process, whatever layout the configuration has.
+    It takes all prompts of the split, whatever eval.max_prompts the file has; --eval.max_prompts N takes the first N.
+    Without a launcher it runs as one process, whatever layout the configuration has.
     """
     if (checkpoint is None) == (hf is None):
         raise UserError("eval: expected one of --checkpoint DIR and --hf DIR, got " + ("both" if hf else "neither"))
@@ -104,12 +108,16 @@ def evaluate(
         overrides += ["--model.path", str(hf)]
     if "RANK" not in os.environ:
         overrides += one_process(overrides)
+    if "eval.max_prompts" not in named_keys(overrides):
+        overrides += ["--eval.max_prompts", "0"]
     settings = load_config(config, overrides)
     check_run(settings, splits=(split,))
+    file = responses or Path(settings.run.output_dir) / "eval" / f"{split}.jsonl"
+    _make_folder(file.parent)
     run_alone()
     from megatron_srpo.run import launch
 
-    return launch.evaluate(settings, checkpoint=checkpoint, split=split)
+    return launch.evaluate(settings, checkpoint=checkpoint, split=split, responses=file)
 
 
 @app.command()
@@ -265,8 +273,24 @@ def one_process(given: Sequence[str]) -> list[str]:
         "parallel.sequence_parallel": "false",
         "rollout.tensor_parallel_size": "1",
     }
-    named = {token.removeprefix("--").partition("=")[0] for token in given}
+    named = named_keys(given)
     return [part for key, value in layout.items() if key not in named for part in (f"--{key}", value)]
+
+
+def named_keys(given: Sequence[str]) -> set[str]:
+    """The keys that overrides set."""
+    return {token.removeprefix("--").partition("=")[0] for token in given}
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of the responses before anything is generated. UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(folder, os.W_OK | os.X_OK) else "this user may not write there"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise UserError(f"eval: the responses cannot be written to {folder}: {problem}. Name a file: --responses FILE")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_srpo.config import Config
@@ -58,18 +59,25 @@ def training_sampling(config: Config) -> SamplingSettings:
 
 
 class Evaluator:
-    """Samples k answers to every held-out prompt and scores them. `prompts` is the same on every rank."""
+    """Samples k answers to every held-out prompt and scores them. `prompts` is the same on every rank. `keep` gets the
+    scored groups on rank 0."""
 
-    def __init__(self, config: Config, engine: RolloutEngine, prompts: list[Prompt], scorer: Scorer) -> None:
+    def __init__(
+        self, config: Config, engine: RolloutEngine, prompts: list[Prompt], scorer: Scorer,
+        keep: Callable[[list[Group]], None] = lambda groups: None,
+    ) -> None:  # fmt: skip
         settings = config.eval
         requests = Requests(config.run.seed, settings.n_samples)
         sampling = replace(training_sampling(config), temperature=settings.temperature, top_p=settings.top_p)
         self._generate = GroupGenerator(engine, scorer, requests, sampling)
         self._same = scorer.same_answers
-        self._prompts = prompts[: settings.max_prompts] if settings.max_prompts else prompts
+        self._prompts, self._keep = prompts, keep
         self._samples = settings.n_samples
 
     def __call__(self, timer: Timer) -> dict[str, float]:
         """Metrics on rank 0, {} on the other ranks."""
         groups = self._generate(self._prompts, EVALUATION, 0, timer)
-        return accuracy_metrics(groups, k=self._samples, same=self._same) if groups else {}
+        if not groups:
+            return {}
+        self._keep(groups)
+        return accuracy_metrics(groups, k=self._samples, same=self._same)

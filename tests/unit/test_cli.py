@@ -177,7 +177,21 @@ def test_eval_without_torchrun_folds_the_layout_into_one_process(run_file, launc
     [(name, config, options, _)] = launch.calls
     assert (name, config.eval.n_samples) == ("evaluate", 4)
     assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (1, False)
-    assert options == {"checkpoint": Path("some/run"), "split": "test"}
+    responses = Path(config.run.output_dir) / "eval" / "test.jsonl"
+    assert options == {"checkpoint": Path("some/run"), "split": "test", "responses": responses}
+    assert responses.parent.is_dir()
+
+
+@pytest.mark.parametrize(("given", "taken"), [([], 0), (["--eval.max_prompts=1"], 1)])
+def test_eval_takes_all_prompts_unless_the_command_line_limits_them(run_file, launch, given, taken):
+    run_file.write_text(run_file.read_text() + "\n[eval]\nmax_prompts = 2\n")
+    assert cli.main(["eval", str(run_file), "--checkpoint", "x", *given]) == 0
+    assert launch.calls[0][1].eval.max_prompts == taken
+
+
+def test_eval_refuses_a_place_for_responses_that_cannot_be_written(run_file, launch, capfd):
+    assert cli.main(["eval", str(run_file), "--checkpoint", "x", "--responses", f"{run_file}/a.jsonl"]) == 2
+    assert "the responses cannot be written to" in capfd.readouterr().err and launch.calls == []
 
 
 def test_eval_under_torchrun_keeps_the_layout(run_file, launch, monkeypatch):

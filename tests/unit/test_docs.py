@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -115,3 +116,37 @@ def test_a_page_with_mistakes_is_found(tmp_path):
     assert missing_files(page) == ["core/absent.py", "core/disk.py::absent"]
     assert unknown_commands(page) == ["make nothing", "fly", "tools.absent"]
     assert unknown_keys(page) == ["run.absent"]
+
+
+METRIC = re.compile(
+    r"(?:actor|critic|srpo|rollout|rollout_corr|perf|timing_s|forward|eval|reward|data|response_length|teacher|moe|kind)"
+    r"(?:/[\w@<>]+)+"
+)
+METRIC_PLACES = ("algorithms", "batching", "losses", "mcore", "observe", "plan", "rollout", "run")
+
+
+def metrics_of_the_code() -> set[str]:
+    """Every metric that the package names, with <> for what an f-string fills in."""
+    found = set()
+    for file in (file for place in METRIC_PLACES for file in (PACKAGE / place).rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        found |= {name for node in nodes if node not in parts and METRIC.fullmatch(name := _text(node))}
+    return found
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        parts = [str(part.value) if isinstance(part, ast.Constant) else "<>" for part in node.values]
+        return re.sub(r"^<>/(?=[a-z_]+(@<>)?$)", "eval/", "".join(parts))  # the prefix of an evaluation's values
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def test_the_glossary_explains_every_metric_of_the_code_and_no_other():
+    cells = re.findall(r"^\| (.+?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if METRIC.fullmatch(name)}
+    explained = {re.sub(r"<\w+>", "<>", name) for name in named}
+    code = metrics_of_the_code() - {"eval/<>"}  # the prefix of the values of one kind
+    patterns = [re.compile(re.escape(name).replace("<>", r"(?:\w+|<>)")) for name in explained]
+    assert {name for name in code if not any(pattern.fullmatch(name) for pattern in patterns)} == set()
+    assert explained - code == {"eval/<>/accuracy"}  # made from that prefix
