@@ -1,7 +1,7 @@
 """Compares one model in transformers, Megatron and vLLM: shows the largest difference and the first layer that differs.
 
     python tools/compare_logits.py --hf DIR --prompt "What is 2 + 2?"
-    torchrun --nproc-per-node 2 tools/compare_logits.py --hf DIR --tensor-model-parallel-size 2 --prompts FILE
+    python -m megatron_srpo.torchrun --nproc-per-node 2 tools/compare_logits.py … --tensor-model-parallel-size 2
     python tools/compare_logits.py --hf DIR --megatron CHECKPOINT --no-vllm --token-ids 1,2,3
 
 Exit codes: 0 all agree, 1 they do not, 2 a mistake. See docs/conversion.md.
@@ -120,7 +120,10 @@ def _refuse(hf: Path, config: Config) -> None:
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if not problems and started % needed:
-        problems = [f"the layout takes {needed} ranks and {started} started: torchrun --nproc-per-node {needed} …"]
+        problems = [
+            f"the layout takes {needed} ranks and {started} started: "
+            f"python -m megatron_srpo.torchrun --nproc-per-node {needed} …"
+        ]
     if problems:
         raise ConfigError(listed("this comparison", problems))
     with WeightFolder(hf) as weights:  # files and headers: transformers would raise anything

@@ -1,7 +1,7 @@
 """A Hugging Face folder as a checkpoint in Megatron's own sharded format, in the chunks of the given layout.
 
     python tools/convert_hf_to_megatron.py --hf DIR --out DIR --tensor-model-parallel-size 4
-    torchrun --nproc-per-node 8 tools/convert_hf_to_megatron.py …     the same, quicker
+    python -m megatron_srpo.torchrun --nproc-per-node 8 tools/convert_hf_to_megatron.py …    the same, quicker
 
 One process converts for all ranks of the layout, a tensor at a time. See docs/conversion.md.
 """

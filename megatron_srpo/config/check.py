@@ -391,8 +391,8 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
         needed = math.lcm(copies, engine) * math.ceil(world_size / math.lcm(copies, engine))
         yield (
             f"parallel: one copy of the model takes tensor {tp} × pipeline {pp} × context {cp} = {copies} ranks, but "
-            f"{started}; start a multiple of {copies} (torchrun --nproc-per-node {needed} -m megatron_srpo …), or "
-            "lower a size"
+            f"{started}; start a multiple of {copies} (python -m megatron_srpo.torchrun --nproc-per-node {needed} "
+            "-m megatron_srpo …), or lower a size"
         )
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if world_size % (ep * etp * pp) and world_size % copies == 0:

@@ -49,7 +49,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="SRPO on Megatron Core and vLLM. Train with: torchrun --nproc-per-node N -m megatron_srpo train CONFIG.toml",
+    help="SRPO on Megatron Core and vLLM. Train with: "
+    "python -m megatron_srpo.torchrun --nproc-per-node N -m megatron_srpo train CONFIG",
 )
 
 
@@ -325,12 +326,14 @@ def message_for_user(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT", "?")
-        return f"port {port} is in use on this machine: choose another, torchrun --master-port N"
+        return (
+            f"port {port} is in use on this machine: choose another: python -m megatron_srpo.torchrun --master-port N"
+        )
     problem = disk_problem(error)
     if problem:
         return f"{problem}. Make room, or choose another run.output_dir."
     if lost_rank(error):
-        return "another rank of this run has ended; what it said is above, or in torchrun's report"
+        return "another rank of this run has ended; what it said is above"
     return None
 
 
