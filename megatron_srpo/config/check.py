@@ -82,6 +82,15 @@ def teacher_prompt_limit(config: Config, hf_config: HfConfig, words: int) -> int
     return max(longest, min(longest + words, room))
 
 
+def smallest_world(config: Config) -> int:
+    """The smallest number of training ranks that the layout allows."""
+    parallel = config.parallel
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    engine = config.rollout.tensor_parallel_size if config.rollout.placement == "colocated" else 1
+    return math.lcm(copy, experts * parallel.pipeline_model_parallel_size, engine)
+
+
 def optimizer_steps(config: Config) -> int:
     """Of the whole run."""
     batch = config.rollout.rollout_batch_size

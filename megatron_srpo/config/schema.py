@@ -82,7 +82,8 @@ class DataConfig(Section):
     test: str | list[str] = []
     """Held-out data for evaluation: one or several .jsonl or .parquet files."""
     prompt_key: str = "prompt"
-    """Field of a row with the prompt: a string, or a list of chat messages."""
+    """Field of a row with the prompt: a string, or a list of chat messages. In this key and the other keys of fields,
+    dots lead into objects, for example reward_model.ground_truth."""
     answer_key: str = "answer"
     """Field of a row with the answer that the reward function compares with."""
     kind_key: str = "kind"

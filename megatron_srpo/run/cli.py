@@ -1,4 +1,4 @@
-"""The command line: train, eval, serve, plan, checkpoints, doctor, report.
+"""The command line: train, eval, check, serve, plan, checkpoints, doctor, report.
 
 Exit codes (core/exit_codes.py): 0 done; 1 the doctor found something missing, or a defect, which is shown with its
 traceback; 2 a mistake of the user, which one rank reports in one message; 75 stopped by SIGUSR1, to be started again;
@@ -12,6 +12,7 @@ shown. So are a port in use and a disk that does not take more. Everything else 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -27,6 +28,8 @@ from typing import Annotated, Protocol, runtime_checkable
 
 import typer
 
+from megatron_srpo import __version__
+from megatron_srpo.commands import TOOLS
 from megatron_srpo.config import Config, contradictions, listed, load_config, nearest_key, read_model_folder
 from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.atomic import remove_leftovers
@@ -36,7 +39,8 @@ from megatron_srpo.core.text import visible
 from megatron_srpo.run import stopping
 from megatron_srpo.run.output_lock import OutputLock
 
-PACKAGE = "megatron_srpo"
+PACKAGE, SCRIPT = "megatron_srpo", "megatron-srpo"
+COMPLETION = "_MEGATRON_SRPO_COMPLETE"  # typer's name of the variable for SCRIPT
 TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set this variable to see tracebacks of users' mistakes too
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names the file from which torchrun's report takes its text
 # Rank 0 prints an error at once, and torchrun then ends the other ranks. Another rank that failed waits this long
@@ -46,7 +50,7 @@ SPEAK_AFTER_SECONDS = 5.0
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Connection refused|ncclRemoteError|remote process exited")
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="SRPO on Megatron Core and vLLM. Train with: "
@@ -64,6 +68,21 @@ class CommandLineError(Protocol):
 SPLITS = ("train", "test")
 TOOL_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # they end a tool in tools/ in the same way as Ctrl-C
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's TOML file.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{PACKAGE} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """SRPO on Megatron Core and vLLM."""
 
 
 @app.command()
@@ -119,6 +138,27 @@ def evaluate(
     from megatron_srpo.run import launch
 
     return launch.evaluate(settings, checkpoint=checkpoint, split=split, responses=file)
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    config: ConfigFile,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Training GPUs, for the memory; one copy of the model.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, b200, gb200, h20, a100.")] = "h100",
+) -> int:
+    """Show what a run would train on: prompts, teacher prompts, rewards of made-up responses, memory. Needs no GPU.
+
+    Any key can be set: --section.key VALUE. The exit code is 2 if the run could not learn.
+    """
+    settings = load_config(config, context.obj, tell=print)
+    check_run(settings, splits=("train", "test") if settings.data.test else ("train",), ranks=False)
+    from megatron_srpo.config.check import smallest_world
+    from megatron_srpo.run.check_command import check as check_data
+
+    return check_data(settings, gpus=gpus or smallest_world(settings), gpu=gpu)
 
 
 @app.command()
@@ -298,13 +338,17 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the command line into (the command's own arguments, the overrides of the configuration).
 
     An option with a dot in its name is an override, wherever it stands. Its value is the next argument, unless the
-    option contains "=".
+    option contains "=". Hydra's spelling section.key=VALUE, or +section.key=VALUE, is one too.
     """
     own: list[str] = []
     overrides: list[str] = []
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
+        hydra = re.fullmatch(r"\+{0,2}([a-z_]\w*(\.\w+)+=.*)", token, re.DOTALL)
+        if hydra and not (own and own[-1].startswith("--")):
+            overrides.append(f"--{hydra[1]}")
+            continue
         if not re.match(r"--[^=]*\.", token):
             own.append(token)
             continue
@@ -398,15 +442,40 @@ def _run(command: Callable[[], int]) -> int:
         return _fail(text, secondary=lost_rank(error))
 
 
+def _add_tool(name: str, text: str) -> None:
+    """List a command of megatron_srpo.commands. `main` runs it, with all its arguments."""
+
+    def tool(context: typer.Context) -> int:
+        return run_command(name, context.args)
+
+    app.command(name, help=text, add_help_option=False, context_settings={"ignore_unknown_options": True})(tool)
+
+
+for _name, _text in TOOLS.items():
+    _add_tool(_name, _text)
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Run a command of megatron_srpo.commands; returns the exit code."""
+    module = importlib.import_module(f"{PACKAGE}.commands.{name.replace('-', '_')}")
+    return module.main(list(arguments))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in TOOLS:
+        return run_command(given[0], given[1:])
     stopping.hold_requeue()
     stopping.end_with_launcher()
-    own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    own, overrides = split_overrides(given)
     command = typer.main.get_command(app)
+    if COMPLETION in os.environ:  # the shell asks, by the script that --install-completion wrote
+        command.main([], prog_name=SCRIPT)
+    name = SCRIPT if Path(sys.argv[0]).name == SCRIPT else f"python -m {PACKAGE}"
 
     def invoke() -> int:  # not typer's own main(), which handles Ctrl-C and errors in another way
-        with command.make_context(f"python -m {PACKAGE}", own or ["--help"], obj=overrides) as context:
+        with command.make_context(name, own or ["--help"], obj=overrides) as context:
             return command.invoke(context)
 
     return _run(invoke)

@@ -32,6 +32,7 @@ ALLOWED = {
     "comparison": BASE | {"batching", "bridge", "mcore", "rollout"},
     "rollout": BASE | {"bridge"},  # engines load and verify what the bridge exports
     "run": EVERYTHING,  # builds the parts and starts them
+    "commands": EVERYTHING,  # each is a program
     "torchrun": {"core", "run"},  # the name by which users start it
     "__main__": {"core", "run"},
 }
