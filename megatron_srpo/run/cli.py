@@ -35,6 +35,7 @@ from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.atomic import remove_leftovers
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.core.installation import is_ours, missing_module
 from megatron_srpo.core.text import visible
 from megatron_srpo.run import stopping
 from megatron_srpo.run.output_lock import OutputLock
@@ -89,7 +90,11 @@ def program(
 def train(context: typer.Context, config: ConfigFile) -> int:
     """Train. Any key of the configuration can be set: --section.key VALUE (docs/configuration.md lists them)."""
     stopping.hold_hangup()
-    settings = load_config(config, context.obj, tell=print if is_driver() else lambda text: None)
+    return train_here(load_config(config, context.obj, tell=print if is_driver() else lambda text: None))
+
+
+def train_here(settings: Config) -> int:
+    """Train on this rank; returns the exit code."""
     check_run(settings, train=True)
     run_alone()
     with (
@@ -133,7 +138,7 @@ def evaluate(
     settings = load_config(config, overrides)
     check_run(settings, splits=(split,))
     file = responses or Path(settings.run.output_dir) / "eval" / f"{split}.jsonl"
-    _make_folder(file.parent)
+    make_folder(file.parent)
     run_alone()
     from megatron_srpo.run import launch
 
@@ -323,7 +328,7 @@ def named_keys(given: Sequence[str]) -> set[str]:
     return {token.removeprefix("--").partition("=")[0] for token in given}
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make the folder of the responses before anything is generated. UserError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -364,7 +369,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def message_for_user(error: BaseException) -> str | None:
     """The message for a mistake that the user can correct; None for a defect, which keeps its traceback.
 
-    A mistake is a UserError, a port in use, a disk that is full or not writable, or the end of another rank.
+    A mistake is a UserError, a port in use, a disk that is full or not writable, a package that is not installed, or
+    the end of another rank.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -376,6 +382,8 @@ def message_for_user(error: BaseException) -> str | None:
     problem = disk_problem(error)
     if problem:
         return f"{problem}. Make room, or choose another run.output_dir."
+    if isinstance(error, ModuleNotFoundError) and not is_ours(error):
+        return missing_module(error)
     if lost_rank(error):
         return "another rank of this run has ended; what it said is above"
     return None

@@ -138,8 +138,16 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
 
 
 def evaluate(config: Config, *, checkpoint: Path | None, split: str, responses: Path) -> int:
-    """Evaluate model.path, or a checkpoint of ours, on a split. Rank 0 prints the metrics as JSON and writes the
-    responses to the file `responses`; an earlier one is set aside."""
+    """`measure`; rank 0 prints the metrics as JSON."""
+    metrics = measure(config, checkpoint=checkpoint, split=split, responses=responses)
+    if metrics:
+        print(json.dumps(metrics, indent=1), flush=True)
+    return 0
+
+
+def measure(config: Config, *, checkpoint: Path | None, split: str, responses: Path) -> dict[str, float]:
+    """Evaluate model.path, or a checkpoint of ours, on a split. Returns the metrics on rank 0, {} on the other ranks.
+    Rank 0 writes the responses to the file `responses`; an earlier one is set aside."""
     with open_session(config) as session, ExitStack() as closing:
         from megatron_srpo import checkpoints
         from megatron_srpo.run.assembly import build_scorer
@@ -161,8 +169,7 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str, responses: 
         metrics = Evaluator(config, engine, prompts, scorer, keep=partial(_write_responses, responses))(timer)
         if control.is_driver:
             role.log.message(f"the responses are in {responses}")
-            print(json.dumps(metrics, indent=1), flush=True)
-    return 0
+    return metrics
 
 
 def _write_responses(file: Path, groups: Sequence[Group]) -> None:

@@ -312,7 +312,7 @@ def test_hydras_spelling_is_an_override_and_a_key_of_another_project_names_ours(
     assert (launch.calls[0][1].optimizer.lr, launch.calls[0][1].rollout.max_num_seqs) == (1e-4, 8)
     assert cli.main(["train", str(run_file), "actor_rollout_ref.rollout.n=8", "trainer.save_freq=5"]) == 2
     told = capfd.readouterr().err
-    assert "--actor_rollout_ref.rollout.n 8: no such key; the nearest is rollout.n_samples_per_prompt" in told
+    assert '--actor_rollout_ref.rollout.n "8": no such key; the nearest is rollout.n_samples_per_prompt' in told
     assert "the nearest is checkpoint.every" in told
     assert cli.split_overrides(["eval", "--hf", "a.b=c"])[0] == ["eval", "--hf", "a.b=c"]
 

@@ -32,9 +32,11 @@ ALLOWED = {
     "comparison": BASE | {"batching", "bridge", "mcore", "rollout"},
     "rollout": BASE | {"bridge"},  # engines load and verify what the bridge exports
     "run": EVERYTHING,  # builds the parts and starts them
+    "api": EVERYTHING,
+    "entry": {"core", "run"},  # the beginning of every program
     "commands": EVERYTHING,  # each is a program
-    "torchrun": {"core", "run"},  # the name by which users start it
-    "__main__": {"core", "run"},
+    "torchrun": {"entry"},  # the name by which users start it
+    "__main__": {"entry"},
 }
 # Foreign packages that only these places may import; everything else is tested without them.
 FOREIGN = {
