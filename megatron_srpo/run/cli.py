@@ -473,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in TOOLS:
-        return run_command(given[0], given[1:])
+        return _run(lambda: run_command(given[0], given[1:]))
     stopping.hold_requeue()
     stopping.end_with_launcher()
     own, overrides = split_overrides(given)
