@@ -2,10 +2,7 @@
 
 import sys
 
-from megatron_srpo.core import streams
-
 if __name__ == "__main__":
-    streams.guard()  # before anything else opens a file
-    from megatron_srpo.run.torchrun import main
+    from megatron_srpo.entry import torchrun
 
-    sys.exit(main())
+    sys.exit(torchrun())

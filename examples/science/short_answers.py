@@ -38,7 +38,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
             row["prompt"].replace  # noqa: B018 - a text
         except (ValueError, TypeError, KeyError, AttributeError):
-            sys.exit(f'{file}, line {number}: expected a JSON object with a text "prompt" (tools/prepare_data.py)')
+            sys.exit(f'{file}, line {number}: expected a JSON object with a text "prompt" (prepare-data writes them)')
         yield row
 
 
@@ -53,13 +53,16 @@ def convert(source: Path, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder that tools/prepare_data.py wrote")
+    parser.add_argument("source", type=Path, help="folder that python -m megatron_srpo prepare-data wrote")
     parser.add_argument("out", type=Path, help="folder to write")
     options = parser.parse_args(arguments)
     try:
         convert(options.source, options.out)
     except FileNotFoundError as error:
-        print(f"short_answers: {error.filename} is not there: run tools/prepare_data.py first", file=sys.stderr)
+        print(
+            f"short_answers: {error.filename} is not there: run python -m megatron_srpo prepare-data first",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -24,7 +24,8 @@ class RoutingReport:
 
     groups: list[Group] = field(default_factory=list)
     available: int = 0  # attempts with something to show a teacher
-    truncated: int = 0  # teacher prompts whose demonstration was shortened
+    taught: int = 0  # attempts for which a teacher prompt was built
+    truncated: int = 0  # those of them whose demonstration was shortened
     unfit: int = 0  # attempts whose teacher prompt did not fit at any length
     nonfinite: list[str] = field(default_factory=list)  # attempts left out as the engine's log-probs are not finite
     failed: list[str] = field(default_factory=list)  # attempts whose reward could not be had, and why
@@ -55,7 +56,23 @@ class RoutingReport:
             **_rewards(attempts, len(self.failed)),
             **_advantages(samples),
             **_lengths(attempts),
+            **self._by_kind(),
         }
+
+    def _by_kind(self) -> dict[str, float]:
+        """The most important values of each kind of row alone."""
+        found: dict[str, float] = {}
+        for kind in sorted({group.prompt.kind for group in self.groups}):
+            groups = [group for group in self.groups if group.prompt.kind == kind]
+            attempts = [attempt for group in groups for attempt in group.attempts]
+            found |= {
+                f"kind/{kind}/prompts": len(groups),
+                f"kind/{kind}/score": _mean([attempt.reward.score for attempt in attempts]),
+                f"kind/{kind}/accuracy": _mean([attempt.correct for attempt in attempts]),
+                f"kind/{kind}/error_fraction": _mean([attempt.reward.error is not None for attempt in attempts]),
+                f"kind/{kind}/response_length": _mean([attempt.rollout.response_length for attempt in attempts]),
+            }
+        return found
 
     def _branches(self, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> dict[str, float]:
         n = len(samples)
@@ -74,6 +91,8 @@ class RoutingReport:
             "srpo/all_right_groups": sum(all(group) for group in correct),
             "srpo/teacher_prompt_truncated": self.truncated,
             "srpo/teacher_prompt_unfit": self.unfit,
+            "srpo/teacher_prompt_truncated_fraction": self.truncated / max(1, self.taught),
+            "srpo/teacher_prompt_unfit_fraction": self.unfit / max(1, self.taught + self.unfit),
         }
 
 
@@ -85,6 +104,7 @@ def _rewards(attempts: Sequence[Attempt], failed: int) -> dict[str, float]:
         "critic/score/max": max(scores),
         "critic/score/min": min(scores),
         "critic/score/std": math.sqrt(_mean([(score - mean) ** 2 for score in scores])),
+        "reward/accuracy": _mean([attempt.correct for attempt in attempts]),
         "reward/errors": failed,
         "reward/error_fraction": failed / len(attempts),
     }

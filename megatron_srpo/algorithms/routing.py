@@ -45,6 +45,8 @@ def route(
             _sample(attempt, group.prompt.uid, prompt_ids, credits[i], taught.get(i, []), algorithm)
             for i, attempt in enumerate(group.attempts)
         ]
+        for i, attempt in enumerate(group.attempts):
+            attempt.why = _why(attempt, algorithm, taught.get(i, []), could_teach=teachers.can_teach(attempt))
         report.add(group)
     algorithm.balance(groups)
     return report
@@ -52,8 +54,30 @@ def route(
 
 def may_count(rollout: Rollout, algorithm: Algorithm) -> bool:
     """Whether it may be in the loss at all; its reward is part of the group's mean in any case."""
-    truncated = algorithm.mask_truncated and rollout.finish_reason == "length"
-    return not truncated and not rollout.stale and bool(np.isfinite(rollout.trained_logprobs).all())
+    return not _left_out(rollout, algorithm)
+
+
+def _left_out(rollout: Rollout, algorithm: Algorithm) -> str:
+    """Why it may not be in the loss; "" if it may."""
+    if algorithm.mask_truncated and rollout.finish_reason == "length":
+        return "cut at rollout.max_response_length"
+    if rollout.stale:
+        return "older than rollout.max_staleness"
+    return "" if np.isfinite(rollout.trained_logprobs).all() else "log-probs are not finite"
+
+
+def _why(attempt: Attempt, algorithm: Algorithm, shown: Sequence[Shown], *, could_teach: bool) -> str:
+    """Why it has its branch. `could_teach`: there was something to show a teacher, whether or not it fitted."""
+    outcome = "correct" if attempt.correct else "wrong"
+    left_out = _left_out(attempt.rollout, algorithm)
+    if left_out:
+        return f"{outcome}, left out: {left_out}"
+    if shown:
+        cut = ", cut to fit" if any(prompt.truncated for prompt in shown) else ""
+        return f"{outcome}, taught by {shown[0].source}{cut}"
+    if not algorithm.needs.teacher or attempt.teachable:
+        return outcome
+    return f"{outcome}, " + ("no teacher prompt fits" if could_teach else "nothing to show a teacher")
 
 
 def _require_finite(group: Group) -> None:
@@ -88,6 +112,7 @@ def _credits(
             attempt.teachable = len(fitting) == len(shown)
             if attempt.teachable:
                 taught[i] = fitting
+                report.taught += 1
                 report.truncated += any(prompt.truncated for prompt in fitting)
             else:
                 report.unfit += 1

@@ -44,6 +44,7 @@ class Shown:
     ids: array[int]
     truncated: bool
     sibling: int | None
+    source: str = ""  # what it shows: a SourceName, or two of them
 
 
 class TeacherSource(Protocol):
@@ -163,7 +164,7 @@ class GroupTeachers:
             "feedback": self._feedback,
             "none": NoDemonstration(),
         }
-        self._sources = [known[name] for name in settings.sources]
+        self._sources = {name: known[name] for name in settings.sources}
         self._contrast = Siblings(group, settings, seed, correct=False) if settings.needs.contrast else None
         self._built: dict[tuple[str | None, str | None], TeacherPromptLike | None] = {}
 
@@ -171,15 +172,16 @@ class GroupTeachers:
         """m_i, unless no prompt fits."""
         if self._contrast is not None and not self._contrast.has_lesson(attempt):
             return False
-        return any(source.has_lesson(attempt) for source in self._sources)
+        return any(source.has_lesson(attempt) for source in self._sources.values())
 
     def prompt(self, attempt: Attempt) -> Shown | None:
         """The teacher's prompt, None if none fits."""
-        having = [source for source in self._sources if source.has_lesson(attempt)]
-        lesson = having[0].lesson(attempt)
-        if self._both and self._feedback in having:
-            lesson = replace(lesson, feedback=self._feedback.lesson(attempt).feedback)
-        shown = self._shown(lesson)
+        having = [name for name, source in self._sources.items() if source.has_lesson(attempt)]
+        shows = having[:1]
+        lesson = self._sources[having[0]].lesson(attempt)
+        if self._both and "feedback" in having[1:]:
+            lesson, shows = replace(lesson, feedback=self._feedback.lesson(attempt).feedback), [*shows, "feedback"]
+        shown = self._shown(lesson, " and ".join(shows))
         if shown is not None and lesson.sibling is not None:
             self._siblings.taught(lesson.sibling)
         return shown
@@ -189,14 +191,14 @@ class GroupTeachers:
         assert self._contrast is not None, "only a method with Needs.contrast has it"
         return self._shown(self._contrast.lesson(attempt))
 
-    def _shown(self, lesson: Lesson) -> Shown | None:
+    def _shown(self, lesson: Lesson, source: str = "") -> Shown | None:
         if lesson == Lesson():
-            return Shown(array("i", self._prompt.token_ids), truncated=False, sibling=None)
+            return Shown(array("i", self._prompt.token_ids), truncated=False, sibling=None, source=source)
         shown = (lesson.solution, lesson.feedback)
         if shown not in self._built:
             self._built[shown] = self._build(self._prompt, *shown)
         built = self._built[shown]
-        return None if built is None else Shown(built.ids, built.truncated, lesson.sibling)
+        return None if built is None else Shown(built.ids, built.truncated, lesson.sibling, source)
 
 
 def stable_hash(*parts: int | str) -> int:

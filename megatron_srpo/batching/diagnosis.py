@@ -17,17 +17,28 @@ def explain_skip(passes: BatchPasses, mini: MiniBatchPlan, control: Control, log
     log.warn(f"iteration {iteration}: the gradient is not finite, the optimiser step was skipped. {cause}")
 
 
+FAILED_PROMPTS = 2  # of one kind in a row, with all their rewards failed, end the run: a single one may be a bad row
+KIND, ERRORS = "kind/", "/error_fraction"
+
+
 class SkippedSteps:
-    """Counts optimiser steps that were skipped one after the other; `limit` of them end the run (0: never)."""
+    """Counts optimiser steps that were skipped one after the other; `limit` of them end the run (0: never). Counts also
+    the prompts of each kind, one after the other, of which every reward failed; a resumed run counts these anew."""
 
     def __init__(self, limit: int, in_a_row: int = 0) -> None:
         self._limit, self.in_a_row = limit, in_a_row
+        self._failed: dict[str, int] = {}  # prompts by kind
 
     def count(self, steps: Sequence[StepStats | None], metrics: Mapping[str, float]) -> None:
         """One iteration's steps; None stands for no step."""
         self.in_a_row = consecutive_skips(self.in_a_row, steps)
         if metrics["rollout/nonfinite_samples"] == metrics["perf/sequences"]:
             self.in_a_row += 1  # there was no step to take
+        for name, share in metrics.items():
+            if name.startswith(KIND) and name.endswith(ERRORS):
+                kind = name.removeprefix(KIND).removesuffix(ERRORS)
+                before = self._failed.get(kind, 0)
+                self._failed[kind] = before + int(metrics[f"{KIND}{kind}/prompts"]) if share == 1 else 0
 
     def reason_to_stop(self, metrics: Mapping[str, float]) -> str:
         """Why going on would be a waste, or ""; the same on all ranks."""
@@ -41,6 +52,13 @@ class SkippedSteps:
                 "not one of its rewards could be had, and a warning above says why. Mend the reward function "
                 "(reward.functions, reward.timeout_seconds); the same command goes on from here"
             )
+        for kind, prompts in self._failed.items():
+            if prompts >= FAILED_PROMPTS:
+                return (
+                    f"not one reward of kind {kind!r} could be had for {prompts} prompts in a row, and a warning above "
+                    f"says why. Mend its function (reward.functions.{kind}, reward.timeout_seconds); the same command "
+                    "goes on from here"
+                )
         return ""
 
 

@@ -66,8 +66,29 @@ def distils(config: Config) -> bool:
 
 
 def teacher_prompt_length(config: Config) -> int:
-    """Tokens of the longest enriched prompt: teacher.max_prompt_length, resolved."""
+    """Tokens of the longest enriched prompt: teacher.max_prompt_length, or what 0 stands for without the templates."""
     return config.teacher.max_prompt_length or config.data.max_prompt_length + config.rollout.max_response_length
+
+
+def teacher_prompt_limit(config: Config, hf_config: HfConfig, words: int) -> int:
+    """As `teacher_prompt_length`. If teacher.max_prompt_length is 0, `words` tokens of the templates are added as far
+    as a packed row and the model's positions have room for them."""
+    longest, parallel = teacher_prompt_length(config), config.parallel
+    if config.teacher.max_prompt_length:
+        return longest
+    multiple = 2 * parallel.context_parallel_size * parallel.tensor_model_parallel_size  # rows are padded to it at most
+    row = config.row_budget - config.row_budget % multiple
+    room = min(row, ModelShape.from_hf(hf_config).max_positions) - config.rollout.max_response_length
+    return max(longest, min(longest + words, room))
+
+
+def smallest_world(config: Config) -> int:
+    """The smallest number of training ranks that the layout allows."""
+    parallel = config.parallel
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    engine = config.rollout.tensor_parallel_size if config.rollout.placement == "colocated" else 1
+    return math.lcm(copy, experts * parallel.pipeline_model_parallel_size, engine)
 
 
 def optimizer_steps(config: Config) -> int:
@@ -379,8 +400,8 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
         needed = math.lcm(copies, engine) * math.ceil(world_size / math.lcm(copies, engine))
         yield (
             f"parallel: one copy of the model takes tensor {tp} × pipeline {pp} × context {cp} = {copies} ranks, but "
-            f"{started}; start a multiple of {copies} (torchrun --nproc-per-node {needed} -m megatron_srpo …), or "
-            "lower a size"
+            f"{started}; start a multiple of {copies} (python -m megatron_srpo.torchrun --nproc-per-node {needed} "
+            "-m megatron_srpo …), or lower a size"
         )
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if world_size % (ep * etp * pp) and world_size % copies == 0:

@@ -41,11 +41,11 @@ def _data_file(file: Path) -> str | None:
     if os.path.isdir(file):  # Path.is_dir raises where a name is too long
         return "is a folder; name its .jsonl, .json or .parquet files"
     if file.suffix.lower() not in DATA_SUFFIXES:
-        return "expected a .jsonl, .json or .parquet file; tools/prepare_data.py makes them from other data"
+        return "expected a .jsonl, .json or .parquet file; python -m megatron_srpo prepare-data makes them"
     if not os.path.exists(file):
         beside = [one.name for one in file.parent.glob("*") if one.suffix.lower() in DATA_SUFFIXES]
         nearest = difflib.get_close_matches(file.name, beside, n=1)
-        hint = f"did you mean {file.parent / nearest[0]}?" if nearest else "see tools/prepare_data.py"
+        hint = f"did you mean {file.parent / nearest[0]}?" if nearest else "see python -m megatron_srpo prepare-data"
         return f"no such file (looked from {Path.cwd()}); {hint}"
     if file.stat().st_size == 0:
         return "is empty; expected one row per line"

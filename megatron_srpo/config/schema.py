@@ -97,7 +97,8 @@ class DataConfig(Section):
     test: str | list[str] = []
     """Held-out data for evaluation: one or several files, as in data.train."""
     prompt_key: str = "prompt"
-    """Field of a row with the prompt: a string, or a list of chat messages."""
+    """Field of a row with the prompt: a string, or a list of chat messages. In this key and the other keys of fields,
+    dots lead into objects, for example reward_model.ground_truth."""
     answer_key: str = "answer"
     """Field of a row with the answer that the reward function compares with."""
     kind_key: str = "kind"
@@ -228,8 +229,9 @@ class TeacherConfig(Section):
     offload: bool = False
     """Keep the weights of the teacher and of the reference in host memory. Useful on GPUs only."""
     max_prompt_length: int = Field(0, ge=0)
-    """Longest teacher prompt in tokens, with the solution and the feedback. 0 means data.max_prompt_length +
-    rollout.max_response_length."""
+    """Longest teacher prompt in tokens, with the solution, the feedback and the words of the templates. A solution that
+    does not fit loses its middle and keeps its end. 0 means data.max_prompt_length + rollout.max_response_length + the
+    words of the templates, as far as train.max_tokens_per_gpu and the model's positions allow."""
     feedback_with_solution: bool = False
     """Show feedback to the teacher even if it sees the solution of a correct sibling. Needs algorithm.use_feedback."""
     template: str = "{question}{solution}{feedback}\n\n{instruction}"

@@ -107,6 +107,7 @@ class Attempt:
     reward: Reward
     correct: bool  # the score is at least algorithm.success_reward_threshold
     teachable: bool = False  # there is something to show a teacher of this attempt; routing finds it out
+    why: str = ""  # why routing gave it its branch, in words for the log: "wrong, taught by sibling"
 
 
 @dataclass(frozen=True)

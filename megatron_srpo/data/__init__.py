@@ -10,7 +10,7 @@
 A mistake of the user is a DataError, which says what was expected, what came, and the cure.
 """
 
-from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows, read_records
+from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows, look_up, read_records
 from megatron_srpo.data.loader import PromptLoader
 from megatron_srpo.data.prompts import hides_system, render_prompts
 from megatron_srpo.data.teacher_prompt import TeacherPrompt, TeacherPromptBuilder, strip_thinking
@@ -27,6 +27,7 @@ __all__ = [
     "hides_system",
     "load_rows",
     "load_tokenizer",
+    "look_up",
     "read_records",
     "render_prompts",
     "strip_thinking",

@@ -109,7 +109,7 @@ def read_records(file: Path) -> Iterator[tuple[str, Any]]:
     suffix = file.suffix.lower()
     if suffix not in JSONL + JSON + PARQUET:
         raise DataError(
-            f"{file}: expected a .jsonl, .json or .parquet file (tools/prepare_data.py converts other data)"
+            f"{file}: expected a .jsonl, .json or .parquet file (python -m megatron_srpo prepare-data makes them)"
         )
     if not file.is_file():
         raise DataError(_missing(file))
@@ -206,7 +206,7 @@ def _example(record: object, row: int, place: str, config: DataConfig) -> Exampl
         raise record
     if not isinstance(record, dict):
         raise _BadRow(f"expected an object with {config.prompt_key!r} and {config.answer_key!r}, got {_type(record)}")
-    messages = _messages(_required(record, "prompt", config.prompt_key), record.get(config.system_key), config)
+    messages = _messages(_required(record, "prompt", config.prompt_key), look_up(record, config.system_key), config)
     answer = _required(record, "answer", config.answer_key)
     if isinstance(answer, str):
         _check_text(answer, config.answer_key)
@@ -214,13 +214,24 @@ def _example(record: object, row: int, place: str, config: DataConfig) -> Exampl
         raise _BadRow(f"{config.answer_key!r} is {answer}: expected text, a number or another JSON value")
     used = {config.prompt_key, config.answer_key, config.kind_key, config.system_key, config.solution_key}
     metadata = {name: value for name, value in record.items() if name not in used}
-    solution = record.get(config.solution_key) if config.solution_key else None
+    solution = look_up(record, config.solution_key) if config.solution_key else None
     text = "" if solution is None else _text(solution, config.solution_key)
     return Example(row, messages, answer, _kind(record, config), metadata, place, text)
 
 
+def look_up(record: object, key: str) -> Any:
+    """The field `key` of a row, or None. If there is no such field, dots lead into objects:
+    reward_model.ground_truth."""
+    if not isinstance(record, dict):
+        return None
+    if key in record:
+        return record[key]
+    first, _, rest = key.partition(".")
+    return look_up(record.get(first), rest) if rest else None
+
+
 def _required(record: dict[str, object], name: str, key: str) -> object:
-    value = record.get(key)
+    value = look_up(record, key)
     if value is None:
         if key in record:
             raise _BadRow(f"{key!r} is null")
@@ -232,7 +243,7 @@ def _required(record: dict[str, object], name: str, key: str) -> object:
 
 
 def _kind(record: dict[str, object], config: DataConfig) -> str:
-    kind = record.get(config.kind_key)
+    kind = look_up(record, config.kind_key)
     kind = config.kind if kind is None or kind == "" else kind
     if not isinstance(kind, str):
         raise _BadRow(f"{config.kind_key!r}: expected the name of a reward, got {_type(kind)}")

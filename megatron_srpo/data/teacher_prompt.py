@@ -2,7 +2,8 @@
 
 A model wrote the demonstration and the feedback, so they are inserted as plain text. They are never formatted, and they
 are encoded separately from the chat template's own text: a `<|im_end|>` inside them is a sequence of letters and does
-not end a turn. For the same reason a demonstration can be cut at any token.
+not end a turn. For the same reason a demonstration can be cut at any token: its middle is left out, because its end is
+usually the answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from megatron_srpo.data.prompts import encode, render_chat
 from megatron_srpo.data.tokenizer import Tokenizer
 
 _THINKING = re.compile("</?think>")
+_GAP = "\n[…]\n"  # stands for the part of a demonstration that was left out
+_WITH_GAP = 4  # a demonstration that is cut to fewer than this many times the tokens of _GAP keeps its end alone
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ class TeacherPrompt:
 class TeacherPromptBuilder:
     """Calling it with (prompt, solution, feedback) gives a TeacherPrompt, or None if nothing can be shown.
 
-    `max_prompt_length` is the limit in tokens of the whole teacher prompt. The check of the configuration has already
-    verified the templates.
+    `limit` is that of the whole teacher prompt, in tokens; it may be changed. The check of the configuration has
+    already verified the templates.
     """
 
-    def __init__(self, tokenizer: Tokenizer, teacher: TeacherConfig, data: DataConfig, max_prompt_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, teacher: TeacherConfig, data: DataConfig, limit: int) -> None:
         self._tokenizer = tokenizer
         self._kwargs = data.chat_template_kwargs
-        self._limit = max_prompt_length
+        self.limit = limit
         self._instruction = teacher.instruction
         self._template = template_pieces("template", teacher.template)
         self._sections = {
@@ -49,11 +52,12 @@ class TeacherPromptBuilder:
             for name in ("solution", "feedback")
         }
         self._untrusted = _UntrustedText(tokenizer, self._control_tokens())
+        self._gap = self._untrusted.encode(_GAP)
         self._check_chat_template()
 
     def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> TeacherPrompt | None:
-        """Removes thinking from the solution. If the prompt is too long, cuts the end of the demonstration, then the
-        end of the feedback, never the question. None if no token of either is left."""
+        """Removes thinking from the solution. If the prompt is too long, cuts the middle of the demonstration, then
+        the end of the feedback, never the question. None if no token of either is left."""
         shown = {"solution": strip_thinking(solution or ""), "feedback": (feedback or "").strip()}
         shown = {name: text for name, text in shown.items() if text and ("field", name) in self._template}
         if not shown:
@@ -61,14 +65,44 @@ class TeacherPromptBuilder:
         pieces = self._pieces(prompt, set(shown))
         fixed = encode(self._tokenizer, [text for kind, text in pieces if kind == "text"])
         inserted = {name: self._untrusted.encode(text) for name, text in shown.items()}
-        room = self._limit - sum(map(len, fixed))
+        room = self.limit - sum(map(len, fixed))
         needed = sum(map(len, inserted.values()))
-        truncated = _cut(inserted, needed - room)
+        truncated = self._cut(inserted, needed - room)
         if not any(inserted.values()) or sum(map(len, inserted.values())) > room:
             return None
         literal = iter(fixed)
         ids = [token for kind, name in pieces for token in (next(literal) if kind == "text" else inserted[name])]
         return TeacherPrompt(array("i", ids), truncated)
+
+    def words(self, *shown: str) -> int:
+        """How many tokens the templates add to a question, with the sections of `shown` ("solution", "feedback"), but
+        without the texts of these."""
+        prompt = Prompt("teacher", ({"role": "user", "content": "question"},), [], "", "")
+        pieces = self._pieces(prompt, {name for name in shown if ("field", name) in self._template})
+        plain = render_chat(self._tokenizer, prompt.messages, self._kwargs, prompt.uid)
+        question, *rest = encode(self._tokenizer, [plain, *(text for kind, text in pieces if kind == "text")])
+        return sum(map(len, rest)) - len(question)
+
+    def _cut(self, inserted: dict[str, list[int]], excess: int) -> bool:
+        """Shorten the solution in its middle, then the feedback at its end, by `excess` tokens. Returns whether
+        anything was cut."""
+        cut = False
+        for name in ("solution", "feedback"):
+            ids = inserted.get(name, [])
+            if excess > 0 and ids:
+                cut = True
+                kept = max(0, len(ids) - excess)
+                excess -= len(ids) - kept
+                ids[:] = self._without_middle(ids, kept) if name == "solution" else ids[:kept]
+        return cut
+
+    def _without_middle(self, ids: list[int], kept: int) -> list[int]:
+        """`kept` tokens: the beginning, the sign of a gap, and the end. In little room only the end."""
+        if kept < _WITH_GAP * len(self._gap):
+            return ids[len(ids) - kept :]
+        head = (kept - len(self._gap)) // 2
+        tail = kept - len(self._gap) - head
+        return ids[:head] + self._gap + ids[len(ids) - tail :]
 
     def _pieces(self, prompt: Prompt, shown: set[str]) -> list[Piece]:
         """The whole chat, as literal text and the places of the untrusted texts in it."""
@@ -161,16 +195,3 @@ def _marks(messages: Sequence[dict[str, str]]) -> dict[str, str]:
     while any(f"SRPO{number}MARK" in message["content"] for message in messages):
         number += 1
     return {name: f"SRPO{number}MARK{name.upper()}" for name in ("solution", "feedback")}
-
-
-def _cut(inserted: dict[str, list[int]], excess: int) -> bool:
-    """Shorten the solution, then the feedback, by `excess` tokens at the end. Returns whether anything was cut."""
-    cut = False
-    for name in ("solution", "feedback"):
-        ids = inserted.get(name, [])
-        if excess > 0 and ids:
-            cut = True
-            kept = max(0, len(ids) - excess)
-            excess -= len(ids) - kept
-            del ids[kept:]
-    return cut

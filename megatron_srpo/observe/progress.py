@@ -96,7 +96,10 @@ def evaluation(metrics: Metrics) -> str:
     if "eval/accuracy" not in metrics:
         return ""
     prompts = f" ({int(float(metrics['eval/prompts']))} prompts)" if "eval/prompts" in metrics else ""
-    return f"held-out accuracy {float(metrics['eval/accuracy']):.3f}{prompts}"
+    accuracy = float(metrics["eval/accuracy"])
+    score = float(metrics.get("eval/score", accuracy))
+    partial = f", mean score {score:.3f}" if abs(score - accuracy) > 1e-9 else ""  # rewards between wrong and right
+    return f"held-out accuracy {accuracy:.3f}{partial}{prompts}"
 
 
 class Progress(Protocol):

@@ -1,30 +1,71 @@
-"""rollouts.jsonl: one line for each iteration; what every response earned, which branch it took and who taught it."""
+"""What became of every response: rollouts.jsonl, with one line for each iteration, and the file that `eval` writes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from pydantic import JsonValue
 
 from megatron_srpo.algorithms.report import branch
-from megatron_srpo.core.records import Group
+from megatron_srpo.core.records import Group, Sample
+
+FEEDBACK = 200  # characters of feedback of a prompt that is not kept whole
+Decode = Callable[[Sequence[int]], str]
 
 
-def groups_record(groups: Sequence[Group], texts: int) -> list[dict[str, JsonValue]]:
-    """One object for each prompt; its lists are by attempt. The first `texts` prompts keep their question and their
-    responses whole."""
-    return [_record(group, whole=number < texts) for number, group in enumerate(groups)]
+def groups_record(groups: Sequence[Group], texts: int, decode: Decode) -> list[dict[str, JsonValue]]:
+    """One object for each prompt of an iteration; its lists are by attempt. The first `texts` prompts keep their
+    question, their responses and the prompts of their teachers whole."""
+    return [_trained(group, whole=number < texts, decode=decode) for number, group in enumerate(groups)]
 
 
-def _record(group: Group, *, whole: bool) -> dict[str, JsonValue]:
-    record: dict[str, JsonValue] = {
-        "uid": group.prompt.uid,
-        "scores": list(group.scores),
+def evaluated_record(group: Group) -> dict[str, JsonValue]:
+    """One prompt of an evaluation, whole."""
+    return _scored(group, whole=True) | _texts(group)
+
+
+def _trained(group: Group, *, whole: bool, decode: Decode) -> dict[str, JsonValue]:
+    record = _scored(group, whole=whole) | {
+        "advantages": [_advantage(sample) for sample in group.samples],
         "branches": [branch(sample) for sample in group.samples],
+        "why": [attempt.why for attempt in group.attempts],
         "teachers": [sample.teacher_sample for sample in group.samples],
-        "lengths": [attempt.rollout.response_length for attempt in group.attempts],
     }
     if whole:
-        record["prompt"] = group.prompt.messages[-1]["content"] if group.prompt.messages else ""
-        record["responses"] = [attempt.rollout.text for attempt in group.attempts]
+        record |= _texts(group)
+        record["teacher_prompts"] = [
+            None if sample.teacher is None else decode(sample.teacher.prompt_ids) for sample in group.samples
+        ]
     return record
+
+
+def _scored(group: Group, *, whole: bool) -> dict[str, JsonValue]:
+    rewards = [attempt.reward for attempt in group.attempts]
+    limit = None if whole else FEEDBACK
+    return {
+        "uid": group.prompt.uid,
+        "kind": group.prompt.kind,
+        "answer": json.loads(json.dumps(group.prompt.answer, default=str)),  # parquet has values that JSON has not
+        "scores": list(group.scores),
+        "correct": [attempt.correct for attempt in group.attempts],
+        "predictions": [reward.prediction for reward in rewards],
+        "feedback": [reward.feedback and reward.feedback[:limit] for reward in rewards],
+        "errors": [reward.error for reward in rewards],
+        "lengths": [attempt.rollout.response_length for attempt in group.attempts],
+        "finish_reasons": [attempt.rollout.finish_reason for attempt in group.attempts],
+    }
+
+
+def _texts(group: Group) -> dict[str, JsonValue]:
+    return {
+        "prompt": group.prompt.messages[-1]["content"] if group.prompt.messages else "",
+        "responses": [attempt.rollout.text for attempt in group.attempts],
+    }
+
+
+def _advantage(sample: Sample) -> float:
+    """Its mean over the trained tokens, if it differs between them."""
+    given = np.asarray(sample.advantage, dtype=np.float64)
+    return float(given.mean()) if given.size else 0.0

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_srpo.algorithms.section import name_of
 from megatron_srpo.config import Config, contradictions, listed
+from megatron_srpo.config.check import teacher_prompt_length
 from megatron_srpo.config.load import to_toml_value
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.plan.layout import Layout
@@ -78,6 +79,50 @@ def configuration(layout: Layout, workload: Workload, model_path: str, hf: Mappi
     if problems:
         raise ConfigError(listed(f"plan: the configuration of {layout.name()}", problems))
     return config
+
+
+def layout_of(config: Config, gpus: int) -> Layout:
+    """The layout of a configuration on `gpus` training GPUs; servers that the run starts have GPUs in addition."""
+    parallel, rollout = config.parallel, config.rollout
+    own = 0 if rollout.placement == "colocated" else rollout.num_servers * rollout.tensor_parallel_size
+    return Layout(
+        gpus + own,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        virtual=parallel.virtual_pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
+        recompute=config.model.recompute,
+        recompute_layers=config.model.recompute_layers,
+        max_tokens=config.train.max_tokens_per_gpu,
+        engine_tensor=rollout.tensor_parallel_size,
+        engine_gpus=own,
+        engine_memory=rollout.gpu_memory_utilization,
+        engine_sleeps=rollout.sleep_while_training,
+        trainer_leaves=config.train.offload_while_generating,
+        shadow_on_host=config.teacher.offload,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
+    )
+
+
+def workload_of(config: Config, *, prompt_mean: int) -> Workload:
+    """The workload of a configuration, with responses that are all as long as they may be."""
+    rollout, longest = config.rollout, config.rollout.max_response_length
+    return Workload(
+        prompts=rollout.rollout_batch_size,
+        samples=rollout.n_samples_per_prompt,
+        prompt_mean=prompt_mean,
+        prompt_max=config.data.max_prompt_length,
+        response_mean=longest,
+        response_max=longest,
+        teacher_prompt_max=teacher_prompt_length(config),
+        distilled=0.3 if config.algorithm.needs.teacher else 0.0,
+        steps=-(-rollout.rollout_batch_size // (config.train.prompts_per_mini_batch or rollout.rollout_batch_size)),
+        topk=config.algorithm.needs.topk,
+        iterations=config.run.iterations,
+    )
 
 
 def as_toml(layout: Layout, workload: Workload, model_path: str, notes: list[str]) -> str:

@@ -76,6 +76,7 @@ def machine_of(name: str, calibration: Path | None = None) -> Machine:
 
     UserError for an unknown name, or a file that is no calibration.
     """
+    name = name if name in MACHINES else name.lower()
     known = {field.name for field in dataclasses.fields(Machine)}
     measured: dict = {}
     if calibration is not None:
@@ -91,6 +92,6 @@ def machine_of(name: str, calibration: Path | None = None) -> Machine:
             raise UserError(f"plan: {calibration} has {', '.join(unknown)}: expected {', '.join(sorted(known))}")
     if name in MACHINES:
         return dataclasses.replace(MACHINES[name], **measured)
-    if measured.get("name") == name:
+    if str(measured.get("name")).lower() == name.lower():
         return Machine(**measured)
     raise UserError(f"plan: no machine {name!r}: expected --gpu {', '.join(MACHINES)}, or one that --calibration names")

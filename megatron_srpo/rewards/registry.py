@@ -1,8 +1,8 @@
 """Finds the reward function of a kind of row.
 
-A reward function is `(response: str, answer, metadata: dict) -> float | tuple | Verdict | Reward`. A built-in kind is
-the name of a file in this folder whose function has the decorator `@register(kind)`. The user's own functions are given
-as "module:function" or "path/file.py:function".
+A reward function is `(response: str, answer, metadata: dict) -> float | tuple | dict | Verdict | Reward`. A built-in
+kind is the name of a file in this folder whose function has the decorator `@register(kind)`. The user's own functions
+are given as "module:function" or "path/file.py:function", and may have verl's or TRL's signature (signatures.py).
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import inspect
 import math
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_srpo.core.errors import UserError
-
-RewardFunction = Callable[[str, Any, dict[str, Any]], Any]
+from megatron_srpo.rewards.signatures import RewardFunction, UnknownSignature, adapted
 
 FEEDBACK_LIMIT = 8192  # characters; the teacher reads the feedback, and its prompt has a limit too
 PREDICTION_LIMIT = 1000  # characters
 PREDICTION_IS_ANSWER = {"math"}  # kinds that can score a response against another response's prediction
 LARGEST_SCORE = 1e12  # larger ones overflow in the sums and squares of fp32, which would spoil the whole batch
 # Other files of this folder.
-_NOT_KINDS = {"answers", "equality", "pool", "process", "reasoning_gym_safety", "registry", "tags", "worker"}
+_NOT_KINDS = {
+    "answers", "equality", "made_up", "pool", "process", "reasoning_gym_safety", "registry", "signatures", "tags",
+    "worker",
+}  # fmt: skip
 _FUNCTIONS: dict[str, RewardFunction] = {}
 
 
@@ -81,8 +82,14 @@ def resolve(kind: str, functions: dict[str, str] | None = None) -> RewardFunctio
 
 
 def as_verdict(result: object) -> Verdict:
-    """A reward function's result as a Verdict. RewardError if it is no reward, or its score is not finite."""
-    if isinstance(result, tuple):
+    """A reward function's result as a Verdict: a number, a tuple or an object with the fields of Verdict, or a dict
+    with `score`, as verl's functions return it. RewardError if it is no reward, or its score is not finite."""
+    if isinstance(result, Mapping):
+        if "score" not in result:
+            raise RewardError(f"expected 'score' in the dict from the reward function, got {sorted(map(str, result))}")
+        found = {"prediction": result.get("pred"), **result}  # verl's name
+        parts = [found.get(name) for name in Verdict._fields]
+    elif isinstance(result, tuple):
         parts = list(result)
     elif hasattr(result, "score"):
         parts = [getattr(result, name, None) for name in Verdict._fields]
@@ -160,21 +167,10 @@ def _by_reference(kind: str, reference: str) -> RewardFunction:
         nearest = difflib.get_close_matches(name, public, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise RewardError(f"reward.functions.{kind}: {where!r} has no function {name!r}.{hint}")
-    _check_signature(kind, reference, function)
-    return function
-
-
-def _check_signature(kind: str, reference: str, function: Callable) -> None:
-    if inspect.iscoroutinefunction(function):
-        raise RewardError(f"reward.functions.{kind}: {reference!r} is async; expected a plain function")
     try:
-        inspect.signature(function).bind("response", "answer", {})
-    except TypeError:
-        raise RewardError(
-            f"reward.functions.{kind}: {reference!r} cannot be called as function(response, answer, metadata)"
-        ) from None
-    except ValueError:
-        pass  # a builtin without a signature
+        return adapted(kind, function)
+    except UnknownSignature as problem:
+        raise RewardError(f"reward.functions.{kind}: {reference!r} {problem}") from None
 
 
 def _load_file(path: Path) -> ModuleType:

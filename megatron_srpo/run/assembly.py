@@ -13,6 +13,7 @@ from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import BUCKET_MIB, Config, read_model_folder, save_resolved
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
+from megatron_srpo.run.evaluation import chosen_prompts
 from megatron_srpo.run.generation import Evaluator
 from megatron_srpo.run.roles import Role
 from megatron_srpo.run.session import Session
@@ -121,7 +122,9 @@ def build_parts(
         agreement = check_start(config, control, engine, policy, objective, sample)
         for line in filter(None, (agreement, routing_note(hf))):
             role.log.message(line)
-    test = control.share(lambda: role.prompts("test"))
+    test, chosen = chosen_prompts(control.share(lambda: role.prompts("test")), config.eval, "test")
+    if config.eval.every:
+        role.log.message(chosen)
     control.share(lambda: role.open_log(start, state.get("observer", {})))
     source = role.source(control, engine, scorer, start=start, dp_size=topology.dp_size, padding=policy.padding)
     parts = Components(

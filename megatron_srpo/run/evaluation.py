@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import compress
 
+from megatron_srpo.config.schema import EvalConfig
 from megatron_srpo.core.records import Attempt, Group, Prompt
 
 Pair = tuple[Prompt, str, str]  # a prompt, a response to it, and the prediction of another response
@@ -11,24 +14,54 @@ SameAnswers = Callable[[Sequence[Pair]], list[bool]]
 
 
 def accuracy_metrics(groups: Sequence[Group], *, k: int, same: SameAnswers | None = None) -> dict[str, float]:
-    """Means over prompts. avg@k: share of correct answers; pass@k: any answer is correct; maj@k: the answer that occurs
-    most often is correct; ties go to the first.
+    """Means over prompts, for all of them and, if there are several kinds, for each kind. accuracy and avg@k: share of
+    correct answers; score: mean reward; pass@k: any answer is correct; maj@k: the answer that occurs most often is
+    correct; ties go to the first.
 
     For maj@k all correct answers are one answer. Wrong ones are compared by the reward's prediction, or by the whole
     response if it has none; `same` says which of those that differ as text are the same answer.
     """
+    majorities = _majorities(groups, same)
+    found = _accuracies(groups, majorities, k, "eval")
+    kinds = sorted({group.prompt.kind for group in groups})
+    for kind in kinds if len(kinds) > 1 else []:
+        of_kind = [group.prompt.kind == kind for group in groups]
+        found |= _accuracies(
+            list(compress(groups, of_kind)), list(compress(majorities, of_kind)), k, f"eval/{kind}"
+        )  # fmt: skip
+    return found
+
+
+def _accuracies(groups: Sequence[Group], majorities: Sequence[bool], k: int, prefix: str) -> dict[str, float]:
     n = max(1, len(groups))
     attempts = [attempt for group in groups for attempt in group.attempts]
     average = sum(sum(a.correct for a in group.attempts) / len(group.attempts) for group in groups)
+    score = sum(sum(group.scores) / len(group.attempts) for group in groups)
     return {
-        "eval/accuracy": average / n,
-        f"eval/avg@{k}": average / n,
-        f"eval/pass@{k}": sum(any(a.correct for a in group.attempts) for group in groups) / n,
-        f"eval/maj@{k}": sum(_majorities(groups, same)) / n,
-        "eval/prompts": len(groups),
-        "eval/response_length": sum(a.rollout.response_length for a in attempts) / max(1, len(attempts)),
-        "eval/truncated": sum(a.rollout.finish_reason == "length" for a in attempts) / max(1, len(attempts)),
+        f"{prefix}/accuracy": average / n,
+        f"{prefix}/score": score / n,
+        f"{prefix}/avg@{k}": average / n,
+        f"{prefix}/pass@{k}": sum(any(a.correct for a in group.attempts) for group in groups) / n,
+        f"{prefix}/maj@{k}": sum(majorities) / n,
+        f"{prefix}/prompts": len(groups),
+        f"{prefix}/response_length": sum(a.rollout.response_length for a in attempts) / max(1, len(attempts)),
+        f"{prefix}/truncated": sum(a.rollout.finish_reason == "length" for a in attempts) / max(1, len(attempts)),
+        f"{prefix}/errors": sum(a.reward.error is not None for a in attempts),
     }
+
+
+def chosen_prompts(prompts: Sequence[Prompt], settings: EvalConfig, split: str) -> tuple[list[Prompt], str]:
+    """The prompts that are evaluated, and a line for the user that says which they are."""
+    chosen = list(prompts[: settings.max_prompts] if settings.max_prompts else prompts)
+    if len(chosen) == len(prompts):
+        return chosen, f"evaluation: all {len(prompts)} {split} prompts"
+    text = f"evaluation: the first {len(chosen)} of {len(prompts)} {split} prompts (eval.max_prompts)"
+    kinds = Counter(prompt.kind for prompt in chosen)
+    missing = sorted({prompt.kind for prompt in prompts} - kinds.keys())
+    if len(kinds) + len(missing) > 1:
+        text += ": " + ", ".join(f"{count} of kind {kind}" for kind, count in kinds.items())
+        text += f"; none of kind {', '.join(missing)}" if missing else ""
+    return chosen, text
 
 
 def _majorities(groups: Sequence[Group], same: SameAnswers | None) -> list[bool]:

@@ -59,21 +59,23 @@ def training_sampling(config: Config) -> SamplingSettings:
 
 
 class Evaluator:
-    """Samples k answers to every held-out prompt and scores them. `prompts` is the same on every rank.
+    """Samples k answers to every held-out prompt and scores them. `prompts` is the same on every rank. `keep` gets the
+    scored groups on rank 0.
 
     With `stop`, which is collective, the prompts come in batches of up to `requests` responses, and between two
     batches it is asked whether to stop: then nothing is evaluated, and `say` tells it.
     """
 
     def __init__(
-        self, config: Config, engine: RolloutEngine, prompts: list[Prompt], scorer: Scorer, *,
+        self, config: Config, engine: RolloutEngine, prompts: list[Prompt], scorer: Scorer,
+        keep: Callable[[list[Group]], None] = lambda groups: None, *,
         stop: Callable[[], bool] | None = None, requests: int = 0, say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         settings = config.eval
         sampling = replace(training_sampling(config), temperature=settings.temperature, top_p=settings.top_p)
         self._generate = GroupGenerator(engine, scorer, Requests(config.run.seed, settings.n_samples), sampling)
         self._same = scorer.same_answers
-        self._prompts = prompts[: settings.max_prompts] if settings.max_prompts else prompts
+        self._prompts, self._keep = prompts, keep
         self._samples = settings.n_samples
         self._stop, self._say = stop, say
         self._batch = max(1, requests // settings.n_samples) if stop else max(1, len(self._prompts))
@@ -89,4 +91,7 @@ class Evaluator:
                 )
                 return {}
             groups += self._generate(self._prompts[start : start + self._batch], EVALUATION, 0, timer)
-        return accuracy_metrics(groups, k=self._samples, same=self._same) if groups else {}
+        if not groups:
+            return {}
+        self._keep(groups)
+        return accuracy_metrics(groups, k=self._samples, same=self._same)

@@ -6,7 +6,7 @@ Nothing heavy is imported before `open_session` has set the environment of the l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron_srpo.run.timer import PhaseTimer
 from megatron_srpo.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from megatron_srpo.core.records import Group
     from megatron_srpo.mcore.control import Control
     from megatron_srpo.run.roles import Role
 
@@ -136,12 +137,22 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
     return f"stopped; last checkpoint: {saved} (the same command goes on from it)"
 
 
-def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
-    """Evaluate model.path, or a checkpoint of ours, on a split; prints the metrics as JSON on rank 0."""
+def evaluate(config: Config, *, checkpoint: Path | None, split: str, responses: Path) -> int:
+    """`measure`; rank 0 prints the metrics as JSON."""
+    metrics = measure(config, checkpoint=checkpoint, split=split, responses=responses)
+    if metrics:
+        print(json.dumps(metrics, indent=1), flush=True)
+    return 0
+
+
+def measure(config: Config, *, checkpoint: Path | None, split: str, responses: Path) -> dict[str, float]:
+    """Evaluate model.path, or a checkpoint of ours, on a split. Returns the metrics on rank 0, {} on the other ranks.
+    Rank 0 writes the responses to the file `responses`; an earlier one is set aside."""
     with open_session(config) as session, ExitStack() as closing:
         from megatron_srpo import checkpoints
         from megatron_srpo.run.assembly import build_scorer
         from megatron_srpo.run.engines import build_engine
+        from megatron_srpo.run.evaluation import chosen_prompts
         from megatron_srpo.run.generation import Evaluator
 
         control = session.control
@@ -152,12 +163,24 @@ def evaluate(config: Config, *, checkpoint: Path | None, split: str) -> int:
         closing.callback(engine.close)
         if folder is not None or config.rollout.servers:  # external servers may still hold another run's weights
             engine.publish(_evaluated_weights(config, session, folder), 1)
-        prompts = control.share(lambda: role.prompts(split))
+        prompts, chosen = chosen_prompts(control.share(lambda: role.prompts(split)), config.eval, split)
+        role.log.message(chosen)
         timer = PhaseTimer(Watchdog(0).phase)
-        metrics = Evaluator(config, engine, prompts, scorer)(timer)
+        metrics = Evaluator(config, engine, prompts, scorer, keep=partial(_write_responses, responses))(timer)
         if control.is_driver:
-            print(json.dumps(metrics, indent=1), flush=True)
-    return 0
+            role.log.message(f"the responses are in {responses}")
+    return metrics
+
+
+def _write_responses(file: Path, groups: Sequence[Group]) -> None:
+    from megatron_srpo.core.atomic import atomic_write, set_aside
+    from megatron_srpo.observe.rollouts import evaluated_record
+
+    if file.exists():
+        set_aside(file)
+    lines = (json.dumps(evaluated_record(group), ensure_ascii=False) for group in groups)
+    text = "".join(line + "\n" for line in lines)
+    atomic_write(file, text.encode("utf-8", "backslashreplace").decode())
 
 
 def _evaluated_weights(config: Config, session: Session, folder: Path | None) -> Iterable:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_srpo.config import Config, read_model_folder
+from megatron_srpo.config.check import teacher_prompt_limit
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.run.first_start import first_start
 
@@ -27,15 +28,15 @@ class Prompting:
 
         self._config = config
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        longest = config.teacher.max_prompt_length or (
-            config.data.max_prompt_length + config.rollout.max_response_length
-        )
         self._data = config.data
         if "strftime_now" in str(self.tokenizer.chat_template):  # the template writes today's date
             day = first_start(Path(config.run.output_dir), anew=not config.checkpoint.resume)
             options = {"strftime_now": day.strftime, **config.data.chat_template_kwargs}
             self._data = config.data.model_copy(update={"chat_template_kwargs": options})
-        self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, self._data, longest)
+        self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, self._data, 0)
+        self.teacher_prompt.limit = teacher_prompt_limit(
+            config, read_model_folder(config.model.path), self.teacher_prompt.words("solution", "feedback")
+        )
 
     def prompts(self, split: str, say: Callable[[str], None]) -> list:
         """The prompts of one split, those over length dropped or refused."""
@@ -49,9 +50,33 @@ class Prompting:
         self._check_vocabulary(max(max(prompt.token_ids) for prompt in prompts))
         self._check_kinds(prompts)
         say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")
+        if split == "train":
+            self._check_teacher_room(prompts)
         for warning in self._warnings(prompts, split):
             say(f"warning: {warning}")
         return prompts
+
+    def without_teacher(self, prompts: list) -> list:
+        """The prompts whose teacher can be shown nothing, because the question and the words of the templates fill the
+        whole teacher prompt."""
+        teaching = self._config.algorithm.teaching
+        sources = set(teaching.sources) if teaching is not None else {"none"}
+        if "none" in sources:  # a teacher that reads the question alone
+            return []
+        section = "feedback" if sources == {"feedback"} else "solution"
+        longest = self.teacher_prompt.limit - self.teacher_prompt.words(section) - 1
+        return [prompt for prompt in prompts if len(prompt.token_ids) > longest]
+
+    def _check_teacher_room(self, prompts: list) -> None:
+        if len(self.without_teacher(prompts)) == len(prompts):
+            shortest = min(len(prompt.token_ids) for prompt in prompts)
+            words, limit = self.teacher_prompt.words("solution"), self.teacher_prompt.limit
+            key = "teacher.max_prompt_length" if self._config.teacher.max_prompt_length else "train.max_tokens_per_gpu"
+            raise ConfigError(
+                f"a teacher prompt may have {limit} tokens ({key}). The templates of [teacher] take {words} of them "
+                f"and the shortest train prompt {shortest}, so no demonstration fits and nothing would be distilled. "
+                f"Raise {key}, or shorten teacher.template, teacher.solution_section and teacher.instruction"
+            )
 
     def _problem(self, kind: str, answer: object) -> str | None:
         """Why the reward cannot read a row's answer."""
@@ -75,6 +100,13 @@ class Prompting:
             yield (
                 f"rollout.rollout_batch_size = {batch} is more than the {len(prompts)} train prompts: a batch has some "
                 "of them more than once, as groups of their own"
+            )
+        unfit = self.without_teacher(prompts) if split == "train" else []
+        if unfit:
+            yield (
+                f"{len(unfit)} of {len(prompts)} train prompts cannot be distilled: the question and the words of the "
+                f"templates fill the whole teacher prompt of {self.teacher_prompt.limit} tokens. The first of them is "
+                f"{unfit[0].source}. Raise teacher.max_prompt_length and train.max_tokens_per_gpu"
             )
         instructed = [prompt for prompt in prompts if prompt.messages[0]["role"] == "system"]
         # One is enough: they share the template, and rendering all of a large data set again takes minutes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -80,19 +80,23 @@ class Driver:
     def prompts(self, split: str) -> list[Prompt]:
         return self._prompts.get(split, [])
 
-    def decode(self, ids: list[int]) -> str:
-        """A response's text."""
-        return self._prompting.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     def restore_data(self, restore: RestoreData, state: State) -> None:
         for loader in self._loaders:
             restore(loader, state)
         self._histories.load_state_dict(cast(State, state.get("histories", {})))
 
     def open_log(self, start: int, state: State) -> None:
-        observer = Observer(self._config, start_step=start)
+        observer = Observer(self._config, start_step=start, decode=self._decode_prompt)
         observer.load_state_dict(state)
         self.log = observer
+
+    def decode(self, ids: list[int]) -> str:
+        """A response's text."""
+        return self._prompting.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _decode_prompt(self, ids: Sequence[int]) -> str:
+        """The text of a prompt, with the special tokens that mark its turns."""
+        return self._prompting.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def source(
         self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding

@@ -118,5 +118,6 @@ def _refusal(config: Config, mean: float, limit: float, tokens: int) -> str:
         "(rollout.start_mismatch_limit). Likely causes: a rotary embedding that they read differently (rope_theta, "
         "rope_scaling), a tied head (tie_word_embeddings, lm_head.weight), a weight file of another version of the "
         "model, or another dtype or quantization in the engine. This shows the first layer that differs: "
-        f"python tools/compare_logits.py --hf {config.model.path} --dtype {config.model.dtype} --token-ids 1,2,3"
+        f"python -m megatron_srpo compare-logits --hf {config.model.path} --dtype {config.model.dtype} "
+        "--token-ids 1,2,3"
     )

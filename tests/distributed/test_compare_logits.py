@@ -23,7 +23,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 def _compare(said: Path, arguments: list[str]) -> int:
     """The tool's exit code; what rank 0 prints goes to a file."""
-    from tools.compare_logits import main
+    from megatron_srpo.commands.compare_logits import main
 
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):

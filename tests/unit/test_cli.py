@@ -15,6 +15,8 @@ import pytest
 import typer
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_srpo import __version__
+from megatron_srpo.commands import TOOLS
 from megatron_srpo.config.reference import defaults
 from megatron_srpo.core import exit_codes
 from megatron_srpo.core.errors import ConfigError, UserError
@@ -177,7 +179,21 @@ def test_eval_without_torchrun_folds_the_layout_into_one_process(run_file, launc
     [(name, config, options, _)] = launch.calls
     assert (name, config.eval.n_samples) == ("evaluate", 4)
     assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (1, False)
-    assert options == {"checkpoint": Path("some/run"), "split": "test"}
+    responses = Path(config.run.output_dir) / "eval" / "test.jsonl"
+    assert options == {"checkpoint": Path("some/run"), "split": "test", "responses": responses}
+    assert responses.parent.is_dir()
+
+
+@pytest.mark.parametrize(("given", "taken"), [([], 0), (["--eval.max_prompts=1"], 1)])
+def test_eval_takes_all_prompts_unless_the_command_line_limits_them(run_file, launch, given, taken):
+    run_file.write_text(run_file.read_text() + "\n[eval]\nmax_prompts = 2\n")
+    assert cli.main(["eval", str(run_file), "--checkpoint", "x", *given]) == 0
+    assert launch.calls[0][1].eval.max_prompts == taken
+
+
+def test_eval_refuses_a_place_for_responses_that_cannot_be_written(run_file, launch, capfd):
+    assert cli.main(["eval", str(run_file), "--checkpoint", "x", "--responses", f"{run_file}/a.jsonl"]) == 2
+    assert "the responses cannot be written to" in capfd.readouterr().err and launch.calls == []
 
 
 def test_eval_under_torchrun_keeps_the_layout(run_file, launch, monkeypatch):
@@ -280,6 +296,27 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, expected, c
     assert expected in told and told.startswith("error: ") and told.count("\n") == 1
 
 
+def test_the_version_and_the_commands_of_the_tools_are_there(capfd, tmp_path):
+    assert cli.main(["--version"]) == 0 and capfd.readouterr().out == f"megatron_srpo {__version__}\n"
+    assert cli.main(["--help"]) == 0
+    told = capfd.readouterr().out
+    assert [name for name in TOOLS if name not in told] == []
+    for name in TOOLS:
+        assert cli.main([name, "--help"]) == 0
+        assert "Usage" in capfd.readouterr().out
+    assert cli.main(["prepare-data", "convert", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "o")]) == 2
+    assert capfd.readouterr().err.startswith("prepare_data: ")
+
+
+def test_a_shell_can_complete_commands(monkeypatch, capfd):
+    monkeypatch.setenv("_MEGATRON_SRPO_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "megatron-srpo ev")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert capfd.readouterr().out.split() == ["eval"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["eval", "--help"]])
 def test_help_is_no_error(arguments, capfd):
     assert cli.main(arguments) == 0
@@ -292,6 +329,17 @@ def test_overrides_are_found_wherever_they_stand():
     )
     assert own == ["eval", "run.toml", "--hf=x.y/z", "--checkpoint", "e.f"]
     assert overrides == ["--a.b", "-1", "--c.d=1 2", "--g.h", "--i.j", "k"]
+
+
+def test_hydras_spelling_is_an_override_and_a_key_of_another_project_names_ours(run_file, launch, monkeypatch, capfd):
+    as_ranks(monkeypatch, 2)
+    assert cli.main(["train", str(run_file), "optimizer.lr=1e-4", "+rollout.max_num_seqs=8"]) == 0
+    assert (launch.calls[0][1].optimizer.lr, launch.calls[0][1].rollout.max_num_seqs) == (1e-4, 8)
+    assert cli.main(["train", str(run_file), "actor_rollout_ref.rollout.n=8", "trainer.save_freq=5"]) == 2
+    told = capfd.readouterr().err
+    assert '--actor_rollout_ref.rollout.n "8": no such key; the nearest is rollout.n_samples_per_prompt' in told
+    assert "the nearest is checkpoint.every" in told
+    assert cli.split_overrides(["eval", "--hf", "a.b=c"])[0] == ["eval", "--hf", "a.b=c"]
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

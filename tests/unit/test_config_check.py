@@ -326,9 +326,13 @@ def test_a_model_that_fits_passes(hf, changes):
     ("world", "changes", "expected"),
     [
         (4, {"parallel__expert_model_parallel_size": 8}, "= 8 ranks, but 4 ranks were started; start a multiple of 8"),
-        (3, {"parallel__tensor_model_parallel_size": 2}, "3 ranks were started; start a multiple of 2 (torchrun --np"),
+        (
+            3,
+            {"parallel__tensor_model_parallel_size": 2},
+            "3 ranks were started; start a multiple of 2 (python -m megatron_srpo.torchrun --np",
+        ),
         (1, {"parallel__pipeline_model_parallel_size": 4}, "but 1 rank was started; start a multiple of 4"),
-        (6, {"parallel__tensor_model_parallel_size": 4}, "torchrun --nproc-per-node 8"),
+        (6, {"parallel__tensor_model_parallel_size": 4}, "megatron_srpo.torchrun --nproc-per-node 8"),
         (
             6,
             {"rollout__tensor_parallel_size": 4},

@@ -142,6 +142,7 @@ def test_where_the_tokenizer_cannot_read_control_tokens_as_letters_they_are_take
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 80), st.text("xyz", max_size=30), st.text("uvw", max_size=30))
 def test_over_length_the_demonstration_is_cut_then_the_feedback_and_never_the_question(limit, solution, feedback):
+    # There is never room here for the sign of a gap, so that the demonstration keeps its end alone.
     result = builder(limit=limit)(prompt("question"), solution or None, feedback or None)
     sections = ("|S::S" if solution else "") + ("|F::F" if feedback else "")
     room = limit - len(TOKENIZER(f"{HEAD}question{sections}|again{TAIL}")["input_ids"])
@@ -149,13 +150,29 @@ def test_over_length_the_demonstration_is_cut_then_the_feedback_and_never_the_qu
         assert result is None
         return
     kept_feedback = feedback[:room]
-    kept_solution = solution[: room - len(kept_feedback)]
+    kept_solution = solution[max(0, len(solution) - room + len(kept_feedback)) :]
     expected = HEAD + "question"
     expected += f"|S:{kept_solution}:S" if solution else ""
     expected += f"|F:{kept_feedback}:F" if feedback else ""
     assert text_of(result) == f"{expected}|again{TAIL}"
     assert result.truncated == (len(solution) + len(feedback) > room)
     assert len(result.ids) <= limit and (len(result.ids) == limit or not result.truncated)
+
+
+def test_a_demonstration_that_does_not_fit_loses_its_middle_and_keeps_its_end_which_is_the_answer():
+    solution = "first " + "step " * 100 + "<answer>B</answer>"
+    full = builder()(prompt(), solution, None)
+    cut = builder(limit=len(full.ids) - 300)(prompt(), solution, None)
+    shown = text_of(cut).partition("|S:")[2].partition(":S|")[0]
+    assert cut.truncated and len(cut.ids) == len(full.ids) - 300
+    assert shown.startswith("first step") and shown.endswith("<answer>B</answer>") and "\n[…]\n" in shown
+
+
+def test_the_words_of_the_templates_are_counted_without_the_texts_that_they_show():
+    made = builder()
+    plain = len(TOKENIZER(f"{HEAD}Q{TAIL}")["input_ids"])
+    assert made.words("solution") == len(made(prompt(), "s", None).ids) - plain - 1
+    assert made.words("solution", "feedback") == len(made(prompt(), "s", "f").ids) - plain - 2
 
 
 def test_doubled_braces_are_braces():

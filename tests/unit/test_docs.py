@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ PAGES = sorted(
 HISTORY = {"CHANGELOG.md", "design-notes.md", "RESULTS.md"}  # they also tell of files that no longer exist
 CURRENT = [page for page in PAGES if page.name not in HISTORY]
 FILE_NAME = re.compile(r"(?<![\w/.<…-])(?:\.\./)?[\w-]+(?:/[\w.-]+)+\.(?:py|sh|toml|md|example)(?:::\w+)?")
+VERLS = {"data.train_files", "data.val_files", "data.max_response_length", "data.train_batch_size"}  # in a table
 NO_KEYS = {"toml", "py", "md", "json"}  # run.toml is a file
 
 
@@ -71,7 +73,7 @@ def unknown_commands(page: Path) -> list[str]:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     ours = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     unknown = [f"make {name}" for name in re.findall(r"\bmake ([a-z][a-z-]*)", text) if name not in targets]
-    unknown += [name for name in re.findall(r"-m megatron_srpo ([a-z]+)", text) if name not in ours]
+    unknown += [name for name in re.findall(r"-m megatron_srpo ([a-z][a-z-]*)", text) if name not in ours]
     for module in re.findall(r"-m ((?:megatron_srpo|tools|benchmarks|examples|slurm)[\w.]*)", text):
         path = ROOT / module.replace(".", "/")
         if not path.with_suffix(".py").is_file() and not (path / "__init__.py").is_file():
@@ -84,7 +86,7 @@ def unknown_keys(page: Path) -> list[str]:
     keys = config_fields()
     sections = "|".join(Config.model_fields)
     found = re.findall(rf"(?<![\w./-])(?:--)?((?:{sections})\.(\w+))(?![\w/(])", code(page))
-    return [key for key, leaf in found if key not in keys and leaf not in NO_KEYS]
+    return [key for key, leaf in found if key not in keys and leaf not in NO_KEYS and key not in VERLS]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -115,3 +117,46 @@ def test_a_page_with_mistakes_is_found(tmp_path):
     assert missing_files(page) == ["core/absent.py", "core/disk.py::absent"]
     assert unknown_commands(page) == ["make nothing", "fly", "tools.absent"]
     assert unknown_keys(page) == ["run.absent"]
+
+
+METRIC = re.compile(
+    r"(?:actor|critic|srpo|rollout|rollout_corr|perf|timing_s|forward|eval|reward|data|response_length|teacher|moe|kind)"
+    r"(?:/[\w@<>]+)+"
+)
+METRIC_PLACES = ("algorithms", "batching", "losses", "mcore", "observe", "plan", "rollout", "run")
+
+
+def metrics_of_the_code() -> set[str]:
+    """Every metric that the package names, with <> for what an f-string fills in."""
+    found = set()
+    for file in (file for place in METRIC_PLACES for file in (PACKAGE / place).rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        found |= {name for node in nodes if node not in parts and METRIC.fullmatch(name := _text(node))}
+    return found
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        parts = [str(part.value) if isinstance(part, ast.Constant) else "<>" for part in node.values]
+        return re.sub(r"^<>/(?=[a-z_]+(@<>)?$)", "eval/", "".join(parts))  # the prefix of an evaluation's values
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def test_the_glossary_explains_every_metric_of_the_code_and_no_other():
+    cells = re.findall(r"^\| (.+?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if METRIC.fullmatch(name)}
+    explained = {re.sub(r"<\w+>", "<>", name) for name in named}
+    code = metrics_of_the_code() - {"eval/<>"}  # the prefix of the values of one kind
+    patterns = [re.compile(re.escape(name).replace("<>", r"(?:\w+|<>)")) for name in explained]
+    assert {name for name in code if not any(pattern.fullmatch(name) for pattern in patterns)} == set()
+    assert explained <= code
+
+
+PLAIN = re.compile(r"(?<![\w.])torchrun (?:--nproc|--master|…)")
+
+
+def test_no_page_and_no_message_leads_to_the_launcher_that_hides_the_exit_code():
+    texts = {page: page.read_text() for page in CURRENT}
+    texts |= {file: file.read_text() for place in (PACKAGE, ROOT / "tools") for file in place.rglob("*.py")}
+    assert [named(file) for file, text in texts.items() if PLAIN.search(text)] == []

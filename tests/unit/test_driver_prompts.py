@@ -6,6 +6,7 @@ import json
 import pytest
 
 from megatron_srpo.config import Config
+from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.data import DataError
 from megatron_srpo.rewards import RewardError
 from megatron_srpo.run import first_start
@@ -25,7 +26,8 @@ def prompting(tmp_path):
             (model / "chat_template.jinja").write_text(template)
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps({"answer": "1", "kind": "exact", **row}) + "\n" for row in rows))
-        return Prompting(Config(model={"path": str(model)}, data={"train": str(file)}, **sections))
+        data = {"train": str(file), **sections.pop("data", {})}
+        return Prompting(Config(model={"path": str(model)}, data=data, **sections))
 
     return make
 
@@ -57,6 +59,36 @@ def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_t
     said.clear()
     prompting(rows, rollout={"rollout_batch_size": 2}).prompts("train", said.append)
     assert len(said) == 1
+
+
+SHORT = {"data": {"max_prompt_length": 32}, "rollout": {"max_response_length": 8, "rollout_batch_size": 1}}
+
+
+def test_the_words_of_the_templates_are_part_of_the_room_of_a_teacher_prompt(prompting):
+    made = prompting([{"prompt": "a"}], **SHORT)
+    (prompt,) = made.prompts("train", print)
+    words = made.teacher_prompt.words("solution", "feedback")
+    assert words > 32 + 8 and made.teacher_prompt.limit == 32 + 8 + words
+    shown = made.teacher_prompt(prompt, "3141592", None)
+    assert not shown.truncated and "3141592" in made.tokenizer.decode(shown.ids)
+
+
+def test_a_teacher_prompt_in_which_no_demonstration_fits_is_refused_at_the_start(prompting):
+    rows = [{"prompt": "a"}, {"prompt": "abc"}]
+    with pytest.raises(ConfigError, match=r"may have 40 tokens \(teacher.max_prompt_length\).*no demonstration fits"):
+        prompting(rows, teacher={"max_prompt_length": 40}, **SHORT).prompts("train", print)
+    with pytest.raises(ConfigError, match=r"Raise train.max_tokens_per_gpu"):
+        prompting(rows, train={"max_tokens_per_gpu": 60}, **SHORT).prompts("train", print)
+    plain = prompting(rows, teacher={"max_prompt_length": 40}, algorithm={"name": "grpo"}, **SHORT)
+    assert plain.prompts("train", print)  # nothing is distilled
+
+
+def test_questions_that_leave_no_room_for_a_demonstration_are_told(prompting):
+    rows = [{"prompt": "a"}, {"prompt": "abc"}]
+    words = prompting(rows, **SHORT).teacher_prompt.words("solution")
+    said = []
+    prompting(rows, teacher={"max_prompt_length": words + 20}, **SHORT).prompts("train", said.append)
+    assert "1 of 2 train prompts cannot be distilled" in said[1] and "rows.jsonl:2" in said[1]
 
 
 DATED = "Today is {{ strftime_now('%d %b %Y') }}. {% for message in messages %}{{ message.content }}{% endfor %}"

@@ -1,11 +1,17 @@
 """avg@k, pass@k and maj@k of sampled answers, by hand."""
 
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+
 from megatron_srpo.config import Config
+from megatron_srpo.config.schema import EvalConfig
 from megatron_srpo.core.records import Prompt, Reward, Rollout
-from megatron_srpo.run.evaluation import accuracy_metrics
+from megatron_srpo.run import launch
+from megatron_srpo.run.evaluation import accuracy_metrics, chosen_prompts
 from megatron_srpo.run.generation import Evaluator
 from tests.made_samples import make_groups
 
@@ -25,6 +31,37 @@ def test_shares_of_correct_any_correct_and_majority():
     assert metrics["eval/pass@4"] == 1.0
     assert metrics["eval/maj@4"] == 0.5  # A wins the first group though no two texts are equal; x the second
     assert (metrics["eval/prompts"], metrics["eval/response_length"], metrics["eval/truncated"]) == (2, 2.0, 0.0)
+
+
+def test_partial_credit_is_in_the_mean_score_and_every_kind_has_its_own_values():
+    groups = answers(0, ("x", None, 0.4), ("y", None, 1.0)) + answers(1, ("x", None, 0.2), ("y", None, 0.0))
+    assert "eval/exact/accuracy" not in accuracy_metrics(groups, k=2)  # one kind: the same values twice
+    groups[1].prompt = replace(groups[1].prompt, kind="math")
+    groups[1].attempts[1].reward.error = "time-out"
+    metrics = accuracy_metrics(groups, k=2)
+    assert (metrics["eval/accuracy"], metrics["eval/score"]) == (0.25, pytest.approx(0.4))
+    assert (metrics["eval/exact/accuracy"], metrics["eval/exact/score"]) == (0.5, 0.7)
+    assert (metrics["eval/math/accuracy"], metrics["eval/math/score"]) == (0.0, 0.1)
+    assert (metrics["eval/exact/pass@2"], metrics["eval/math/pass@2"], metrics["eval/math/prompts"]) == (1.0, 0.0, 1)
+    assert (metrics["eval/errors"], metrics["eval/exact/errors"], metrics["eval/math/errors"]) == (1, 0, 1)
+
+
+def test_an_evaluation_says_which_prompts_it_takes():
+    prompts = [Prompt(f"test:{i}", (), [1], "", kind) for i, kind in enumerate(("mcq", "mcq", "math"))]
+    everything = chosen_prompts(prompts, EvalConfig(), "test")
+    assert everything == (prompts, "evaluation: all 3 test prompts")
+    first, text = chosen_prompts(prompts, EvalConfig(max_prompts=2), "test")
+    assert first == prompts[:2]
+    assert text == ("evaluation: the first 2 of 3 test prompts (eval.max_prompts): 2 of kind mcq; none of kind math")
+
+
+def test_the_responses_of_an_evaluation_are_kept_and_earlier_ones_are_set_aside(tmp_path):
+    file = tmp_path / "test.jsonl"
+    for score in (0.0, 1.0):
+        launch._write_responses(file, answers(0, ("I say B", "B", score), ("\ud800", None, 0.0)))
+    record = json.loads(file.read_text())
+    assert (record["responses"][0], record["predictions"], record["scores"]) == ("I say B", ["B", None], [1.0, 0.0])
+    assert json.loads((tmp_path / "test.previous.1.jsonl").read_text())["scores"] == [0.0, 0.0]
 
 
 def test_the_first_of_equally_frequent_answers_is_the_majority():

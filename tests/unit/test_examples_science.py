@@ -49,4 +49,4 @@ def test_a_question_becomes_a_conversation_with_two_shown_answers(tmp_path):
 
 def test_without_prepared_rows_the_cure_is_named(tmp_path, capsys):
     assert main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 1
-    assert "run tools/prepare_data.py first" in capsys.readouterr().err
+    assert "run python -m megatron_srpo prepare-data first" in capsys.readouterr().err

@@ -32,8 +32,11 @@ ALLOWED = {
     "comparison": BASE | {"batching", "bridge", "mcore", "rollout"},
     "rollout": BASE | {"bridge"},  # engines load and verify what the bridge exports
     "run": EVERYTHING,  # builds the parts and starts them
-    "torchrun": {"core", "run"},  # the name by which users start it
-    "__main__": {"core", "run"},
+    "api": EVERYTHING,
+    "entry": {"core", "run"},  # the beginning of every program
+    "commands": EVERYTHING,  # each is a program
+    "torchrun": {"entry"},  # the name by which users start it
+    "__main__": {"entry"},
 }
 # Foreign packages that only these places may import; everything else is tested without them.
 FOREIGN = {

@@ -189,6 +189,19 @@ def test_a_correction_that_takes_a_part_of_the_loss_away_is_told_when_it_begins_
     assert "iteration 5: the mean weight of the rollout correction is 0.99 again" in second
 
 
+def test_teacher_prompts_that_do_not_fit_or_are_cut_are_told_when_they_are_more_than_a_few(tmp_path, capsys):
+    observer = Observer(config_of(tmp_path, progress="off"))
+    for name in ("unfit", "truncated"):
+        for step, value in enumerate((0.0, 0.04, 1.0, 0.5, 0.02), start=1):
+            observer.log(step, {f"srpo/teacher_prompt_{name}_fraction": value})
+    observer.close()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4
+    assert said[0].startswith("warning: iteration 3: 100% of the attempts that a teacher should have taught")
+    assert said[2].startswith("warning: iteration 3: 100% of the teacher prompts were too long")
+    assert "Raise teacher.max_prompt_length" in said[0] and "2% of the teacher prompts do not fit now" in said[1]
+
+
 def test_wandb_has_the_steps_as_its_axis():
     """W&B's own counter refuses steps that a continued run repeats, so "step" is a metric."""
     logged, defined = [], []

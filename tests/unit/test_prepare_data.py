@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from megatron_srpo.commands.prepare_data import MCQ_SYSTEM, main
 from megatron_srpo.config import DataConfig
 from megatron_srpo.data import load_rows
 from megatron_srpo.rewards import resolve
-from tools.prepare_data import MCQ_SYSTEM, main
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 FIELDS = ["idx", "kind", "dataset", "system", "prompt", "answer"]
@@ -91,6 +91,7 @@ def test_only_multiple_choice_of_the_level_and_domain_is_taken_and_the_rest_coun
         "materials",
         "--level",
         "all",
+        "--replace",
     )
     assert len(train) == 4
 
@@ -231,7 +232,7 @@ def test_chat_messages_and_saved_hugging_face_data_sets_are_read(tmp_path, capsy
 
 def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
     source = write(tmp_path / "s.jsonl", [{"q": "x", "a": "y"}, {"q": "z"}])
-    (tmp_path / "s.csv").write_text("q,a\nx,y\n")
+    (tmp_path / "s.xlsx").write_text("")
     empty = write(tmp_path / "e.jsonl", [{"q": "z"}])
     nothing = write(tmp_path / "n.jsonl", [])
     (tmp_path / "bad.json").write_text("{")
@@ -258,7 +259,7 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
         (["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-size", 5, *out], "leaves nothing"),
         (["convert", source, "--test-size", 1, "--test-fraction", 0.5, *out], "give one"),
         (["convert", source, "--test-fraction", 1.5, *out], "--test-fraction"),
-        (["convert", tmp_path / "s.csv", *out], "pandas writes them"),
+        (["convert", tmp_path / "s.xlsx", *out], "pandas writes them"),
         (["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-size", -1, *out], "0 or more"),
         (["convert", source, "--keep", "level,dataset", *out], "--keep: dataset would overwrite"),
         (
@@ -279,9 +280,11 @@ def test_files_are_replaced_whole_or_left_alone(tmp_path, capsys):
     assert set(before) == {"train.jsonl", "test.jsonl"}
     capsys.readouterr()
     unreadable = write(tmp_path / "u.jsonl", [{"prompt": "a\u0000b", "answer": 1}])
-    assert "NUL" in refusal(capsys, "convert", unreadable, "--kind", "exact", "--out", tmp_path / "out")
+    again = ["--kind", "exact", "--out", tmp_path / "out"]
+    assert "has train.jsonl and test.jsonl already" in refusal(capsys, "convert", good, *again)
+    assert "NUL" in refusal(capsys, "convert", unreadable, *again, "--replace")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    prepare(tmp_path / "out", "convert", good, "--kind", "exact", "--test-fraction", 0)
+    prepare(tmp_path / "out", "convert", good, "--kind", "exact", "--test-fraction", 0, "--replace")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]  # no stale test split
 
 
@@ -290,7 +293,7 @@ def test_the_layout_is_that_of_the_published_split():
     real = json.loads((SHARED / "sciknoweval" / "chemistry_test.jsonl").open().readline())
     assert list(real) == FIELDS
     question, _, options = real["prompt"].partition("\n\n")
-    from tools.prepare_data import sciknoweval_rows
+    from megatron_srpo.commands.prepare_data import sciknoweval_rows
 
     texts = [line[3:] for line in options.splitlines()[:4]]
     (row,) = sciknoweval_rows({"chemistry"}, "L3")(
@@ -401,3 +404,30 @@ def test_a_json_file_that_is_json_lines_is_converted_like_a_jsonl_file(tmp_path)
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     given = [prepare(tmp_path / f"o{i}", "sciknoweval", path) for i, path in enumerate([lines, tmp_path / "list.json"])]
     assert given[0] == given[1] and len(given[0][0]) == 18
+
+
+def test_rows_of_verl_and_slime_are_read_with_what_their_reward_functions_need(tmp_path):
+    verl = [
+        {
+            "data_source": "gsm8k", "prompt": [{"role": "user", "content": f"{n} + 1?"}], "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(n + 1)}, "extra_info": {"index": n, "split": "train"},
+        }
+        for n in range(3)
+    ]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(verl), tmp_path / "verl.parquet")
+    train, _ = prepare(tmp_path / "v", "convert", tmp_path / "verl.parquet", "--kind", "math", "--test-size", 0)
+    assert [row["answer"] for row in train] == ["1", "2", "3"] and train[0]["prompt"] == verl[0]["prompt"]
+    assert (train[1]["data_source"], train[1]["extra_info"]) == ("gsm8k", {"index": 1, "split": "train"})
+    slime = write(tmp_path / "slime.jsonl", [{"prompt": "2 + 2?", "label": "4", "metadata": {"level": 1}}])
+    train, _ = prepare(tmp_path / "s", "convert", slime, "--kind", "math", "--test-size", 0)
+    assert (train[0]["answer"], train[0]["metadata"]) == ("4", {"level": 1})
+
+
+def test_csv_rows_are_text_and_a_row_of_another_length_is_counted(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text('\ufeffquestion,answer,level\n"2 + 2,\nwhich is?",4,\nx,5\n', encoding="utf-8")
+    train, _ = prepare(
+        tmp_path / "out", "convert", tmp_path / "t.csv", "--map", "prompt=question", "--keep", "level",
+        "--kind", "exact", "--test-size", 0,
+    )  # fmt: skip
+    assert [(row["prompt"], row["answer"], row["level"]) for row in train] == [("2 + 2,\nwhich is?", "4", None)]
+    assert "skipped 1: more or fewer values than the header has (first" in capsys.readouterr().out

@@ -127,6 +127,22 @@ def test_a_run_of_which_no_reward_can_be_had_ends_with_a_checkpoint_and_one_of_w
     assert run.saved == [(3, True, 0)]
 
 
+def test_a_kind_of_which_no_reward_can_be_had_ends_the_run_though_other_kinds_are_fine():
+    def iteration(share, prompts):
+        return {
+            "reward/error_fraction": share / 2, "kind/a/b/error_fraction": share, "kind/a/b/prompts": prompts,
+            "kind/exact/error_fraction": 0.0, "kind/exact/prompts": 4,
+        }  # fmt: skip
+
+    run = Run(*[iteration(1.0, 1), iteration(0.9, 1), iteration(1.0, 1), {}, iteration(1.0, 1)], run={"iterations": 9})
+    with pytest.raises(UserError, match="after iteration 5: not one reward of kind 'a/b' could be had for 2 prompts"):
+        run.trainer.run()  # a single prompt may be a bad row
+    assert run.saved == [(5, True, 0)]
+    at_once = Run(iteration(1.0, 2), run={"iterations": 9})
+    with pytest.raises(UserError, match="after iteration 1"):
+        at_once.trainer.run()
+
+
 def test_a_good_step_starts_the_count_again():
     skip, good = SimpleNamespace(skipped=True), SimpleNamespace(skipped=False)
     assert consecutive_skips(2, [skip, None, skip]) == 4

@@ -1,0 +1,203 @@
+"""`check CONFIG`: what a run would train on, before any rank or GPU is used. It loads the data, shows prompts, calls
+the rewards on made-up responses, and predicts the memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_srpo.config import Config, listed, read_model_folder
+from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.core.records import Prompt, Reward
+from megatron_srpo.core.text import visible
+from megatron_srpo.rewards import RewardPool, RewardTask
+from megatron_srpo.rewards.made_up import forms
+
+if TYPE_CHECKING:
+    from megatron_srpo.run.prompting import Prompting
+
+MOST = 32  # prompts of a kind whose rewards are called
+SHOWN = 2000  # characters of a prompt that are shown
+RULE = "-" * 60
+GIB = 2**30
+Say = Callable[[str], None]
+
+
+@dataclass
+class KindReport:
+    """What the reward of one kind gives to made-up responses."""
+
+    kind: str
+    form: str  # of the responses that have the answer
+    tried: int
+    right: int  # responses with the answer itself that are correct
+    empty: Reward
+    wrong: list[tuple[Reward, bool]]  # of responses with another row's answer; whether it counts as correct
+    error: str | None  # of the first reward that failed
+    seconds: float  # of one reward
+
+    def problems(self) -> Iterator[str]:
+        """A line for everything that would spoil the training."""
+        function = f"reward.functions.{self.kind}"
+        if self.right == 0:
+            yield (
+                f'kind "{self.kind}": a response that is the reference answer itself is not correct in any of '
+                f"{self.tried} rows (tried: {self.form}). Check data.answer_key, {function} and "
+                "algorithm.success_reward_threshold" + (f"; the function failed: {self.error}" if self.error else "")
+            )
+        if self.wrong and all(correct for _, correct in self.wrong):
+            yield (
+                f'kind "{self.kind}": a response with the answer of another row is correct in all of {len(self.wrong)} '
+                f"rows; {function} must tell answers apart"
+            )
+
+    def __str__(self) -> str:
+        wrong = sum(correct for _, correct in self.wrong)
+        lines = [
+            f"  the answer itself, as {self.form}: correct in {self.right} of {self.tried} rows",
+            f"  an empty response: {_reward(self.empty)}",
+            f"  the answer of another row: correct in {wrong} of {len(self.wrong)} rows"
+            + (f"; the first: {_reward(self.wrong[0][0])}" if self.wrong else ""),
+            f"  one reward takes {1000 * self.seconds:.1f} ms",
+        ]
+        return "\n".join(lines)
+
+
+def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
+    """Print everything; returns 0. ConfigError if a run of this configuration could not learn."""
+    from megatron_srpo.run.prompting import Prompting
+
+    problems: list[str] = []
+    prompting = Prompting(config)
+    prompts = prompting.prompts("train", say)
+    _say_lengths(config, prompts, say)
+    if config.data.test:
+        prompting.prompts("test", say)
+    kinds: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        kinds.setdefault(prompt.kind, []).append(prompt)
+    reward = config.reward.model_copy(update={"workers": 1})
+    with RewardPool(reward, kinds) as pool:
+        for kind, group in kinds.items():
+            say(f'\nkind "{kind}": {len(group)} train prompts')
+            _show_prompt(config, prompting, group[0], say)
+            report = examine(pool, group, own=kind in config.reward.functions, threshold=threshold(config))
+            say(str(report))
+            problems += report.problems()
+            if report.empty.error is None and report.empty.score >= threshold(config):
+                problems.append(f'kind "{kind}": an empty response is correct; the reward must look at the response')
+    for line in memory_lines(config, prompts, gpus, gpu):
+        say(line)
+    if problems:
+        raise ConfigError(listed("this run", problems))
+    say("\nno problem found")
+    return 0
+
+
+def threshold(config: Config) -> float:
+    """The reward from which a response counts as correct."""
+    return config.algorithm.success_reward_threshold
+
+
+def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold: float) -> KindReport:
+    """Call the reward of these prompts, which are of one kind, on made-up responses."""
+    step = max(1, len(prompts) // MOST)
+    chosen = list(prompts[::step][:MOST])
+    tried = []
+    for name, form in forms(chosen[0].kind, own=own):
+        started = time.perf_counter()
+        rewards = pool.score([_task(prompt, form(prompt.answer)) for prompt in chosen])
+        seconds = (time.perf_counter() - started) / len(chosen)
+        right = sum(reward.error is None and reward.score >= threshold for reward in rewards)
+        tried.append((right, name, form, rewards, seconds))
+        if right == len(chosen):
+            break
+    right, name, form, rewards, seconds = max(tried, key=lambda one: one[0])
+    wrong = pool.score([_task(prompt, form(other)) for prompt, other in _others(chosen)])
+    (empty,) = pool.score([_task(chosen[0], "")])
+    return KindReport(
+        kind=chosen[0].kind,
+        form=name if right else ", ".join(one[1] for one in tried),
+        tried=len(chosen),
+        right=right,
+        empty=empty,
+        wrong=[(reward, reward.error is None and reward.score >= threshold) for reward in wrong],
+        error=next((reward.error for reward in rewards if reward.error), None),
+        seconds=seconds,
+    )
+
+
+def _others(prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, object]]:
+    """Each prompt with the answer of the next row that has another one."""
+    for number, prompt in enumerate(prompts):
+        rest = [*prompts[number + 1 :], *prompts[:number]]
+        other = next((one.answer for one in rest if one.answer != prompt.answer), None)
+        if other is not None:
+            yield prompt, other
+
+
+def _task(prompt: Prompt, response: str) -> RewardTask:
+    return RewardTask(prompt.kind, response, prompt.answer, prompt.metadata)
+
+
+def _reward(reward: Reward) -> str:
+    if reward.error:
+        return f"failed ({reward.error})"
+    return f"reward {reward.score:g}" + (f", feedback {reward.feedback[:200]!r}" if reward.feedback else "")
+
+
+def _say_lengths(config: Config, prompts: Sequence[Prompt], say: Say) -> None:
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    say(
+        f"a prompt has {min(lengths)} to {max(lengths)} tokens, {statistics.median(lengths):g} in the middle; "
+        f"data.max_prompt_length = {config.data.max_prompt_length}, rollout.max_response_length = "
+        f"{config.rollout.max_response_length}, a row has room for {config.row_budget}"
+    )
+
+
+def _show_prompt(config: Config, prompting: Prompting, prompt: Prompt, say: Say) -> None:
+    say(f"the first prompt, {prompt.source}, as the model reads it ({len(prompt.token_ids)} tokens):")
+    _show(prompting.tokenizer.decode(list(prompt.token_ids)), say)
+    say(f"its reference answer: {prompt.answer!r:.300}")
+    if not config.algorithm.needs.teacher:
+        return
+    _, form = forms(prompt.kind, own=prompt.kind in config.reward.functions)[0]
+    shown = prompting.teacher_prompt(prompt, prompt.solution or f"(a made-up response) {form(prompt.answer)}", None)
+    limit = prompting.teacher_prompt.limit
+    if shown is None:
+        say(f"no teacher prompt fits: the limit is {limit} tokens")
+        return
+    say(f"what its teacher reads, if a sibling is correct ({len(shown.ids)} of {limit} tokens):")
+    _show(prompting.tokenizer.decode(list(shown.ids)), say)
+
+
+def _show(text: str, say: Say) -> None:
+    cut = len(text) - SHOWN
+    middle = f"\n[… {cut} characters …]\n" if cut > 0 else ""
+    say(f"{RULE}\n{visible(text[: SHOWN // 2] + middle + text[-SHOWN // 2 :] if cut > 0 else text)}\n{RULE}")
+
+
+def memory_lines(config: Config, prompts: Sequence[Prompt], gpus: int, gpu: str) -> Iterator[str]:
+    """What the planner predicts for this configuration, a line each."""
+    from megatron_srpo.plan import Architecture, machine_of
+    from megatron_srpo.plan.configuration import layout_of, workload_of
+    from megatron_srpo.plan.duration import rows_of
+    from megatron_srpo.plan.memory import training_memory
+
+    arch = Architecture.from_hf(read_model_folder(config.model.path))
+    mean = round(statistics.fmean(len(prompt.token_ids) for prompt in prompts))
+    layout, workload = layout_of(config, gpus), workload_of(config, prompt_mean=mean)
+    rows = rows_of(workload, layout, workload.student_tokens)
+    plan = training_memory(
+        arch, layout, workload, machine_of(gpu), rows=rows, logits_mib=config.train.logits_memory_mib
+    )  # fmt: skip
+    yield f"\nmemory of the fullest of {gpus} {gpu} GPUs, predicted, in GiB ({layout.name()}):"
+    for name, size in plan.lines.items():
+        if size >= GIB / 100:
+            yield f"  {name}: {size / GIB:.2f}"
+    verdict = "it fits" if plan.fits else "IT DOES NOT FIT; python -m megatron_srpo plan finds layouts that do"
+    yield f"  in all {plan.total / GIB:.1f} of {plan.limit / GIB:.1f}: {verdict}"
+    yield from (f"  {note}" for note in plan.notes)

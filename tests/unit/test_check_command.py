@@ -1,0 +1,88 @@
+"""`check` shows what a run would train on, and refuses a run that could not learn."""
+
+import json
+
+import pytest
+
+from megatron_srpo.core import exit_codes
+from megatron_srpo.rewards import resolve
+from megatron_srpo.rewards.made_up import FORMS
+from megatron_srpo.run import cli
+from tests.tiny_models import make_tiny_model
+
+JUDGES = """
+def fair(response, answer, metadata): return float(response == f"#### {answer}")
+def deaf(response, answer, metadata): return 0.0
+def generous(response, answer, metadata): return 1.0
+def broken(response, answer, metadata): return answer["no such field"]
+"""
+
+
+@pytest.fixture
+def checked(tmp_path, capfd):
+    """Runs `check` on rows; returns (exit code, standard output, standard error)."""
+
+    def run(rows, *overrides):
+        model = make_tiny_model(tmp_path / "model")
+        (tmp_path / "judge.py").write_text(JUDGES)
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = tmp_path / "run.toml"
+        config.write_text(
+            f'[run]\noutput_dir = "{tmp_path}/out"\n[model]\npath = "{model}"\n'
+            f'[data]\ntrain = "{tmp_path}/rows.jsonl"\nmax_prompt_length = 64\n'
+            "[rollout]\nmax_response_length = 64\nrollout_batch_size = 2\n[train]\nmax_tokens_per_gpu = 512\n"
+        )
+        capfd.readouterr()  # what transformers says of the model that it writes
+        code = cli.main(["check", str(config), *overrides])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def row(prompt, answer, kind):
+    return {"prompt": prompt, "answer": answer, "kind": kind}
+
+
+def test_check_shows_prompts_teacher_prompts_rewards_and_memory_and_finds_no_problem(checked, tmp_path):
+    rows = [row("2 + 2?", "4", "exact"), row("2 + 3?", "5", "exact"), row("A or B?", "B", "mcq"), row("A?", "A", "mcq")]
+    code, out, err = checked(rows)
+    assert (code, err) == (exit_codes.DONE, "")
+    assert 'kind "exact": 2 train prompts' in out and 'kind "mcq": 2 train prompts' in out
+    assert "2 + 2?" in out and "its reference answer: '4'" in out
+    assert "what its teacher reads, if a sibling is correct" in out and "(a made-up response) 4" in out
+    assert "the answer itself, as <answer>LETTER</answer>: correct in 2 of 2 rows" in out
+    assert "the answer of another row: correct in 0 of 2 rows; the first: reward 0, feedback" in out
+    assert "an empty response: reward 0" in out and "one reward takes" in out
+    assert "memory of the fullest of 1 h100 GPUs" in out and "it fits" in out and "no problem found" in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("judge", "problems"),
+    [
+        ("fair", []),
+        ("deaf", ["is the reference answer itself is not correct in any of 2 rows (tried: ANSWER, <answer>ANSWER"]),
+        ("generous", ["with the answer of another row is correct in all of 2 rows", "an empty response is correct"]),
+        ("broken", ["the function failed: exception: TypeError"]),
+    ],
+)
+def test_check_refuses_a_reward_that_does_not_tell_right_from_wrong(checked, tmp_path, judge, problems):
+    rows = [row("2 + 2?", "4", "sums"), row("2 + 3?", "5", "sums")]
+    code, out, err = checked(rows, "--reward.functions.sums", f"{tmp_path}/judge.py:{judge}")
+    assert code == (exit_codes.MISTAKE if problems else exit_codes.DONE)
+    assert all(problem in err for problem in problems)
+    assert problems or "as #### ANSWER: correct in 2 of 2 rows" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("mcq", "(b)"),
+        ("math", "so it is #### 1/2"),
+        ("exact", 7),
+        ("tooluse", [{"Action": "find", "Action_Input": {"a": [1, "x"]}}, {"Action": "stop", "Action_Input": "{}"}]),
+    ],
+)
+def test_a_response_made_up_from_the_answer_of_a_built_in_kind_is_correct(kind, answer):
+    _, form = FORMS[kind]
+    assert resolve(kind)(form(answer), answer, {}).score == 1.0
