@@ -10,10 +10,10 @@ teacher's prompt is the question and the sibling's tokens: its tokenization is n
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-import pickle
 import resource
 import time
 from array import array
@@ -33,6 +33,7 @@ from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching import plan_batch, share_of
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout, Sample
+from megatron_srpo.mcore.parcel import write_parcel
 
 GROUP = 8  # rollouts a prompt
 PROMPT_TOKENS = 300
@@ -109,9 +110,11 @@ def driver_phases(count: int, tokens: int, *, fixed: bool) -> dict[str, float]:
     samples = [sample for group in groups for sample in group]
     plan, plan_seconds = timed(lambda: plan_batch(groups, dp_size=RANKS, max_tokens=budget(tokens)))
     deal_seconds, sent = 0.0, 0
+    box = io.BytesIO()
     for rank in range(RANKS):  # one at a time, as Control.deal does
-        box, seconds = timed(lambda rank=rank: pickle.dumps(share_of(samples, plan, rank), pickle.HIGHEST_PROTOCOL))
-        deal_seconds, sent = deal_seconds + seconds, sent + len(box)
+        part, seconds = timed(lambda rank=rank: write_parcel(box, share_of(samples, plan, rank)))
+        deal_seconds, sent = deal_seconds + seconds, sent + len(part)
+        del part
     return {
         "rollouts": count, "tokens": int(lengths.sum()), "route_s": route_seconds, "plan_s": plan_seconds,
         "deal_s": deal_seconds, "dealt_bytes": sent, "payload_bytes": payload, "before_bytes": made,

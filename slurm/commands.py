@@ -36,7 +36,7 @@ def check_step(job: Job) -> Step:
     How many ranks an engine has is not known before: here each engine node has one.
     """
     overrides = (*trainer_overrides(job), *_placement(job, job.ranks_per_node))
-    command = (job.python, "-m", "slurm.settings", str(job.world_size), *job.files, *overrides)
+    command = (*job.python, "-m", "slurm.settings", str(job.world_size), *job.files, *overrides)
     return _step(job, "check of the configuration", job.nodes[:1], command, ())
 
 
@@ -60,8 +60,8 @@ def serve_step(job: Job, engine_ranks: int) -> Step:
     """Engine servers on the last nodes, for as long as training runs."""
     hosts = ",".join(map(job.address_of, job.rollout_hosts))
     where = (f"--hosts={hosts}", f"--port={job.port + 2}", f"--gpus={job.ranks_per_node}", f"--size={engine_ranks}")
-    server = (job.python, "-m", "megatron_srpo", "serve", *job.files)
-    serve = (job.python, "-m", "slurm.serve", *where, f"--logs={job.logs}", "--")
+    server = (job.inner_python, "-m", "megatron_srpo", "serve", *job.files)
+    serve = (job.inner_python, "-m", "slurm.serve", *where, f"--logs={job.logs}", "--")
     memory = () if any(MEMORY in part for part in job.overrides) else (f"--{MEMORY}", ENGINE_MEMORY)
     command = (*serve, *server, *job.overrides, *memory)
     return _step(job, "engine servers", job.rollout_hosts, _on_node(job, "serve", command), ())
@@ -131,7 +131,7 @@ def shown(step: Step) -> list[str]:
 def _torchrun(job: Job, nodes: tuple[str, ...], port: int, module: str, *arguments: str) -> tuple[str, ...]:
     """Static rendezvous: every launcher knows its number and the first node's address."""
     return (
-        job.python, "-m", "megatron_srpo.torchrun", f"--nnodes={len(nodes)}", f"--node-rank={NODE}",
+        job.inner_python, "-m", "megatron_srpo.torchrun", f"--nnodes={len(nodes)}", f"--node-rank={NODE}",
         f"--nproc-per-node={job.ranks_per_node}", f"--master-addr={job.address_of(nodes[0])}",
         f"--master-port={port}", "-m", module, *arguments,
     )  # fmt: skip
@@ -142,10 +142,13 @@ def _on_node(job: Job, kind: str, command: tuple[str, ...]) -> tuple[str, ...]:
     interface = job.interface if not job.interface.startswith("^") else ""
     given = {"--scratch": job.scratch, "--interface": interface}
     options = [f"{option}={value}" for option, value in given.items() if value]
-    return (job.python, "-m", "slurm.node", f"--record={record(job, kind, NODE)}", *options, "--", *command)
+    return (*job.python, "-m", "slurm.node", f"--record={record(job, kind, NODE)}", *options, "--", *command)
 
 
 def _step(job: Job, title: str, nodes: tuple[str, ...], command: tuple[str, ...], options: tuple[str, ...]) -> Step:
     where = (f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}")
+    # Since Slurm 22.05 a step does not inherit sbatch's --cpus-per-task, and one CPU a task would be its share.
+    cpus = (f"--cpus-per-task={job.cpus_per_task}",) if job.cpus_per_task else ()
     ends = ("--kill-on-bad-exit=1", f"--wait={CLOSING_SECONDS}")
-    return Step(title, nodes, command, ("srun", *where, "--cpu-bind=none", *ends, *options, *job.srun_options))
+    ours = ("--mpi=none", "--cpu-bind=none", *cpus, *ends, *options)  # torchrun's rendezvous needs no MPI
+    return Step(title, nodes, command, ("srun", *where, *ours, *job.srun_options))

@@ -1,7 +1,8 @@
 # Sourced by slurm/srpo_*.sh with the configuration and the script's own arguments. What a site changes is in site.env.
 set -euo pipefail
 SCRIPT_NODES=$(sed -n 's/^#SBATCH --nodes=//p' "${BASH_SOURCE[1]}") # what a dry run shows
-export SCRIPT_NODES
+SCRIPT=${BASH_SOURCE[1]} # whose header a dry run shows
+export SCRIPT_NODES SCRIPT
 cd "${SLURM_SUBMIT_DIR:-.}"
 site=${SRPO_SITE:-slurm/site.env}
 if [ -f "$site" ]; then

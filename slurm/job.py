@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +31,11 @@ class Job:
     job_id: str = "0"
     restarts: int = 0
     ranks_per_node: int = GPUS_PER_NODE
-    python: str = "python3"
+    python: tuple[str, ...] = ("python3",)  # how the host starts Python, maybe through a container
     srun_options: tuple[str, ...] = ()
     address: str = "{node}"  # of a node, from its name
     interface: str = ""
+    cpus_per_task: int = 0  # of a step's one task a node; 0 = Slurm's choice
     gpu: str = "h100"
     scratch: str = ""
     disk_gib: float = 0.0
@@ -62,6 +65,11 @@ class Job:
     def rollout_hosts(self) -> tuple[str, ...]:
         """The names of the nodes that engines have."""
         return self.nodes[len(self.training_nodes) :]
+
+    @property
+    def inner_python(self) -> str:
+        """Python for what already runs where `python` leads to, maybe in a container that cannot start another one."""
+        return self.python[-1]
 
     def address_of(self, node: str) -> str:
         return self.address.replace("{node}", node)
@@ -162,8 +170,9 @@ def job_from(options: Options, environment: Mapping[str, str]) -> Job:
         job_id=environment.get("SLURM_JOB_ID", "0"),
         restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
         ranks_per_node=_number(environment, "SRPO_RANKS_PER_NODE", int, gpus),
-        python=environment.get("SRPO_PYTHON") or _python(),
-        srun_options=tuple(environment.get("SRPO_SRUN_OPTIONS", "").split()),
+        python=_python(environment),
+        srun_options=_words(environment, "SRPO_SRUN_OPTIONS"),
+        cpus_per_task=_number(environment, "SRPO_CPUS_PER_TASK", int, _smallest_node(environment)),
         address=environment.get("SRPO_ADDRESS") or "{node}",
         gpu=environment.get("SRPO_GPU") or "h100",
         interface=environment.get("SRPO_INTERFACE", ""),
@@ -191,8 +200,31 @@ def _nodes(options: Options, environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"node{number}" for number in range(count))
 
 
-def _python() -> str:
-    return ".venv/bin/python" if os.access(".venv/bin/python", os.X_OK) else "python3"
+def _python(environment: Mapping[str, str]) -> tuple[str, ...]:
+    words = _words(environment, "SRPO_PYTHON")
+    if not words:
+        return (".venv/bin/python" if os.access(".venv/bin/python", os.X_OK) else "python3",)
+    if words[-1].startswith("-"):
+        raise BrokenJob(
+            f'SRPO_PYTHON = "{environment["SRPO_PYTHON"]}" (see {SITE_SETTINGS}.example): expected Python as its last '
+            f'word, got the option "{words[-1]}"'
+        )
+    return words
+
+
+def _words(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """The words of a setting, as a shell would read them."""
+    text = environment.get(name, "")
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise BrokenJob(f"{name} = {text} (see {SITE_SETTINGS}.example): {error}; quote it as for a shell") from error
+
+
+def _smallest_node(environment: Mapping[str, str]) -> int:
+    """The fewest CPUs that Slurm gives the job on one of its nodes, as in "96(x3),64"; 0 where it does not say."""
+    counts = re.findall(r"(?:^|,)(\d+)", environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    return min(map(int, counts), default=0)
 
 
 def _number(environment: Mapping[str, str], name: str, kind: type, default: float) -> float:

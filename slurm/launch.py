@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def dry_run(job: Job) -> list[str]:
     """Every command of the job, in order."""
-    exports = [f"export {name}={value}" for name, value in sorted(commands.environment(job).items())]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in sorted(commands.environment(job).items())]
     health = commands.health_step(job, device="auto", output="OUTPUT_DIR")
     size = engine_ranks(job) if job.rollout_nodes else 1
     engines = [commands.serve_step(job, size)] if job.rollout_nodes else []
@@ -57,18 +58,28 @@ def dry_run(job: Job) -> list[str]:
     steps = [commands.check_step(job), health, *engines, train]
     head = f"# {len(job.nodes)} × {job.ranks_per_node} GPUs, {job.world_size} ranks train {' + '.join(job.files)}"
     shown = [line for step in steps for line in ("", *commands.shown(step))]
-    return [head, *exports, *shown, "", *(f"# {line}" for line in plan(job))]
+    return [head, *site(job.environment), *exports, *shown, "", *(f"# {line}" for line in plan(job))]
+
+
+def site(environment: Mapping[str, str]) -> list[str]:
+    """What sbatch is asked for, and what the site has set: the script's header, then the variables that win over it."""
+    script = Path(environment.get("SCRIPT") or "absent")
+    header = (
+        [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")] if script.is_file() else []
+    )
+    given = {name: value for name, value in environment.items() if name.startswith(("SRPO_", "SBATCH_")) and value}
+    return [*header, *(f"# the site sets {name}={shlex.quote(value)}" for name, value in sorted(given.items()))]
 
 
 def plan(job: Job) -> list[str]:
     """What the planner says, where the job's Python and the project's environment are at hand. BrokenJob if the
     trainer would refuse the configuration."""
     sizes = (len(job.nodes), job.rollout_nodes, job.ranks_per_node)
-    command = [job.python, "-m", "slurm.plan", job.gpu, *map(str, sizes), *job.files, *job.overrides]
+    command = [*job.python, "-m", "slurm.plan", job.gpu, *map(str, sizes), *job.files, *job.overrides]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        return [f"no plan: {job.python} cannot be started here ({error.strerror})"]
+        return [f"no plan: {job.python[0]} cannot be started here ({error.strerror})"]
     said = (found.stdout or found.stderr).strip()
     if found.returncode == MISTAKE:
         raise BrokenJob(said)

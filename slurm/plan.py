@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from megatron_srpo.config import Config, contradictions, listed, load_config
 from megatron_srpo.core import exit_codes
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(error)
         return exit_codes.MISTAKE
+    for line in absent(settings):
+        print(line)
     layout = layout_of(settings, int(nodes) * int(ranks), int(rollout_nodes) * int(ranks))
     try:
         arch, hf = read_architecture(shipped_if_absent(settings.model.path))
@@ -43,6 +46,15 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:  # a model or a GPU that is not known here
         print(f"no plan: {error}")
     return exit_codes.DONE
+
+
+def absent(config: Config) -> list[str]:
+    """A line for each file or folder of the configuration that is not there: the job would end with exit code 2."""
+    data = {"data.train": config.data.train, "data.test": config.data.test}
+    given = {name: [value] if isinstance(value, str) else value for name, value in data.items()}
+    given["model.path"] = [config.model.path]
+    missing = [(name, path) for name, paths in given.items() for path in paths if not Path(path).exists()]
+    return [f"not there: {name} = {path}" for name, path in missing]
 
 
 def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Iterator[str]:

@@ -64,8 +64,10 @@ def _sequence_cost(length: int) -> float:
 def _require_fit(samples: Sequence[Sample], budget: int, max_tokens: int, padding: Padding) -> None:
     counted = [sample for sample in samples if sample.counted]
     for sample in counted:
-        assert len(sample.student.targets) == sample.length, "one engine log-prob for each trained token"
-        assert sample.teacher is None or len(sample.teacher.targets) == sample.length, "the teacher has the same tokens"
+        assert sample.student.trained_tokens == sample.length, "one engine log-prob for each trained token"
+        assert sample.teacher is None or sample.teacher.trained_tokens == sample.length, (
+            "the teacher has the same tokens"
+        )
         assert sample.teacher is not None or not {"distill", "guided"} & set(sample.weights), "both need a teacher"
     needed = {id(sample): padded_length(_longest(sample), padding.sequence) for sample in counted}
     too_long = [sample for sample in counted if needed[id(sample)] > budget]

@@ -409,7 +409,7 @@ def sdpo_rows(record: dict) -> Iterator[dict[str, Any]]:
     yield {name: record[name] for name in ("idx", "kind", "dataset", "system", "prompt", "answer")}
 
 
-def prepare_sdpo(folder: Path, out: Path) -> None:
+def prepare_sdpo(folder: Path, out: Path, *, replace: bool) -> None:
     """Write every benchmark of SDPO's data sets into a folder of its own; say what was dropped and what is missing."""
     found = {name: folder / where for name, where in SDPO_FOLDERS.items() if (folder / where).is_dir()}
     if not found:
@@ -417,6 +417,8 @@ def prepare_sdpo(folder: Path, out: Path) -> None:
             f"{folder}: expected the folder `datasets` of SDPO's repository (github.com/lasgroup/SDPO), with some of "
             f"{', '.join(SDPO_FOLDERS.values())} in it"
         )
+    for name in found:
+        Wanted(out / name, None, None, 0, replace)  # refuses to overwrite
     for name, source in found.items():
         read = {split: Converted() for split in ("train", "test")}
         for split, part in read.items():
@@ -456,11 +458,12 @@ Replace = Annotated[bool, typer.Option("--replace", help="replace the files of a
 def sdpo(
     folder: Annotated[Path, typer.Argument(help="the folder `datasets` of SDPO's repository")],
     out: Annotated[Path, typer.Option(help="folder for a folder of each benchmark")],
+    replace: Replace = False,
 ) -> None:
     """The five benchmarks of the SDPO and SRPO papers, with their splits and prompts."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder, which may not exist yet")
-    prepare_sdpo(folder, out)
+    prepare_sdpo(folder, out, replace=replace)
 
 
 @app.command()

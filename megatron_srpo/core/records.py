@@ -84,8 +84,10 @@ class Rollout:
 
     @property
     def trained_logprobs(self) -> Tokens:
-        """[R] the engine's log-probs of the trained tokens."""
-        return np.asarray(self.logprobs, dtype=np.float32)[self.trained]
+        """[R] the engine's log-probs of the trained tokens. Without tokens of the environment it is a view: most
+        responses have none, and copies of them would fill the memory of rank 0."""
+        logprobs = np.asarray(self.logprobs, dtype=np.float32)
+        return logprobs if self.trained.all() else logprobs[self.trained]
 
 
 @dataclass
@@ -188,6 +190,15 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    def __reduce__(self) -> tuple[type[Stream], tuple[array[int], array[int], NDArray[np.bool_]]]:
+        """Pickled without `targets`, which are twice as large as the rest."""
+        return Stream, (self.prompt_ids, self.response_ids, self.trained)
+
+    @property
+    def trained_tokens(self) -> int:
+        """R, the number of trained tokens."""
+        return int(np.count_nonzero(self.trained))
 
     @cached_property
     def targets(self) -> NDArray[np.int64]:

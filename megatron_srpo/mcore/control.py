@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.mcore.parcel import read_parcel, write_parcel
 
 T = TypeVar("T")
 
@@ -91,13 +91,14 @@ class Control:
         Parts are made and sent one after the other, each to the first rank that needs it, which hands it on to the
         others of its model copy: rank 0 sends every part once, and holds one of them in pickled form at a time.
         """
+        box = io.BytesIO()  # for one part after the other: fresh memory for each takes longer than the copy
         for dp_rank, (first, *_) in enumerate(self._receivers()):
             if first != self.rank:
-                self._send(_pickled(part(dp_rank)), [first])
+                self._send(write_parcel(box, part(dp_rank)), [first])
         mine = part(self._topology.dp_rank)
         _, *others = self._receivers()[self._topology.dp_rank]
         if others:
-            self._send(_pickled(mine), others)
+            self._send(write_parcel(box, mine), others)
         return mine
 
     def receive_share(self) -> Any:
@@ -106,7 +107,7 @@ class Control:
         box = self._receive(0 if self.rank == first else first)
         if self.rank == first:
             self._send(box, others)
-        return pickle.loads(box)
+        return read_parcel(box)
 
     def _receivers(self) -> list[list[int]]:
         """Ranks of each model copy, by data-parallel rank; the first of them is rank 0 in its own."""
@@ -144,10 +145,3 @@ class Control:
 
     def barrier(self) -> None:
         dist.barrier(group=self._topology.control_group)
-
-
-def _pickled(value: Any) -> memoryview:
-    """In memory that torch can send from without a copy."""
-    box = io.BytesIO()
-    pickle.dump(value, box, pickle.HIGHEST_PROTOCOL)
-    return box.getbuffer()

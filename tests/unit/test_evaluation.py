@@ -125,10 +125,8 @@ class Answering:
 
 
 def _evaluation(**options):
-    config = Config.model_validate(
-        {"model": {"path": "m"}, "data": {"train": "t"}, "eval": {"n_samples": 2, "max_prompts": 7}}
-    )
-    prompts = [Prompt(f"test:{i}", (), [i], "", "exact") for i in range(9)]
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "t"}, "eval": {"n_samples": 2}})
+    prompts = [Prompt(f"test:{i}", (), [i], "", "exact") for i in range(7)]
     answering = Answering()
     timer = SimpleNamespace(phase=lambda name: nullcontext())
     return Evaluator(config, answering, prompts, answering, **options)(timer), answering.batches

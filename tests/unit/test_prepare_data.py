@@ -371,6 +371,7 @@ def test_sdpos_data_sets_keep_their_splits_their_order_and_every_character_of_th
     said = capsys.readouterr().out
     assert "materials: 4 train rows, 2 test rows" in said
     assert "1 of 5 train rows dropped: their prompt is in the test split" in said
+    assert "has train.jsonl and test.jsonl already" in refusal(capsys, "sdpo", source, "--out", tmp_path / "out")
     assert "no train split: " in said and "not in " in said and "sciknoweval/physics" in said
 
 

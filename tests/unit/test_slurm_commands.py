@@ -208,6 +208,49 @@ def test_a_site_sets_interface_scratch_container_and_address_in_its_file(tmp_pat
     assert {"--master-addr=node0-ib0", "--nproc-per-node=4"} <= set(srun[-1])
 
 
+def test_a_container_is_started_once_a_node_and_everything_inside_starts_plain_python():
+    settings = {"SRPO_PYTHON": "apptainer exec --nv --bind '/my data' srpo.sif python3"}
+    lines = dry_run("srpo_qwen3_8b.sh", "--nodes=2", "--rollout-nodes=1", **settings)
+    steps = [shlex.split(line) for line in lines if line.startswith("srun")]
+    assert len(steps) == 4  # check, health, servers, training
+    for words in steps:
+        start = words.index("apptainer")
+        assert words[start : start + 8] == [
+            "apptainer",
+            "exec",
+            "--nv",
+            "--bind",
+            "/my data",
+            "srpo.sif",
+            "python3",
+            "-m",
+        ]
+        assert words.count("apptainer") == 1
+    assert all(words[words.index("--") + 1] == "python3" for words in steps[1:])
+    serve = steps[2][steps[2].index("--") + 1 :]
+    assert serve[serve.index("--") + 1 :][:4] == ["python3", "-m", "megatron_srpo", "serve"]
+
+
+def test_options_of_srun_are_read_as_a_shell_reads_them():
+    mounts = "--container-mounts=/my data:/data"
+    given = {"SRPO_SRUN_OPTIONS": shlex.join([mounts, "--x"]), "SLURM_JOB_CPUS_PER_NODE": "96(x3),64", "DRY_RUN": "1"}
+    job = job_from(parse([CONFIG, "--dry-run"]), given)
+    words = commands.train_step(job, 1).argv
+    assert {mounts, "--x", "--mpi=none", "--cpus-per-task=64"} <= set(words)
+    ours = job_from(parse([CONFIG, "--dry-run"]), {**given, "SRPO_CPUS_PER_TASK": "0"})
+    assert not [word for word in commands.train_step(ours, 1).argv if "cpus-per-task" in word]
+
+
+def test_a_dry_run_shows_the_header_the_sites_settings_and_what_is_absent():
+    lines = dry_run(
+        "srpo_qwen3_8b.sh", SBATCH_ACCOUNT="me", SRPO_INTERFACE="ib 0", SRPO_PYTHON=sys.executable,
+    )  # fmt: skip
+    assert "#SBATCH --exclusive" in lines and "#SBATCH --gpus-per-node=8" in lines
+    assert "# the site sets SBATCH_ACCOUNT=me" in lines and "# the site sets SRPO_INTERFACE='ib 0'" in lines
+    assert "export NCCL_SOCKET_IFNAME='ib 0'" in lines
+    assert f"# not there: model.path = {load_config(ROOT / CONFIG).model.path}" in lines
+
+
 def test_what_a_site_sets_itself_is_left_as_it_is():
     job = Job(CONFIG, (), ("a",), interface="ib0", scratch="/s", environment={"NCCL_SOCKET_IFNAME": "eth9"})
     assert "NCCL_SOCKET_IFNAME" not in commands.environment(job)
