@@ -15,12 +15,12 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.plan import (
     Architecture,
     Layout,
-    Workload,
     evaluate,
     machine_of,
     read_architecture,
     shipped_if_absent,
 )
+from megatron_srpo.plan.configuration import layout_of, workload_of
 from slurm.job import files_and_overrides
 
 
@@ -67,48 +67,6 @@ def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Itera
             yield f"memory of {role}, GB: {_sum(memory.lines, 1e9)} of {memory.limit / 1e9:.1f}: {verdict}"
     if found.time is not None:
         yield f"an iteration, s: {_sum(found.time.lines, 1)}"
-
-
-def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
-    """The configuration's layout on `gpus` GPUs; `engine_gpus` of them only generate."""
-    parallel, rollout = config.parallel, config.rollout
-    return Layout(
-        gpus=gpus,
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        virtual=parallel.virtual_pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
-        expert=parallel.expert_model_parallel_size,
-        expert_tensor=parallel.expert_tensor_parallel_size,
-        recompute=config.model.recompute,
-        recompute_layers=config.model.recompute_layers,
-        max_tokens=config.train.max_tokens_per_gpu,
-        engine_tensor=rollout.tensor_parallel_size,
-        engine_gpus=engine_gpus,
-        engine_memory=rollout.gpu_memory_utilization,
-        engine_sleeps=rollout.sleep_while_training,
-        trainer_leaves=config.train.offload_while_generating,
-        shadow_on_host=config.teacher.offload,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
-    )
-
-
-def workload_of(config: Config) -> Workload:
-    """The configuration's iteration; what it does not say, like the mean length, is the planner's assumption."""
-    rollout, data, distillation = config.rollout, config.data, config.algorithm.distillation
-    taught = {} if config.algorithm.needs.teacher else {"distilled": 0.0}
-    return Workload(
-        prompts=rollout.rollout_batch_size,
-        samples=rollout.n_samples_per_prompt,
-        prompt_max=data.max_prompt_length,
-        response_max=rollout.max_response_length,
-        teacher_prompt_max=config.teacher.max_prompt_length or data.max_prompt_length + rollout.max_response_length,
-        steps=-(-rollout.rollout_batch_size // (config.train.prompts_per_mini_batch or rollout.rollout_batch_size)),
-        topk=distillation.distillation_topk if distillation else 0,
-        iterations=config.run.iterations,
-        **taught,
-    )
 
 
 def _sum(parts: Mapping[str, float], unit: float) -> str:

@@ -81,12 +81,11 @@ def configuration(layout: Layout, workload: Workload, model_path: str, hf: Mappi
     return config
 
 
-def layout_of(config: Config, gpus: int) -> Layout:
-    """The layout of a configuration on `gpus` training GPUs; servers that the run starts have GPUs in addition."""
+def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
+    """The configuration's layout on `gpus` GPUs; `engine_gpus` of them only generate."""
     parallel, rollout = config.parallel, config.rollout
-    own = 0 if rollout.placement == "colocated" else rollout.num_servers * rollout.tensor_parallel_size
     return Layout(
-        gpus + own,
+        gpus=gpus,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         virtual=parallel.virtual_pipeline_model_parallel_size,
@@ -97,7 +96,7 @@ def layout_of(config: Config, gpus: int) -> Layout:
         recompute_layers=config.model.recompute_layers,
         max_tokens=config.train.max_tokens_per_gpu,
         engine_tensor=rollout.tensor_parallel_size,
-        engine_gpus=own,
+        engine_gpus=engine_gpus,
         engine_memory=rollout.gpu_memory_utilization,
         engine_sleeps=rollout.sleep_while_training,
         trainer_leaves=config.train.offload_while_generating,
@@ -107,19 +106,19 @@ def layout_of(config: Config, gpus: int) -> Layout:
     )
 
 
-def workload_of(config: Config, *, prompt_mean: int) -> Workload:
-    """The workload of a configuration, with responses that are all as long as they may be."""
-    rollout, longest = config.rollout, config.rollout.max_response_length
+def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 2000) -> Workload:
+    """The configuration's iteration. The mean lengths, which it does not say, are those of the planner by default."""
+    rollout, data = config.rollout, config.data
     return Workload(
         prompts=rollout.rollout_batch_size,
         samples=rollout.n_samples_per_prompt,
         prompt_mean=prompt_mean,
-        prompt_max=config.data.max_prompt_length,
-        response_mean=longest,
-        response_max=longest,
+        prompt_max=data.max_prompt_length,
+        response_mean=response_mean,
+        response_max=rollout.max_response_length,
         teacher_prompt_max=teacher_prompt_length(config),
-        distilled=0.3 if config.algorithm.needs.teacher else 0.0,
         steps=-(-rollout.rollout_batch_size // (config.train.prompts_per_mini_batch or rollout.rollout_batch_size)),
+        distilled=Workload.distilled if config.algorithm.needs.teacher else 0.0,
         topk=config.algorithm.needs.topk,
         iterations=config.run.iterations,
     )

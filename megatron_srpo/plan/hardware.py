@@ -1,7 +1,8 @@
 """Machines: their published peaks, and the shares of the peaks that are assumed or were measured.
 
-Peaks come from the vendors' data sheets (dense bf16). The shares are assumptions until benchmarks/calibrate.py measures
-them on a machine; a prediction says which ones it uses.
+Peaks come from the vendors' data sheets (dense bf16). Memory is what CUDA reports: about 79 GiB on a card that is sold
+with 80 GB. For B200 and GB200 it is 1 % less than in the data sheet, because we know no report of theirs. The shares
+are assumptions until benchmarks/calibrate.py measures them on a machine; a prediction says which ones it uses.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Machine:
 
     name: str
     flops: float  # peak, dense products in the model's dtype
-    memory: float
+    memory: float  # as CUDA reports it, which is less than the name of the GPU says
     bandwidth: float  # peak of the memory
     link: float  # peak to the GPUs of the same node, in one direction
     network: float  # peak of a GPU to other nodes, in one direction
@@ -39,7 +40,13 @@ class Machine:
     decode_overhead: float = 2e-3  # of an engine's step: scheduling, sampling, launches
     reserved: float = 3.0 * GIB  # CUDA context, communication buffers, workspace
     fragmentation: float = 0.05  # share of the allocated memory that is lost
+    headroom: float = 0.03  # share of the memory that a proposal leaves free, because predictions are not exact
     source: str = "assumed efficiencies"
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a layout may need."""
+        return self.memory * (1 - self.headroom)
 
     @property
     def product_rate(self) -> float:
@@ -61,12 +68,12 @@ class Machine:
 MACHINES: dict[str, Machine] = {
     machine.name: machine
     for machine in (
-        Machine("a100", 312e12, 80 * GIB, 2.04e12, 300e9, 25e9),
-        Machine("h20", 148e12, 96 * GIB, 4.0e12, 450e9, 50e9, product_share=0.85, attention_share=0.60),
-        Machine("h100", 989e12, 80 * GIB, 3.35e12, 450e9, 50e9),
-        Machine("h200", 989e12, 141e9, 4.8e12, 450e9, 50e9),
-        Machine("b200", 2250e12, 180e9, 8.0e12, 900e9, 50e9),
-        Machine("gb200", 2500e12, 186e9, 8.0e12, 900e9, 100e9, node=72),
+        Machine("a100", 312e12, 79.2 * GIB, 2.04e12, 300e9, 25e9),
+        Machine("h20", 148e12, 95.0 * GIB, 4.0e12, 450e9, 50e9, product_share=0.85, attention_share=0.60),
+        Machine("h100", 989e12, 79.1 * GIB, 3.35e12, 450e9, 50e9),
+        Machine("h200", 989e12, 139.8 * GIB, 4.8e12, 450e9, 50e9),
+        Machine("b200", 2250e12, 166.0 * GIB, 8.0e12, 900e9, 50e9),
+        Machine("gb200", 2500e12, 172.0 * GIB, 8.0e12, 900e9, 100e9, node=72),
     )
 }
 

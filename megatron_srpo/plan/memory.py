@@ -172,7 +172,7 @@ def _stage_memory(
     totals = [_with_overheads(ours, theirs, machine) for ours, theirs in phases]
     lines = max(totals, key=lambda phase: sum(phase.values()))
     host = loading_host_bytes(arch, layout, machine)
-    return MemoryPlan(lines, machine.memory, max(0.0, cache), notes, host)
+    return MemoryPlan(lines, machine.usable, max(0.0, cache), notes, host)
 
 
 def _with_overheads(ours: dict[str, float], engine: dict[str, float], machine: Machine) -> dict[str, float]:
@@ -206,4 +206,4 @@ def engine_memory(arch: Architecture, layout: Layout, workload: Workload, machin
     cache = budget - weights - working
     lines = {"weights": weights, "engine work": working, "KV cache": max(0.0, cache)}
     lines["publish"] = float(max(BUCKET_BYTES, arch.vocab * arch.hidden * layout.dtype_bytes))
-    return MemoryPlan(lines, machine.memory, max(0.0, cache), cache_problem(arch, layout, workload, cache))
+    return MemoryPlan(lines, machine.usable, max(0.0, cache), cache_problem(arch, layout, workload, cache))

@@ -76,12 +76,13 @@ def why_not(candidate: Candidate) -> str:
 def assumptions(machine: Machine, workload: Workload) -> list[str]:
     """The assumptions behind the predictions, one line each."""
     return [
-        f"machine {machine.name}: {machine.flops / 1e12:.0f} TFLOP/s dense peak, {machine.memory / GIB:.0f} GiB at "
+        f"machine {machine.name}: {machine.flops / 1e12:.0f} TFLOP/s dense peak, {machine.memory / GIB:.1f} GiB at "
         f"{machine.bandwidth / 1e12:.2f} TB/s, {machine.link / 1e9:.0f} GB/s inside a node of {machine.node}, "
         f"{machine.network / 1e9:.0f} GB/s between nodes",
         f"reached ({machine.source}): products {machine.product_share:.0%}, attention {machine.attention_share:.0%}, "
         f"memory {machine.bandwidth_share:.0%}, links {machine.link_share:.0%}, network {machine.network_share:.0%}; "
-        f"{machine.reserved / GIB:.1f} GiB reserved, {machine.fragmentation:.0%} fragmentation",
+        f"{machine.reserved / GIB:.1f} GiB reserved, {machine.fragmentation:.0%} fragmentation, "
+        f"{machine.headroom:.0%} of the memory left free",
         f"an iteration: {workload.prompts} prompts × {workload.samples} responses, {workload.steps} optimiser step(s); "
         f"prompts {workload.prompt_mean} tokens, responses {workload.response_mean} on average (log-normal, "
         f"σ {workload.response_sigma}, cut at {workload.response_max}), {workload.distilled:.0%} distilled; "

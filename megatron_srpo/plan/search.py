@@ -18,6 +18,7 @@ from megatron_srpo.plan.workload import Workload
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 ENGINE_SHARES = (0.3, 0.5, 0.7, 0.85)  # shares of a GPU's memory that a colocated engine may get
 TURNS = ((False, False), (True, False), (True, True))  # (engine sleeps, trainer is offloaded) while the other works
+ABOUT_AS_FAST = 1.03  # predictions do not tell layouts apart whose times differ by less
 SPLITS = (4, 2)  # with engines on GPUs of their own, a quarter or half of the GPUs generate
 
 
@@ -120,9 +121,37 @@ def search(
             if cut not in fitting or candidate.step_seconds < fitting[cut].step_seconds:
                 fitting[cut] = candidate
             break
-    best = sorted(fitting.values(), key=lambda c: c.step_seconds)[:show]
+    best = _simplest_first(sorted(fitting.values(), key=lambda c: c.step_seconds))[:show]
     misfits = sorted((c for cut, c in missing.items() if cut not in fitting), key=overshoot)
     return Found(best, misfits, excluded, tried)
+
+
+def _simplest_first(candidates: list[Candidate]) -> list[Candidate]:
+    """The simplest of those that are about as fast as the fastest, then the others, which are sorted by time."""
+    if not candidates:
+        return []
+    near = [one for one in candidates if one.step_seconds <= ABOUT_AS_FAST * candidates[0].step_seconds]
+    first = min(near, key=lambda one: (complexity(one.layout), one.step_seconds))
+    return [first, *(one for one in candidates if one is not first)]
+
+
+def complexity(layout: Layout) -> int:
+    """How many mechanisms a layout uses: each of them can go wrong, and has to be understood."""
+    sizes = (layout.tensor, layout.pipeline, layout.virtual, layout.context, layout.expert)
+    switches = (
+        layout.recompute != "none", layout.engine_sleeps, layout.trainer_leaves, layout.shadow_on_host,
+        not layout.colocated, layout.engine_tensor > 1,
+    )  # fmt: skip
+    return sum(size > 1 for size in sizes) + sum(switches)
+
+
+def fewest_gpus(arch: Architecture, gpus: int, machine: Machine, workload: Workload) -> Candidate | None:
+    """The layout on the smallest number of GPUs, gpus · 2, 4, … 64, on which something fits."""
+    for factor in (2, 4, 8, 16, 32, 64):
+        found = search(arch, gpus * factor, machine, workload, show=1)
+        if found.best:
+            return found.best[0]
+    return None
 
 
 def overshoot(candidate: Candidate) -> float:
@@ -171,8 +200,8 @@ def _cuts(arch: Architecture, training: int, machine: Machine) -> Iterator[tuple
 def _variants(base: Layout, machine: Machine) -> Iterator[list[Layout]]:
     """For each size of an engine and each share of memory: the ways to recompute and to offload, the fastest first."""
     shares = ENGINE_SHARES if base.colocated else (0.0,)
-    for engine in POWERS[:4]:
-        if engine > machine.node or (base.engine_gpus or base.gpus) % engine:
+    for engine in POWERS[:5]:
+        if engine > max(machine.node, 16) or (base.engine_gpus or base.gpus) % engine:
             continue
         for share in shares:
             for sleeps, leaves in TURNS if base.colocated else TURNS[:1]:

@@ -189,7 +189,10 @@ def memory_lines(config: Config, prompts: Sequence[Prompt], gpus: int, gpu: str)
 
     arch = Architecture.from_hf(read_model_folder(config.model.path))
     mean = round(statistics.fmean(len(prompt.token_ids) for prompt in prompts))
-    layout, workload = layout_of(config, gpus), workload_of(config, prompt_mean=mean)
+    rollout = config.rollout
+    own = 0 if rollout.placement == "colocated" else rollout.num_servers * rollout.tensor_parallel_size
+    layout = layout_of(config, gpus + own, own)
+    workload = workload_of(config, prompt_mean=mean, response_mean=rollout.max_response_length)
     rows = rows_of(workload, layout, workload.student_tokens)
     plan = training_memory(
         arch, layout, workload, machine_of(gpu), rows=rows, logits_mib=config.train.logits_memory_mib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -25,7 +26,9 @@ from megatron_srpo.plan import (
 )
 from megatron_srpo.plan.configuration import as_toml, configuration
 from megatron_srpo.plan.report import as_json, assumptions, show
+from megatron_srpo.plan.search import Found, fewest_gpus
 
+ENOUGH = 1.3  # half of the GPUs are enough if an iteration takes less than this many times as long
 Tensors = dict[str, tuple[int, ...]]  # exported tensors of a stage: Hugging Face name → shape
 
 
@@ -46,6 +49,9 @@ def plan(
         print(json.dumps(as_json(found, arch, machine, workload), indent=1))
     else:
         show(found, arch, machine, workload, _console())
+    if not json_output:
+        for line in _advice(found, arch, gpus, machine, workload):
+            print(line)
     if not found.best:
         return 1
     if write is not None:
@@ -64,6 +70,30 @@ def plan(
         if not json_output:
             print(f"wrote {write}")
     return 0
+
+
+def _advice(found: Found, arch: Architecture, gpus: int, machine: Machine, workload: Workload) -> Iterator[str]:
+    """What would fit if nothing does, and whether half of the GPUs would be enough."""
+    if not found.best:
+        fits = fewest_gpus(arch, gpus, machine, workload)
+        if fits is not None:
+            yield f"It fits on {fits.layout.gpus} GPUs: {fits.layout.name()}, {fits.step_seconds:.0f} s an iteration."
+        shorter = dataclasses.replace(
+            workload, response_max=workload.response_max // 2, teacher_prompt_max=workload.teacher_prompt_max // 2,
+            response_mean=min(workload.response_mean, workload.response_max // 2),
+        )  # fmt: skip
+        if search(arch, gpus, machine, shorter, show=1).best:
+            yield (
+                f"On {gpus} GPUs it fits with --response-max {shorter.response_max} --teacher-prompt-max "
+                f"{shorter.teacher_prompt_max}."
+            )
+        return
+    half = search(arch, gpus // 2, machine, workload, show=1).best if gpus >= 2 else []
+    if half and half[0].step_seconds < ENOUGH * found.best[0].step_seconds:
+        yield (
+            f"{gpus // 2} GPUs are enough: an iteration takes {half[0].step_seconds:.1f} s there, and "
+            f"{found.best[0].step_seconds:.1f} s on {gpus} GPUs ({half[0].layout.name()})."
+        )
 
 
 def _engine_nodes(layout: Layout, machine: Machine) -> str:

@@ -372,7 +372,7 @@ def make_models(tmp_path_factory, family, dtype):
             layers=4,
             dtype=getattr(torch, dtype),
             dense_layers=(1,),
-            rope=ROPES.get(family),
+            rope=ROPES.get(family) if dtype == "float32" else None,  # the bounds of bf16 are those of plain ones
         )
         for seed, name in enumerate(("student", "teacher"))
     ]

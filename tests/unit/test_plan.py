@@ -2,18 +2,19 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
 from megatron_srpo.config import contradictions, load_config
-from megatron_srpo.plan import SHIPPED, Layout, Workload, machine_of, read_architecture, search
+from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
 from megatron_srpo.plan.configuration import configuration
 from megatron_srpo.plan.duration import forward_flops, generate_seconds, iteration_time
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
-from megatron_srpo.plan.search import evaluate
+from megatron_srpo.plan.search import complexity, evaluate
 from megatron_srpo.run import cli
 from megatron_srpo.run.planning import _engine_nodes
 
@@ -50,10 +51,12 @@ def test_found_layouts_fit_are_sorted_and_can_be():
     found = search(arch, 4, H100, SMALL, show=20)
     assert len(found.best) > 5
     seconds = [candidate.step_seconds for candidate in found.best]
-    assert seconds == sorted(seconds)
+    assert seconds[1:] == sorted(seconds[1:]) and seconds[0] <= 1.03 * min(seconds)
+    near = [one for one in found.best if one.step_seconds <= 1.03 * min(seconds)]
+    assert complexity(found.best[0].layout) == min(complexity(one.layout) for one in near)
     for candidate in found.best:
         assert not list(impossible(candidate.layout, arch))
-        assert candidate.memory.total <= candidate.memory.limit == H100.memory
+        assert candidate.memory.total <= candidate.memory.limit == 0.97 * H100.memory
         assert sum(candidate.time.lines.values()) == pytest.approx(candidate.step_seconds)
         assert 0 < candidate.mfu < candidate.train_mfu < 1
         assert candidate.layout.max_tokens * candidate.layout.context >= SMALL.longest_row
@@ -170,7 +173,21 @@ def test_the_report_names_assumptions_lines_and_reasons(capsys):
 
 def test_nothing_that_fits_is_exit_code_1(capsys):
     assert cli.main(["plan", "Qwen3-32B", "--gpus", "1"]) == 1
-    assert "None of" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "None of" in told
+    fits = re.search(r"It fits on (\d+) GPUs: TP", told)
+    assert fits and 2 < int(fits[1]) <= 64
+
+
+def test_half_of_the_gpus_are_enough_where_more_do_not_pay(capsys):
+    assert cli.main(["plan", "Qwen3-0.6B", "--gpus", "64", "--gpu", "H100", "--top", "1", "--batch", "8"]) == 0
+    assert "32 GPUs are enough: an iteration takes" in capsys.readouterr().out
+
+
+def test_memory_is_what_the_driver_reports_and_a_proposal_leaves_room():
+    assert 78 < H100.memory / 2**30 < 79.7 and 139 < machine_of("H200").memory / 2**30 < 140.5
+    for machine in MACHINES.values():
+        assert machine.usable == pytest.approx(0.97 * machine.memory)
 
 
 @pytest.mark.parametrize(
