@@ -117,7 +117,7 @@ def test_the_export_loads_in_transformers_and_holds_what_the_checkpoint_holds(ru
     assert all(moved)
 
     def accuracy(*source: str) -> float:
-        result = torchrun("eval", str(run / "config.toml"), *source)
+        result = torchrun("eval", str(run / "config.toml"), *source, "--eval.max_prompts=8")  # as in the training
         assert result.returncode == 0, result.stderr[-3000:]
         return json.loads(result.stdout[result.stdout.index("{") :])["eval/accuracy"]
 

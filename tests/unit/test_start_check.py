@@ -96,7 +96,7 @@ def test_the_limit_is_that_of_the_dtype_unless_one_is_given(changes, limit):
     assert "agree on 256 tokens" in checked(config, 0.9 * limit)[0]
     with pytest.raises(UserError) as refused:
         checked(config, 1.1 * limit)
-    for cause in ("rope_theta", "tie_word_embeddings", "another version", "dtype", "compare_logits.py --hf m"):
+    for cause in ("rope_theta", "tie_word_embeddings", "another version", "dtype", "compare-logits --hf m"):
         assert cause in str(refused.value)
 
 
