@@ -12,7 +12,6 @@ import copyreg
 import io
 import pickle
 from array import array
-from collections import ChainMap
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ def write_parcel(box: io.BytesIO, value: object) -> memoryview:
     """The value in the memory of `box`. The next call overwrites it, and needs that nobody holds it any more."""
     head, arrays = io.BytesIO(), []  # type: io.BytesIO, list[pickle.PickleBuffer]
     pickler = pickle.Pickler(head, protocol=5, buffer_callback=arrays.append)
-    pickler.dispatch_table = ChainMap({array: _reduce_array}, copyreg.dispatch_table)
+    pickler.dispatch_table = {**copyreg.dispatch_table, array: _reduce_array}
     pickler.dump(value)
     parts = [head.getbuffer(), *(found.raw() for found in arrays)]
     box.seek(0)
