@@ -32,6 +32,7 @@ from rich.table import Table
 from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching import plan_batch, share_of
+from megatron_srpo.batching.source import without_cycle_collector
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout, Sample
 from megatron_srpo.mcore.parcel import write_parcel
 
@@ -106,15 +107,16 @@ def driver_phases(count: int, tokens: int, *, fixed: bool) -> dict[str, float]:
     lengths = lengths_of(count, tokens, fixed=fixed)
     call, payload = routed(lengths)
     made = peak_bytes()
-    groups, route_seconds = timed(call)
-    samples = [sample for group in groups for sample in group]
-    plan, plan_seconds = timed(lambda: plan_batch(groups, dp_size=RANKS, max_tokens=budget(tokens)))
-    deal_seconds, sent = 0.0, 0
-    box = io.BytesIO()
-    for rank in range(RANKS):  # one at a time, as Control.deal does
-        part, seconds = timed(lambda rank=rank: write_parcel(box, share_of(samples, plan, rank)))
-        deal_seconds, sent = deal_seconds + seconds, sent + len(part)
-        del part
+    with without_cycle_collector():
+        groups, route_seconds = timed(call)
+        samples = [sample for group in groups for sample in group]
+        plan, plan_seconds = timed(lambda: plan_batch(groups, dp_size=RANKS, max_tokens=budget(tokens)))
+        deal_seconds, sent = 0.0, 0
+        box = io.BytesIO()
+        for rank in range(RANKS):  # one at a time, as Control.deal does
+            part, seconds = timed(lambda rank=rank: write_parcel(box, share_of(samples, plan, rank)))
+            deal_seconds, sent = deal_seconds + seconds, sent + len(part)
+            del part
     return {
         "rollouts": count, "tokens": int(lengths.sum()), "route_s": route_seconds, "plan_s": plan_seconds,
         "deal_s": deal_seconds, "dealt_bytes": sent, "payload_bytes": payload, "before_bytes": made,

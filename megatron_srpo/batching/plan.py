@@ -65,21 +65,21 @@ def _require_fit(samples: Sequence[Sample], budget: int, max_tokens: int, paddin
     counted = [sample for sample in samples if sample.counted]
     for sample in counted:
         assert sample.student.trained_tokens == sample.length, "one engine log-prob for each trained token"
-        assert sample.teacher is None or sample.teacher.trained_tokens == sample.length, (
-            "the teacher has the same tokens"
-        )
+        teacher = sample.teacher
+        same = teacher is None or teacher.trained is sample.student.trained or teacher.trained_tokens == sample.length
+        assert same, "the teacher has the same tokens"
         assert sample.teacher is not None or not {"distill", "guided"} & set(sample.weights), "both need a teacher"
+    if padded_length(max(map(_longest, counted), default=0), padding.sequence) <= budget:
+        return
     needed = {id(sample): padded_length(_longest(sample), padding.sequence) for sample in counted}
     too_long = [sample for sample in counted if needed[id(sample)] > budget]
-    if not too_long:
-        return
     worst = max(too_long, key=lambda sample: needed[id(sample)])
     longest = needed[id(worst)]
-    teacher = f", {worst.teacher_length} tokens with the teacher's prompt" if worst.teacher is not None else ""
+    taught = f", {worst.teacher_length} tokens with the teacher's prompt" if worst.teacher is not None else ""
     usable = f" ({budget} usable, as rows are padded to a multiple)" if budget != max_tokens else ""
     raise UserError(
         f"{len(too_long)} of {len(samples)} samples do not fit into a packed row; the longest is prompt {worst.uid}, "
-        f"sample {worst.sample}: {worst.student_length} tokens with its response{teacher}. "
+        f"sample {worst.sample}: {worst.student_length} tokens with its response{taught}. "
         f"train.max_tokens_per_gpu × parallel.context_parallel_size is {max_tokens}{usable}: raise it to at least "
         f"{longest + max_tokens - budget}, or lower data.max_prompt_length, rollout.max_response_length or "
         "teacher.max_prompt_length"

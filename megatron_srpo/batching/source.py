@@ -7,7 +7,9 @@ receive their share. Rank 0 broadcasts prompts to generate for, once or several 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from megatron_srpo.algorithms.contrast import ContrastingGroups
@@ -57,15 +59,17 @@ class DriverSource:
         """This rank's share of an iteration."""
         control = self._control
         groups = self._groups(iteration, timer)
-        with control.failing_together():
-            with timer.phase("route"):
-                report = self._route(groups.groups, iteration)
-                plan = self._plan([group.samples for group in groups.groups], iteration)
-            metrics = report.metrics() | groups.metrics() | self._engine_metrics() | self._batch_metrics(report, plan)
-            self._log.record(iteration + 1, groups.groups)
-        control.broadcast(metrics)
-        with timer.phase("deal"):
-            samples, share = control.deal(lambda rank: share_of(report.samples, plan, rank))
+        with without_cycle_collector():
+            with control.failing_together():
+                with timer.phase("route"):
+                    report = self._route(groups.groups, iteration)
+                    plan = self._plan([group.samples for group in groups.groups], iteration)
+                metrics = report.metrics() | groups.metrics() | self._engine_metrics()
+                metrics |= self._batch_metrics(report, plan)
+                self._log.record(iteration + 1, groups.groups)
+            control.broadcast(metrics)
+            with timer.phase("deal"):
+                samples, share = control.deal(lambda rank: share_of(report.samples, plan, rank))
         return Batch(samples, share, metrics)
 
     def _groups(self, iteration: int, timer: Timer) -> ContrastingGroups:
@@ -122,6 +126,19 @@ class DriverSource:
     def state_dict(self) -> State:
         """Where a resumed run goes on."""
         return {**self._loader.state_dict(), "histories": self._histories.state_dict()}
+
+
+@contextmanager
+def without_cycle_collector() -> Iterator[None]:
+    """Inside the block Python does not look for unreachable cycles. It would go through the whole batch again and again
+    while its many small objects are made, none of which is in a cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class FollowerSource:

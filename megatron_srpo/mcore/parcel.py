@@ -12,8 +12,6 @@ import copyreg
 import io
 import pickle
 from array import array
-from collections import ChainMap
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,7 @@ def write_parcel(box: io.BytesIO, value: object) -> memoryview:
     """The value in the memory of `box`. The next call overwrites it, and needs that nobody holds it any more."""
     head, arrays = io.BytesIO(), []  # type: io.BytesIO, list[pickle.PickleBuffer]
     pickler = pickle.Pickler(head, protocol=5, buffer_callback=arrays.append)
-    table: dict[type, Callable[[Any], Any]] = {array: _reduce_array}
-    pickler.dispatch_table = ChainMap(table, copyreg.dispatch_table)  # type: ignore[arg-type]  # a stub's narrow union
+    pickler.dispatch_table = {**copyreg.dispatch_table, array: _reduce_array}
     pickler.dump(value)
     parts = [head.getbuffer(), *(found.raw() for found in arrays)]
     box.seek(0)

@@ -5,6 +5,7 @@ from array import array
 
 import numpy as np
 
+from megatron_srpo.batching import plan_batch
 from megatron_srpo.core.records import Sample, Stream
 from megatron_srpo.mcore.parcel import read_parcel, write_parcel
 
@@ -46,7 +47,13 @@ def test_a_smaller_parcel_in_the_same_memory_has_nothing_of_the_one_before():
     assert _through([], box) == []
 
 
-def test_positions_that_planning_has_computed_do_not_travel():
+def test_planning_computes_no_positions_which_would_fill_the_memory_of_rank_0():
+    samples = _samples()
+    plan_batch([samples], dp_size=1, max_tokens=64)
+    assert not [sample for sample in samples if "targets" in vars(sample.student) or "targets" in vars(sample.teacher)]
+
+
+def test_positions_that_were_computed_do_not_travel():
     samples = _samples()
     size = len(write_parcel(io.BytesIO(), samples))
     assert all(len(sample.student.targets) == sample.length for sample in samples)

@@ -11,7 +11,7 @@ from megatron_srpo.config import contradictions, load_config
 from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
 from megatron_srpo.plan.configuration import configuration
-from megatron_srpo.plan.duration import forward_flops, generate_seconds, iteration_time
+from megatron_srpo.plan.duration import forward_flops, generate_seconds, iteration_time, publish_seconds
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
 from megatron_srpo.plan.search import complexity, evaluate
@@ -151,6 +151,17 @@ def test_the_written_configuration_passes_the_trainers_own_checks(tmp_path, caps
     assert contradictions(config, SHIPPED[model], gpus - best["layout"]["engine_gpus"]) == []
     assert config.parallel.tensor_model_parallel_size == best["layout"]["tensor"]
     assert sum(best["memory"]["lines"].values()) == pytest.approx(best["memory"]["total"])
+
+
+def test_a_publish_to_twice_as_many_servers_sends_twice_as_many_copies():
+    arch, machine = read_architecture("Qwen3-8B")[0], H100
+    few, twice, larger = (
+        publish_seconds(arch, Layout(128, tensor=4, engine_tensor=size, engine_gpus=gpus), machine)
+        for size, gpus in ((1, 32), (1, 64), (2, 64))
+    )
+    copy = 2 * arch.parameters / machine.link_rate(128)
+    assert twice - few == pytest.approx(32 * copy) and 32 * copy > 10  # seconds
+    assert larger < few  # as many copies, each to half of the weights a GPU
 
 
 @pytest.mark.parametrize(("engine_gpus", "expected"), [(0, "colocated"), (8, "servers")])
