@@ -139,7 +139,7 @@ METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 # decides between near equals, one of which may be the teacher's favourite (0.13 of a gradient was seen to hang on one).
 BF16_METRIC_BOUND, BF16_METRIC_LEAST, BF16_ERROR_RATIO = 5e-2, 2e-2, 2.0
 BF16_TOKEN = 0.1  # nats, of the worst token's log-prob
-# Nats that a chosen id may lie below the k-th, of one bf16 model compared with another. Two bf16 models with experts send
+# Nats that a chosen id may lie below the k-th, of one bf16 model compared with another. Two models with experts send
 # some tokens to different experts, and those tokens' logits differ more: 0.95 was seen.
 BF16_NEAR = {"qwen3": 0.3, "qwen3_moe": 1.5}
 
