@@ -69,7 +69,7 @@ def _meta_ranks_alone(model, file):
             assert stage_layers(layers, Layout(pipeline, 1, pipeline, virtual)) == stages
     dist.destroy_process_group()  # the harness's own world
     found = _all_meta_ranks(model)
-    assert check(file, 4, [], None) == 0
+    assert check([file], 4, [], None) == 0
     index = {"weight_map": {"model.embed_tokens.weight": "a", "model.surprise.weight": "a"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="names differ"):
