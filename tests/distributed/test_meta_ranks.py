@@ -73,7 +73,7 @@ def _meta_ranks_alone(model, file):
     index = {"weight_map": {"model.embed_tokens.weight": "a", "model.surprise.weight": "a"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="names differ"):
-        check(file, 4, [], None)
+        check([file], 4, [], None)
     dist.init_process_group("gloo", rank=0, world_size=1)
     return found
 
