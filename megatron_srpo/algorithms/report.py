@@ -12,10 +12,12 @@ from megatron_srpo.core.records import Attempt, Group, Sample
 
 
 def branch(sample: Sample) -> str:
-    """In words: "grpo", "sdpo", "mix" of both, or "out" of the loss."""
-    if "distill" in sample.weights:
-        return "mix" if "policy" in sample.weights else "sdpo"
-    return "grpo" if "policy" in sample.weights else "out"
+    """In words: "grpo", "sdpo", "mix" of both, "guided" (the teacher weighs the tokens of the policy gradient), or
+    "out" of the loss."""
+    terms = set(sample.weights)
+    if "distill" in terms:
+        return "mix" if terms & {"policy", "guided"} else "sdpo"
+    return "guided" if "guided" in terms else "grpo" if "policy" in terms else "out"
 
 
 @dataclass
@@ -78,10 +80,12 @@ class RoutingReport:
         n = len(samples)
         branches = [branch(sample) for sample in samples]
         loss_tokens = sum(sample.length for sample in samples if sample.counted)
+        guided = branches.count("guided")
         correct = [[attempt.correct for attempt in group.attempts] for group in self.groups]
         return {
             "srpo/sdpo_fraction": sum(name in ("sdpo", "mix") for name in branches) / n,
             "srpo/grpo_fraction": sum(name in ("grpo", "mix") for name in branches) / n,
+            **({"srpo/guided_fraction": guided / n} if guided else {}),
             "srpo/left_out_fraction": sum(not sample.counted for sample in samples) / n,
             "rollout/nonfinite_samples": len(self.nonfinite),
             "rollout/stale_samples": sum(attempt.rollout.stale for attempt in attempts),

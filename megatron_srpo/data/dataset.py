@@ -160,7 +160,7 @@ def _parse(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return _BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
-        return _BadRow(f"not JSON: {error.msg} at column {error.colno}")
+        return _BadRow(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return _BadRow("nested too deeply")
     except ValueError as error:

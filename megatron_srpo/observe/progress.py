@@ -80,6 +80,7 @@ def facts(metrics: Metrics) -> list[tuple[str, str]]:
         ("reward", "critic/score/mean", "{:.3f}"),
         ("GRPO", "srpo/grpo_fraction", "{:.0%}"),
         ("SDPO", "srpo/sdpo_fraction", "{:.0%}"),
+        ("guided", "srpo/guided_fraction", "{:.0%}"),
         ("length", "response_length/mean", "{:.1f}"),
         ("tokens/s", "perf/tokens_per_second", "{:,.0f}"),
         ("s/it", "timing_s/step", "{:.1f}"),

@@ -152,7 +152,7 @@ def _reward(reward: Reward) -> str:
 def _say_lengths(config: Config, prompts: Sequence[Prompt], say: Say) -> None:
     lengths = [len(prompt.token_ids) for prompt in prompts]
     say(
-        f"a prompt has {min(lengths)} to {max(lengths)} tokens, {statistics.median(lengths):g} in the middle; "
+        f"a prompt has {min(lengths)} to {max(lengths)} tokens, the median {statistics.median(lengths):g}; "
         f"data.max_prompt_length = {config.data.max_prompt_length}, rollout.max_response_length = "
         f"{config.rollout.max_response_length}, a row has room for {config.row_budget}"
     )

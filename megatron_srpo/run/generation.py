@@ -94,4 +94,10 @@ class Evaluator:
         if not groups:
             return {}
         self._keep(groups)
+        errors = [attempt.reward.error for group in groups for attempt in group.attempts if attempt.reward.error]
+        if errors:
+            self._say(
+                f"warning: evaluation: {len(errors)} of {sum(len(group.attempts) for group in groups)} rewards failed, "
+                f"and count as reward.failure_score; the first: {errors[0]}"
+            )
         return accuracy_metrics(groups, k=self._samples, same=self._same)

@@ -51,6 +51,7 @@ class Prompting:
         self._check_kinds(prompts)
         say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")
         if split == "train":
+            self._check_solutions(prompts)
             self._check_teacher_room(prompts)
         for warning in self._warnings(prompts, split):
             say(f"warning: {warning}")
@@ -66,6 +67,15 @@ class Prompting:
         section = "feedback" if sources == {"feedback"} else "solution"
         longest = self.teacher_prompt.limit - self.teacher_prompt.words(section) - 1
         return [prompt for prompt in prompts if len(prompt.token_ids) > longest]
+
+    def _check_solutions(self, prompts: list) -> None:
+        key = self._config.data.solution_key
+        if key and not any(prompt.solution for prompt in prompts):
+            fields = sorted({name for prompt in prompts for name in prompt.metadata})
+            raise ConfigError(
+                f'data.solution_key = "{key}": no train row has a solution in this field, so the teacher source '
+                f'"solution" would teach nobody. Other fields of the rows: {", ".join(fields)[:200] or "none"}'
+            )
 
     def _check_teacher_room(self, prompts: list) -> None:
         if len(self.without_teacher(prompts)) == len(prompts):

@@ -50,6 +50,15 @@ def test_a_reference_answer_that_the_reward_cannot_read_is_refused_with_its_row_
     assert len(own.prompts("train", print)) == 2  # the user's own function may read anything
 
 
+def test_a_solution_key_that_no_row_has_is_refused_with_the_fields_that_rows_have(prompting):
+    rows = [{"prompt": "a", "how": "like this"}, {"prompt": "b"}]
+    teaching = {"algorithm": {"teachers": ["solution"]}}
+    with pytest.raises(ConfigError, match=r'"hwo": no train row has a solution .* Other fields of the rows: how'):
+        prompting(rows, data={"solution_key": "hwo"}, **teaching).prompts("train", print)
+    found = prompting(rows, data={"solution_key": "how"}, **teaching).prompts("train", print)
+    assert [prompt.solution for prompt in found] == ["like this", ""]
+
+
 def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_told(prompting):
     rows = [{"prompt": "a", "system": "be brief"}, {"prompt": "b"}]
     said = []

@@ -106,8 +106,8 @@ def test_tokens_of_the_environment_are_no_response():
 class Answering:
     """An engine and a scorer in one: prompt i is answered right where i is even."""
 
-    def __init__(self):
-        self.batches, self._prompts = [], []
+    def __init__(self, error=None):
+        self.batches, self._prompts, self._error = [], [], error
 
     def start(self, prompts):
         self._prompts = prompts
@@ -117,17 +117,18 @@ class Answering:
         return [Rollout(r.prompt, r.sample, [1, 2], [-1.0, -1.0], str(r.seed), "stop", 0) for r in requests]
 
     def finish(self, rollouts):
-        rewards = [Reward(float(self._prompts[rollout.prompt].token_ids[0] % 2 == 0)) for rollout in rollouts]
+        right = [self._prompts[rollout.prompt].token_ids[0] % 2 == 0 for rollout in rollouts]
+        rewards = [Reward(float(correct), error=None if correct else self._error) for correct in right]
         return make_groups(self._prompts, rollouts, rewards)
 
     def same_answers(self, pairs):
         return [False for _ in pairs]
 
 
-def _evaluation(**options):
+def _evaluation(error=None, **options):
     config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "t"}, "eval": {"n_samples": 2}})
     prompts = [Prompt(f"test:{i}", (), [i], "", "exact") for i in range(7)]
-    answering = Answering()
+    answering = Answering(error)
     timer = SimpleNamespace(phase=lambda name: nullcontext())
     return Evaluator(config, answering, prompts, answering, **options)(timer), answering.batches
 
@@ -143,3 +144,11 @@ def test_a_request_to_stop_ends_an_evaluation_after_its_batch_without_half_a_res
     found = _evaluation(stop=lambda: next(asked), requests=6, say=said.append)
     assert found == ({}, [3, 3])
     assert said == ["the run was asked to stop: its evaluation ends after 6 of 7 prompts, without a result"]
+
+
+def test_rewards_that_fail_in_an_evaluation_are_told_with_the_first_reason():
+    said = []
+    _evaluation(error="crash: KeyError", say=said.append)
+    assert said == [
+        "warning: evaluation: 6 of 14 rewards failed, and count as reward.failure_score; the first: crash: KeyError"
+    ]

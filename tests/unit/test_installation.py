@@ -54,7 +54,10 @@ def test_the_metadata_has_every_extra_that_a_message_names_and_the_marker_of_typ
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert {*installation.EXTRAS.values(), "cpu", "gpu", "plan"} <= set(project["project"]["optional-dependencies"])
     assert (ROOT / "megatron_srpo" / "py.typed").is_file()
-    assert project["tool"]["setuptools"]["package-data"] == {"megatron_srpo": ["py.typed"]}
+    named = project["tool"]["setuptools"]["package-data"]["megatron_srpo"]
+    package = ROOT / "megatron_srpo"
+    others = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file() and file.suffix != ".py"}
+    assert {name for name in others if "__pycache__" not in name} == set(named) and "py.typed" in named
     assert project["project"]["scripts"]["megatron-srpo"] == "megatron_srpo.entry:main"
 
 

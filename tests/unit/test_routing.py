@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_srpo.algorithms.advantages import group_advantages, leave_one_out_advantages
 from megatron_srpo.algorithms.drift import difficulty
 from megatron_srpo.algorithms.history import PromptHistories
+from megatron_srpo.algorithms.report import branch
 from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.section import NAMES, algorithm
 from megatron_srpo.algorithms.teachers import stable_hash
@@ -496,6 +497,15 @@ def test_the_contrastive_teacher_is_shown_a_right_and_a_wrong_sibling():
     assert [call[1] for call in teacher.calls] == ["text 0.0", "text 0.2", "text 0.1"]
     assert samples[1].contrast is not None and samples[0].contrast is None
     assert weights(run([1, 0], "contrastive")[0]) == [POLICY, POLICY]
+
+
+def test_a_response_whose_tokens_the_teacher_weighs_is_neither_left_out_nor_plain_grpo():
+    samples, report = run([1, 0, 0], "contrastive")
+    assert [branch(sample) for sample in samples] == ["grpo", "guided", "guided"]
+    shares = report.metrics()
+    assert shares["srpo/guided_fraction"] == pytest.approx(2 / 3) and shares["srpo/left_out_fraction"] == 0
+    assert shares["srpo/grpo_fraction"] == pytest.approx(1 / 3) and shares["srpo/sdpo_fraction"] == 0
+    assert "srpo/guided_fraction" not in run([1, 0], "srpo")[1].metrics()
 
 
 def test_token_credit_fades_and_only_rlrt_leaves_wrong_responses_alone():
