@@ -216,8 +216,8 @@ class TeacherConfig(Section):
     logits are (1 − μ) · initial + μ · current."""
     update_every: Literal["step", "iteration"] = "step"
     """When the "ema" teacher is updated: after each optimizer step, or once after the last one of an iteration, as in
-    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. Teacher and top-k are scored once
-    per iteration in both cases."""
+    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. train.score_every decides when it
+    is asked."""
     refresh_every: int = Field(10, ge=1)
     """Number of iterations between two refreshes of a "refresh" teacher."""
     refresh_when: Literal["always", "improved"] = "always"
@@ -294,6 +294,12 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)
     """Number of prompts per optimizer step. It must divide rollout.rollout_batch_size. 0 takes the whole batch."""
+    score_every: Literal["iteration", "step"] = "iteration"
+    """When the student's top-k ids and the teachers' log-probs are computed. "iteration" computes them once, before the
+    first optimizer step. "step" computes them before each optimizer step for its own mini-batch, with the weights of
+    that moment; the teacher's weights are then swapped in for every step. They differ only if prompts_per_mini_batch
+    makes several steps. The log-probs of importance ratios and of the reference model belong to the iteration in both
+    cases."""
     max_tokens_per_gpu: int = Field(18432, ge=1)
     """Token budget of one packed row per GPU. A row holds this number times context_parallel_size tokens, and the
     longest teacher prompt with its response must fit."""
