@@ -289,6 +289,10 @@ class OptimizerConfig(Section):
     """Term that Adam adds to the denominator."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm. Larger gradients are scaled down to it. 0 switches it off."""
+    offload: bool = False
+    """Keep Adam's moments, and the fp32 main parameters of a bf16 model, in host memory. Each optimizer step copies
+    them to the device and back in pieces of 256 MiB; the result is the same. It frees 12 bytes per parameter of a
+    rank's shard (8 for an fp32 model). Useful on GPUs only."""
 
 
 class TrainConfig(Section):
