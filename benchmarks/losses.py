@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import typer
-from megatron_srpo.losses.sdpo import topk_divergence
+from megatron_srpo.losses.distillation import topk_divergence
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
