@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from megatron_srpo.core.atomic import atomic_write, set_aside
+from megatron_srpo.core.atomic import set_aside
 from megatron_srpo.core.json_types import JsonValue
 
 METRICS_FILE = "metrics.jsonl"  # in a run's folder
@@ -51,14 +51,34 @@ def _plain(value: object) -> JsonValue:
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a metrics.jsonl. An incomplete last line, which a killed process leaves, is skipped."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            record = _record(line)
+            if record is not None:
                 yield record
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, None if it has none."""
+    try:
+        record = json.loads(line.decode(errors="replace"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _end_of(path: Path, step: int) -> int:
+    """Bytes of the file up to the first line of a later step. An incomplete last line does not count."""
+    end = offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            offset += len(line)
+            record = _record(line)
+            if record is not None and record["step"] > step:
+                break
+            if record is not None and line.endswith(b"\n"):
+                end = offset
+    return end
 
 
 class JsonlWriter:
@@ -72,7 +92,7 @@ class JsonlWriter:
         self._failing = False
 
     def resume(self, step: int) -> None:
-        """Prepare the file for a run that continues after `step`: lines of later steps are dropped, in one rename.
+        """Prepare the file for a run that continues after `step`: it is cut off before the first line of a later step.
 
         A run that starts at step 0 gets a new file; an earlier run's file becomes metrics.previous.1.jsonl, or the next
         free number.
@@ -84,8 +104,9 @@ class JsonlWriter:
             if step == 0:
                 set_aside(self._path)
                 return
-            kept = [json_line(record["step"], record) for record in read_records(self._path) if record["step"] <= step]
-            atomic_write(self._path, "".join(line + "\n" for line in kept))
+            end = _end_of(self._path, step)
+            if end < self._path.stat().st_size:
+                os.truncate(self._path, end)
         except OSError as error:
             self._report(error)
 

@@ -126,3 +126,13 @@ def test_a_folder_that_cannot_be_made_is_one_warning(tmp_path):
     log.log(3, {})
     log.log(4, {})
     assert len(said) == 1
+
+
+def test_a_resumed_file_is_cut_where_the_later_steps_begin_and_what_stays_is_not_touched(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = b'{"step": 1, "text": "\xc3\xa9"}\nno record\n{"step": 2}\n'
+    for later in (b'{"step": 3}\n{"step": 4}\n', b'{"step": 3', b'{"step": 2, "half', b""):
+        path.write_bytes(kept + later)
+        file = path.stat().st_ino
+        JsonlWriter(path, pytest.fail).resume(2)
+        assert path.read_bytes() == kept and path.stat().st_ino == file
