@@ -185,7 +185,9 @@ def check_wheelhouse(setup: Setup, folder: Path) -> None:
             f"make wheelhouse DEVICE={setup.device} on a machine that reaches a package index, and copy the folder"
         ) from error
     wanted = wheelhouse_traits(setup.root, setup.device)
-    differing = [f"{key}: expected {value}, got {found.get(key)}" for key, value in wanted.items() if found.get(key) != value]
+    differing = [
+        f"{key}: expected {value}, got {found.get(key)}" for key, value in wanted.items() if found.get(key) != value
+    ]
     if differing:
         raise SetupError(
             f"the wheelhouse {folder} was made for something else ({'; '.join(differing)}): make it again from this "
@@ -194,7 +196,7 @@ def check_wheelhouse(setup: Setup, folder: Path) -> None:
 
 
 def install_wheelhouse(setup: Setup, folder: Path) -> None:
-    """The wheels of the folder, all of them and nothing else: without an index, and without any configuration of pip."""
+    """Install the wheels of the folder, all of them and nothing else, without an index."""
     check_wheelhouse(setup, folder)
     pinned = pip(setup, "--no-index", "--find-links", folder, "--no-deps", "-r", folder / "requirements.txt")
     cure = f"is the copy of {folder} complete? Copy it again, or make it again with make wheelhouse"
@@ -204,8 +206,8 @@ def install_wheelhouse(setup: Setup, folder: Path) -> None:
 def make_wheelhouse(setup: Setup, folder: Path) -> None:
     """Fills the folder with a wheel of every package in `.venv`, in the same versions, compiled ones included.
 
-    It starts from what is installed, because requirements/gpu.txt leaves the dependencies of vLLM to pip: a later set-up
-    from the folder then has the same versions without asking anyone.
+    It starts from what is installed, because requirements/gpu.txt leaves the dependencies of vLLM to pip. A later
+    set-up from the folder has the same versions.
     """
     frozen = subprocess.run(
         [setup.python, "-m", "pip", "--disable-pip-version-check", "freeze", "--all", "--exclude-editable"],
@@ -419,8 +421,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: as last time, else cpu")
     parser.add_argument("--verbose", action="store_true", help="pip's own output, instead of .venv/setup.log")
-    parser.add_argument("--wheelhouse", type=Path, help="install from this folder of make wheelhouse, without a network")
-    parser.add_argument("--make-wheelhouse", type=Path, help="fill this folder with the wheels of .venv, after the set-up")
+    parser.add_argument("--wheelhouse", type=Path, help="install from this folder of make wheelhouse")
+    parser.add_argument("--make-wheelhouse", type=Path, help="then fill this folder with wheels")
     options = parser.parse_args(arguments)
     stamp = read_stamp(root / ".venv")
     device = stamp.get("device", "cpu") if options.device == "auto" else options.device
