@@ -22,7 +22,9 @@ H100 = machine_of("h100")
 SMALL = Workload(prompts=4, samples=4, response_mean=300, response_max=1000, teacher_prompt_max=2000, prompt_max=500)
 
 
-@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B"])
+@pytest.mark.parametrize(
+    "name", ["Qwen3-0.6B", "Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Llama-3.1-8B-Instruct"]
+)
 def test_a_shipped_models_parameters_are_those_of_transformers_own(name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
