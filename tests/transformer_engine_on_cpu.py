@@ -201,6 +201,8 @@ def _replace_permutation_kernels() -> None:
     import transformer_engine.pytorch.permutation as permutation
 
     kernels = permutation.triton_permutation
+    # Its functions refuse tensors that are not on a GPU. Everybody else hears the truth.
+    torch.Tensor.is_cuda = property(lambda tensor: sys._getframe(1).f_code.co_filename == permutation.__file__)
 
     def make_row_id_map(routing_map: Any, tokens: int, experts: int) -> Any:
         CALLS["permute"] += 1
