@@ -1,4 +1,4 @@
-"""The route of a server that answers in arrays. Only a server's process imports this module, because it imports vLLM."""
+"""The route of a server that answers in arrays. It imports vLLM, so only a server's process imports it."""
 
 from typing import Any
 

@@ -5,8 +5,8 @@
     int32    [n] token ids
     float32  [n] log-probs
 
-vLLM's own answer is JSON with an object per token: 123 bytes, of which rank 0 read 0.2 million per second for all servers
-together. These arrays are 8 bytes per token, and are copied.
+vLLM's own answer is JSON with an object of 123 bytes per token, of which rank 0 read 0.2 million per second for all
+servers together. These arrays are 8 bytes per token, and are copied.
 """
 
 from __future__ import annotations
