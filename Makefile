@@ -1,6 +1,7 @@
 # The commands of this project. Every target sets up what it needs first; a repeated setup takes less than a second.
 #
 #   make setup  [DEVICE=cpu|gpu] [PYTHON=python3.12]     creates the environment in .venv and nothing else
+#   make wheelhouse [DEVICE=cpu|gpu] [WHEELHOUSE=folder]  collects every wheel; make setup WHEELHOUSE=folder needs no network
 #   make test   [WORKERS=2] [ARGS="-k losses"]           runs the default tests
 #   make test-slurm [ARGS="-k crash"]                    runs the tests on a real Slurm, which it starts on this machine
 #   make quickstart [ALGORITHM=srpo|grpo|sdpo|mix] [SEED=0] [ARGS="--run.iterations 20"]
@@ -17,12 +18,13 @@ JOBS ?= 1
 WORKERS ?= 2
 ARGS ?=
 MINUTES ?= 60
+WHEELHOUSE ?=
 
 VENV_PYTHON := .venv/bin/python
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu test-slurm quickstart compare soak lint format doctor
+.PHONY: help setup wheelhouse test test-slow test-gpu test-slurm quickstart compare soak lint format doctor
 
 help:  ## list all targets
 	@echo "megatron_srpo. Start with: make quickstart"
@@ -37,7 +39,12 @@ setup:  ## create .venv with the pinned requirements (DEVICE=cpu|gpu, PYTHON=...
 	  "$$candidate" -c "import sys; sys.exit(sys.version_info < (3, $$least))" 2>/dev/null && python="$$candidate"; \
 	done; \
 	test -n "$$python" || { echo "set-up: no Python 3.$$least or newer found; install one, or say which: make setup PYTHON=/path/to/python3.$$least" >&2; exit 1; }; \
-	"$$python" tools/setup_env.py --device '$(DEVICE)'
+	"$$python" tools/setup_env.py --device '$(DEVICE)' $(SETUP_OPTIONS)
+
+setup: SETUP_OPTIONS = $(if $(WHEELHOUSE),--wheelhouse '$(WHEELHOUSE)')
+
+wheelhouse:  ## collect a wheel of every package in WHEELHOUSE=folder, for make setup WHEELHOUSE=folder without a network
+	@$(MAKE) setup WHEELHOUSE= SETUP_OPTIONS="--make-wheelhouse '$(or $(WHEELHOUSE),wheelhouse)'"
 
 test: setup  ## run the default tests, WORKERS=2 files at a time, and print the slowest ten (ARGS="-k name" selects some)
 	@$(VENV_PYTHON) -m pytest -q -n '$(WORKERS)' --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)

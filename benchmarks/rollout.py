@@ -92,10 +92,11 @@ def main() -> None:
         common = {"hf_dir": str(folder), "dtype": options.dtype, "max_model_len": 64 + options.tokens, "seed": 0}
         engine = ColocatedEngine(**common, rollout=RolloutConfig(**settings))
         ours: Any = engine
+        alone = SimpleNamespace(share=lambda make: make(), gather=lambda mine: [mine], rank=0, world_size=1)
         if options.placement == "servers":
             ours = ServersEngine(
                 **common, tokenizer="", rollout=RolloutConfig(placement="servers", **settings), device="cpu",
-                control=SimpleNamespace(share=lambda compute: compute()), verifier=Verifier(0), decode=str, say=print,
+                control=alone, verifier=Verifier(0), decode=str, say=print,
                 make_sender=lambda host: Sender(host, timeout_s=60, backend="gloo", device=torch.device("cpu")),
                 logs=Path(scratch) / "logs",
             )  # fmt: skip

@@ -65,6 +65,11 @@ def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Itera
         if memory is not None:
             verdict = "fits" if memory.fits else "; ".join(["DOES NOT FIT", *memory.notes])
             yield f"memory of {role}, GB: {_sum(memory.lines, 1e9)} of {memory.limit / 1e9:.1f}: {verdict}"
+    phases = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.memory.phases.items())
+    margin = (found.memory.limit - found.memory.total) / 1e9
+    yield f"a training GPU by phase, GB: {phases}; margin {margin:.1f}"
+    saving, loading = found.memory.host_saving / 1e9, found.memory.host_loading / 1e9
+    yield f"a node's host memory, GB: saving a checkpoint {saving:.0f}, loading one {loading:.0f}"
     if found.time is not None:
         yield f"an iteration, s: {_sum(found.time.lines, 1)}"
 

@@ -16,6 +16,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from megatron_srpo.rollout.vllm.answers import pack_answer
+
 BLOCK = Path("/dev/shm") / f"msrpo-test.{os.getpid()}"
 
 
@@ -28,6 +30,16 @@ def answer(asked: dict, version: str = "default") -> dict:
     spans = [{"version": version, "start": 0, "end": len(ids)}]
     choice = {"token_ids": ids, "finish_reason": "stop", "logprobs": {"content": content}, "weight_versions": spans}
     return {"choices": [choice]}
+
+
+def packed(answer: object) -> bytes:
+    """An answer as our route sends it; what is none is sent as JSON."""
+    if not isinstance(answer, dict) or "choices" not in answer:
+        return json.dumps(answer).encode()
+    (choice,) = answer["choices"]
+    logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    header = {name: value for name, value in choice.items() if name not in ("token_ids", "logprobs")}
+    return pack_answer(header, choice["token_ids"], logprobs)
 
 
 def damaged(asked: dict, behaviour: str) -> object:
@@ -84,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         elif behaviour == "garbage":
             self.reply(200, b"<html>\xff\xfe</html>")
         else:
-            self.reply(200, json.dumps(damaged(asked, behaviour)).encode())
+            self.reply(200, packed(damaged(asked, behaviour)))
 
 
 def main(host: str, port: str, file: str) -> None:

@@ -69,10 +69,13 @@ class BitFlip(Verifier):
 class Alone:
     """The control channel of a run with one rank."""
 
-    is_driver = True
+    is_driver, rank, world_size = True, 0, 1
 
     def share(self, compute: Callable[[], Any]) -> Any:
         return compute()
+
+    def gather(self, mine: Any) -> list[Any]:
+        return [mine]
 
 
 @contextmanager

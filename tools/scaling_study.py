@@ -172,7 +172,8 @@ def main(
     points = list(csv.DictReader(measured.open(encoding="utf-8"))) if measured else []
     lines = []
     for line in study(
-        model or list(SHIPPED), gpus or list(COUNTS), response or list(LENGTHS), gpu, read_lines(out / "table.csv"),
+        model or [name for name in SHIPPED if name.startswith("Qwen3-")],
+        gpus or list(COUNTS), response or list(LENGTHS), gpu, read_lines(out / "table.csv"),
         per_gpu=prompts_per_gpu, prompts=prompts, iterations=iterations,
     ):  # fmt: skip
         lines.append(line)

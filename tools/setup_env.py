@@ -32,6 +32,7 @@ BUILD_TOOLS = (
 )  # to compile transformer-engine
 FREE_GIB = {"cpu": 5, "gpu": 20}
 STAMP = ".megatron_srpo.json"
+WHEELHOUSE_TRAITS = "wheelhouse.json"
 QUIET_SECONDS = 30  # a line of life this often, where there is no terminal to redraw
 
 
@@ -46,6 +47,7 @@ class Setup:
     root: Path
     device: str  # "cpu" or "gpu"
     verbose: bool = False
+    wheelhouse: Path | None = None  # a folder of `make wheelhouse`: install from it, and ask no index
     environment: dict[str, str] = field(default_factory=lambda: clean_environment(os.environ))
 
     @property
@@ -166,6 +168,73 @@ def wait_with_signs_of_life(process: subprocess.Popen[bytes], text: str, start: 
                 shown = now
 
 
+def wheelhouse_traits(root: Path, device: str) -> dict[str, str]:
+    """What the wheels of a wheelhouse fit: the device, Python, the machine, and the pins that they were made from."""
+    pins = hashlib.sha256((root / "requirements" / f"{device}.txt").read_bytes()).hexdigest()
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return {"device": device, "python": version, "machine": os.uname().machine, "pins": pins}
+
+
+def check_wheelhouse(setup: Setup, folder: Path) -> None:
+    """Refuses a folder that is no wheelhouse, or one that was made for something else."""
+    try:
+        found = json.loads((folder / WHEELHOUSE_TRAITS).read_text())
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            f"{folder} is no complete wheelhouse ({WHEELHOUSE_TRAITS}: {error}): make one with "
+            f"make wheelhouse DEVICE={setup.device} on a machine that reaches a package index, and copy the folder"
+        ) from error
+    wanted = wheelhouse_traits(setup.root, setup.device)
+    differing = [
+        f"{key}: expected {value}, got {found.get(key)}" for key, value in wanted.items() if found.get(key) != value
+    ]
+    if differing:
+        raise SetupError(
+            f"the wheelhouse {folder} was made for something else ({'; '.join(differing)}): make it again from this "
+            f"revision, with the same Python: make wheelhouse DEVICE={setup.device} PYTHON=..."
+        )
+
+
+def install_wheelhouse(setup: Setup, folder: Path) -> None:
+    """Install the wheels of the folder, all of them and nothing else, without an index."""
+    check_wheelhouse(setup, folder)
+    pinned = pip(setup, "--no-index", "--find-links", folder, "--no-deps", "-r", folder / "requirements.txt")
+    cure = f"is the copy of {folder} complete? Copy it again, or make it again with make wheelhouse"
+    run_step(setup, f"installing the wheels of {folder}", pinned, cure)
+
+
+def make_wheelhouse(setup: Setup, folder: Path) -> None:
+    """Fills the folder with a wheel of every package in `.venv`, in the same versions, compiled ones included.
+
+    It starts from what is installed, because requirements/gpu.txt leaves the dependencies of vLLM to pip. A later
+    set-up from the folder has the same versions.
+    """
+    frozen = subprocess.run(
+        [setup.python, "-m", "pip", "--disable-pip-version-check", "freeze", "--all", "--exclude-editable"],
+        env=setup.environment, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    packages = [line for line in frozen if line and not line.startswith(("#", "pip=="))]
+    unpinned = [line for line in packages if "==" not in line]
+    if unpinned:
+        raise SetupError(f"only released versions can be put into a wheelhouse, and .venv has {', '.join(unpinned)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WHEELHOUSE_TRAITS).unlink(missing_ok=True)  # comes last: without it the folder is not complete
+    # These compile against the torch that is installed; all others are wheels already, or build by themselves.
+    compiled = [line for line in packages if line.startswith(("transformer_engine", "transformer-engine"))]
+    cure = "is a package index reachable? Run it again: what was downloaded is kept"
+    for text, lines, options in (
+        ("collecting the wheels", [line for line in packages if line not in compiled], ()),
+        ("collecting transformer-engine's wheels", compiled, ("--no-build-isolation",)),
+    ):
+        if lines:
+            wanted = folder / "requirements.txt"
+            wanted.write_text("\n".join(lines) + "\n")
+            command = pip(setup, *options, "--no-deps", "--wheel-dir", folder, "-r", wanted, verb="wheel")
+            run_step(with_pip_headers(setup), f"{text} ({len(lines)})", command, cure)
+    (folder / "requirements.txt").write_text("\n".join(packages) + "\n")
+    (folder / WHEELHOUSE_TRAITS).write_text(json.dumps(wheelhouse_traits(setup.root, setup.device), indent=1) + "\n")
+
+
 def run_step(setup: Setup, text: str, command: Sequence[str | Path], cure: str) -> None:
     """Runs one command with its output in the log; says what it does and how long it took."""
     announce(f"{text} …")
@@ -196,9 +265,9 @@ def run_step(setup: Setup, text: str, command: Sequence[str | Path], cure: str) 
     announce(f"{text}: done in {time.monotonic() - start:.0f} s")
 
 
-def pip(setup: Setup, *arguments: str | Path) -> list[str | Path]:
+def pip(setup: Setup, *arguments: str | Path, verb: str = "install") -> list[str | Path]:
     quiet = [] if setup.verbose else ["--quiet", "--progress-bar", "off"]
-    return [setup.python, "-m", "pip", "--disable-pip-version-check", "install", *quiet, *arguments]
+    return [setup.python, "-m", "pip", "--disable-pip-version-check", verb, *quiet, *arguments]
 
 
 def runs_inside(venv: Path) -> bool:
@@ -332,7 +401,12 @@ def with_pip_headers(setup: Setup) -> Setup:
 
 def install(setup: Setup) -> None:
     """All steps, from nothing or from whatever an interrupted set-up left."""
-    {"cpu": install_cpu, "gpu": install_gpu}[setup.device](setup)
+    if setup.wheelhouse:
+        offline = {name: value for name, value in setup.environment.items() if not name.startswith("PIP_")}
+        setup = replace(setup, environment={**offline, "PIP_CONFIG_FILE": os.devnull})
+        install_wheelhouse(setup, setup.wheelhouse)
+    else:
+        {"cpu": install_cpu, "gpu": install_gpu}[setup.device](setup)
     project = pip(setup, "--no-deps", "--no-build-isolation", "--editable", setup.root)
     run_step(setup, "installing this project, editable", project, "see the log")
     if setup.device == "gpu" and not has_nvidia_gpu():  # vLLM and transformer-engine may ask the driver when imported
@@ -347,22 +421,31 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: as last time, else cpu")
     parser.add_argument("--verbose", action="store_true", help="pip's own output, instead of .venv/setup.log")
+    parser.add_argument("--wheelhouse", type=Path, help="install from this folder of make wheelhouse")
+    parser.add_argument("--make-wheelhouse", type=Path, help="then fill this folder with wheels")
     options = parser.parse_args(arguments)
     stamp = read_stamp(root / ".venv")
     device = stamp.get("device", "cpu") if options.device == "auto" else options.device
-    setup = Setup(root, device, options.verbose)
+    wheelhouse = options.wheelhouse and options.wheelhouse.absolute()
+    setup = Setup(root, device, options.verbose, wheelhouse)
     if runs_inside(setup.venv) and stamp.get("device", device) != device:  # it is about to be replaced
         os.execv(sys._base_executable, [sys._base_executable, *sys.argv])
     start, wanted = time.monotonic(), fingerprint(root, device, sys.version_info)
     try:
         if stamp.get("fingerprint") == wanted and setup.python.exists():
             announce("environment ready (.venv)")
+            if options.make_wheelhouse:
+                make_wheelhouse(setup, options.make_wheelhouse.absolute())
             return 0
+        if wheelhouse:
+            check_wheelhouse(setup, wheelhouse)
         check_machine(setup)
         create_venv(setup, stamp)
         (setup.venv / STAMP).write_text(json.dumps({"device": device, "fingerprint": "incomplete"}))
         install(setup)
         (setup.venv / STAMP).write_text(json.dumps({"device": device, "fingerprint": wanted}))
+        if options.make_wheelhouse:
+            make_wheelhouse(setup, options.make_wheelhouse.absolute())
     except SetupError as error:
         print(f"set-up stopped: {error}", file=sys.stderr)
         return 1

@@ -1,13 +1,14 @@
-"""The stream of weights from the trainer's rank 0 to an engine in other processes: the sender and the receiver.
+"""The stream of weights from a rank of the trainer to an engine in other processes: the sender and the receiver.
 
-trainer's rank 0 (rank 0)    every worker of one engine (ranks 1 …)
+a training rank (rank 0)     every worker of one engine (ranks 1 …)
 header, bytes  ─broadcast─►  header, bytes      repeated: neighbouring small tensors share one buffer,
 header, bytes  ─broadcast─►  header, bytes      a large tensor is sent alone and without a copy
 end            ─broadcast─►  end
 
 A header is JSON: [[name, dtype, shape], …], or the reason why the stream ends here. Every engine has a process group of
-its own, so that an engine that dies does not disturb the others. The rendezvous is a TCPStore of the trainer, at the
-address under which the engines reach it.
+its own, so that an engine that dies does not disturb the others. An export gives the whole weights to every training
+rank, so the engines are shared out among all of them (`sender_of`): each rank sends to its engines only. The rendezvous
+of all groups is a TCPStore of the trainer's rank 0, at the address under which the engines reach it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import ParamSpec, TypedDict, TypeVar
@@ -194,6 +195,10 @@ def send_stream(groups: dict[str, Group], items: Iterable[Named]) -> dict[str, s
     A group that fails gets nothing more. An exception of `items` ends the stream of every group, and is raised.
     """
     failed: dict[str, str] = {}
+    if not groups:  # a rank without engines only takes part in the export
+        for _ in items:
+            pass
+        return failed
 
     def everywhere(header: str, payload: torch.Tensor | None) -> None:
         alive = {name: group for name, group in groups.items() if name not in failed}
@@ -228,31 +233,34 @@ def _attempt(
         return None
 
 
-class Sender:
-    """Rank 0's end of the streams to all engines, which are known by their names."""
+def sender_of(engine: int, engines: int, ranks: int) -> int:
+    """The training rank that sends to engine number `engine`. Every rank gets at most ⌈engines / ranks⌉ engines; fewer
+    engines than ranks are spread over all ranks, and so over all nodes and their network cards."""
+    return engine * ranks // engines
 
-    def __init__(self, address: str, *, timeout_s: float, backend: str, device: torch.device) -> None:
-        """`address` is where engines reach this process. `timeout_s` is the longest wait for an engine in a
-        broadcast."""
-        self._rendezvous = RendezvousStore(address, timeout_s)
-        self._timeout, self._backend, self._device = timeout_s, backend, device
+
+class Streams:
+    """One training rank's ends of the streams to its engines, which are known by their names."""
+
+    def __init__(self, device: torch.device, store: dist.Store | None = None) -> None:
+        """`store` is the rendezvous where this process has it; other ranks connect to it."""
+        self._device, self._store = device, store
         self._groups: dict[str, Group] = {}
-        self._created = 0
-
-    def has_group(self, name: str) -> bool:
-        return name in self._groups
-
-    def new_address(self, name: str, workers: int) -> GroupAddress:
-        """The address of a new group of this process and the workers of `name`. Give it to the workers and to
-        `join`."""
-        self._created += 1
-        store, timeout_s = self._rendezvous, WORKER_TIMEOUTS * self._timeout
-        return GroupAddress(store.address, store.port, f"{name}/{self._created}", 1 + workers, timeout_s, self._backend)
 
     def join(self, name: str, address: GroupAddress) -> None:
         """Returns when all workers have joined. Raises RuntimeError when they do not."""
-        mine = replace(address, timeout_s=self._timeout)
-        self._groups[name] = Group(mine, 0, self._device, self._rendezvous.store)
+        mine = replace(address, timeout_s=address.timeout_s / WORKER_TIMEOUTS)
+        self._groups[name] = Group(mine, 0, self._device, self._store)
+
+    def join_all(self, addresses: Mapping[str, GroupAddress]) -> dict[str, str]:
+        """Join every group, one after the other. Returns the reason of each that failed, by its name."""
+        failed: dict[str, str] = {}
+        for name, address in addresses.items():
+            _attempt(failed, name, self.join, name, address)
+        return failed
+
+    def has_group(self, name: str) -> bool:
+        return name in self._groups
 
     def leave(self, name: str) -> None:
         """Forget a group. A group in which something failed cannot be used again."""
@@ -265,10 +273,31 @@ class Sender:
             self.leave(name)
         return failed
 
+
+class Sender(Streams):
+    """Rank 0's end. It has the rendezvous of all groups, also of those to which other ranks send."""
+
+    def __init__(self, address: str, *, timeout_s: float, backend: str, device: torch.device) -> None:
+        """`address` is where engines and training ranks reach this process. `timeout_s` is the longest wait for an
+        engine in a broadcast."""
+        self._rendezvous = RendezvousStore(address, timeout_s)
+        super().__init__(device, self._rendezvous.store)
+        self._timeout, self._backend = timeout_s, backend
+        self._prefixes: dict[str, str] = {}  # of each name's newest group
+        self._created = 0
+
+    def new_address(self, name: str, workers: int) -> GroupAddress:
+        """The address of a new group of one training rank and the workers of `name`. Give it to the workers and to
+        that rank's `join`."""
+        self._created += 1
+        store, timeout_s = self._rendezvous, WORKER_TIMEOUTS * self._timeout
+        self._prefixes[name] = f"{name}/{self._created}"
+        return GroupAddress(store.address, store.port, self._prefixes[name], 1 + workers, timeout_s, self._backend)
+
     def report(self, name: str, key: str, worker: int) -> WorkerReport | None:
         """What a worker of `name` says of the publish `key`, or None if it said nothing. Raises BridgeError when the
         worker refuses what it was sent, RuntimeError when it failed."""
-        store = self._groups[name].store
+        store = dist.PrefixStore(self._prefixes[name], self._rendezvous.store)
         if not store.check([f"{key}/{worker}"]):
             return None
         report: WorkerReport = json.loads(store.get(f"{key}/{worker}"))

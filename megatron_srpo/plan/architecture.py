@@ -1,6 +1,6 @@
 """The numbers of a decoder that memory and time follow from, and the shipped models' configurations.
 
-The dictionaries are what the hub's config.json of each Qwen3 says, so that planning needs no network and no weights.
+The dictionaries are what the hub's config.json of each model says, so that planning needs no network and no weights.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "Qwen3-235B-A22B": {
         **_MOE, "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "intermediate_size": 12288,
         "moe_intermediate_size": 1536,
+    },
+    "Llama-3.1-8B-Instruct": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "tie_word_embeddings": False,
     },
 }  # fmt: skip
 

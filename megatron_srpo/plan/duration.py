@@ -174,9 +174,9 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
             seconds += size / ranks / machine.link_rate(layout.copy * (layout.expert if size is experts else 1))
         if ranks > 1:
             seconds += size * (ranks - 1) / ranks / machine.link_rate(ranks)
-    if not layout.colocated:  # rank 0 sends one copy to each server, all through its own link (bridge/weight_stream.py)
-        servers = layout.engine_gpus / layout.engine_tensor
-        seconds += servers * whole / machine.link_rate(layout.gpus)
+    if not layout.colocated:  # each training rank sends one copy to each of its servers (weight_stream.sender_of)
+        servers = layout.engine_gpus // layout.engine_tensor
+        seconds += -(-servers // layout.training_gpus) * whole / machine.link_rate(layout.gpus)
     tensors = arch.layers * (9 + 3 * arch.experts)
     return seconds + 2 * engine_weights(arch, layout) / machine.memory_rate + tensors * 2 * machine.latency
 

@@ -20,13 +20,15 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_srpo.config import BUCKET_MIB
-from megatron_srpo.plan.activations import LOGITS_MIB, stage_activations
+from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes, stage_activations
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.workload import Workload
 
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
+PHASES = ("generate", "swap", "score", "train", "publish", "save", "load")  # of a run, in which memory differs
+SWAPPED_BYTES = 2.0 * 4 * 2**22  # two fp32 pieces that a swap holds (mcore/shadow.py: EXCHANGED)
 BUCKET_BYTES = BUCKET_MIB["cuda"] * 2**20  # size of a gather bucket of a publish
 
 
@@ -68,6 +70,8 @@ class MemoryPlan:
     notes: list[str] = field(default_factory=list)
     host_loading: float = 0.0  # bytes of a node's host memory that the training ranks need to load a checkpoint
     host_state: float = 0.0  # and those of optimizer and shadow, where these are kept there
+    host_saving: float = 0.0  # and those from a save until its files are written
+    phases: dict[str, float] = field(default_factory=dict)  # bytes of every phase, on the stage that needs most in it
 
     @property
     def total(self) -> float:
@@ -150,6 +154,13 @@ def loading_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> 
     return 4.0 * fullest * min(machine.node, layout.training_gpus)
 
 
+def saving_host_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
+    """Host memory of a node from a save until its files are written: every rank copies its weights, and the whole fp32
+    tensors of the main parameters, both moments and every shadow (mcore/checkpoint.py), into pageable memory."""
+    fullest = max(stage_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
+    return (4.0 * (3 + shadows) + layout.dtype_bytes) * fullest * min(machine.node, layout.training_gpus)
+
+
 def training_memory(
     arch: Architecture, layout: Layout, workload: Workload, machine: Machine, *, rows: int, path: str = "te",
     logits_mib: int = LOGITS_MIB,
@@ -157,41 +168,62 @@ def training_memory(
     """The fullest pipeline stage of a training GPU; `rows` packed rows a data-parallel rank and optimiser step."""
     layers = stage_layers(arch.layers, layout)
     stages = sorted({0, layers.index(max(layers)), layout.pipeline - 1})
-    plans = [_stage_memory(arch, layout, workload, machine, stage, rows, path, logits_mib) for stage in stages]
-    return max(plans, key=lambda plan: plan.total)
+    found = [_phases(arch, layout, workload, machine, stage, rows, path, logits_mib) for stage in stages]
+    lines = max((phase for phases in found for phase in phases.values()), key=lambda phase: sum(phase.values()))
+    totals = {name: max(sum(phases[name].values()) for phases in found) for name in PHASES}
+    cache = colocated_cache(arch, layout, machine)
+    notes = cache_problem(arch, layout, workload, cache) if layout.colocated else []
+    return MemoryPlan(
+        lines, machine.usable, max(0.0, cache), notes,
+        host_loading=loading_host_bytes(arch, layout, machine),
+        host_state=host_state_bytes(arch, layout, machine),
+        host_saving=saving_host_bytes(arch, layout, machine),
+        phases=totals,
+    )  # fmt: skip
 
 
-def _stage_memory(
+def colocated_cache(arch: Architecture, layout: Layout, machine: Machine) -> float:
+    """Bytes that a colocated engine's share leaves for its KV cache; negative if the share is too small."""
+    if not layout.colocated:
+        return 0.0
+    return layout.engine_memory * machine.memory - engine_weights(arch, layout) - engine_activations(arch, layout)
+
+
+def _phases(
     arch: Architecture, layout: Layout, workload: Workload, machine: Machine, stage: int, rows: int, path: str,
     logits_mib: int,
-) -> MemoryPlan:  # fmt: skip
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """The lines of every phase on a stage, by the names of PHASES."""
     ids = 1 + (workload.topk if workload.distilled > 0 else 0)
     held, head = stage_activations(
         arch, layout, stage, layout.max_tokens, rows, path=path, ids=ids, logits_mib=logits_mib
     )
+    scored = layout.max_tokens * layer_bytes(arch, layout, path=path).whole, head
     if layout.overlap_grad_reduce and stage == layout.pipeline - 1:  # losses/linear.py: zeros for DDP
         head += layout.dtype_bytes * arch.vocab * arch.hidden / layout.tensor
-    stays = persistent_lines(arch, layout, stage)
-    cache, notes, engine = 0.0, [], {}
+    engine: dict[str, float] = {}
     if layout.colocated:
-        parts = {"engine weights": engine_weights(arch, layout), "engine work": engine_activations(arch, layout)}
-        cache = layout.engine_memory * machine.memory - sum(parts.values())
-        notes = cache_problem(arch, layout, workload, cache)
-        engine = parts | {"KV cache": max(0.0, cache)}
-    idle = stays | dict.fromkeys(("activations", "loss and logits", "publish", "checkpoint"), 0.0)
-    training = idle | {"activations": held, "loss and logits": head}
-    publishing = idle | {"publish": publish_bytes(arch, layout)}
-    saving = idle | {"checkpoint": saving_bytes(arch, layout)}
-    loading = idle | {"checkpoint": loading_bytes(arch, layout, stage)}
+        cache = max(0.0, colocated_cache(arch, layout, machine))
+        engine = {
+            "engine weights": engine_weights(arch, layout),
+            "engine work": engine_activations(arch, layout),
+            "KV cache": cache,
+        }
+    idle = persistent_lines(arch, layout, stage)
+    idle |= dict.fromkeys(("activations", "loss and logits", "publish", "checkpoint"), 0.0)
     generating = dict.fromkeys(idle, 0.0) if layout.trainer_leaves else idle
     # An engine that wakes up loads the new weights before it allocates its cache again.
     asleep, woken = ({}, engine | {"KV cache": 0.0}) if engine and layout.engine_sleeps else (engine, engine)
-    phases = [(training, asleep), (publishing, woken), (saving, woken), (generating, engine)]
-    phases.append((loading, {}))  # before the engine starts
-    totals = [_with_overheads(ours, theirs, machine) for ours, theirs in phases]
-    lines = max(totals, key=lambda phase: sum(phase.values()))
-    loading_host, state_host = loading_host_bytes(arch, layout, machine), host_state_bytes(arch, layout, machine)
-    return MemoryPlan(lines, machine.usable, max(0.0, cache), notes, loading_host, state_host)
+    phases = {
+        "generate": (generating, engine),
+        "swap": (idle | {"activations": SWAPPED_BYTES}, asleep),
+        "score": (idle | {"activations": scored[0], "loss and logits": scored[1]}, asleep),
+        "train": (idle | {"activations": held, "loss and logits": head}, asleep),
+        "publish": (idle | {"publish": publish_bytes(arch, layout)}, woken),
+        "save": (idle | {"checkpoint": saving_bytes(arch, layout)}, woken),
+        "load": (idle | {"checkpoint": loading_bytes(arch, layout, stage)}, {}),  # before the engine starts
+    }
+    return {name: _with_overheads(ours, theirs, machine) for name, (ours, theirs) in phases.items()}
 
 
 def _with_overheads(ours: dict[str, float], engine: dict[str, float], machine: Machine) -> dict[str, float]:

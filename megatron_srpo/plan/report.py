@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import GIB, Machine
-from megatron_srpo.plan.memory import MemoryPlan
+from megatron_srpo.plan.memory import PHASES, MemoryPlan
 from megatron_srpo.plan.search import Candidate, Found
 from megatron_srpo.plan.workload import Workload
 
@@ -59,6 +59,8 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
         "kv_cache": plan.kv_cache,
         "host_loading": plan.host_loading,
         "host_state": plan.host_state,
+        "host_saving": plan.host_saving,
+        "phases": plan.phases,
     }
 
 
@@ -107,11 +109,16 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
         if any(c.engine for c in found.best):
             lines = [c.engine.lines if c.engine else {} for c in found.best]
             console.print(_lines("GiB of a GPU that only generates", found.best, lines, GIB, ".1f"))
+        console.print(_phases(found.best))
         host = [
-            {"optimizer and shadow": c.memory.host_state, "loading a checkpoint": c.memory.host_loading}
+            {
+                "optimizer and shadow": c.memory.host_state,
+                "loading a checkpoint": c.memory.host_loading,
+                "saving a checkpoint": c.memory.host_saving,
+            }
             for c in found.best
         ]
-        console.print(_lines("GiB of a node's host memory", found.best, host, GIB, ".1f"))
+        console.print(_lines("GiB of a node's host memory", found.best, host, GIB, ".1f", total=False))
     else:
         console.print(f"None of {found.tried} layouts fits.", style="bold")
     for candidate in found.misfits[:MISFITS]:
@@ -133,12 +140,29 @@ def _summary(best: list[Candidate], workload: Workload) -> Table:
     return table
 
 
-def _lines(title: str, best: list[Candidate], columns: list[dict[str, float]], unit: float, form: str) -> Table:
+def _phases(best: list[Candidate]) -> Table:
+    """Memory of a training GPU in every phase, and what is left of it in the fullest one."""
+    table = Table(title="GiB of a training GPU by phase")
+    table.add_column("")
+    for number in range(1, len(best) + 1):
+        table.add_column(str(number), justify="right")
+    for name in PHASES:
+        table.add_row(name, *(f"{c.memory.phases[name] / GIB:.1f}" for c in best))
+    limits = [f"{c.memory.limit / GIB:.1f}" for c in best]
+    table.add_row("limit", *limits)
+    table.add_row("margin", *(f"{(c.memory.limit - c.memory.total) / GIB:.1f}" for c in best), style="bold")
+    return table
+
+
+def _lines(
+    title: str, best: list[Candidate], columns: list[dict[str, float]], unit: float, form: str, *, total: bool = True
+) -> Table:
     table = Table(title=title)
     table.add_column("")
     for number in range(1, len(best) + 1):
         table.add_column(str(number), justify="right")
     for name in dict.fromkeys(name for column in columns for name in column):
         table.add_row(name, *(format(column.get(name, 0.0) / unit, form) for column in columns))
-    table.add_row("total", *(format(sum(column.values()) / unit, form) for column in columns), style="bold")
+    if total:
+        table.add_row("total", *(format(sum(column.values()) / unit, form) for column in columns), style="bold")
     return table

@@ -19,12 +19,22 @@ T = TypeVar("T")
 class Control(Protocol):
     """The control channel between ranks, as far as engines use it."""
 
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
     def share(self, compute: Callable[[], T]) -> T:
         """Run `compute` on rank 0. Every rank gets its result, or raises its exception."""
         ...
 
     def receive(self) -> object:
         """Other ranks: the result, or the exception, of what rank 0 shares."""
+        ...
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank brings, by rank, on rank 0; [] on the other ranks."""
         ...
 
 

@@ -372,7 +372,9 @@ class Fleet(Generic[ServerT]):
         server.outstanding -= job.cost
         error = None if task.cancelled() else task.exception()
         rollout = None if task.cancelled() or error else task.result()
-        versions = set(rollout.token_versions or ()) if rollout is not None else {self.version}
+        versions = {self.version}
+        if rollout is not None:
+            versions = set(rollout.token_versions or [rollout.weight_version])
         if self._exact and versions != {self.version}:
             error = BadAnswer(f"weights of version {sorted(versions)}, wanted {self.version}")
         if self._closing or job.answer.done():

@@ -40,6 +40,17 @@ class HttpClient:
         **query: str,
     ) -> Any:  # fmt: skip
         """The JSON of the answer. Raises ServerError, and UnacceptableRequest for a status 4xx."""
+        data = await self.fetch(method, path, body=body, timeout=timeout, **query)
+        try:
+            return json.loads(data) if data else None
+        except ValueError as error:
+            raise BadAnswer(f"{path}: expected JSON, got {data[:80]!r}") from error
+
+    async def fetch(
+        self, method: str, path: str, *, body: Mapping[str, object] | None = None, timeout: float | None = None,
+        **query: str,
+    ) -> bytes:  # fmt: skip
+        """The bytes of the answer. Raises ServerError, and UnacceptableRequest for a status 4xx."""
         if self._session is None:
             # trust_env stays off: a proxy of the environment is not meant for our own servers.
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self._headers)
@@ -48,19 +59,17 @@ class HttpClient:
             async with self._session.request(
                 method, f"{self.url}{path}", json=body, params=query or None, timeout=limit
             ) as response:
-                text = await response.text()
+                data = await response.read()
         except TimeoutError as error:
             raise ServerError(f"no answer to {path} within {limit.total:g} s") from error
-        except (aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"{path}: {type(error).__name__} {error}".strip()) from error
+        said = data[:300].decode(errors="replace")
         if 400 <= response.status < 500:
-            raise UnacceptableRequest(f"{path}: status {response.status}, {text[:300]}")
+            raise UnacceptableRequest(f"{path}: status {response.status}, {said}")
         if response.status != 200:
-            raise ServerError(f"{path}: status {response.status}, {text[:300]}")
-        try:
-            return json.loads(text) if text else None
-        except ValueError as error:
-            raise BadAnswer(f"{path}: expected JSON, got {text[:80]!r}") from error
+            raise ServerError(f"{path}: status {response.status}, {said}")
+        return data
 
 
 async def results_or_errors(calls: Sequence[Awaitable[object]]) -> list[object]:

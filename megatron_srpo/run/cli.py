@@ -189,8 +189,16 @@ def serve(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> int:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Check the GPUs of this node too, in three minutes.")] = False,
+    gpu_rehearsal: Annotated[bool, typer.Option("--gpu-rehearsal", help="The same checks on a CPU.")] = False,
+) -> int:
     """Show what is installed, whether runs will use CPU or GPU, and how to install what is missing."""
+    if gpu or gpu_rehearsal:
+        from megatron_srpo.run import gpu_checks
+
+        return gpu_checks.report("cuda" if gpu else "cpu")
     from megatron_srpo.run.doctor import report as examine
 
     return examine(as_json=as_json)

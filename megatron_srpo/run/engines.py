@@ -40,7 +40,7 @@ def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngin
     from megatron_srpo.rollout import ServersEngine, ServersFollower
 
     if not isinstance(role, Driver):
-        return ServersFollower(session.control, _longest(config))
+        return ServersFollower(session.control, _longest(config), session.topology.device)
     rollout, device = config.rollout, session.topology.device
     cuda = device.type == "cuda"
     backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from megatron_srpo.core import exit_codes
 from slurm.supervisor import CRASH_LOOP
 from tests.slurm.jobs import Inputs, SubmittedJob
+from tests.slurm.stand_ins import APPTAINER, SRUN, StandIn
 
 pytestmark = pytest.mark.slurm
 
@@ -121,3 +124,33 @@ def test_engine_servers_on_the_second_node_generate_for_the_training_on_the_firs
     lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
     assert [line["rollout/weight_version"] for line in lines] == [0, 1, 2]
     assert max(line["rollout_corr/logprob_diff_max"] for line in lines) < 1e-4
+
+
+def test_each_step_enters_apptainer_once_a_node_and_the_job_trains_inside(cluster, inputs):
+    image = inputs.folder / "my image.sif"
+    image.touch()
+    apptainer = StandIn(inputs.folder / "apptainer", "apptainer", APPTAINER)
+    words = [str(apptainer.path), "exec", "--nv", "--bind", "/my data:/data", str(image), sys.executable]
+    site = f"SRPO_PYTHON={shlex.quote(shlex.join(words))}\n"
+    one_rank = {"parallel.tensor_model_parallel_size": "1", "parallel.sequence_parallel": "false"}
+    changes = one_rank | {"run.iterations": "2"}
+    job = SubmittedJob(cluster, inputs, "apptainer", changes, site=site, script=["--rollout-nodes", "1"])
+    assert job.wait_for_end() == exit_codes.DONE, job.report()
+    assert job.iterations() == [1, 2]
+    noted = apptainer.noted()
+    assert all(entry["options"] == ["--nv", "--bind", "/my data:/data"] for entry in noted)
+    steps = [(entry["command"][2], entry["node"]) for entry in noted]  # python -m MODULE
+    assert sorted(steps) == sorted(
+        [("slurm.settings", "nodea"), *[("slurm.node", "nodea")] * 2, *[("slurm.node", "nodeb")] * 2]
+    )  # health on both nodes, the servers on nodeb, training on nodea
+    assert all(sys.executable == entry["command"][0] for entry in noted)
+
+
+def test_pyxis_gets_its_options_for_every_step_and_the_job_trains(cluster, inputs):
+    srun = StandIn(inputs.folder / "pyxis", "srun", SRUN)
+    options = ["--container-image=/images/srpo.sqsh", "--container-mounts=/my data:/data,/home"]
+    site = f'PATH="{srun.path.parent}:$PATH"\nSRPO_SRUN_OPTIONS={shlex.quote(shlex.join(options))}\n'
+    job = SubmittedJob(cluster, inputs, "pyxis", {"run.iterations": "2"}, site=site)
+    assert job.wait_for_end() == exit_codes.DONE, job.report()
+    assert job.iterations() == [1, 2]
+    assert srun.noted() == [options] * 3  # the configuration's check, the nodes' health, training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -17,7 +18,16 @@ import torch.distributed as dist
 
 from megatron_srpo.bridge import BridgeError
 from megatron_srpo.bridge import weight_stream as module
-from megatron_srpo.bridge.weight_stream import Group, Sender, local_address, pack, receive_stream, unpack
+from megatron_srpo.bridge.weight_stream import (
+    Group,
+    Sender,
+    Streams,
+    local_address,
+    pack,
+    receive_stream,
+    sender_of,
+    unpack,
+)
 
 CPU = torch.device("cpu")
 PATIENCE = 30
@@ -213,3 +223,54 @@ def test_the_drivers_address_is_the_one_that_the_other_side_sees():
     assert local_address("localhost", 9) in ("127.0.0.1", "::1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert local_address(*taken.getsockname()[:2]) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(("engines", "ranks"), [(1, 1), (3, 8), (8, 8), (7, 3), (64, 8), (32, 256)])
+def test_engines_are_spread_over_all_ranks_so_that_none_sends_more_copies_than_it_must(engines, ranks):
+    senders = [sender_of(engine, engines, ranks) for engine in range(engines)]
+    assert set(senders) <= set(range(ranks)) and senders == sorted(senders)
+    most = max(senders.count(rank) for rank in range(ranks))
+    assert most == -(-engines // ranks)
+    if engines <= ranks:  # spread, so that all nodes send
+        assert {later - earlier for earlier, later in itertools.pairwise(senders)} <= {
+            ranks // engines, -(-ranks // engines)
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_each_rank_sends_to_its_own_engines_and_a_lost_engine_of_one_rank_disturbs_no_other(backend, monkeypatch):
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNccl, raising=False)
+    driver = Sender("127.0.0.1", timeout_s=PATIENCE, backend=backend, device=CPU)
+    ranks = [driver, Streams(CPU), Streams(CPU)]  # the other ranks find the rendezvous by the groups' addresses
+    names = ["a", "b", "c", "d"]
+    shares = {name: sender_of(number, len(names), len(ranks)) for number, name in enumerate(names)}
+    assert list(shares.values()) == [0, 0, 1, 2]
+    addresses = {name: driver.new_address(name, 1) for name in names}
+    with ThreadPoolExecutor(8) as pool:
+        workers = {name: pool.submit(Group, addresses[name], 1, CPU) for name in names}
+        joined = [
+            pool.submit(rank.join_all, {name: addresses[name] for name in names if shares[name] == number})
+            for number, rank in enumerate(ranks)
+        ]
+        assert results(joined) == [{}, {}, {}]
+
+        def leave(group: Group) -> bool:
+            group.receive()
+            del group._group
+            return True
+
+        lost = "c" if backend == "gloo" else ""  # FakeNccl has no connections to close
+        received = {
+            name: pool.submit(leave if name == lost else everything, worker.result(PATIENCE))
+            for name, worker in workers.items()
+        }
+        sent = [
+            pool.submit(rank.send, [name for name in names if shares[name] == number], items())
+            for number, rank in enumerate(ranks)
+        ]
+        failed = results(sent)
+        assert [list(found) for found in failed] == [[], [lost] if lost else [], []]
+        assert results(list(received.values())) == [True] * 4
+        workers["d"].result().report("publish/0", '{"checksums": null}')  # rank 0 hears of all engines
+        assert driver.report("d", "publish", 0) == {"checksums": None} and not driver.has_group("d")
+    assert (driver.send([], iter(items())), Streams(CPU).send([], iter(items()))) == ({}, {})

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from megatron_srpo.rollout.vllm.server_process import (
 )
 from megatron_srpo.rollout.vllm.settings import EngineSettings
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
-from tests.fake_server import answer, damaged
+from tests.fake_server import answer, damaged, packed
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -146,22 +147,44 @@ def test_a_server_that_dies_or_lies_is_restarted_and_its_requests_are_answered_b
 def test_what_is_no_answer_to_the_request_is_found(behaviour):
     (request,) = requests(1, 1)
     asked = {"sampling_params": {"seed": 3, "max_tokens": 5}}
-    assert (
-        list(read_answer(answer(asked), request, SAMPLING, str).token_ids) == answer(asked)["choices"][0]["token_ids"]
-    )
+    sound = answer(asked)
+    found = read_answer(packed(sound), request, SAMPLING, str)
+    assert found.token_ids.tolist() == sound["choices"][0]["token_ids"] and found.token_versions is None
+    entries = sound["choices"][0]["logprobs"]["content"]
+    assert found.logprobs == array("f", [entry["logprob"] for entry in entries])
     with pytest.raises(BadAnswer, match="not an answer to what was asked"):
-        read_answer(damaged(asked, behaviour), request, SAMPLING, str)
+        read_answer(packed(damaged(asked, behaviour)), request, SAMPLING, str)
 
 
-def test_log_probs_that_json_cannot_carry_are_not_finite_and_aborted_requests_have_no_answer():
+@pytest.mark.parametrize("cut", [0, 3, 10, -1])
+def test_an_answer_that_was_cut_is_found(cut):
+    (request,) = requests(1, 1)
+    whole = packed(answer({"sampling_params": {"seed": 3, "max_tokens": 5}}))
+    for data in (whole[:cut], whole + b"0123", b"\xff" * 40):
+        with pytest.raises(BadAnswer):
+            read_answer(data, request, SAMPLING, str)
+
+
+def test_log_probs_that_vllm_replaced_are_not_finite_and_aborted_requests_have_no_answer():
     (request,) = requests(1, 1)
     found = answer({"sampling_params": {"seed": 3, "max_tokens": 5}})
     (choice,) = found["choices"]
     choice["logprobs"]["content"][0]["logprob"] = -9999.0
-    logprobs = read_answer(found, request, SAMPLING, str).logprobs
+    logprobs = read_answer(packed(found), request, SAMPLING, str).logprobs
     assert [math.isnan(value) for value in logprobs] == [True] + [False] * (len(logprobs) - 1)
     choice["finish_reason"] = "abort"
-    assert read_answer(found, request, SAMPLING, str) is None
+    assert read_answer(packed(found), request, SAMPLING, str) is None
+
+
+def test_tokens_that_are_of_several_publishes_say_which():
+    (request,) = requests(1, 1)
+    found = answer({"sampling_params": {"seed": 3, "max_tokens": 5}})
+    (choice,) = found["choices"]
+    count = len(choice["token_ids"])
+    assert count > 1
+    choice["weight_versions"] = [{"version": "6", "start": 0, "end": 1}, {"version": "7", "start": 1, "end": count}]
+    rollout = read_answer(packed(found), request, SAMPLING, str)
+    assert rollout.token_versions == [6] + [7] * (count - 1) and rollout.weight_version == 6
 
 
 def test_a_single_server_that_dies_is_awaited(fleet_of, expected):
@@ -173,7 +196,7 @@ def test_a_single_server_that_dies_is_awaited(fleet_of, expected):
 def test_a_server_that_does_not_answer_in_time_is_restarted(fleet_of, expected):
     with fleet_of(["never"], [], request_s=1) as (fleet, said):
         assert generate(fleet, requests()) == expected
-        assert "no answer to /inference/v1/generate within 1 s" in said[0]
+        assert "no answer to /megatron_srpo/v1/generate within 1 s" in said[0]
 
 
 def test_a_server_that_is_stopped_fails_its_health_check_and_is_restarted(fleet_of, expected):

@@ -247,3 +247,61 @@ def test_a_default_run_names_the_tests_that_it_leaves_out():
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip().splitlines()
     assert re.fullmatch(r"This run left out \d+ slurm tests \(run make test-slurm\)", told[-2])
     assert "deselected" in told[-1]  # pytest's own summary stays the last line
+
+
+def give_wheelhouse(checkout, folder, **changes):
+    """A folder that says of itself what a wheelhouse for this Python says, with `changes`; it has no wheels."""
+    folder.mkdir()
+    traits = {**setup_env.wheelhouse_traits(checkout, "cpu"), **changes}
+    (folder / setup_env.WHEELHOUSE_TRAITS).write_text(json.dumps(traits))
+    (folder / "requirements.txt").write_text("absent==1.0\n")
+    return folder
+
+
+def test_a_wheelhouse_of_something_else_is_refused_before_an_environment_is_made(checkout, tmp_path, capsys):
+    changed = give_wheelhouse(checkout, tmp_path / "wheels", python="3.9", pins="others")
+    for folder, told in ((changed, "python: expected 3."), (tmp_path / "absent", "no complete wheelhouse")):
+        assert setup_env.main(["--device", "cpu", "--wheelhouse", str(folder)], root=checkout) == 1
+        said = capsys.readouterr().err
+        assert told in said and "make wheelhouse DEVICE=cpu" in said and "Traceback" not in said
+    assert not (checkout / ".venv").exists()
+
+
+def test_an_installation_from_a_wheelhouse_asks_no_index_and_reads_no_configuration_of_pip(checkout, tmp_path):
+    commands = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_EXTRA_INDEX_URL", "https://example.invalid")
+        patch.setattr(setup_env, "run_step", lambda setup, text, command, cure: commands.append((setup, command)))
+        setup_env.install(setup_env.Setup(checkout, "cpu", wheelhouse=give_wheelhouse(checkout, tmp_path / "wheels")))
+    for setup, _ in commands:
+        assert [name for name in setup.environment if name.startswith("PIP_")] == ["PIP_CONFIG_FILE"]
+    (_, wheels), (_, project), _ = commands
+    assert {"--no-index", "--no-deps"} <= set(wheels)
+    assert wheels[wheels.index("--find-links") + 1] == tmp_path / "wheels"
+    assert {"--no-deps", "--no-build-isolation"} <= set(project)
+
+
+def test_make_passes_a_wheelhouse_with_a_space_in_its_name(checkout, tmp_path):
+    give_environment(checkout, fingerprint="old")
+    command = ["make", "setup", "DEVICE=cpu", f"WHEELHOUSE={tmp_path}/no wheels"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode != 0 and f"{tmp_path}/no wheels is no complete wheelhouse" in done.stderr
+
+
+def test_the_image_recipes_copy_what_exists_and_install_by_the_set_up():
+    containers = ROOT / "containers"
+    script = (containers / "install.sh").read_text()
+    (parts,) = re.findall(r"^for part in (.+); do$", script, re.MULTILINE)
+    copied = re.findall(r"^    (\S+) /context/\1$", (containers / "srpo.def").read_text(), re.MULTILINE)
+    assert set(copied) == {*parts.split(), "containers"} and all((ROOT / part).exists() for part in copied)
+    assert "tools/setup_env.py --device" in script
+    for recipe in ("Dockerfile", "srpo.def"):
+        assert "/context/containers/install.sh /context /opt/srpo" in (containers / recipe).read_text()
+    for file in (*setup_env_reads(), "pyproject.toml"):
+        assert file.split("/")[0] in parts.split()
+    assert subprocess.run(["sh", "-n", containers / "install.sh"], check=False).returncode == 0
+
+
+def setup_env_reads():
+    """The files of which set-up's fingerprint is made."""
+    return ("requirements/gpu.txt", "tools/setup_env.py")

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_srpo.config import Config, check, load_config
 from megatron_srpo.plan import SHIPPED, evaluate, machine_of, read_architecture, shipped_if_absent
+from megatron_srpo.plan.memory import PHASES
 from slurm import plan
 from tests.unit.test_paper_settings import PAPER, value_of
 
@@ -42,6 +43,23 @@ def test_by_the_planner_it_fits_gpus_of_80_gb(size):
         read_architecture(shipped_if_absent(config.model.path))[0], layout, machine_of("h100"), plan.workload_of(config)
     )
     assert found.memory.fits, (found.memory.lines, found.memory.notes)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_phase_of_every_shipped_combination_fits_with_a_margin_and_its_checkpoints_fit_the_host(size):
+    overlays = [[method] for method in sorted((ROOT / "configs/method").glob("*.toml"))]
+    if size == "8b":
+        overlays += [[model] for model in sorted((ROOT / "configs/model").glob("*.toml"))]
+    overlays += [[benchmark] for benchmark in sorted((ROOT / "configs/benchmark").glob("*.toml"))]
+    for more in overlays:
+        config = load_config([ROOT / f"examples/science/srpo_qwen3_{size}.toml", *more])
+        arch = read_architecture(shipped_if_absent(config.model.path))[0]
+        layout = plan.layout_of(config, 8 * nodes_of(size))
+        memory = evaluate(arch, layout, machine_of("h100"), plan.workload_of(config)).memory
+        assert tuple(memory.phases) == PHASES, more
+        assert max(memory.phases.values()) == pytest.approx(memory.total)
+        assert all(0 < needed <= memory.limit for needed in memory.phases.values()), (more, memory.phases)
+        assert 0 < memory.host_loading < memory.host_saving < 1.0e12, more  # nodes of 8 H100s have 2 TB
 
 
 @pytest.mark.parametrize("size", SIZES)

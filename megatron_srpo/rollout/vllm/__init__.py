@@ -8,12 +8,14 @@ In the trainer's processes:
     process_state.py     restores what an engine changes in this process
     servers.py           engines in servers; rank 0 asks them and sends them the weights
     client.py            the routes of one server
+    answers.py           how a server's answer travels
     server_process.py    the process of one server
     prompt_trace.py      hidden states and log-probs of prompts, for comparisons
 
 Inside vLLM's processes:
     parent_watcher.py    ends a server when its trainer is gone
     token_middleware.py  refuses requests without the run's token
+    answer_route.py      answers in arrays instead of JSON
     cpu_worker.py        the CPU worker, with names of our own for shared memory
     worker_extension.py  the methods that we add to the worker
     weight_receiver.py   our backend of vLLM's weight-transfer API

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import asyncio
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import GenerateRequest, SamplingSettings
 from megatron_srpo.rollout.http import BadAnswer, HttpClient
+from megatron_srpo.rollout.vllm.answers import ROUTE, unpack_answer
 
 MODEL_NAME = "policy"  # the name under which a server serves its model
+READ_HERE_BYTES = 2**14  # longer answers are read and decoded in threads, so that requests and other answers go on
 NOT_FINITE = -9999.0  # what vLLM's server puts in place of a log-prob that JSON cannot carry
 UNPUBLISHED = "default"  # vLLM's version of weights that came from a folder
 
@@ -53,32 +57,33 @@ class VllmClient(HttpClient):
                 "detokenize": False,
             },
         }
-        answer = await self.call("POST", "/inference/v1/generate", body=body, timeout=self._request_timeout)
-        return read_answer(answer, request, sampling, decode)
+        data = await self.fetch("POST", ROUTE, body=body, timeout=self._request_timeout)
+        if len(data) < READ_HERE_BYTES:
+            return read_answer(data, request, sampling, decode)
+        return await asyncio.to_thread(read_answer, data, request, sampling, decode)
 
 
 def read_answer(
-    answer: Mapping[str, Any], request: GenerateRequest, sampling: SamplingSettings, decode: Callable[[list[int]], str]
+    data: bytes, request: GenerateRequest, sampling: SamplingSettings, decode: Callable[[list[int]], str]
 ) -> Rollout | None:
-    """The rollout in a server's JSON, or None for an aborted one. Raises BadAnswer when the JSON is anything else."""
+    """The rollout in a server's answer, or None for an aborted one. Raises BadAnswer when it is anything else."""
     try:
-        (choice,) = answer["choices"]
-        ids, reason = choice["token_ids"], choice["finish_reason"]
+        header, ids, logprobs = unpack_answer(data)
+        reason = header["finish_reason"]
         if reason == "abort":
             return None
-        content = choice["logprobs"]["content"]
-        if [entry["token_id"] for entry in content] != ids:
-            raise ValueError("the log-probs are of other tokens")
-        logprobs = [math.nan if entry["logprob"] <= NOT_FINITE else float(entry["logprob"]) for entry in content]
-        versions = _versions(choice["weight_versions"], len(ids))
+        versions = _versions(header["weight_versions"], len(ids))
         if reason not in ("stop", "length") or not 0 < len(ids) <= sampling.max_tokens:
             raise ValueError(f"{len(ids)} tokens, finish_reason {reason!r}")
-        text = decode(ids)
+        found = np.frombuffer(logprobs, dtype=np.float32)
+        if found.min() <= NOT_FINITE:
+            logprobs = array("f", np.where(found <= NOT_FINITE, np.nan, found).astype(np.float32).tobytes())
+        text = decode(ids.tolist())
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
-        raise BadAnswer(f"not an answer to what was asked ({error}): {str(answer)[:200]}") from error
+        raise BadAnswer(f"not an answer to what was asked ({error}): {data[:200]!r}") from error
+    several = versions if len(set(versions)) > 1 else None
     return Rollout(
-        request.prompt, request.sample, array("i", ids), array("f", logprobs), text, reason, min(versions),
-        token_versions=versions,
+        request.prompt, request.sample, ids, logprobs, text, reason, min(versions), token_versions=several
     )  # fmt: skip
 
 

@@ -1,7 +1,14 @@
-"""A rollout engine of vLLM servers in processes of their own: rank 0 asks them, and sends them the weights.
+"""A rollout engine of vLLM servers in processes of their own: rank 0 asks them, and all ranks send them the weights.
 
 rank 0, ServersEngine          generate ─► requests over HTTP ─► answers       publish ─► pause ─► send ─► resume
-other ranks, ServersFollower   wait; give their shards to every publish, also to the one of a restarted server
+other ranks, ServersFollower   wait                                                             join, send
+
+An export gives the whole weights to every rank. The servers are shared out among the ranks, each of which sends to its
+own (weight_stream.sender_of). A publish, also the one to a restarted server, has these turns of the control channel:
+
+rank 0 → all   Joins: the groups that are to be joined, and by which rank       all → rank 0   which could not be joined
+rank 0 → all   the servers that are ready, and who sends to them                all → rank 0   which failed
+rank 0 → all   the publish is complete, or why it is not
 """
 
 from __future__ import annotations
@@ -15,12 +22,12 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from megatron_srpo.bridge import Verifier
-from megatron_srpo.bridge.weight_stream import Sender
+from megatron_srpo.bridge.weight_stream import GroupAddress, Sender, Streams, sender_of
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import (
@@ -49,21 +56,27 @@ class VllmServer(Server):
     client: VllmClient
 
 
+Joins = dict[int, dict[str, GroupAddress]]  # sending rank → server's name → the group to join
+Shares = dict[int, list[str]]  # sending rank → the names of the servers to which it sends
+
+
 @dataclass
 class Transfer:
     """One publish on its way to some servers."""
 
     key: str
     version: int
-    servers: list[VllmServer]
+    servers: list[VllmServer]  # that take part: they answer and have joined
+    joining: dict[str, Future[Any]]  # server's name → the call to /init_weight_transfer_engine
     updates: dict[str, Future[Any]]  # server's name → the call to /update_weights
 
 
 class ServersFollower:
     """The RolloutEngine of all ranks but rank 0, which has the servers. Making one is collective."""
 
-    def __init__(self, control: Control, max_model_len: int) -> None:
+    def __init__(self, control: Control, max_model_len: int, device: torch.device) -> None:
         self._control, self._max_model_len = control, max_model_len
+        self._streams = Streams(device)
         self._weights: Weights = ()
         self._half_published = False
         self.weight_version = 0
@@ -89,9 +102,11 @@ class ServersFollower:
         self._half_published = False
 
     def _send_weights(self) -> None:
-        self._control.receive()
-        for _ in self._weights:  # making them is collective
-            pass
+        """See ServersEngine._send_weights."""
+        joins, rank = cast(Joins, self._control.receive()), self._control.rank
+        self._control.gather(self._streams.join_all(joins.get(rank, {})))
+        shares = cast(Shares, self._control.receive())
+        self._control.gather(self._streams.send(shares.get(rank, []), self._weights))
         self._control.receive()
 
     def metrics(self) -> dict[str, float]:
@@ -103,6 +118,11 @@ class ServersFollower:
 
     def close(self) -> None:
         """Does nothing: rank 0 ends the servers."""
+
+
+def _merged(by_rank: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The reasons of all ranks; every server is one rank's."""
+    return {name: reason for reasons in by_rank for name, reason in reasons.items()}
 
 
 def _require_whole_publish(half_published: bool) -> None:
@@ -279,15 +299,18 @@ class ServersEngine:
         fleet.run(settle())
 
     def _send_weights(self, names: list[str] | None) -> None:
-        """Send the weights to the servers of these names, or to all that answer. Collective."""
-        self._control.share(lambda: self._begin_transfer(names))
-        assert self._transfer is not None
+        """Send the weights to the servers of these names, or to all that answer. Collective: the module's docstring has
+        the turns."""
+        control, rank = self._control, self._control.rank
+        joins = control.share(lambda: self._begin_transfer(names))
+        not_joined = _merged(control.gather(self._sender.join_all(joins.get(rank, {}))))
+        shares = control.share(lambda: self._begin_updates(not_joined))
         weights = self._verifier.record(self._weights) if self._verify else self._weights
-        failed = self._sender.send([server.name for server in self._transfer.servers], weights)
-        self._control.share(lambda: self._finish_transfer(failed))
+        failed = _merged(control.gather(self._sender.send(shares.get(rank, []), weights)))
+        control.share(lambda: self._finish_transfer(failed))
 
-    def _begin_transfer(self, names: list[str] | None) -> None:
-        """Pause the servers, join their workers if they have not joined, and let them wait for weights."""
+    def _begin_transfer(self, names: list[str] | None) -> Joins:
+        """Pause the servers, and ask those that have not joined a group with us to join one."""
         fleet = self._fleet
         self._calls += 1
         servers = [server for server in fleet.usable() if names is None or server.name in names]
@@ -295,20 +318,45 @@ class ServersEngine:
             server.version = None
         mode = "keep" if self._rollout.in_flight == "pause" else "abort"
         self._call_all(servers, lambda server: server.client.call("POST", "/pause", mode=mode))
+        self._transfer = Transfer(f"report/{self._calls}", self.weight_version, servers, {}, {})
+        joins: Joins = {}
         for server in servers:
             if server.alive and not self._has_joined(server):
-                self._join(server)
-        self._call_all(servers, lambda server: server.client.call("POST", "/start_weight_update"))
-        ready = [server for server in servers if server.alive and self._has_joined(server)]
-        key = f"report/{self._calls}"
-        body = {"update_info": {"report": key, "verify": self._verify}}
-        updates = {
-            server.name: fleet.start(
-                server.client.call("POST", "/update_weights", body=body, timeout=self._rollout.request_timeout_seconds)
-            )
-            for server in ready
-        }
-        self._transfer = Transfer(key, self.weight_version, ready, updates)
+                self._losses_at_join[server.name] = server.losses
+                address = self._sender.new_address(server.name, server.world_size)
+                joins.setdefault(self._sending_rank(server), {})[server.name] = address
+                call = server.client.call(
+                    "POST", "/init_weight_transfer_engine", body={"init_info": {"group": asdict(address)}}
+                )
+                self._transfer.joining[server.name] = fleet.start(call)
+        return joins
+
+    def _begin_updates(self, not_joined: dict[str, str]) -> Shares:
+        """Let the servers that have joined wait for weights."""
+        transfer = self._transfer
+        assert transfer is not None
+        for server in transfer.servers:
+            try:
+                if server.name in not_joined:
+                    raise RuntimeError(not_joined[server.name])
+                if server.name in transfer.joining:
+                    transfer.joining[server.name].result()
+            except (RuntimeError, ServerError, UnacceptableRequest) as error:
+                self._lose(server, f"its workers did not join for the weights: {error}")
+        self._call_all(transfer.servers, lambda server: server.client.call("POST", "/start_weight_update"))
+        transfer.servers = [server for server in transfer.servers if server.alive and self._has_joined(server)]
+        body = {"update_info": {"report": transfer.key, "verify": self._verify}}
+        timeout = self._rollout.request_timeout_seconds
+        shares: Shares = {}
+        for server in transfer.servers:
+            call = server.client.call("POST", "/update_weights", body=body, timeout=timeout)
+            transfer.updates[server.name] = self._fleet.start(call)
+            shares.setdefault(self._sending_rank(server), []).append(server.name)
+        return shares
+
+    def _sending_rank(self, server: VllmServer) -> int:
+        servers = self._fleet.servers
+        return sender_of(servers.index(server), len(servers), self._control.world_size)
 
     def _call_all(self, servers: list[VllmServer], call: Callable[[VllmServer], Coroutine[Any, Any, object]]) -> None:
         """Make the same call to all servers that are alive. A server whose call fails is lost."""
@@ -321,7 +369,7 @@ class ServersEngine:
                 raise result
 
     def _lose(self, server: VllmServer, why: str) -> None:
-        self._sender.leave(server.name)
+        self._losses_at_join.pop(server.name, None)
         fleet = self._fleet
 
         async def lose() -> None:
@@ -331,18 +379,7 @@ class ServersEngine:
 
     def _has_joined(self, server: VllmServer) -> bool:
         """Whether the workers of its current process have joined a group with us."""
-        return self._sender.has_group(server.name) and self._losses_at_join.get(server.name) == server.losses
-
-    def _join(self, server: VllmServer) -> None:
-        self._losses_at_join[server.name] = server.losses
-        address = self._sender.new_address(server.name, server.world_size)
-        body = {"init_info": {"group": asdict(address)}}
-        answer = self._fleet.start(server.client.call("POST", "/init_weight_transfer_engine", body=body))
-        try:
-            self._sender.join(server.name, address)
-            answer.result()
-        except (RuntimeError, ServerError, UnacceptableRequest) as error:
-            self._lose(server, f"its workers did not join for the weights: {error}")
+        return self._losses_at_join.get(server.name) == server.losses
 
     def _finish_transfer(self, failed: dict[str, str]) -> None:
         """Check that every server has loaded all weights, and let it continue."""

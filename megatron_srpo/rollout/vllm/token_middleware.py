@@ -1,4 +1,4 @@
-"""Every route of an engine's server asks for a token of this run.
+"""Every route of an engine's server asks for a token of this run, and one route more is there: see answers.py.
 
 vLLM's own key covers some paths only. The development routes, which can replace the weights, are not among them.
 """
@@ -34,6 +34,10 @@ class TokenMiddleware:
         self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" and "app" in scope:  # the server starts
+            from megatron_srpo.rollout.vllm.answer_route import install
+
+            install(scope["app"])
         if scope["type"] == "lifespan" or self._is_allowed(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":

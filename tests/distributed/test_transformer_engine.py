@@ -1,0 +1,89 @@
+"""The policy on Transformer Engine's layers and fused Adam equals the one on Megatron's local layers and torch's Adam.
+
+Transformer Engine's Python modules are real, its kernels are not: see tests/transformer_engine_on_cpu.py. The release
+is fetched by pip once, into $MEGATRON_SRPO_TEST_CACHE or the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import transformer_engine_on_cpu as emulation
+from tests.distributed.test_policy import LAYOUTS, VOCAB, check_close, swap_bf16, train_and_report
+from tests.distributed_harness import run_distributed
+from tests.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.slow
+EXPERT_LAYOUTS = {  # on two ranks
+    "ep2": {"expert_model_parallel_size": 2},
+    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "tp2_sp_etp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def engine() -> Path:
+    """The folder of Transformer Engine's sources."""
+    cache = os.environ.get("MEGATRON_SRPO_TEST_CACHE") or Path.home() / ".cache/megatron_srpo/tests"
+    try:
+        return emulation.sources(Path(cache))
+    except (RuntimeError, OSError) as error:
+        pytest.skip(str(error))
+
+
+def on_transformer_engine(engine: Path, function, *arguments):
+    """Run on a rank that has just started. Returns the function's result and how often each stand-in was called."""
+    emulation.install(engine)
+    result = function(*arguments)
+    return result, dict(emulation.CALLS)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2", "qwen3_moe"])  # tied; untied with biases; experts
+def local(request, tmp_path_factory):
+    """A model, and what training it on the local layers gives."""
+    family, folder = request.param, tmp_path_factory.mktemp(request.param)
+    model = make_tiny_model(folder / "model", family, tied=family == "qwen3", vocab=VOCAB, layers=4)
+    return family, model, run_distributed(train_and_report, 1, model, {}, folder / "checkpoint")[0], folder
+
+
+def test_one_rank_trains_saves_and_resumes_with_the_fused_adam_as_without(engine, local, tmp_path):
+    family, model, expected, folder = local
+    arguments = (train_and_report, model, {}, tmp_path / "checkpoint", folder / "checkpoint")
+    ((found, calls),) = run_distributed(on_transformer_engine, 1, engine, *arguments, fresh=True)
+    check_close(found, expected)
+    for ours, theirs in zip(found["before"], expected["before"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for name, value in expected["exported"].items():  # the local layers' checkpoint goes on in these layers
+        torch.testing.assert_close(found["resharded"][name], value, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(
+            found["resharded_teacher"][name], expected["teacher"][name], rtol=0, atol=1e-6, msg=name
+        )
+    wanted = {"adam", "rotary", "linear", "norm and linear", "norm", "attention"}
+    if family == "qwen3_moe":
+        wanted |= {"grouped", "permute"}
+    assert wanted <= calls.keys() and calls["adam step"] == 4  # the fused Adam counts on from the checkpoint
+
+
+@pytest.mark.parametrize("layout", sorted({**LAYOUTS, **EXPERT_LAYOUTS}))
+def test_two_ranks_equal_the_local_layers(engine, local, layout, tmp_path):
+    family, model, expected, folder = local
+    layouts = EXPERT_LAYOUTS if family == "qwen3_moe" else LAYOUTS
+    if layout not in layouts:
+        pytest.skip("not a layout of this family")
+    arguments = (train_and_report, model, layouts[layout], tmp_path / "checkpoint", folder / "checkpoint")
+    for found, calls in run_distributed(on_transformer_engine, 2, engine, *arguments, fresh=True):
+        check_close(found, expected)
+        for name, value in expected["exported"].items():
+            torch.testing.assert_close(found["resharded"][name], value, rtol=0, atol=2e-5, msg=name)
+        assert calls["adam step"] == 4
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "dp2"])
+def test_a_bf16_student_is_back_bit_for_bit(engine, tmp_path, layout):
+    model = make_tiny_model(tmp_path / "model", "qwen3", tied=True, vocab=VOCAB, layers=2, dtype=torch.bfloat16)
+    run_distributed(on_transformer_engine, 2, engine, swap_bf16, model, LAYOUTS[layout], fresh=True)
