@@ -71,6 +71,7 @@ class PackedBatch:
     weights: dict[str, Tensor] = field(default_factory=dict)  # fp32, by loss term
     response_tokens: Tensor | None = None  # fp32, R of the sample that the target belongs to
     scores: Scores = field(default_factory=Scores)  # [T, …]
+    experts: Tensor | None = None  # [T, layers with experts, experts of a token] int16, −1: the router chooses; host
     context_group: ProcessGroup | None = None  # ranks with the other parts of every sequence; None: the row is whole
 
     def map(self, function: Callable[[Tensor], Tensor], *, without: tuple[str, ...] = ()) -> PackedBatch:

@@ -36,6 +36,8 @@ class ScoringPass:
     score: ScoreFunction
     start: int = 0  # the first mini-batch that it scores
     frees: tuple[str, ...] = ()  # scores that nothing needs after it
+    replays: bool = True  # tokens whose experts are known use them
+    records: bool = False  # the experts that it chooses are used in the steps
 
 
 class Objective:
@@ -47,6 +49,8 @@ class Objective:
         self._needs = config.algorithm.needs
         self._temperature = config.rollout.temperature
         self._budget = config.train.logits_memory_mib * 2**20
+        self._replays_teacher = config.teacher.routing_replay
+        self._records = config.rollout.routing_replay == "old"
         self._trust_region = _TrustRegion(config.teacher.update_rate) if config.teacher.mode == "trust_region" else None
 
     def passes(self) -> list[ScoringPass]:
@@ -56,7 +60,9 @@ class Objective:
         teacher row fit as a student row too, because their own prompts are never longer.
         """
         needs = self._needs
-        found = [ScoringPass("old", "student", "student", self._on_trained(self._score_old), start=1)]
+        found = [
+            ScoringPass("old", "student", "student", self._on_trained(self._score_old), start=1, records=self._records)
+        ]
         if needs.divergence and needs.topk:
             found.append(ScoringPass("topk", "distilled", "student", self._on_trained(self._score_topk)))
         if needs.teacher and self._trust_region is not None:
@@ -71,7 +77,8 @@ class Objective:
             found.append(ScoringPass("contrast", "contrast", "teacher", self._on_trained(self._score_contrast)))
         if needs.reference:
             found.append(ScoringPass("reference", "student", "reference", self._on_trained(self._score_reference)))
-        return found
+        # Teacher and reference are other models, which may choose for themselves.
+        return [replace(p, replays=p.weights == "student" or self._replays_teacher) for p in found]
 
     def check_pass(self) -> ScoringPass:
         """Log-probs of the rows of a step, to look for what is not finite."""

@@ -46,6 +46,7 @@ class SamplingSettings:
     top_k: int = 0  # 0: off
     max_tokens: int = 16
     ignore_eos: bool = False  # continue to max_tokens (benchmarks)
+    experts: bool = False  # Rollout.experts is wanted; the engine must have been started for it
 
 
 @dataclass(frozen=True)

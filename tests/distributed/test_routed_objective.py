@@ -54,6 +54,10 @@ VARIANTS = {
     "contrastive in two steps": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
     "drift in two steps": (REGULARISED | {"name": "drift", "bonus_rate": 3.0}, 200, 3, 1.0),
     "demopsd, full vocabulary": (BASE | {"name": "demopsd", "distillation_topk": 0}, 200, 0, 1.0),
+    "srpo, experts of the engine": (BASE, 300, 0, 1.0),
+    "srpo in two steps, experts of the engine, tool answers": (REGULARISED, 160, 3, 0.8),
+    "srpo in two steps, experts of the engine for the teacher too": (REGULARISED, 160, 3, 0.8),
+    "srpo in two steps, experts of the old pass": (REGULARISED, 160, 3, 0.8),
     "gspo": (REGULARISED | GSPO_RATIO | PER_RESPONSE | {"name": "grpo"}, 160, 2, 1.0),
     "gspo's ratio, tool answers": (REGULARISED | GSPO_RATIO | {"name": "grpo"}, 160, 2, 1.0),
 }  # fmt: skip
@@ -69,11 +73,13 @@ SHOWN_IN_FLOAT32 = (
     "srpo in two steps, head apart",
     "srpo all wrong",
 )
+REPLAYS = [name for name in VARIANTS if "experts of" in name]  # models with experts alone
 TRUST_REGION = {"mode": "trust_region", "update_rate": 0.3}
 TEACHERS = {  # the others have the EMA teacher
     "sdpo two steps, forward": {"mode": "frozen"},
     "srpo in two steps, trust region": TRUST_REGION,
     "sdpo full vocabulary, trust region": TRUST_REGION,
+    "srpo in two steps, experts of the engine for the teacher too": {"routing_replay": True},
 }
 
 
@@ -140,6 +146,7 @@ MOE_VARIANTS = [
     "srpo in two steps, tool answers",
     "srpo one distilled sample",
     "sdpo full vocabulary, trust region",
+    *REPLAYS,
 ]
 # Float32 passes against float64 ones; a gradient error is measured against the largest entry of its tensor's kind.
 METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
@@ -160,13 +167,21 @@ def make_config(model, variant, layout="serial"):
         model={"path": str(model), "dtype": cut.dtype, "recompute": cut.recompute,
                "recompute_layers": cut.recompute_layers},
         data={"train": "unused"}, algorithm=algorithm,
-        optimizer={"lr": 1e-2, "clip_grad": 0.5}, rollout={"temperature": temperature},
+        optimizer={"lr": 1e-2, "clip_grad": 0.5},
+        rollout={"temperature": temperature, "routing_replay": replayed(variant)},
         teacher=TEACHERS.get(variant, {}),
         parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
                   "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
                   "expert_model_parallel_size": cut.ep, "expert_tensor_parallel_size": cut.etp,
                   "sequence_parallel": cut.sp, "overlap_grad_reduce": cut.overlap},
     )  # fmt: skip
+
+
+def replayed(variant):
+    """Whose choice of experts the trainer uses."""
+    if variant not in REPLAYS:
+        return "off"
+    return "old" if "experts of the old pass" in variant else "rollout"
 
 
 def make_groups(model, variant):
@@ -200,6 +215,8 @@ def make_groups(model, variant):
             logp = logp.gather(1, torch.tensor(response)[torch.from_numpy(rollout.trained)][:, None])[:, 0]
             for at, value in zip(rollout.trained.nonzero()[0], logp, strict=True):
                 rollout.logprobs[at] = float(value) + rng.gauss(0, 0.5)
+            if replayed(variant) == "rollout":
+                rollout.experts = drawn_experts(engine.config, len(ids) + length - 1, group * 10 + sample)
             groups[-1].attempts.append(Attempt(rollout, Reward(float(right)), bool(right)))
 
     def teacher_prompt(prompt, solution, feedback):
@@ -219,6 +236,13 @@ def make_groups(model, variant):
         for group in samples:
             rng.shuffle(group)
     return samples
+
+
+def drawn_experts(config, tokens, seed):
+    """Other experts than any router would choose: drawn at random, in no order."""
+    rng, layers = np.random.default_rng(seed), config.num_hidden_layers - len(config.mlp_only_layers)
+    order = rng.permuted(np.broadcast_to(np.arange(config.num_experts), (tokens, layers, config.num_experts)), axis=-1)
+    return np.ascontiguousarray(order[..., : config.num_experts_per_tok].astype(np.uint8))
 
 
 def scatter_credit(sample, rng):
@@ -427,7 +451,8 @@ def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of
 def check_layout(student, teacher, layout, **how):
     """Every variant under a layout, on real ranks; `how` is run_distributed's."""
     dtype = LAYOUTS[layout].dtype
-    variants = [name for name in VARIANTS if dtype == "float32" or name not in HARD_EDGED + SHOWN_IN_FLOAT32]
+    left_out = REPLAYS if dtype == "float32" else [*HARD_EDGED, *SHOWN_IN_FLOAT32, *REPLAYS]
+    variants = [name for name in VARIANTS if name not in left_out]
     groups_of = {variant: make_groups(student, variant) for variant in variants}
     ranks = LAYOUTS[layout].ranks
     found = run_distributed(run_variants, ranks, variants, layout, student, teacher, groups_of, **how)[0]
@@ -464,6 +489,8 @@ def check_steps(steps, samples, student, teacher, variant, layout):
         expected_routed = {name: value for name, value in metrics.items() if name.startswith("moe/")}
         metrics = {name: value for name, value in metrics.items() if name not in expected_routed}
         cut = LAYOUTS[layout]
+        for name in ("moe/choices_differ", "moe/tokens_differ"):  # padding has no experts to use again
+            assert routed.pop(name, None) == pytest.approx(expected_routed.pop(name, None)), where
         if not cut.sp and cut.cp == cut.pieces == 1:  # rows are not padded, which would be routed too
             assert {name: routed.get(name) for name in expected_routed} == pytest.approx(expected_routed), where
         assert step["gradients"].keys() == expected.keys()
@@ -515,10 +542,18 @@ def reference_step(step, samples, student, teacher, variant, number, dtype):
     judge = load(teacher, dtype)
     reference = Reference(make_config(student, variant), load(student, dtype), judge, judge)
     forwarded = [samples[i] for i in step["samples"]]
+    if variant in REPLAYS:
+        reference.fix_experts(model, replayed(variant), moved=number > 0)
     reference.choose(step["chosen"], BF16_NEAR["qwen3_moe" if choices else "qwen3"])
     totals = {"loss_tokens": step["loss_tokens"], "responses": step["responses"]}
     loss, metrics = reference.step(model, forwarded, **totals, moved=number > 0)
     loss.backward()
+    if variant in REPLAYS and reference.replay is not None:
+        of_choices, all_choices, of_tokens, all_tokens = reference.differences.tolist()
+        assert of_choices > 0, f"{variant}: no router would have chosen otherwise"
+        metrics["moe/choices_differ"] = of_choices / all_choices
+        name = "rollout_corr/experts_differ" if reference.replay == "rollout" else "moe/tokens_differ"
+        metrics[name] = of_tokens / all_tokens
     if choices:
         loads = [sum(passes).double() for passes in choices.values()]
         loads = [float(load.max() / load.mean()) for load in loads]

@@ -8,16 +8,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_srpo.core.records import Rollout
+from megatron_srpo.families import ModelShape
 from megatron_srpo.rollout.engine import GenerateRequest, SamplingSettings
-from megatron_srpo.rollout.http import BadAnswer, HttpClient
+from megatron_srpo.rollout.http import BadAnswer, HttpClient, UnacceptableRequest
+from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
 
 MODEL_NAME = "policy"  # the name under which a server serves its model
 NOT_FINITE = -9999.0  # what vLLM's server puts in place of a log-prob that JSON cannot carry
 UNPUBLISHED = "default"  # vLLM's version of weights that came from a folder
+NO_EXPERTS = (
+    "the rollout server does not return the experts of tokens, which rollout.routing_replay needs. Start it with "
+    'this run\'s configuration (python -m megatron_srpo serve), or set rollout.routing_replay = "old" or "off"'
+)
 
 
 class VllmClient(HttpClient):
-    """HTTP to one vLLM server."""
+    """HTTP to one vLLM server. `shape` is its model's; requests for the experts of tokens need it."""
+
+    def __init__(
+        self, url: str, token: str, *, request_timeout_s: float, control_timeout_s: float,
+        shape: ModelShape | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(url, token, request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s)
+        self._shape = shape
 
     async def health(self, timeout: float) -> None:
         await self.call("GET", "/health", timeout=timeout)
@@ -54,13 +67,15 @@ class VllmClient(HttpClient):
             },
         }
         answer = await self.call("POST", "/inference/v1/generate", body=body, timeout=self._request_timeout)
-        return read_answer(answer, request, sampling, decode)
+        return read_answer(answer, request, sampling, decode, self._shape)
 
 
 def read_answer(
-    answer: Mapping[str, Any], request: GenerateRequest, sampling: SamplingSettings, decode: Callable[[list[int]], str]
-) -> Rollout | None:
-    """The rollout in a server's JSON, or None for an aborted one. Raises BadAnswer when the JSON is anything else."""
+    answer: Mapping[str, Any], request: GenerateRequest, sampling: SamplingSettings, decode: Callable[[list[int]], str],
+    shape: ModelShape | None = None,
+) -> Rollout | None:  # fmt: skip
+    """The rollout in a server's JSON, or None for an aborted one. Raises BadAnswer when the JSON is anything else, and
+    UnacceptableRequest when the server does not return experts at all: none of its answers would have them."""
     try:
         (choice,) = answer["choices"]
         ids, reason = choice["token_ids"], choice["finish_reason"]
@@ -73,12 +88,18 @@ def read_answer(
         versions = _versions(choice["weight_versions"], len(ids))
         if reason not in ("stop", "length") or not 0 < len(ids) <= sampling.max_tokens:
             raise ValueError(f"{len(ids)} tokens, finish_reason {reason!r}")
-        text = decode(ids)
+        text, experts = decode(ids), None
+        if sampling.experts:
+            assert shape is not None, "the experts of tokens need the model's shape"
+            rows = decode_rows(choice.get("routed_experts"))
+            if rows is None:
+                raise UnacceptableRequest(NO_EXPERTS)
+            experts = expert_record(rows, len(request.token_ids) + len(ids), shape)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise BadAnswer(f"not an answer to what was asked ({error}): {str(answer)[:200]}") from error
     return Rollout(
         request.prompt, request.sample, array("i", ids), array("f", logprobs), text, reason, min(versions),
-        token_versions=versions,
+        token_versions=versions, experts=experts,
     )  # fmt: skip
 
 

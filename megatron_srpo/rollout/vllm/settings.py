@@ -13,6 +13,9 @@ from megatron_srpo.families import ModelShape
 from megatron_srpo.rollout.engine import RolloutError
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+# By name, because the module imports vLLM, which the trainer of servers does not.
+RECORDING_WORKER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingCPUWorker"
+RECORDING_SCHEDULER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingScheduler"
 Arguments = dict[str, "str | int | float | bool | dict[str, str]"]
 
 
@@ -28,6 +31,11 @@ class EngineSettings:
     seed: int
     device: str
     shared_memory: str = ""
+
+    @property
+    def records_experts(self) -> bool:
+        """Whether the engine returns the experts of every token."""
+        return self.rollout.replay(model_shape(self.hf_dir).experts) == "rollout"
 
 
 def qualified_name(cls: type) -> str:
@@ -69,9 +77,9 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
         )
 
 
-def vocabulary_size(hf_dir: str) -> int:
-    """The number of token ids of a model."""
-    return ModelShape.from_hf(read_config(hf_dir)).vocab
+def model_shape(hf_dir: str) -> ModelShape:
+    """The numbers of the model in a folder."""
+    return ModelShape.from_hf(read_config(hf_dir))
 
 
 def engine_arguments(settings: EngineSettings) -> Arguments:
@@ -97,6 +105,11 @@ def engine_arguments(settings: EngineSettings) -> Arguments:
         arguments["kv_cache_memory_bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+    if settings.records_experts and cpu:
+        # Compiled code would not call the recorder.
+        arguments |= {"worker_cls": RECORDING_WORKER, "scheduler_cls": RECORDING_SCHEDULER, "enforce_eager": True}
+    elif settings.records_experts:
+        arguments["enable_return_routed_experts"] = True
     return arguments
 
 
