@@ -34,7 +34,7 @@ class RowReplay(RouterReplay):
         list leaves all to the router."""
         self._given, self._calls = list(given), [0, 0]  # calls without and with gradients
         self._record = record
-        self.recorded: list[Tensor] = []  # [T, K] int32, a row each
+        self.recorded: list[Tensor] = []  # [T, K] int32, a row each: what was used
         self.compared: list[Tensor] = []  # [T] uint8, a row of a training pass each: whether the router agrees
 
     def end(self) -> None:
@@ -54,18 +54,19 @@ class RowReplay(RouterReplay):
         learning = torch.is_grad_enabled()
         row = self._calls[learning]
         self._calls[learning] += 1
+        given = self._given[row] if self._given else None
+        if given is not None:
+            own, given = chosen, given.to(device=chosen.device, dtype=chosen.dtype)
+            assert given.shape == own.shape, f"experts of {tuple(given.shape)} for a row of {tuple(own.shape)}"
+            free = given[:, :1] == FREE
+            chosen = torch.where(free, own, given)
+            values = scores.gather(1, chosen)
         if self._record:
             self.recorded.append(chosen.to(torch.int32))  # gloo and NCCL send no int16
-        given = self._given[row] if self._given else None
-        if given is None:
-            if self._given and learning:
-                self.compared.append(torch.full_like(chosen[:, 0], NOT_REPLAYED, dtype=torch.uint8))
-            return values, chosen
-        given = given.to(device=chosen.device, dtype=chosen.dtype)
-        assert given.shape == chosen.shape, f"experts of {tuple(given.shape)} for a row of {tuple(chosen.shape)}"
-        free = given[:, :1] == FREE
-        if learning:
-            differs = (given.sort(-1).values != chosen.sort(-1).values).any(-1)
-            self.compared.append(torch.where(free[:, 0], NOT_REPLAYED, SAME + differs.to(torch.uint8)))
-        chosen = torch.where(free, chosen, given)
-        return scores.gather(1, chosen), chosen
+        if self._given and learning:
+            compared = torch.full_like(chosen[:, 0], NOT_REPLAYED, dtype=torch.uint8)
+            if given is not None:
+                differs = (given.sort(-1).values != own.sort(-1).values).any(-1)
+                compared = torch.where(free[:, 0], compared, SAME + differs.to(torch.uint8))
+            self.compared.append(compared)
+        return values, chosen

@@ -70,11 +70,10 @@ def routing_note(config: Config, hf: HfConfig) -> str | None:
     if shape is None:
         return None
     if config.rollout.replay(shape.experts) == "rollout":
-        size = sum(shape.expert_layers) * shape.experts_per_token * (1 if shape.experts <= 256 else 2)
         return (
             'the trainer uses the experts that the rollout engine chose (rollout.routing_replay = "rollout"): '
-            f"{size} bytes per token travel with the responses. rollout_corr/experts_differ is the share of tokens for "
-            "which the trainer alone would choose others"
+            f"{shape.expert_bytes} bytes per token travel with the responses. rollout_corr/experts_differ is the share "
+            "of tokens for which the trainer alone would choose others"
         )
     later = ", except that later optimizer steps use what the old log-probs were scored with"
     return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 
 import numpy as np
@@ -33,9 +32,6 @@ def decode_rows(text: object) -> np.ndarray | None:
     if not isinstance(text, str):
         raise ValueError(f"experts as {type(text).__name__}, expected base64")
     try:
-        found = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
-    except (binascii.Error, EOFError, OSError) as error:
+        return np.lib.format.read_array(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
+    except ValueError as error:
         raise ValueError(f"experts that are no array ({error})") from error
-    if not isinstance(found, np.ndarray):
-        raise ValueError("experts that are no array")
-    return found
