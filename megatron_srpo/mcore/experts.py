@@ -176,13 +176,12 @@ def set_balancing(config: TransformerConfig, coefficient: float, tokens: int, to
 
 
 def router_metrics(
-    model: list[torch.nn.Module], topology: Topology, config: TransformerConfig, *, replayed: int, tokens_differ: str
+    model: list[torch.nn.Module], topology: Topology, config: TransformerConfig, *, replayed: int
 ) -> dict[str, Metric]:
     """Metrics of the routers' choices since the last call, over all ranks; {} for a dense model. All ranks call it.
 
     A metric is the mean over layers, or the worst layer if its name ends in "_max". With a perfect balance, load and
-    loss are 1. `replayed` is what `give_experts` returned for the pass, and `tokens_differ` the name of the share of
-    tokens for which a router would have chosen others than the given experts in one layer at least.
+    loss are 1. `replayed` is what `give_experts` returned for the pass.
     """
     if not config.num_moe_experts:
         return {}
@@ -198,7 +197,7 @@ def router_metrics(
     if not len(counted):
         return {}
     choices, shares, tokens = counted[:, :experts], counted[:, experts:-1], counted[:, -1]
-    differences = _differences(model, topology, replayed, tokens_differ)
+    differences = _differences(model, topology, replayed)
     if differences and choices.sum() != tokens.sum() * config.moe_router_topk:
         raise RuntimeError("the experts to use again name one expert twice for a token: the engine's record is broken")
     load = choices.max(1).values / choices.mean(1)
@@ -213,11 +212,9 @@ def router_metrics(
     }
 
 
-def _differences(
-    model: list[torch.nn.Module], topology: Topology, replayed: int, tokens_differ: str
-) -> dict[str, Metric]:
-    """How often the routers would have chosen other experts than those that they were given; {} if none were given to
-    any rank."""
+def _differences(model: list[torch.nn.Module], topology: Topology, replayed: int) -> dict[str, Metric]:
+    """How often the routers would have chosen other experts than those that they were given: share of their decisions,
+    and of the tokens with such a decision in one layer at least. {} if no rank was given any."""
     of_token = torch.full((replayed,), NOT_REPLAYED, dtype=torch.int32)
     decisions = torch.zeros(2, dtype=torch.float64)
     for layer, _ in _numbered_expert_layers(model):
@@ -235,5 +232,5 @@ def _differences(
         return {}
     return {
         "moe/choices_differ": Mean(float(counts[0] / counts[1])),
-        tokens_differ: Mean(float(counts[2] / counts[3])),
+        "moe/tokens_differ": Mean(float(counts[2] / counts[3])),
     }

@@ -48,8 +48,7 @@ class Policy:
         self._optimizer_config = config.optimizer
         self._teacher_config = config.teacher
         self._balancing = config.train.moe_aux_loss_coef
-        of_engine = config.rollout.replay(expert_count(hf_config)) == "rollout"
-        self._tokens_differ = "rollout_corr/experts_differ" if of_engine else "moe/tokens_differ"
+        self._replays_engine = config.rollout.replay(expert_count(hf_config)) == "rollout"
         vocab = hf_config["vocab_size"]
         model = build_model(
             hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine
@@ -129,6 +128,7 @@ class Policy:
             set_balancing(self.runner.config, self._balancing, int(tokens), self.topology)
         replayed = give_experts(self.model, self.topology, self.runner.config, rows)
         metrics = self.runner.train([self._to_device(row) for row in rows], loss)
+        on_policy = not self._moved  # what differs then is the engine, not the policy
         lr = learning_rate(self.steps, self._optimizer_config, self.total_steps)
         norm = self.optimizer.step(lr)
         self.steps += 1
@@ -140,9 +140,9 @@ class Policy:
         memory = torch.tensor(peak_memory_gib(self.topology.device), dtype=torch.float64)
         reduced = self._reduce([*metrics, {"perf/memory_gib_max": Max(memory)}])
         reduced["actor/lr"] = Mean(lr)
-        reduced |= router_metrics(
-            self.model, self.topology, self.runner.config, replayed=replayed, tokens_differ=self._tokens_differ
-        )
+        reduced |= router_metrics(self.model, self.topology, self.runner.config, replayed=replayed)
+        if self._replays_engine and on_policy and "moe/tokens_differ" in reduced:
+            reduced["rollout_corr/experts_differ"] = reduced["moe/tokens_differ"]
         forget_experts(self.model)
         return StepStats(reduced, norm, skipped)
 

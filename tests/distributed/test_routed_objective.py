@@ -552,8 +552,9 @@ def reference_step(step, samples, student, teacher, variant, number, dtype):
         of_choices, all_choices, of_tokens, all_tokens = reference.differences.tolist()
         assert of_choices > 0, f"{variant}: no router would have chosen otherwise"
         metrics["moe/choices_differ"] = of_choices / all_choices
-        name = "rollout_corr/experts_differ" if reference.replay == "rollout" else "moe/tokens_differ"
-        metrics[name] = of_tokens / all_tokens
+        metrics["moe/tokens_differ"] = of_tokens / all_tokens
+        if reference.replay == "rollout" and number == 0:
+            metrics["rollout_corr/experts_differ"] = of_tokens / all_tokens
     if choices:
         loads = [sum(passes).double() for passes in choices.values()]
         loads = [float(load.max() / load.mean()) for load in loads]

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError
-from megatron_srpo.rollout.vllm.settings import RECORDING_SCHEDULER, RECORDING_WORKER
+from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
+from megatron_srpo.rollout.vllm.settings import (
+    RECORDING_SCHEDULER,
+    RECORDING_WORKER,
+    EngineSettings,
+    engine_arguments,
+    model_shape,
+)
 from tests.routed_reference import FixedChoice, load
 from tests.tiny_engines import LONG, PROMPTS, SAMPLED, VOCAB, tiny_engine, weights
 from tests.tiny_models import make_tiny_model
@@ -51,6 +59,22 @@ def requests(prompts, samples=3):
     return [GenerateRequest(p, s, ids, 100 * p + s) for p, ids in enumerate(prompts) for s in range(samples)]
 
 
+def vllms_own_record(engine):
+    """vLLM's recorder, which needs no GPU by itself, beside ours: it gets what the routers of this engine choose."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
+
+    llm = engine._llm.llm_engine
+    capturer = RoutedExpertsCapturer(256, llm.vllm_config)
+    (model,) = engine._llm.apply_model(lambda model: model)
+    for layer in (module for module in model.modules() if isinstance(module, MoERunner)):
+        ours = layer.router.capture_fn
+        layer.router.set_capture_fn(
+            lambda chosen, ours=ours, layer=layer.layer_id: (ours(chosen), capturer.capture(layer, chosen))
+        )
+    return capturer
+
+
 def test_an_engine_returns_the_experts_of_every_token_also_of_cached_prompts_and_after_a_publish(folders):
     with tiny_engine(folders[0]) as engine:
         found = engine.generate(requests(SHARED), ASKED)
@@ -60,6 +84,10 @@ def test_an_engine_returns_the_experts_of_every_token_also_of_cached_prompts_and
         assert plain == found and all(rollout.experts is None for rollout in plain)
         engine.publish(weights(folders[1]).items(), 1)
         check(folders[1], engine.generate(requests(SHARED), ASKED))
+        capturer = vllms_own_record(engine)
+        (one,) = engine.generate(requests([LONG], 1), replace(ASKED, max_tokens=1))
+        theirs = capturer.snapshot_routing_data(len(LONG)).numpy()
+        assert np.array_equal(expert_record(theirs, len(LONG) + 1, model_shape(str(folders[1]))), one.experts)
 
 
 @pytest.mark.slow
@@ -96,3 +124,15 @@ def test_the_recorders_names_are_those_of_its_classes():
 
     assert issubclass(resolve_obj_by_qualname(RECORDING_WORKER), NamedCPUWorker)
     assert issubclass(resolve_obj_by_qualname(RECORDING_SCHEDULER), Scheduler)
+
+
+def test_vllms_own_recording_takes_our_arguments_for_a_gpu(folders):
+    """It has not run: there is no GPU. vLLM's own types read what we would start it with, and what it would send."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.serial_utils import numpy2base64
+
+    settings = EngineSettings(str(folders[0]), str(folders[0]), "bfloat16", RolloutConfig(), 100, 0, "cuda")
+    made = EngineArgs(**engine_arguments(settings))
+    assert made.aux_output_config.enabled and made.enable_prefix_caching and made.pipeline_parallel_size == 1
+    rows = np.random.default_rng(0).integers(0, 6, (9, 3, 2)).astype(np.uint8)
+    assert np.array_equal(decode_rows(numpy2base64(rows)), rows)
