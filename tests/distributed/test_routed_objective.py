@@ -154,6 +154,8 @@ METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 # the same objective makes on transformers' bf16 models. All are given the top-k ids that the trainer chose: rounding
 # decides between near equals, one of which may be the teacher's favourite (0.13 of a gradient was seen to hang on one).
 BF16_METRIC_BOUND, BF16_METRIC_LEAST, BF16_ERROR_RATIO = 5e-2, 2e-2, 2.0
+# Two bf16 models with experts send some tokens to different experts, which moves means further: 0.025 nats were seen.
+BF16_EXPERTS_LEAST = 4e-2
 BF16_TOKEN = 0.1  # nats, of the worst token's log-prob
 # Nats that a chosen id may lie below the k-th, of one bf16 model compared with another. Two models with experts send
 # some tokens to different experts, and those tokens' logits differ more: 0.95 was seen.
@@ -490,7 +492,9 @@ def check_steps(steps, samples, student, teacher, variant, layout):
         metrics = {name: value for name, value in metrics.items() if name not in expected_routed}
         cut = LAYOUTS[layout]
         for name in ("moe/choices_differ", "moe/tokens_differ"):  # padding has no experts to use again
-            assert routed.pop(name, None) == pytest.approx(expected_routed.pop(name, None)), where
+            # In bf16 it is a share of tokens of which a few may be on either side of a border.
+            slack = BF16_METRIC_LEAST if cut.dtype == "bfloat16" else None
+            assert routed.pop(name, None) == pytest.approx(expected_routed.pop(name, None), abs=slack), where
         if not cut.sp and cut.cp == cut.pieces == 1:  # rows are not padded, which would be routed too
             assert {name: routed.get(name) for name in expected_routed} == pytest.approx(expected_routed), where
         assert step["gradients"].keys() == expected.keys()
@@ -509,7 +513,8 @@ def check_steps(steps, samples, student, teacher, variant, layout):
             for shares in (logged, metrics):  # of tokens beyond a threshold: one of seven tokens may cross it
                 for name in [name for name in shares if name.endswith("clipfrac")]:
                     del shares[name]
-            assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=BF16_METRIC_LEAST), where
+            least = BF16_EXPERTS_LEAST if routed else BF16_METRIC_LEAST
+            assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=least), where
             _, rough = expected_step(*given, torch.bfloat16)
             bound = BF16_ERROR_RATIO * distance(rough, expected)
             assert distance(step["gradients"], expected) <= bound + 1e-12, where
