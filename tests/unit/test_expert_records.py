@@ -17,11 +17,11 @@ from megatron_srpo.core.records import Padding, Row
 from megatron_srpo.families import ModelShape
 from megatron_srpo.mcore.replay import DIFFERENT, FREE, NOT_REPLAYED, SAME, RowReplay
 from megatron_srpo.observe.watches import watches
-from megatron_srpo.rollout import GenerateRequest, SamplingSettings
+from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
 from megatron_srpo.rollout.http import BadAnswer, UnacceptableRequest
 from megatron_srpo.rollout.vllm.client import read_answer
 from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
-from megatron_srpo.rollout.vllm.settings import EngineSettings, command_line, engine_arguments
+from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, command_line, engine_arguments
 from tests.fake_server import answer
 from tests.made_samples import make_sample
 from tests.unit.test_config_check import QWEN3_30B_A3B
@@ -110,6 +110,15 @@ def test_an_engine_is_started_to_return_experts_where_the_trainer_uses_them(tmp_
     assert ("scheduler_cls" in arguments) is ("worker_cls" in arguments) is (wanted and device == "cpu")
     assert arguments["enable_prefix_caching"] is True  # vLLM's recording needs it
     assert ("--enable-return-routed-experts" in command_line(arguments)) is (wanted and device == "cuda")
+
+
+def test_vllms_older_runner_is_refused_on_a_gpu_before_it_starts(tmp_path: Path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    for replay, device in (("old", "cuda"), ("auto", "cpu")):
+        check_model(str(tmp_path), RolloutConfig(routing_replay=replay), 100, device)
+    with pytest.raises(RolloutError, match=r'Unset it, or set rollout.routing_replay = "old"'):
+        check_model(str(tmp_path), RolloutConfig(), 100, "cuda")
 
 
 def test_a_dense_model_has_nothing_to_replay():

@@ -13,6 +13,7 @@ from megatron_srpo.families import ModelShape
 from megatron_srpo.rollout.engine import RolloutError
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable
 # By name, because the module imports vLLM, which the trainer of servers does not.
 RECORDING_WORKER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingCPUWorker"
 RECORDING_SCHEDULER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingScheduler"
@@ -61,6 +62,12 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
             f"rollout.tensor_parallel_size = {size} does not fit the model in {hf_dir}: it must divide the {heads} "
             f"attention heads and intermediate_size ({ffn}), and divide the {groups} key-value heads or be a multiple "
             "of them. Choose another."
+        )
+    if device != "cpu" and rollout.replay(shape.experts) == "rollout" and os.environ.get(V2_RUNNER) in ("0", "false"):
+        raise RolloutError(
+            f"{V2_RUNNER} = {os.environ[V2_RUNNER]}: vLLM returns the experts of tokens only under its Model Runner "
+            "V2, and the trainer uses them (rollout.routing_replay). Unset it, or set rollout.routing_replay = "
+            '"old" or "off".'
         )
     step = rollout.max_num_batched_tokens
     if device == "cpu" and 0 < step < max_model_len:
