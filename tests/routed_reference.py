@@ -154,7 +154,7 @@ class Reference:
     def __init__(self, config, behaviour, teacher, reference):
         self.a, self.temperature = config.algorithm, config.rollout.temperature
         self.behaviour, self.teacher, self.reference = behaviour, teacher, reference
-        self.chosen = None
+        self.chosen, self.chooser = None, behaviour  # the model whose top-k counts
         self.trust = config.teacher.update_rate if config.teacher.mode == "trust_region" else 0.0
         self.replay, self.replay_teacher = None, config.teacher.routing_replay
 
@@ -190,7 +190,9 @@ class Reference:
         prompt = free.expand(len(stream.prompt_ids), -1, -1) if before is None else torch.from_numpy(before).long()
         return torch.cat([prompt, own, free])
 
-    def _topk(self, behaviour, sample):
+    def _topk(self, sample):
+        with torch.no_grad():
+            behaviour = self._logp(self.chooser, sample.student, sample)
         top = behaviour.topk(self.a.distillation_topk, -1)
         if self.chosen is None:
             return top.indices
@@ -315,7 +317,7 @@ class Reference:
             if "distill" in s.weights:
                 p, q = logp, taught[i]
                 if a.distillation_topk:
-                    top = self._topk(behaviour, s)
+                    top = self._topk(s)
                     p, q = reduced(p, top, a.distillation_tail), reduced(q, top, a.distillation_tail)
                 d = divergence(p, q, a.divergence_alpha)
                 ratio = torch.ones_like(at)

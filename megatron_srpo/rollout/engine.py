@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Rollout
+from megatron_srpo.core.records import Experts, Rollout
 
 OnRollout = Callable[[Rollout], None]
 T = TypeVar("T")
@@ -66,6 +67,16 @@ def request_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
+def experts_of_turns(records: Sequence[Experts]) -> Experts:
+    """Rollout.experts of a sequence that several requests have generated, each of which continued the one before: a
+    token has the experts with which it was first computed. `records` are those of the requests' answers."""
+    joined = records[0]
+    for record in records[1:]:
+        assert len(record) > len(joined), "each turn has more tokens than the one before"
+        joined = cast("Experts", np.concatenate([joined, record[len(joined) :]]))  # NumPy's type forgets the numbers'
+    return joined
+
+
 def check_lengths(requests: Sequence[GenerateRequest], sampling: SamplingSettings, max_model_len: int) -> None:
     """Raise RolloutError for a prompt that leaves no room for `max_tokens`."""
     for request in requests:
@@ -75,6 +86,16 @@ def check_lengths(requests: Sequence[GenerateRequest], sampling: SamplingSetting
                 f"{max_model_len - sampling.max_tokens}, so that {sampling.max_tokens} more fit in "
                 f"{max_model_len}. Raise data.max_prompt_length, or drop it."
             )
+
+
+def decode_inside(vocab_size: int, decode: Callable[[list[int]], str], ids: list[int]) -> str:
+    """The text of a response. ValueError for a token id that the model does not have: it would end the trainer deep
+    inside its embedding."""
+    # These run in C; a Python loop over all tokens would cost rank 0 minutes per iteration of a large run.
+    if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size):
+        bad = next(token for token in ids if type(token) is not int or not 0 <= token < vocab_size)
+        raise ValueError(f"token id {bad!r} is outside the vocabulary of model.path, which has {vocab_size}")
+    return decode(ids)
 
 
 class RolloutEngine(Protocol):

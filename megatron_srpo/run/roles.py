@@ -113,7 +113,7 @@ class Driver:
         return DriverSource(
             config, control, GroupGenerator(generating, scorer, requests, sampling), loader,
             self._prompting.teacher_prompt, self._histories, self.log, dp_size=dp_size, padding=padding,
-            engine_metrics=generating.metrics,
+            engine_metrics=generating.metrics, experts=sampling.experts,
         )  # fmt: skip
 
     def close(self) -> None:

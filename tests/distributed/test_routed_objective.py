@@ -81,6 +81,7 @@ TEACHERS = {  # the others have the EMA teacher
     "sdpo full vocabulary, trust region": TRUST_REGION,
     "srpo in two steps, experts of the engine for the teacher too": {"routing_replay": True},
 }
+SCORED_EACH_STEP = "srpo in two steps, credit per token"  # the others: once, before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,7 @@ def make_config(model, variant, layout="serial"):
         optimizer={"lr": 1e-2, "clip_grad": 0.5},
         rollout={"temperature": temperature, "routing_replay": replayed(variant)},
         teacher=TEACHERS.get(variant, {}),
+        train={"score_every": "step" if variant == SCORED_EACH_STEP else "iteration"},
         parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
                   "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
                   "expert_model_parallel_size": cut.ep, "expert_tensor_parallel_size": cut.etp,
@@ -544,8 +546,13 @@ def reference_step(step, samples, student, teacher, variant, number, dtype):
     model = load(student, dtype)
     put_weights(model, step["weights"])
     choices = count_choices(model)
-    judge = load(teacher, dtype)
-    reference = Reference(make_config(student, variant), load(student, dtype), judge, judge)
+    judge, initial, config = load(teacher, dtype), load(teacher, dtype), make_config(student, variant)
+    reference = Reference(config, load(student, dtype), judge, initial)
+    if variant == SCORED_EACH_STEP and number > 0:  # the EMA teacher has moved once, towards the student as it is now
+        assert number == 1 and config.teacher.mode == "ema"
+        rate, weights = config.teacher.update_rate, hub_names(dict(judge.named_parameters()))
+        put_weights(judge, {name: value.lerp(step["weights"][name].to(dtype), rate) for name, value in weights.items()})
+        reference.chooser = model
     forwarded = [samples[i] for i in step["samples"]]
     if variant in REPLAYS:
         reference.fix_experts(model, replayed(variant), moved=number > 0)

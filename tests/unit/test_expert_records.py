@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from megatron_srpo.batching.rows import pack_rows, sequence_spans
+from megatron_srpo.batching.source import require_experts
 from megatron_srpo.config import RolloutConfig
-from megatron_srpo.core.records import Padding, Row
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Attempt, Group, Padding, Prompt, Reward, Rollout, Row
 from megatron_srpo.families import ModelShape
 from megatron_srpo.mcore.replay import DIFFERENT, FREE, NOT_REPLAYED, SAME, RowReplay
 from megatron_srpo.observe.watches import watches
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout.engine import experts_of_turns
 from megatron_srpo.rollout.http import BadAnswer, UnacceptableRequest
 from megatron_srpo.rollout.vllm.client import read_answer
 from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
@@ -119,6 +122,25 @@ def test_vllms_older_runner_is_refused_on_a_gpu_before_it_starts(tmp_path: Path,
         check_model(str(tmp_path), RolloutConfig(routing_replay=replay), 100, device)
     with pytest.raises(RolloutError, match=r'Unset it, or set rollout.routing_replay = "old"'):
         check_model(str(tmp_path), RolloutConfig(), 100, "cuda")
+
+
+def test_a_response_without_experts_is_not_trained_in_silence():
+    record = np.zeros((2, 1, 2), dtype=np.uint8)
+    found = [Rollout(0, s, [5], [-1.0], "", "stop", 0, experts=record if s else None) for s in range(2)]
+
+    def groups(rollouts):
+        return [Group(Prompt("train:0", (), [3, 4], "", "exact"), [Attempt(r, Reward(0.0), False) for r in rollouts])]
+
+    require_experts(groups(found[1:]))
+    require_experts(groups([Rollout(0, 0, [], [], "", "stop", 0)]))  # nothing of it is trained
+    with pytest.raises(UserError, match=r"1 of 2 responses came without the experts.*sample 0 of prompt 0"):
+        require_experts(groups(found))
+
+
+def test_experts_of_several_turns_are_those_of_the_first_computation():
+    turns = [np.full((length, 1, 1), number, dtype=np.uint8) for number, length in enumerate((3, 7, 8))]
+    assert experts_of_turns(turns)[:, 0, 0].tolist() == [0] * 3 + [1] * 4 + [2]
+    assert experts_of_turns(turns[:1]) is not None and len(experts_of_turns(turns[:1])) == 3
 
 
 def test_a_dense_model_has_nothing_to_replay():

@@ -10,6 +10,7 @@ import torch
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError
+from megatron_srpo.rollout.engine import experts_of_turns
 from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
 from megatron_srpo.rollout.vllm.settings import (
     RECORDING_SCHEDULER,
@@ -59,6 +60,17 @@ def requests(prompts, samples=3):
     return [GenerateRequest(p, s, ids, 100 * p + s) for p, ids in enumerate(prompts) for s in range(samples)]
 
 
+def check_turns(engine, folder):
+    """A second request that continues the first with tokens of an environment: the whole sequence has its experts."""
+    (first,) = engine.generate(requests([LONG], 1), replace(ASKED, ignore_eos=True))
+    behind = [*LONG, *first.token_ids, 4, 9, 17]
+    (second,) = engine.generate(requests([behind], 1), ASKED)
+    joined = experts_of_turns([first.experts, second.experts])
+    assert len(joined) == len(behind) + len(second.token_ids) - 1
+    check(folder, [replace(second, experts=joined)], [behind])
+    return first, second
+
+
 def vllms_own_record(engine):
     """vLLM's recorder, which needs no GPU by itself, beside ours: it gets what the routers of this engine choose."""
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
@@ -76,7 +88,7 @@ def vllms_own_record(engine):
 
 
 def test_an_engine_returns_the_experts_of_every_token_also_of_cached_prompts_and_after_a_publish(folders):
-    with tiny_engine(folders[0]) as engine:
+    with tiny_engine(folders[0], max_model_len=200) as engine:
         found = engine.generate(requests(SHARED), ASKED)
         check(folders[0], found)
         assert any(not np.array_equal(rollout.experts[:2], found[0].experts[:2]) for rollout in found)
@@ -84,6 +96,8 @@ def test_an_engine_returns_the_experts_of_every_token_also_of_cached_prompts_and
         assert plain == found and all(rollout.experts is None for rollout in plain)
         engine.publish(weights(folders[1]).items(), 1)
         check(folders[1], engine.generate(requests(SHARED), ASKED))
+        turns = check_turns(engine, folders[1])
+        assert len(turns) == 2 and turns[1].experts.shape[0] > turns[0].experts.shape[0] + 3
         capturer = vllms_own_record(engine)
         (one,) = engine.generate(requests([LONG], 1), replace(ASKED, max_tokens=1))
         theirs = capturer.snapshot_routing_data(len(LONG)).numpy()

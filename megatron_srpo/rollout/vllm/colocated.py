@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,14 @@ from megatron_srpo.bridge.verify import Report
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.balance import split_requests
-from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, RolloutError, SamplingSettings, check_lengths
+from megatron_srpo.rollout.engine import (
+    GenerateRequest,
+    OnRollout,
+    RolloutError,
+    SamplingSettings,
+    check_lengths,
+    decode_inside,
+)
 from megatron_srpo.rollout.vllm.environment import shared_memory_name, unlink_blocks
 from megatron_srpo.rollout.vllm.expert_records import expert_record
 from megatron_srpo.rollout.vllm.process_state import preserved_generators
@@ -65,7 +73,8 @@ class ColocatedEngine:
         self._engine_llm: LLM | None = start_engine(settings)
         if size > 1:
             unlink_blocks(name)
-        self._tokenizer = self._llm.get_tokenizer()
+        decode = partial(self._llm.get_tokenizer().decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._decode = partial(decode_inside, self._shape.vocab, decode)
         self._asleep: set[str] = set()  # of SLEEPERS
         self._half_published = False
         self._dropped = False  # whether the engine sleeps without its weights
@@ -135,7 +144,13 @@ class ColocatedEngine:
                 f"vLLM returned {len(ids)} tokens, {len(logprobs)} log-probs and finish_reason "
                 f"{answer.finish_reason!r} for prompt {request.prompt}, sample {request.sample}"
             )
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        try:
+            text = self._decode(ids)
+        except ValueError as error:
+            raise RolloutError(
+                f"vLLM's answer to prompt {request.prompt}, sample {request.sample} cannot be used: {error}. The "
+                "engine's weights or its sampler are damaged; start the run again."
+            ) from error
         return Rollout(
             request.prompt, request.sample, array("i", ids), array("f", logprobs), text, answer.finish_reason,
             self.weight_version,
