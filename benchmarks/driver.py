@@ -2,6 +2,7 @@
 
     python -m benchmarks.driver --rollouts 1000 --rollouts 10000 --rollouts 100000 --tokens 8192 --fixed
     python -m benchmarks.driver --plan-only            # 10⁴ samples of log-normal lengths: how well they pack
+    python -m benchmarks.driver --rollouts 1000 --tokens 2000 --fixed --experts 384   # with the experts of every token
 
 The rollouts are made up; what is timed is the trainer's own code. Dealing is timed twice: every share cut out
 and pickled, as for any number of receivers, and (`--ranks R`) sent to R − 1 other processes over gloo on loopback. The
@@ -56,8 +57,9 @@ def lengths_of(count: int, tokens: int, *, fixed: bool, seed: int = 0) -> np.nda
     return np.clip(drawn, 1, tokens).astype(int)
 
 
-def made_up(lengths: np.ndarray, seed: int = 0) -> list[Group]:
-    """Scored groups of one iteration; every response has memory of its own."""
+def made_up(lengths: np.ndarray, seed: int = 0, experts: int = 0) -> list[Group]:
+    """Scored groups of one iteration; every response has memory of its own, and `experts` bytes of experts per
+    token."""
     rng = np.random.default_rng(seed)
     groups = [
         Group(Prompt(f"train:{i}", (), rng.integers(0, 150_000, PROMPT_TOKENS).tolist(), "", "exact"), [])
@@ -71,13 +73,15 @@ def made_up(lengths: np.ndarray, seed: int = 0) -> list[Group]:
             Rollout(i // GROUP, i % GROUP, ids, logprobs, str(i), "stop", 0),
             bool(rng.random() < CORRECT),
         )
+        if experts:
+            rollout.experts = np.full((PROMPT_TOKENS + length - 1, experts // 8, 8), i % 128, dtype=np.uint8)
         groups[i // GROUP].attempts.append(Attempt(rollout, Reward(float(correct)), correct))
     return groups
 
 
-def routed(lengths: np.ndarray) -> tuple[Callable[[], list[list[Sample]]], int]:
+def routed(lengths: np.ndarray, experts: int = 0) -> tuple[Callable[[], list[list[Sample]]], int]:
     """(the call that routes, bytes of all tokens and log-probs)."""
-    groups = made_up(lengths)
+    groups = made_up(lengths, experts=experts)
     ids = [attempt.rollout.token_ids for group in groups for attempt in group.attempts]
 
     def teacher_prompt(prompt: Prompt, solution: str, feedback: str | None) -> TeacherIds:
@@ -102,10 +106,10 @@ def budget(tokens: int) -> int:
     return 2 * (PROMPT_TOKENS + tokens)
 
 
-def driver_phases(count: int, tokens: int, *, fixed: bool) -> dict[str, float]:
+def driver_phases(count: int, tokens: int, *, fixed: bool, experts: int = 0) -> dict[str, float]:
     """Seconds and bytes of one iteration on the driver."""
     lengths = lengths_of(count, tokens, fixed=fixed)
-    call, payload = routed(lengths)
+    call, payload = routed(lengths, experts)
     made = peak_bytes()
     with without_cycle_collector():
         groups, route_seconds = timed(call)
@@ -166,6 +170,7 @@ def main(
     rollouts: Annotated[list[int] | None, typer.Option(help="of an iteration; may be repeated")] = None,
     tokens: Annotated[int, typer.Option(help="of the longest response")] = 8192,
     fixed: Annotated[bool, typer.Option("--fixed", help="every response has that many")] = False,
+    experts: Annotated[int, typer.Option(help="bytes of experts per token, a multiple of 8")] = 0,
     ranks: Annotated[int, typer.Option(help="processes that samples are really dealt to; 0: none")] = 0,
     port: Annotated[int, typer.Option(help="for --ranks")] = 29731,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="packing quality on 10⁴ samples")] = False,
@@ -173,7 +178,7 @@ def main(
     """Print a line a size, and the lines as JSON."""
     console = Console(width=120)
     counts = rollouts or ([10_000] if plan_only else [1_000, 10_000])
-    lines = [in_process_of_its_own(count, tokens, fixed) for count in counts]
+    lines = [in_process_of_its_own(count, tokens, fixed, experts) for count in counts]
     table = Table(title=f"driver, {RANKS} data-parallel ranks, responses of {'' if fixed else 'up to '}{tokens} tokens")
     columns = ("rollouts", "tokens", "route s", "plan s", "deal s", "deal GB", "peak GB", "efficiency", "imbalance")
     for name in columns:
@@ -191,10 +196,10 @@ def main(
     console.print_json(json.dumps(lines))
 
 
-def in_process_of_its_own(count: int, tokens: int, fixed: bool) -> dict[str, float]:
+def in_process_of_its_own(count: int, tokens: int, fixed: bool, experts: int = 0) -> dict[str, float]:
     """So that a size's peak memory is its own."""
     with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(driver_phases, (count, tokens), {"fixed": fixed})
+        return pool.apply(driver_phases, (count, tokens), {"fixed": fixed, "experts": experts})
 
 
 if __name__ == "__main__":

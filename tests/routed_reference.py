@@ -6,6 +6,7 @@ packing, no masks, no sharding, no second-hand log-probs.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -79,6 +80,30 @@ def count_choices(model):
     return counts
 
 
+class FixedChoice:
+    """The routers of a model, which can be told whom to choose: `given` is [tokens, layers with experts, K], −1 for a
+    token that chooses itself, or None. `made` is what they would have chosen in the last pass, in the same form."""
+
+    def __init__(self, model):
+        self.given, self.made = None, None
+        routers = [m for m in model.modules() if type(m).__name__ == "Qwen3MoeTopKRouter"]
+        for number, router in enumerate(routers):
+            router.forward = functools.partial(self._choose, router, number, len(routers))
+
+    def _choose(self, router, number, count, hidden):
+        logits = torch.nn.functional.linear(hidden.reshape(-1, router.hidden_dim), router.weight)
+        shares = logits.float().softmax(-1) if logits.dtype != torch.float64 else logits.softmax(-1)
+        own = shares.topk(router.top_k, -1).indices
+        if number == 0:
+            self.made = torch.full((len(own), count, router.top_k), -1)
+        self.made[:, number] = own
+        chosen = own if self.given is None else torch.where(self.given[:, number] < 0, own, self.given[:, number])
+        values = shares.gather(1, chosen)
+        if router.norm_topk_prob:
+            values = values / values.sum(-1, keepdim=True)
+        return logits, values.to(logits.dtype), chosen
+
+
 def stream_logprobs(model, stream, temperature):
     """[R, V] log-probs of the distributions that the trained tokens of a sequence were drawn from."""
     before = [len(stream.prompt_ids) + i - 1 for i, trained in enumerate(stream.trained) if trained]
@@ -131,14 +156,43 @@ class Reference:
         self.behaviour, self.teacher, self.reference = behaviour, teacher, reference
         self.chosen, self.chooser = None, behaviour  # the model whose top-k counts
         self.trust = config.teacher.update_rate if config.teacher.mode == "trust_region" else 0.0
+        self.replay, self.replay_teacher = None, config.teacher.routing_replay
 
     def choose(self, ids, slack):
         """Take top-k ids as they are given: (group, sample) → [R, K]; none may be `slack` nats below the k-th."""
         self.chosen, self.slack = ids, slack
 
+    def fix_experts(self, student, mode, *, moved):
+        """Replay the engine's experts ("rollout"), or, once the student has moved, those that the behaviour policy
+        chooses ("old"). `differences` then counts [of router decisions, all of them, of tokens, all of them]."""
+        self.replay = mode if mode == "rollout" or moved else None
+        self.choices = {m: FixedChoice(m) for m in {student, self.behaviour, self.teacher, self.reference}}
+        self.student, self.differences = student, torch.zeros(4)
+
+    def _given(self, model, stream, sample):
+        """The experts [tokens, layers, K] that a pass of `model` over a stream of the sample is told, or None."""
+        by_student = model is self.student or model is self.behaviour
+        if stream is sample.student and by_student:
+            if self.replay == "old":
+                if model is self.behaviour:
+                    return None
+                with torch.no_grad():
+                    self.choices[self.behaviour].given = None
+                    self._pass(self.behaviour, stream)
+                return self.choices[self.behaviour].made
+            known = torch.from_numpy(sample.experts.astype(np.int64))
+            return torch.cat([known, torch.full_like(known[:1], -1)])
+        if not self.replay_teacher:
+            return None
+        own = torch.from_numpy(sample.experts[len(sample.student.prompt_ids) :].astype(np.int64))
+        free = own.new_full((1, *sample.experts.shape[1:]), -1)
+        before = sample.experts[: len(stream.prompt_ids)] if stream is sample.student else None
+        prompt = free.expand(len(stream.prompt_ids), -1, -1) if before is None else torch.from_numpy(before).long()
+        return torch.cat([prompt, own, free])
+
     def _topk(self, sample):
         with torch.no_grad():
-            behaviour = self._logp(self.chooser, sample.student)
+            behaviour = self._logp(self.chooser, sample.student, sample)
         top = behaviour.topk(self.a.distillation_topk, -1)
         if self.chosen is None:
             return top.indices
@@ -148,8 +202,22 @@ class Reference:
         assert below <= self.slack, f"{sample.uid}: an id {below} nats below the k-th was chosen"
         return ids
 
-    def _logp(self, model, stream):
+    def _pass(self, model, stream):
         return stream_logprobs(model, stream, self.temperature)
+
+    def _logp(self, model, stream, sample):
+        if self.replay is None:
+            return self._pass(model, stream)
+        choice = self.choices[model]
+        given = self._given(model, stream, sample)
+        choice.given = given
+        found = self._pass(model, stream)
+        choice.given = None
+        if model is self.student and torch.is_grad_enabled():
+            known = given[:, :, 0] >= 0
+            differs = (given.sort(-1).values != choice.made.sort(-1).values).any(-1) & known
+            self.differences += torch.tensor([differs.sum(), known.sum(), differs.any(1).sum(), known.any(1).sum()])
+        return found
 
     @torch.no_grad()
     def _correction(self, old, sample):
@@ -184,9 +252,9 @@ class Reference:
         with torch.no_grad():
             for i, s in enumerate(counted):
                 if {"distill", "guided"} & set(s.weights):
-                    taught[i] = self._logp(self.teacher, s.teacher)
+                    taught[i] = self._logp(self.teacher, s.teacher, s)
                     if self.trust:  # the lerp of the logits; their normalisers make no difference to the softmax
-                        own = self._logp(self.behaviour, s.teacher)
+                        own = self._logp(self.behaviour, s.teacher, s)
                         taught[i] = ((1 - self.trust) * taught[i] + self.trust * own).log_softmax(-1)
         entropies = {i: -(logq.exp() * logq).sum(-1) for i, logq in taught.items()}
         entropies = {i: h for i, h in entropies.items() if "distill" in counted[i].weights}
@@ -207,10 +275,10 @@ class Reference:
             if per_response:
                 weight = {name: value / len(ids) for name, value in weight.items()}
             nothing = torch.zeros(len(ids)).double()
-            logp = self._logp(student, s.student)
+            logp = self._logp(student, s.student, s)
             at = logp.gather(1, ids[:, None])[:, 0]
             with torch.no_grad():
-                behaviour = self._logp(self.behaviour, s.student)
+                behaviour = self._logp(self.behaviour, s.student, s)
             old = behaviour.gather(1, ids[:, None])[:, 0]
             r = self._correction(old, s)
             gain, clipped = self._policy_term(at, old, per_token(s.advantage, len(at)), moved)
@@ -219,7 +287,7 @@ class Reference:
             total = total - (weight.get("entropy", nothing) * entropy).sum()
             if a.kl_loss_coef:
                 with torch.no_grad():
-                    ref = self._logp(self.reference, s.student)
+                    ref = self._logp(self.reference, s.student, s)
                 gap = ref.gather(1, ids[:, None])[:, 0] - at
                 total = total + (weight.get("kl", nothing) * (gap.exp() - 1 - gap)).sum()
                 log("kl_loss", gap.exp() - 1 - gap)
@@ -238,7 +306,7 @@ class Reference:
                 gap, contrast = taught[i].gather(1, ids[:, None])[:, 0] - old, None
                 if s.contrast is not None:
                     with torch.no_grad():
-                        contrast = self._logp(self.teacher, s.contrast).gather(1, ids[:, None])[:, 0] - old
+                        contrast = self._logp(self.teacher, s.contrast, s).gather(1, ids[:, None])[:, 0] - old
                 tokens = guided_advantage(a, s.advantage, gap, contrast)
                 guided, edge = self._policy_term(at, old, tokens, moved)
                 total = total + (weight["guided"] * r * guided).sum()

@@ -134,6 +134,7 @@ def _sample(
         teacher=streams[0] if streams else None,
         teacher_sample=taught[0].sibling if taught else None,
         contrast=streams[1] if streams[1:] else None,
+        experts=rollout.experts,
     )
 
 

@@ -6,9 +6,11 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from megatron_srpo.batching.rows import pack_rows, predicting_positions
+import torch
+
+from megatron_srpo.batching.rows import pack_rows, predicting_positions, sequence_spans
 from megatron_srpo.core.protocols import Objective, Policy, ScoringPass
-from megatron_srpo.core.records import Batch, MiniBatchPlan, Row, StreamName
+from megatron_srpo.core.records import Batch, Experts, MiniBatchPlan, Row, StreamName
 from megatron_srpo.core.tensors import Scores, StepStats
 
 # Which streams the rows of a pass hold. All but "student" rows are the plan's teacher rows.
@@ -19,11 +21,13 @@ STREAMS: Mapping[str, StreamName] = {
 
 class BatchPasses:
     """What this rank's rows of one iteration go through. `forwarded` counts rows and tokens of all ranks, for the log;
-    `scores` has what is known of each sample (on the last pipeline stage)."""
+    `scores` has what is known of each sample (on the last pipeline stage), and `experts` the experts that its student's
+    tokens are to use again: the engine's, or what a scoring pass chose; None where the routers choose."""
 
     def __init__(self, batch: Batch, policy: Policy, objective: Objective) -> None:
         self.samples, self.plan = batch.samples, batch.plan
         self.scores = [Scores() for _ in batch.samples]
+        self.experts: list[Experts | None] = [sample.experts for sample in batch.samples]
         self.forwarded: Counter[str] = Counter()
         self._policy, self._objective = policy, objective
 
@@ -46,7 +50,13 @@ class BatchPasses:
         """One scoring pass over one mini-batch. What the function returns per position is kept per sample in `into`."""
         stream, padding = STREAMS[scoring.rows], self._policy.padding
         rows = self._count(scoring.name, scoring.rows, mini)
-        results = self._policy.score(pack_rows(rows, self.samples, into, padding=padding, stream=stream), scoring.score)
+        experts = self.experts if scoring.replays else ()
+        packed = pack_rows(rows, self.samples, into, padding=padding, stream=stream, experts=experts)
+        chosen: list[torch.Tensor] = []
+        results = self._policy.score(packed, scoring.score, **({"chosen": chosen} if scoring.records else {}))
+        for row, found in zip(rows, chosen, strict=False):
+            for index, span in sequence_spans(row, self.samples, padding=padding, stream=stream):
+                self.experts[index] = found[span].numpy()
         for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
             for index, at in predicting_positions(row, self.samples, padding=padding, stream=stream):
                 for name, values in result.items():
@@ -66,7 +76,8 @@ class BatchPasses:
         weights = self._policy.sum_over_data(local)
         mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
         loss = self._objective.loss(loss_tokens=mini.loss_tokens, responses=mini.responses, distill_weight_mean=mean)
-        return self._policy.train_step(pack_rows(rows, self.samples, self.scores, padding=self._policy.padding), loss)
+        packed = pack_rows(rows, self.samples, self.scores, padding=self._policy.padding, experts=self.experts)
+        return self._policy.train_step(packed, loss)
 
     def _ranks(self, kind: str, mini: MiniBatchPlan) -> list[list[Row]]:
         return mini.student if kind == "student" else mini.teacher

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_srpo.core.records import Padding, PerToken, Row, Sample, StreamName
+from megatron_srpo.core.records import Experts, Padding, PerToken, Row, Sample, StreamName
 from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores
 
 NO_PADDING = Padding()
@@ -68,14 +68,53 @@ def tokens_of(
 def pack_rows(
     rows: Sequence[Row], samples: Sequence[Sample], scores: Sequence[Scores] | None = None, *,
     padding: Padding = NO_PADDING, stream: StreamName = "student",
+    experts: Sequence[Experts | None] = (),
 ) -> list[PackedBatch]:  # fmt: skip
     """The rows of one pass on one rank, and what `scores` (one for each sample of the iteration) has for them.
 
     All streams of a sample have the same trained tokens, so a row of teachers' streams carries the same values at them
-    as a row of the students' streams, the student's top-k ids included.
+    as a row of the students' streams, the student's top-k ids included. `experts` (one for each sample, of its student
+    stream from the beginning) are to be used again; a row of other streams has those of the response.
     """
     lengths = row_lengths(rows, samples, padding=padding, stream=stream)
-    return [_pack(row, samples, scores, padding, length, stream) for row, length in zip(rows, lengths, strict=True)]
+    packed = [_pack(row, samples, scores, padding, length, stream) for row, length in zip(rows, lengths, strict=True)]
+    for row, batch in zip(rows, packed, strict=True) if experts else ():
+        batch.experts = _experts(row, samples, experts, padding, len(batch.targets), stream)
+    return packed
+
+
+def sequence_spans(
+    row: Row, samples: Sequence[Sample], *, padding: Padding = NO_PADDING, stream: StreamName = "student"
+) -> list[tuple[int, slice]]:
+    """(sample index, positions of its sequence without padding) for every sample of the row, in order."""
+    assert not padding.shares, "a sample that shares its prompt has no sequence of its own"
+    return [
+        (sequence.sample, slice(sequence.start, sequence.start + sequence.tokens))
+        for sequence in _sequences(row.samples, samples, padding, stream)
+    ]
+
+
+def _experts(
+    row: Row, samples: Sequence[Sample], experts: Sequence[Experts | None], padding: Padding,
+    total: int, stream: StreamName,
+) -> Tensor | None:  # fmt: skip
+    """[T, layers, K] int16, −1 where nothing is known; None if nothing is known of any token."""
+    known = [found for index in row.samples if (found := experts[index]) is not None]
+    if not known:
+        return None
+    result = np.full((total, *known[0].shape[1:]), -1, dtype=np.int16)
+    for index, span in sequence_spans(row, samples, padding=padding, stream=stream):
+        found = experts[index]
+        if found is None:
+            continue
+        if stream == "student":
+            result[span.start : span.start + len(found)] = found
+        else:
+            sample = samples[index]
+            start = span.start + len(sample.stream(stream).prompt_ids)
+            own = found[len(sample.student.prompt_ids) :]
+            result[start : start + len(own)] = own
+    return torch.from_numpy(result)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ receive their share. Rank 0 broadcasts prompts to generate for, once or several 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from megatron_srpo.algorithms.teachers import TeacherPromptFunction
 from megatron_srpo.batching.diagnosis import shortened
 from megatron_srpo.batching.plan import plan_batch, share_of
 from megatron_srpo.config import Config
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.protocols import Log, RoleControl, State, Timer
 from megatron_srpo.core.records import Batch, BatchPlan, Group, Padding, Prompt, Sample
 
@@ -44,16 +45,18 @@ class Loader(Protocol):
 
 
 class DriverSource:
-    """Rank 0's. `engine_metrics`: what the engine tells of the last generation."""
+    """Rank 0's. `engine_metrics`: what the engine tells of the last generation. `experts`: the trainer uses the
+    engine's (rollout.routing_replay)."""
 
     def __init__(
         self, config: Config, control: RoleControl, generate: Generator, loader: Loader,
         teacher_prompt: TeacherPromptFunction, histories: Histories, log: Log, *, dp_size: int, padding: Padding,
-        engine_metrics: Callable[[], dict[str, float]],
+        engine_metrics: Callable[[], dict[str, float]], experts: bool = False,
     ) -> None:  # fmt: skip
         self._config, self._control, self._generate, self._loader = config, control, generate, loader
         self._teacher_prompt, self._histories, self._log = teacher_prompt, histories, log
         self._dp_size, self._padding, self._engine_metrics = dp_size, padding, engine_metrics
+        self._experts = experts
 
     def next_batch(self, iteration: int, timer: Timer) -> Batch:
         """This rank's share of an iteration."""
@@ -87,6 +90,8 @@ class DriverSource:
         return groups
 
     def _route(self, groups: list[Group], iteration: int) -> RoutingReport:
+        if self._experts:
+            require_experts(groups)
         self._histories.give(groups, iteration)
         report = route(
             groups, self._config.algorithm, seed=self._config.run.seed, iteration=iteration,
@@ -126,6 +131,18 @@ class DriverSource:
     def state_dict(self) -> State:
         """Where a resumed run goes on."""
         return {**self._loader.state_dict(), "histories": self._histories.state_dict()}
+
+
+def require_experts(groups: Sequence[Group]) -> None:
+    """Raise UserError for a response that would be trained without the experts that the trainer is to use again."""
+    rollouts = [attempt.rollout for group in groups for attempt in group.attempts]
+    without = [rollout for rollout in rollouts if rollout.experts is None and len(rollout.token_ids)]
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(rollouts)} responses came without the experts of their tokens, which "
+            f"rollout.routing_replay needs; the first is sample {without[0].sample} of prompt {without[0].prompt} of "
+            'the batch. Set rollout.routing_replay = "old" or "off"'
+        )
 
 
 @contextmanager

@@ -370,7 +370,17 @@ def _experts(config: Config, shape: ModelShape) -> Iterator[str]:
     if not shape.experts:
         if config.train.moe_aux_loss_coef:
             yield f"train.moe_aux_loss_coef = {config.train.moe_aux_loss_coef}: the model has no experts; set it to 0"
+        if config.rollout.routing_replay in ("rollout", "old"):
+            yield (
+                f'rollout.routing_replay = "{config.rollout.routing_replay}": the model has no experts; set it to '
+                '"auto" or "off"'
+            )
         return
+    if config.teacher.routing_replay and config.rollout.replay(shape.experts) != "rollout":
+        yield (
+            f'teacher.routing_replay = true: with rollout.routing_replay = "{config.rollout.routing_replay}" the '
+            'engine returns no experts; set it to false, or rollout.routing_replay = "rollout"'
+        )
     width, engine = shape.expert_ffn, config.rollout.tensor_parallel_size
     if width % engine:
         yield (

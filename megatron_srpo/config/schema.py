@@ -158,6 +158,11 @@ class RolloutConfig(Section):
     max_refills: int = Field(0, ge=0)
     """Dynamic sampling: how many more batches may be generated per iteration to replace groups whose responses are all
     correct or all wrong. 0 trains on these groups too."""
+    routing_replay: Literal["auto", "off", "rollout", "old"] = "auto"
+    """Which experts the trainer uses for a token of a model with experts. "rollout" uses those that the engine chose
+    when it generated the token (R3). "old" lets the trainer choose when it scores the old log-probs, and uses this
+    choice in the later optimizer steps of the iteration. "off" chooses again in every pass. "auto" takes "rollout" for
+    models with experts."""
     mismatch_warning: float = Field(0.05, ge=0)
     """Warn if trainer and engine log-probs differ by more than this on average, in nats per token. 0 switches it
     off."""
@@ -193,6 +198,12 @@ class RolloutConfig(Section):
     max_staleness: int = Field(0, ge=0)
     """Number of batches that servers may generate ahead of the training. A sample is then at most this many publishes
     older than the policy it trains. 0 is exact on-policy training."""
+
+    def replay(self, experts: int) -> Literal["off", "rollout", "old"]:
+        """routing_replay, resolved for a model with this number of experts per layer; 0 is a dense model."""
+        if not experts:
+            return "off"
+        return "rollout" if self.routing_replay == "auto" else self.routing_replay
 
 
 BUCKET_MIB = {"cpu": 32, "cuda": 256}  # by device, for bridge.bucket_mib = 0
@@ -232,6 +243,9 @@ class TeacherConfig(Section):
     """Longest teacher prompt in tokens, with the solution, the feedback and the words of the templates. A solution that
     does not fit loses its middle and keeps its end. 0 means data.max_prompt_length + rollout.max_response_length + the
     words of the templates, as far as train.max_tokens_per_gpu and the model's positions allow."""
+    routing_replay: bool = False
+    """With rollout.routing_replay = "rollout": use the experts that the engine chose for a response also when the
+    teacher and the reference score it. Tokens of a teacher's prompt choose for themselves."""
     feedback_with_solution: bool = False
     """Show feedback to the teacher even if it sees the solution of a correct sibling. Needs algorithm.use_feedback."""
     template: str = "{question}{solution}{feedback}\n\n{instruction}"

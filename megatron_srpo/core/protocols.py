@@ -73,8 +73,11 @@ class Policy(Protocol):
     def on_host(self) -> AbstractContextManager[None]:
         """Inside the block everything of the policy is in host memory, and must not be used."""
 
-    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[dict[str, Tensor]]:
-        """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage."""
+    def score(
+        self, rows: list[PackedBatch], score: ScoreFunction, *, chosen: list[Tensor] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage. `chosen` gets the
+        experts of every row."""
 
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
@@ -104,6 +107,10 @@ class ScoringPass(Protocol):
     def frees(self) -> tuple[str, ...]: ...
     @property
     def each_step(self) -> bool: ...
+    @property
+    def replays(self) -> bool: ...
+    @property
+    def records(self) -> bool: ...
 
 
 class Objective(Protocol):

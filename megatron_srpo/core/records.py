@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 Tokens = NDArray[np.float32]  # [R], one value for each trained token
 PerToken = float | Tokens  # a float counts for every trained token
+# [tokens, layers with experts, experts of a token]: the numbers of the experts; int16 with −1 where none is known.
+Experts = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.int16]
 StreamName = Literal["student", "teacher", "contrast"]
 
 
@@ -67,6 +69,9 @@ class Rollout:
     trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool), compare=False)
     """[len(token_ids)] True for tokens that the policy sampled, False for tokens of the environment (a tool's answer).
     An empty mask, the default, becomes True everywhere."""
+    experts: Experts | None = field(default=None, compare=False)
+    """uint8 or uint16, what the engine used for each token of prompt and response but the last, which it never
+    computed; None if it was not asked for them."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, array):
@@ -247,6 +252,7 @@ class Sample:
     teacher: Stream | None = None  # the enriched prompt and the same tokens; None: no teacher scores this sample
     teacher_sample: int | None = None  # the sibling that teaches; None: another source, or no teacher
     contrast: Stream | None = None  # the same behind a prompt that shows a wrong answer; Needs.contrast alone
+    experts: Experts | None = field(default=None, compare=False)  # of the student's tokens: Rollout.experts
 
     @property
     def length(self) -> int:

@@ -74,6 +74,7 @@ class PackedBatch:
     prefixes: tuple[int, ...] = ()
     """Which sequence each sequence goes on behind, −1: none. One that several go on behind is a prompt without its last
     token, which is the first token of each of them: it predicts their first token. Empty: no sequence has a prefix."""
+    experts: Tensor | None = None  # [T, layers with experts, experts of a token] int16, −1: the router chooses; host
     context_group: ProcessGroup | None = None  # ranks with the other parts of every sequence; None: the row is whole
 
     def map(self, function: Callable[[Tensor], Tensor], *, without: tuple[str, ...] = ()) -> PackedBatch:

@@ -44,6 +44,11 @@ class ModelShape:
             for i in range(self.layers)
         ]
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes that the experts of one token take as numbers (rollout.routing_replay): uint8 up to 256 experts."""
+        return sum(self.expert_layers) * self.experts_per_token * (1 if self.experts <= 256 else 2)
+
 
 def expert_count(hf: HfConfig) -> int:
     """Experts of a layer, under the hub's key or under the one that transformers writes; 0 in a dense model."""

@@ -37,6 +37,8 @@ class ScoringPass:
     start: int = 0  # the first mini-batch that it scores
     frees: tuple[str, ...] = ()  # scores that nothing needs after it
     each_step: bool = False  # before every optimizer step, over its mini-batch, instead of once over all of them
+    replays: bool = True  # tokens whose experts are known use them
+    records: bool = False  # the experts that it chooses are used in the steps
 
 
 class Objective:
@@ -49,6 +51,8 @@ class Objective:
         self._temperature = config.rollout.temperature
         self._budget = config.train.logits_memory_mib * 2**20
         self._each_step = config.train.score_every == "step"
+        self._replays_teacher = config.teacher.routing_replay
+        self._records = config.rollout.routing_replay == "old"
         self._trust_region = _TrustRegion(config.teacher.update_rate) if config.teacher.mode == "trust_region" else None
 
     def passes(self) -> list[ScoringPass]:
@@ -59,7 +63,8 @@ class Objective:
         "step" top-k and teachers follow the policy inside the iteration. Old and reference log-probs never do.
         """
         needs, each_step = self._needs, self._each_step
-        found = [ScoringPass("old", "student", "student", self._on_trained(self._score_old), start=1)]
+        score = self._on_trained(self._score_old)
+        found = [ScoringPass("old", "student", "student", score, start=1, records=self._records)]
         if needs.divergence and needs.topk:
             score = self._on_trained(self._score_topk)
             found.append(ScoringPass("topk", "distilled", "student", score, each_step=each_step))
@@ -75,7 +80,8 @@ class Objective:
             found.append(ScoringPass("contrast", "contrast", "teacher", score, each_step=each_step))
         if needs.reference:
             found.append(ScoringPass("reference", "student", "reference", self._on_trained(self._score_reference)))
-        return found
+        # Teacher and reference are other models, which may choose for themselves.
+        return [replace(p, replays=p.weights == "student" or self._replays_teacher) for p in found]
 
     def check_pass(self) -> ScoringPass:
         """Log-probs of the rows of a step, to look for what is not finite."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_srpo.core.metrics import Max, Mean, Metric
+from megatron_srpo.core.tensors import PackedBatch
+from megatron_srpo.mcore.context import gather_parts, positions_by_rank
 from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.mcore.replay import DIFFERENT, FREE, NOT_REPLAYED, RowReplay
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -37,6 +40,7 @@ class CountingRouter(TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection, **more)
         self.seen: torch.Tensor | None = None
         self.tokens = 0
+        self.router_replay = RowReplay()  # Megatron's name
 
     def routing(self, logits: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         probs, chosen = super().routing(logits, *args, **kwargs)
@@ -92,6 +96,74 @@ def _expert_layers(model: torch.nn.Module) -> Iterator[MoELayer]:
     return (module for module in model.modules() if isinstance(module, MoELayer))
 
 
+def give_experts(
+    model: list[torch.nn.Module], topology: Topology, config: TransformerConfig, rows: Sequence[PackedBatch], *,
+    record: bool = False,
+) -> int:  # fmt: skip
+    """Before a pass: give every router the experts of this rank's tokens of the rows, or with `record` let it keep what
+    it chooses. Returns this rank's number of tokens in the rows if any experts are given, else 0."""
+    parts = [_own_tokens(row, topology, config) for row in rows]
+    replays = any(part is not None for part in parts)
+    for layer, number in _numbered_expert_layers(model):
+        given = [None if part is None else part[:, number] for part in parts] if replays else []
+        layer.router.router_replay.begin(given, record=record)
+    if not replays:
+        return 0
+    return sum(row.input_ids.numel() for row in rows) // (topology.cp_size * _token_ranks(topology, config))
+
+
+def forget_experts(model: list[torch.nn.Module]) -> None:
+    """After a pass: the routers are as they were before `give_experts`."""
+    for layer, _ in _numbered_expert_layers(model):
+        layer.router.router_replay.end()
+
+
+def chosen_experts(
+    model: list[torch.nn.Module], topology: Topology, config: TransformerConfig, rows: Sequence[PackedBatch]
+) -> list[torch.Tensor]:
+    """After a pass with `record`: the experts of every row, [T, layers with experts, experts of a token] int16 in host
+    memory. The layers of other pipeline stages are FREE. The ranks that share a row call it together."""
+    layers = list(_numbered_expert_layers(model))
+    count = sum(config.moe_layer_freq)
+    found = []
+    for place, row in enumerate(rows):
+        whole = torch.full((row.input_ids.numel(), count, config.moe_router_topk), FREE, dtype=torch.int16)
+        if layers:
+            own = torch.stack([layer.router.router_replay.recorded[place] for layer, _ in layers], 1)
+            if _token_ranks(topology, config) > 1:
+                pieces = [torch.empty_like(own) for _ in range(topology.tp_size)]
+                dist.all_gather(pieces, own, group=topology.tp_group)
+                own = torch.cat(pieces)
+            if topology.cp_size > 1:
+                own = gather_parts(own, row.cu_seqlens.to(own.device), topology.cp_group)
+            whole[:, [number for _, number in layers]] = own.cpu().to(torch.int16)
+        found.append(whole)
+    return found
+
+
+def _own_tokens(row: PackedBatch, topology: Topology, config: TransformerConfig) -> torch.Tensor | None:
+    """The part of a row's experts that belongs to the tokens which this rank routes."""
+    experts = row.experts
+    if experts is None:
+        return None
+    if topology.cp_size > 1:
+        experts = experts[positions_by_rank(row.cu_seqlens.cpu(), topology.cp_size)[topology.cp_rank]]
+    ranks = _token_ranks(topology, config)
+    return experts.chunk(ranks)[topology.tp_rank] if ranks > 1 else experts
+
+
+def _token_ranks(topology: Topology, config: TransformerConfig) -> int:
+    """Number of tensor-parallel ranks over which sequence parallelism spreads the tokens before a router."""
+    return topology.tp_size if config.sequence_parallel else 1
+
+
+def _numbered_expert_layers(model: list[torch.nn.Module]) -> Iterator[tuple[MoELayer, int]]:
+    """This rank's layers with experts, and the number of each among all of the model's layers with experts."""
+    for piece in model:
+        for layer in _expert_layers(piece):
+            yield layer, sum(layer.config.moe_layer_freq[: layer.layer_number - 1])
+
+
 def set_balancing(config: TransformerConfig, coefficient: float, tokens: int, topology: Topology) -> None:
     """Make the next training step add `coefficient` · Σ row loss · row tokens / `tokens` to its objective.
 
@@ -103,11 +175,13 @@ def set_balancing(config: TransformerConfig, coefficient: float, tokens: int, to
     config.moe_aux_loss_coeff = coefficient * sharing / tokens
 
 
-def router_metrics(model: list[torch.nn.Module], topology: Topology, config: TransformerConfig) -> dict[str, Metric]:
+def router_metrics(
+    model: list[torch.nn.Module], topology: Topology, config: TransformerConfig, *, replayed: int
+) -> dict[str, Metric]:
     """Metrics of the routers' choices since the last call, over all ranks; {} for a dense model. All ranks call it.
 
     A metric is the mean over layers, or the worst layer if its name ends in "_max". With a perfect balance, load and
-    loss are 1.
+    loss are 1. `replayed` is what `give_experts` returned for the pass.
     """
     if not config.num_moe_experts:
         return {}
@@ -123,6 +197,9 @@ def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Tra
     if not len(counted):
         return {}
     choices, shares, tokens = counted[:, :experts], counted[:, experts:-1], counted[:, -1]
+    differences = _differences(model, topology, replayed)
+    if differences and choices.sum() != tokens.sum() * config.moe_router_topk:
+        raise RuntimeError("the experts to use again name one expert twice for a token: the engine's record is broken")
     load = choices.max(1).values / choices.mean(1)
     balance = experts * (choices / choices.sum(1, keepdim=True) * shares / tokens[:, None]).sum(1)
     return {
@@ -131,4 +208,29 @@ def router_metrics(model: list[torch.nn.Module], topology: Topology, config: Tra
         "moe/idle_experts": Mean(float((choices == 0).double().mean())),
         "moe/balance_loss": Mean(float(balance.mean())),
         "moe/dropped_fraction": Mean(float(1 - choices.sum() / (tokens.sum() * config.moe_router_topk))),
+        **differences,
+    }
+
+
+def _differences(model: list[torch.nn.Module], topology: Topology, replayed: int) -> dict[str, Metric]:
+    """How often the routers would have chosen other experts than those that they were given: share of their decisions,
+    and of the tokens with such a decision in one layer at least. {} if no rank was given any."""
+    of_token = torch.full((replayed,), NOT_REPLAYED, dtype=torch.int32)
+    decisions = torch.zeros(2, dtype=torch.float64)
+    for layer, _ in _numbered_expert_layers(model):
+        if replayed:
+            compared = torch.cat(layer.router.router_replay.compared).cpu().int()
+            of_token = torch.maximum(of_token, compared)
+            decisions += torch.stack([(compared == DIFFERENT).sum(), (compared != NOT_REPLAYED).sum()])
+    if replayed and topology.pp_size > 1:  # each stage knows its own layers
+        of_token = of_token.to(topology.device)
+        dist.all_reduce(of_token, dist.ReduceOp.MAX, group=topology.pp_group)
+    tokens = torch.stack([(of_token == DIFFERENT).sum(), (of_token != NOT_REPLAYED).sum()]).cpu().double()
+    counts = torch.cat([decisions, tokens])  # each token counts once on every stage, which changes no share
+    dist.all_reduce(counts, group=topology.control_group)
+    if not counts[1]:
+        return {}
+    return {
+        "moe/choices_differ": Mean(float(counts[0] / counts[1])),
+        "moe/tokens_differ": Mean(float(counts[2] / counts[3])),
     }

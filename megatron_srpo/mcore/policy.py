@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +14,9 @@ from megatron_srpo.config import Config, ParallelConfig
 from megatron_srpo.core.metrics import Max, Mean, Metric, Metrics, Total
 from megatron_srpo.core.records import Padding
 from megatron_srpo.core.tensors import LossFunction, ModelShards, PackedBatch, ScoreFunction, StepStats
+from megatron_srpo.families import expert_count
 from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
-from megatron_srpo.mcore.experts import router_metrics, set_balancing
+from megatron_srpo.mcore.experts import chosen_experts, forget_experts, give_experts, router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.host_offload import HostOffload
 from megatron_srpo.mcore.model import build_model, model_shards
@@ -47,6 +49,7 @@ class Policy:
         self._optimizer_config = config.optimizer
         self._teacher_config = config.teacher
         self._balancing = config.train.moe_aux_loss_coef
+        self._replays_engine = config.rollout.replay(expert_count(hf_config)) == "rollout"
         vocab = hf_config["vocab_size"]
         model = build_model(
             hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine
@@ -104,11 +107,21 @@ class Policy:
             return self.shadows[which].active()
         return nullcontext()
 
-    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[dict[str, torch.Tensor]]:
-        """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage."""
+    def score(
+        self, rows: list[PackedBatch], score: ScoreFunction, *, chosen: list[torch.Tensor] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage. To `chosen` are
+        added the experts of every row, as in PackedBatch.experts; layers of other stages are −1."""
         for piece in self.model:
             piece.eval()
-        return self.runner.score([self._to_device(row) for row in rows], score) if rows else []
+        if not rows:
+            return []
+        give_experts(self.model, self.topology, self.runner.config, rows, record=chosen is not None)
+        results = self.runner.score([self._to_device(row) for row in rows], score)
+        if chosen is not None:
+            chosen += chosen_experts(self.model, self.topology, self.runner.config, rows)
+        forget_experts(self.model)
+        return results
 
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
@@ -119,7 +132,9 @@ class Policy:
         if self._balancing:
             tokens = self.sum_over_data(torch.tensor(float(sum(row.input_ids.numel() for row in rows))))
             set_balancing(self.runner.config, self._balancing, int(tokens), self.topology)
+        replayed = give_experts(self.model, self.topology, self.runner.config, rows)
         metrics = self.runner.train([self._to_device(row) for row in rows], loss)
+        on_policy = not self._moved  # what differs then is the engine, not the policy
         lr = learning_rate(self.steps, self._optimizer_config, self.total_steps)
         norm = self.optimizer.step(lr)
         self.steps += 1
@@ -131,7 +146,10 @@ class Policy:
         memory = torch.tensor(peak_memory_gib(self.topology.device), dtype=torch.float64)
         reduced = self._reduce([*metrics, {"perf/memory_gib_max": Max(memory)}])
         reduced["actor/lr"] = Mean(lr)
-        reduced |= router_metrics(self.model, self.topology, self.runner.config)
+        reduced |= router_metrics(self.model, self.topology, self.runner.config, replayed=replayed)
+        if self._replays_engine and on_policy and "moe/tokens_differ" in reduced:
+            reduced["rollout_corr/experts_differ"] = reduced["moe/tokens_differ"]
+        forget_experts(self.model)
         return StepStats(reduced, norm, skipped)
 
     def end_iteration(self, *, refresh_teacher: bool = False) -> None:
@@ -192,6 +210,8 @@ class Policy:
         return result | {name: Max(top) for name, top in zip(maxima, tops.tolist(), strict=True) if math.isfinite(top)}
 
     def _to_device(self, row: PackedBatch) -> PackedBatch:
+        """The row without its experts, which the routers have."""
+        row = dataclasses.replace(row, experts=None)
         if self.topology.device.type == "cpu":
             return row
         return row.map(lambda values: values.to(self.topology.device, non_blocking=True))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_srpo.config import Config
 
 LOW_WEIGHT = 0.9  # a correct rollout correction keeps the mean weight close to 1
+EXPERTS = "rollout_corr/experts_differ"  # share of tokens; with rollout.routing_replay = "rollout" alone
 FEW = 0.05  # share of teacher prompts that may be cut, or not fit, without a warning
 
 
@@ -18,7 +19,7 @@ class Watch:
     name: str  # in the state of a checkpoint
     metric: str
     wrong: Callable[[float], bool]
-    warning: str  # with {value}
+    warning: str  # with {value}, and maybe {experts}: a sentence about them
     over: str  # with {value}; what is said when the values are right again
     warned: bool = False
 
@@ -30,7 +31,19 @@ class Watch:
         before, self.warned = self.warned, self.wrong(value)
         if before == self.warned:
             return None
-        return (self.warning if self.warned else self.over).format(value=value), self.warned
+        experts = metrics.get(EXPERTS)
+        named = "" if experts is None else f". In {experts:.0%} of the tokens they would choose different experts"
+        return (self.warning if self.warned else self.over).format(value=value, experts=named), self.warned
+
+
+def _of_experts(config: Config) -> str:
+    """What else may be the reason if the model has experts."""
+    if config.rollout.routing_replay in ("auto", "rollout"):
+        return ""
+    return (
+        f', or, since rollout.routing_replay = "{config.rollout.routing_replay}", the experts that they choose: set it '
+        'to "auto"'
+    )
 
 
 def watches(config: Config) -> list[Watch]:
@@ -61,7 +74,7 @@ def watches(config: Config) -> list[Watch]:
         mismatch = Watch(
             "mismatch_warned", "rollout_corr/logprob_diff_mean", lambda value: not value <= bound,  # NaN is wrong too
             "trainer and rollout engine differ by {value:.3g} nats a token on average (rollout.mismatch_warning is "
-            f"{bound:g}): weights, temperature or precision differ",
+            f"{bound:g}): weights, temperature or precision differ" + _of_experts(config) + "{experts}",
             "trainer and rollout engine agree again ({value:.3g} nats a token)",
         )  # fmt: skip
         found.insert(0, mismatch)

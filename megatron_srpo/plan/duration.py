@@ -31,6 +31,7 @@ MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
 # Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning) and for a
 # token (pickling).
 DRIVER_ROLLOUT, DRIVER_TOKEN = 1.1e-4, 4e-9
+DRIVER_EXPERT_BYTE = 2e-10  # seconds for a byte of the tokens' experts (rollout.routing_replay), measured alike
 HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory
 GATHER_RATE = 1e9  # bytes/s at which rank 0 receives token ids, log-probs and text, over gloo on Ethernet
 
@@ -241,11 +242,12 @@ def step_seconds(
     return max(reading, computing) + talking + machine.decode_overhead
 
 
-def driver_seconds(workload: Workload) -> float:
-    """Seconds in which rank 0 works alone: it gathers, routes, plans and distributes rollouts."""
-    tokens = workload.student_tokens
-    gathered = tokens * 12 / GATHER_RATE  # ids, log-probs and text
-    return workload.rollouts * DRIVER_ROLLOUT + tokens * DRIVER_TOKEN + gathered
+def driver_seconds(arch: Architecture, workload: Workload) -> float:
+    """Seconds in which rank 0 works alone: it gathers, routes, plans and distributes rollouts, with the experts of
+    their tokens if there are any."""
+    tokens, experts = workload.student_tokens, arch.expert_bytes
+    gathered = tokens * (12 + experts) / GATHER_RATE  # ids, log-probs, text and experts
+    return workload.rollouts * DRIVER_ROLLOUT + tokens * (DRIVER_TOKEN + experts * DRIVER_EXPERT_BYTE) + gathered
 
 
 def offload_seconds(arch: Architecture, layout: Layout) -> float:
@@ -276,7 +278,7 @@ def iteration_time(
         "generate": generate_seconds(
             arch, machine, workload, layout.engines, layout.engine_tensor, layout.dtype_bytes, cache
         ),
-        "driver": driver_seconds(workload),
+        "driver": driver_seconds(arch, workload),
         "score": 0.0,
         "teacher": 0.0,
         "train": workload.steps * (train + reduce + adam),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Rollout
+from megatron_srpo.core.records import Experts, Rollout
 
 OnRollout = Callable[[Rollout], None]
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class SamplingSettings:
     top_k: int = 0  # 0: off
     max_tokens: int = 16
     ignore_eos: bool = False  # continue to max_tokens (benchmarks)
+    experts: bool = False  # Rollout.experts is wanted; the engine must have been started for it
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,16 @@ def request_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
     process."""
     key = f"{run_seed}/{iteration}/{sample}/{uid}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def experts_of_turns(records: Sequence[Experts]) -> Experts:
+    """Rollout.experts of a sequence that several requests have generated, each of which continued the one before: a
+    token has the experts with which it was first computed. `records` are those of the requests' answers."""
+    joined = records[0]
+    for record in records[1:]:
+        assert len(record) > len(joined), "each turn has more tokens than the one before"
+        joined = cast("Experts", np.concatenate([joined, record[len(joined) :]]))  # NumPy's type forgets the numbers'
+    return joined
 
 
 def check_lengths(requests: Sequence[GenerateRequest], sampling: SamplingSettings, max_model_len: int) -> None:

@@ -14,7 +14,7 @@ from megatron_srpo.config import BUCKET_MIB, Config, read_model_folder, save_res
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.evaluation import chosen_prompts
-from megatron_srpo.run.generation import Evaluator
+from megatron_srpo.run.generation import Evaluator, replay_mode
 from megatron_srpo.run.roles import Role
 from megatron_srpo.run.session import Session
 from megatron_srpo.run.stopping import StopRequest
@@ -119,8 +119,9 @@ def build_parts(
     objective = Objective(config)
     if start < config.run.iterations:
         sample = control.share(lambda: probes(config, role.prompts("train")))
-        agreement = check_start(config, control, engine, policy, objective, sample)
-        for line in filter(None, (agreement, routing_note(hf))):
+        replays = replay_mode(config) == "rollout"
+        agreement = check_start(config, control, engine, policy, objective, sample, experts=replays)
+        for line in filter(None, (agreement, routing_note(config, hf))):
             role.log.message(line)
     test, chosen = chosen_prompts(control.share(lambda: role.prompts("test")), config.eval, "test")
     if config.eval.every:

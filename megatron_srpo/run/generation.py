@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, read_model_folder
 from megatron_srpo.core.protocols import Scorer, Timer
 from megatron_srpo.core.records import Group, Prompt
+from megatron_srpo.families import expert_count
 from megatron_srpo.rollout import GenerateRequest, Prefetcher, RolloutEngine, SamplingSettings, request_seed
 from megatron_srpo.run.evaluation import accuracy_metrics
 
@@ -50,12 +52,17 @@ class GroupGenerator:
             return self._scorer.finish(rollouts)
 
 
-def training_sampling(config: Config) -> SamplingSettings:
-    """How an iteration's responses are sampled."""
+def training_sampling(config: Config, *, experts: bool = False) -> SamplingSettings:
+    """How an iteration's responses are sampled. `experts`: the trainer uses the engine's (`replay_mode`)."""
     rollout = config.rollout
     return SamplingSettings(
-        temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.max_response_length
-    )
+        temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.max_response_length, experts=experts
+    )  # fmt: skip
+
+
+def replay_mode(config: Config) -> Literal["off", "rollout", "old"]:
+    """rollout.routing_replay, resolved for the model in model.path."""
+    return config.rollout.replay(expert_count(read_model_folder(config.model.path)))
 
 
 class Evaluator:

@@ -159,7 +159,8 @@ def measure(config: Config, *, checkpoint: Path | None, split: str, responses: P
         role = _open_role(config, session, (split,), closing)
         scorer = build_scorer(config, session, role, closing)
         folder = control.share(lambda: checkpoints.whole(checkpoint) if checkpoint else None)
-        engine = build_engine(config, session, role)
+        untrained = config.rollout.model_copy(update={"routing_replay": "off"})  # nobody asks for experts
+        engine = build_engine(config.model_copy(update={"rollout": untrained}), session, role)
         closing.callback(engine.close)
         if folder is not None or config.rollout.servers:  # external servers may still hold another run's weights
             engine.publish(_evaluated_weights(config, session, folder), 1)

@@ -13,8 +13,8 @@ from megatron_srpo.core.protocols import Log, RoleControl, Scorer, Source, State
 from megatron_srpo.core.records import Padding, Prompt
 from megatron_srpo.core.text import visible
 from megatron_srpo.observe import Observer, SilentLog
-from megatron_srpo.rollout import Prefetcher, RolloutEngine
-from megatron_srpo.run.generation import GroupGenerator, Requests, training_sampling
+from megatron_srpo.rollout import Prefetcher, RolloutEngine, SamplingSettings
+from megatron_srpo.run.generation import GroupGenerator, Requests, replay_mode, training_sampling
 
 if TYPE_CHECKING:
     from megatron_srpo.data import PromptLoader
@@ -101,7 +101,7 @@ class Driver:
     def source(
         self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
     ) -> DriverSource:
-        config, requests, sampling = self._config, _requests(self._config), training_sampling(self._config)
+        config, requests, sampling = self._config, _requests(self._config), _sampling(self._config)
         loader: PromptLoader | Prefetcher
         generating: RolloutEngine | Prefetcher = engine
         (loader,) = self._loaders
@@ -113,7 +113,7 @@ class Driver:
         return DriverSource(
             config, control, GroupGenerator(generating, scorer, requests, sampling), loader,
             self._prompting.teacher_prompt, self._histories, self.log, dp_size=dp_size, padding=padding,
-            engine_metrics=generating.metrics,
+            engine_metrics=generating.metrics, experts=sampling.experts,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class Follower:
     def source(
         self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
     ) -> FollowerSource:
-        generate = GroupGenerator(engine, scorer, _requests(self._config), training_sampling(self._config))
+        generate = GroupGenerator(engine, scorer, _requests(self._config), _sampling(self._config))
         return FollowerSource(control, generate)
 
     def close(self) -> None: ...
@@ -148,6 +148,10 @@ class Follower:
 
 def _requests(config: Config) -> Requests:
     return Requests(config.run.seed, config.rollout.n_samples_per_prompt)
+
+
+def _sampling(config: Config) -> SamplingSettings:
+    return training_sampling(config, experts=replay_mode(config) == "rollout")
 
 
 class _ConsoleLog(SilentLog):

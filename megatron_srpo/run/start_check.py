@@ -19,7 +19,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.protocols import Control, Objective, Policy
 from megatron_srpo.core.records import Prompt, Rollout, Row, Sample, Stream
-from megatron_srpo.families import HfConfig, expert_count
+from megatron_srpo.families import HfConfig, ModelShape, expert_count
 from megatron_srpo.rollout import GenerateRequest, RolloutEngine, SamplingSettings, request_seed
 
 TOKENS, LONGEST, MOST = 256, 32, 64  # tokens in all, of one response, and the number of responses
@@ -47,14 +47,14 @@ def _length(config: Config) -> int:
 
 def check_start(
     config: Config, control: Control, engine: RolloutEngine, policy: Policy, objective: Objective,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt], *, experts: bool = False,
 ) -> str:  # fmt: skip
     """Raise UserError on every rank if trainer and engine differ by more than the limit; returns a line for the user.
 
-    Collective; `prompts` are `probes` on every rank. It draws from no random generator of the run, and leaves the
-    engine asleep if rollout.sleep_while_training says so.
+    Collective; `prompts` are `probes` on every rank. With `experts` the trainer uses the engine's, as in the training.
+    It draws from no random generator of the run, and leaves the engine asleep if rollout.sleep_while_training says so.
     """
-    found = _generate(config, engine, policy, prompts)
+    found = _generate(config, engine, policy, prompts, experts=experts)
     rollouts = control.share(lambda: found)
     samples = [_sample(prompts[rollout.prompt], rollout) for rollout in rollouts]
     mean = _mean_difference(policy, objective, samples)
@@ -64,20 +64,34 @@ def check_start(
     return f"trainer and engine agree on {tokens} tokens: their log-probs differ by {mean:.2g} nats on average"
 
 
-def routing_note(hf: HfConfig) -> str | None:
-    """A line for the user about a difference that every model with experts has; None for a dense model."""
-    if not expert_count(hf):
+def routing_note(config: Config, hf: HfConfig) -> str | None:
+    """A line for the user about the choice of experts; None for a dense model."""
+    shape = ModelShape.from_hf(hf) if expert_count(hf) else None
+    if shape is None:
         return None
+    if config.rollout.replay(shape.experts) == "rollout":
+        return (
+            'the trainer uses the experts that the rollout engine chose (rollout.routing_replay = "rollout"): '
+            f"{shape.expert_bytes} bytes per token travel with the responses. rollout_corr/experts_differ is the share "
+            "of tokens for which the trainer alone would choose others"
+        )
+    later = ", except that later optimizer steps use what the old log-probs were scored with"
     return (
-        "note: the model has experts, and trainer and rollout engine choose them independently: a token near the "
-        "border between two experts may go to different ones, above all in bfloat16. "
-        "rollout_corr/logprob_diff_mean and rollout_corr/logprob_diff_max show how far they differ"
+        f'note: rollout.routing_replay = "{config.rollout.routing_replay}": the model has experts, and trainer and '
+        "rollout engine choose them independently"
+        f"{later if config.rollout.routing_replay == 'old' else ''}. A token near the border between two experts may "
+        "go to different ones, above all in bfloat16, and training may diverge. rollout_corr/logprob_diff_mean and "
+        'rollout_corr/logprob_diff_max show how far they differ; rollout.routing_replay = "rollout" avoids it'
     )
 
 
-def _generate(config: Config, engine: RolloutEngine, policy: Policy, prompts: Sequence[Prompt]) -> list[Rollout]:
+def _generate(
+    config: Config, engine: RolloutEngine, policy: Policy, prompts: Sequence[Prompt], *, experts: bool
+) -> list[Rollout]:
     rollout = config.rollout
-    sampling = SamplingSettings(temperature=rollout.temperature, max_tokens=_length(config), ignore_eos=True)
+    sampling = SamplingSettings(
+        temperature=rollout.temperature, max_tokens=_length(config), ignore_eos=True, experts=experts
+    )  # fmt: skip
     requests = [
         GenerateRequest(number, 0, prompt.token_ids, request_seed(config.run.seed, START, prompt.uid, number))
         for number, prompt in enumerate(prompts)
@@ -91,7 +105,9 @@ def _generate(config: Config, engine: RolloutEngine, policy: Policy, prompts: Se
 
 def _sample(prompt: Prompt, rollout: Rollout) -> Sample:
     stream = Stream(array("i", prompt.token_ids), rollout.token_ids, rollout.trained)
-    return Sample(prompt.uid, rollout.prompt, stream, rollout.trained_logprobs, 0.0, {"policy": 1.0})
+    return Sample(
+        prompt.uid, rollout.prompt, stream, rollout.trained_logprobs, 0.0, {"policy": 1.0}, experts=rollout.experts
+    )
 
 
 def _mean_difference(policy: Policy, objective: Objective, samples: list[Sample]) -> float:
@@ -100,7 +116,8 @@ def _mean_difference(policy: Policy, objective: Objective, samples: list[Sample]
     rows = [Row((number,), sample.student_length) for number, sample in enumerate(samples)]
     rows += [Row((), 0)] * (-len(rows) % policy.padding.rows)
     with policy.weights("student"):
-        results = policy.score(pack_rows(rows, samples, padding=policy.padding), objective.check_pass().score)
+        packed = pack_rows(rows, samples, padding=policy.padding, experts=[sample.experts for sample in samples])
+        results = policy.score(packed, objective.check_pass().score)
     sums = torch.zeros(2, dtype=torch.float64)
     for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
         for number, at in predicting_positions(row, samples, padding=policy.padding):

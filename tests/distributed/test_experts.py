@@ -1,5 +1,6 @@
 """Mixtures of experts on real gloo ranks: transformers' logits, parallel equals serial, checkpoints, load balancing."""
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -8,6 +9,8 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_srpo.families import ModelShape
+from megatron_srpo.mcore.experts import _expert_layers
+from megatron_srpo.mcore.replay import FREE
 from tests.distributed.test_policy import VOCAB, _policy, _rows, logprobs, scored, train_and_report
 from tests.distributed_harness import run_distributed
 from tests.routed_reference import count_choices, hub_names, load
@@ -20,6 +23,10 @@ LAYOUTS = {  # on two ranks
     "etp2, tp2 sp": SHARED | {"expert_tensor_parallel_size": 2},
     "tp2 sp, experts whole on both": SHARED,
     "ep2 over cp2": {"context_parallel_size": 2, "expert_model_parallel_size": 2},
+}
+STAGES = {
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2, interleaved": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
 }
 BALANCED = ("ep2", "ep2 over tp2 sp", "ep2 over cp2")
 COEFFICIENT = 0.3
@@ -52,6 +59,40 @@ def balancing_gradients(model, parallel):
     return seen["gradients"], {name: float(metric) for name, metric in stats.metrics.items()}
 
 
+def replayed(model, parallel):
+    """For each row of this rank: the experts that it was told, and those that were used, in a pass of every kind."""
+    policy, found = _policy(model, parallel), []
+    config = policy.runner.config
+    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    rows = _rows(policy.topology.dp_rank, policy.topology.dp_size)
+    for number, row in enumerate(rows):
+        row.experts = drawn_choice(row.input_ids.numel(), 100 * policy.topology.dp_rank + number)
+    used = []
+    policy.score(rows, lambda *given: {"logprob": logprobs(*given)}, chosen=used)
+    found += [(row.experts, chosen) for row, chosen in zip(rows, used, strict=True)]
+    stats = policy.train_step(rows, lambda given, row: (logprobs(given, row).sum(), {}))
+    metrics = {name: float(metric) for name, metric in stats.metrics.items()}
+    free = []
+    policy.score([dataclasses.replace(row, experts=None) for row in rows], _nothing, chosen=free)
+    replays = [layer.router.router_replay for piece in policy.model for layer in _expert_layers(piece)]
+    assert all(not replay.recorded and not replay.compared for replay in replays)  # nothing stays behind
+    assert all(not torch.equal(a, b) for a, b in zip(used, free, strict=True))
+    _alone(policy)
+    return found, metrics
+
+
+def _nothing(given, row):
+    return {}
+
+
+def drawn_choice(tokens, seed):
+    """[T, 3 layers with experts, 2] different ones of 4 experts; every fifth token chooses for itself."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(tokens, 3, 4, generator=generator).argsort(-1)[..., :2].to(torch.int16)
+    chosen[::5] = FREE
+    return chosen
+
+
 def _on_two_ranks(model, scratch):
     """What training and balancing give in every layout, and what checkpoints of one layout are in the next."""
     from megatron_srpo.bridge import Exporter, read_config
@@ -61,6 +102,7 @@ def _on_two_ranks(model, scratch):
     for layout, parallel in LAYOUTS.items():
         found[layout] = train_and_report(model, parallel, scratch / layout.replace(" ", "-"))
         _alone(None)
+    found["replay"] = {layout: replayed(model, parallel) for layout, parallel in (LAYOUTS | STAGES).items()}
     found["balancing"] = {layout: balancing_gradients(model, LAYOUTS[layout]) for layout in BALANCED}
     for writer, reader in itertools.pairwise([*LAYOUTS, "ep2"]):
         policy = _policy(model, LAYOUTS[reader])
@@ -129,6 +171,25 @@ def test_a_checkpoint_reads_at_any_other_layout_bit_for_bit(ranks):
                 for which in (0, 1)
                 for key, value in rank[name][which].items()
             )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS | STAGES)
+def test_the_experts_that_a_pass_is_told_are_those_it_uses_on_every_token(ranks, layout):
+    """Ranks of one stage have all its layers of a row; the layers of other stages are FREE there."""
+    seen, metrics = zip(*(rank["replay"][layout] for rank in ranks), strict=True)
+    stages = layout in STAGES
+    for rows in zip(*seen, strict=True):
+        used = torch.stack([chosen for _, chosen in rows])
+        if stages:
+            assert not ((used >= 0).all(0)).any() and torch.equal(rows[0][0], rows[1][0])
+            used = used.amax(0, keepdim=True)
+        for (told, _), chosen in zip(rows, used, strict=False):
+            known = told >= 0
+            assert torch.equal(chosen[known], told[known]) and 0.7 < float(known.float().mean()) < 0.85
+            assert bool((chosen >= 0).all()) and bool((chosen[..., 0] != chosen[..., 1]).all())
+    assert metrics[0] == metrics[1]
+    assert 0.5 < metrics[0]["moe/choices_differ"] < metrics[0]["rollout_corr/experts_differ"] <= 1
+    assert metrics[0]["moe/dropped_fraction"] == 0
 
 
 def balancing_reference(model):

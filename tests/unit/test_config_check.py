@@ -265,6 +265,13 @@ def test_what_only_resembles_a_contradiction_passes(changes):
         (QWEN3_8B, {"parallel__expert_model_parallel_size": 2}, "the model has no experts; set it to 1"),
         (QWEN3_8B, {"parallel__expert_tensor_parallel_size": 2}, "the model has no experts; set it to 1"),
         (QWEN3_8B, {"train__moe_aux_loss_coef": 0.001}, "the model has no experts; set it to 0"),
+        (QWEN3_8B, {"rollout__routing_replay": "rollout"}, "the model has no experts; set it to"),
+        (QWEN3_8B, {"rollout__routing_replay": "old"}, "the model has no experts; set it to"),
+        (
+            QWEN3_30B_A3B,
+            {"teacher__routing_replay": True, "rollout__routing_replay": "old"},
+            "the engine returns no experts; set it to false",
+        ),
         (QWEN3_30B_A3B, {"parallel__expert_model_parallel_size": 3}, "128 experts; choose one of 1, 2, 4, 8"),
         (
             QWEN3_30B_A3B,

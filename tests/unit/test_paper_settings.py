@@ -156,3 +156,9 @@ def test_llama_is_one_more_file_and_its_scaled_rotary_embedding_is_accepted():
     config = load_config([base, ROOT / "configs/model/llama_3_1_8b.toml", ROOT / "configs/method/grpo.toml"])
     assert (config.run.name, config.data.chat_template_kwargs) == ("llama-3.1-8b-chemistry-grpo", {})
     check(config, LLAMA_8B, 8)
+
+
+@pytest.mark.parametrize("model", ["30b_a3b", "235b_a22b"])
+def test_mixtures_of_experts_use_the_engines_choice(model):
+    config = load_config(ROOT / f"examples/science/srpo_qwen3_{model}.toml")
+    assert config.rollout.replay(128) == "rollout" and not config.teacher.routing_replay

@@ -26,6 +26,8 @@ from tests.tiny_engines import (
 )
 from tests.tiny_models import make_tiny_model
 
+# The model with experts has a scaled rotary embedding; its 512 positions are 4 × 128.
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 128}
 MODELS = {"tied": ("qwen3", True), "untied": ("qwen2", False)}  # the second with biases
 
 
@@ -44,11 +46,10 @@ def start(tmp_path_factory, family, tied, dtype, monkeypatch=None):
     and computes with weights as they were loaded."""
     if monkeypatch is not None:
         monkeypatch.setattr("vllm._custom_ops._supports_onednn", False)
+    rope = YARN if family == "qwen3_moe" else None
     old, new = (
-        make_tiny_model(
-            tmp_path_factory.mktemp("model"), family, tied=tied, vocab=VOCAB, seed=seed, dtype=getattr(torch, dtype)
-        )
-        for seed in (1, 2)
+        make_tiny_model(folder, family, tied=tied, vocab=VOCAB, seed=seed, dtype=getattr(torch, dtype), rope=rope)
+        for seed, folder in ((seed, tmp_path_factory.mktemp("model")) for seed in (1, 2))
     )
     with tiny_engine(new, dtype) as engine:
         fresh = answers(engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Padding, Prompt, Rollout
 from megatron_srpo.losses.objective import Objective
 from megatron_srpo.run.start_check import START, check_start, probes, routing_note, start_limit
+from tests.unit.test_config_check import QWEN3_30B_A3B
 
 PROMPTS = [Prompt(f"train:{i}", (), [3, 4, 5 + i], "", "exact") for i in range(3)]
 
@@ -51,6 +53,7 @@ class FakePolicy:
         return nullcontext()
 
     def score(self, rows, score):
+        self.rows = rows
         return [{"logprob": torch.full((row.input_ids.numel(),), -1.0)} for row in rows]
 
     def sum_over_data(self, values):
@@ -68,7 +71,10 @@ class FakeEngine:
         self.requests, self.sampling = requests, sampling
         length = sampling.max_tokens
         values = [-1.0 - self.gap] * length
-        return [Rollout(r.prompt, r.sample, [1] * length, values, "", "length", 0) for r in requests]
+        found = [Rollout(r.prompt, r.sample, [1] * length, values, "", "length", 0) for r in requests]
+        for request, rollout in zip(requests, found, strict=True) if sampling.experts else ():
+            rollout.experts = np.zeros((len(request.token_ids) + length - 1, 2, 2), dtype=np.uint8)
+        return found
 
     def sleep(self):
         self.events.append("sleep")
@@ -126,6 +132,22 @@ def test_no_generator_of_the_run_is_drawn_from():
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
-def test_a_model_with_experts_is_told_that_engines_choose_them_independently_and_which_metric_shows_it(key):
-    assert "rollout_corr/logprob_diff_mean" in routing_note({key: 8})
-    assert routing_note({key: 0}) is None and routing_note({}) is None
+def test_a_model_with_experts_is_told_who_chooses_them_and_which_metric_shows_it(key):
+    hf = {name: value for name, value in QWEN3_30B_A3B.items() if name != "num_experts"} | {key: 128}
+    told = {mode: routing_note(configured(rollout__routing_replay=mode), hf) for mode in ("auto", "old", "off")}
+    assert "384 bytes per token" in told["auto"] and "rollout_corr/experts_differ" in told["auto"]
+    for mode in ("old", "off"):
+        assert "independently" in told[mode] and "rollout_corr/logprob_diff_mean" in told[mode]
+        assert 'rollout.routing_replay = "rollout" avoids it' in told[mode]
+    assert "later optimizer steps" in told["old"] and "later optimizer steps" not in told["off"]
+    assert routing_note(configured(), hf | {key: 0}) is None and routing_note(configured(), {}) is None
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_engines_experts_are_asked_for_and_used_where_the_training_does(experts):
+    events: list[str] = []
+    engine, policy = FakeEngine(0.0, events), FakePolicy(events)
+    config = configured()
+    check_start(config, Alone(), engine, policy, Objective(config), probes(config, PROMPTS), experts=experts)
+    assert engine.sampling.experts is experts
+    assert all((row.experts is not None) is experts for row in policy.rows)

@@ -10,18 +10,31 @@ from typing import Any
 import numpy as np
 
 from megatron_srpo.core.records import Rollout
+from megatron_srpo.families import ModelShape
 from megatron_srpo.rollout.engine import GenerateRequest, SamplingSettings
-from megatron_srpo.rollout.http import BadAnswer, HttpClient
+from megatron_srpo.rollout.http import BadAnswer, HttpClient, UnacceptableRequest
 from megatron_srpo.rollout.vllm.answers import ROUTE, unpack_answer
+from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
 
 MODEL_NAME = "policy"  # the name under which a server serves its model
 READ_HERE_BYTES = 2**14  # longer answers are read and decoded in threads, so that requests and other answers go on
 NOT_FINITE = -9999.0  # what vLLM's server puts in place of a log-prob that JSON cannot carry
 UNPUBLISHED = "default"  # vLLM's version of weights that came from a folder
+NO_EXPERTS = (
+    "the rollout server does not return the experts of tokens, which rollout.routing_replay needs. Start it with "
+    'this run\'s configuration (python -m megatron_srpo serve), or set rollout.routing_replay = "old" or "off"'
+)
 
 
 class VllmClient(HttpClient):
-    """HTTP to one vLLM server."""
+    """HTTP to one vLLM server. `shape` is its model's; requests for the experts of tokens need it."""
+
+    def __init__(
+        self, url: str, token: str, *, request_timeout_s: float, control_timeout_s: float,
+        shape: ModelShape | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(url, token, request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s)
+        self._shape = shape
 
     async def health(self, timeout: float) -> None:
         await self.call("GET", "/health", timeout=timeout)
@@ -58,15 +71,16 @@ class VllmClient(HttpClient):
             },
         }
         data = await self.fetch("POST", ROUTE, body=body, timeout=self._request_timeout)
-        if len(data) < READ_HERE_BYTES:
-            return read_answer(data, request, sampling, decode)
-        return await asyncio.to_thread(read_answer, data, request, sampling, decode)
+        given = (data, request, sampling, decode, self._shape)
+        return read_answer(*given) if len(data) < READ_HERE_BYTES else await asyncio.to_thread(read_answer, *given)
 
 
 def read_answer(
-    data: bytes, request: GenerateRequest, sampling: SamplingSettings, decode: Callable[[list[int]], str]
-) -> Rollout | None:
-    """The rollout in a server's answer, or None for an aborted one. Raises BadAnswer when it is anything else."""
+    data: bytes, request: GenerateRequest, sampling: SamplingSettings, decode: Callable[[list[int]], str],
+    shape: ModelShape | None = None,
+) -> Rollout | None:  # fmt: skip
+    """The rollout in a server's answer, or None for an aborted one. Raises BadAnswer when it is anything else, and
+    UnacceptableRequest when the server does not return experts at all: none of its answers would have them."""
     try:
         header, ids, logprobs = unpack_answer(data)
         reason = header["finish_reason"]
@@ -78,12 +92,19 @@ def read_answer(
         found = np.frombuffer(logprobs, dtype=np.float32)
         if found.min() <= NOT_FINITE:
             logprobs = array("f", np.where(found <= NOT_FINITE, np.nan, found).astype(np.float32).tobytes())
-        text = decode(ids.tolist())
+        text, experts = decode(ids.tolist()), None
+        if sampling.experts:
+            assert shape is not None, "the experts of tokens need the model's shape"
+            rows = decode_rows(header.get("routed_experts"))
+            if rows is None:
+                raise UnacceptableRequest(NO_EXPERTS)
+            experts = expert_record(rows, len(request.token_ids) + len(ids), shape)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise BadAnswer(f"not an answer to what was asked ({error}): {data[:200]!r}") from error
     several = versions if len(set(versions)) > 1 else None
     return Rollout(
-        request.prompt, request.sample, ids, logprobs, text, reason, min(versions), token_versions=several
+        request.prompt, request.sample, ids, logprobs, text, reason, min(versions), token_versions=several,
+        experts=experts,
     )  # fmt: skip
 
 

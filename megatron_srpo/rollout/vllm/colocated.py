@@ -25,8 +25,9 @@ from megatron_srpo.rollout.engine import (
     decode_inside,
 )
 from megatron_srpo.rollout.vllm.environment import shared_memory_name, unlink_blocks
+from megatron_srpo.rollout.vllm.expert_records import expert_record
 from megatron_srpo.rollout.vllm.process_state import preserved_generators
-from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, vocabulary_size
+from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, model_shape
 from megatron_srpo.rollout.vllm.start import start_engine, stop_engine
 
 if TYPE_CHECKING:
@@ -68,11 +69,12 @@ class ColocatedEngine:
         settings = EngineSettings(
             str(hf_dir), str(tokenizer or hf_dir), dtype, rollout, max_model_len, seed, device, name
         )
+        self._shape = model_shape(str(hf_dir))
         self._engine_llm: LLM | None = start_engine(settings)
         if size > 1:
             unlink_blocks(name)
         decode = partial(self._llm.get_tokenizer().decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self._decode = partial(decode_inside, vocabulary_size(str(hf_dir)), decode)
+        self._decode = partial(decode_inside, self._shape.vocab, decode)
         self._asleep: set[str] = set()  # of SLEEPERS
         self._half_published = False
         self._dropped = False  # whether the engine sleeps without its weights
@@ -128,13 +130,13 @@ class ColocatedEngine:
                 engine.add_request(number, {"prompt_token_ids": request.token_ids}, parameters)
             while engine.has_unfinished_requests():
                 for output in engine.step():
-                    answers.append(self._rollout(asked.pop(output.request_id), output))
+                    answers.append(self._rollout(asked.pop(output.request_id), output, sampling))
                     if on_rollout is not None:
                         on_rollout(answers[-1])
         assert not asked, f"vLLM left {len(asked)} requests without an answer"
         return answers
 
-    def _rollout(self, request: GenerateRequest, output: RequestOutput) -> Rollout:
+    def _rollout(self, request: GenerateRequest, output: RequestOutput, sampling: SamplingSettings) -> Rollout:
         (answer,) = output.outputs
         ids, logprobs = list(answer.token_ids), list(answer.logprobs.logprobs)
         if len(ids) != len(logprobs) or answer.finish_reason not in ("stop", "length"):
@@ -152,6 +154,8 @@ class ColocatedEngine:
         return Rollout(
             request.prompt, request.sample, array("i", ids), array("f", logprobs), text, answer.finish_reason,
             self.weight_version,
+            experts=expert_record(answer.routed_experts, len(request.token_ids) + len(ids), self._shape)
+            if sampling.experts else None,
         )  # fmt: skip
 
     def _gather(self, answers: list[Rollout], error: Exception | None) -> list[Rollout]:

@@ -42,7 +42,7 @@ from megatron_srpo.rollout.fleet import Fleet, Server
 from megatron_srpo.rollout.http import ServerError, UnacceptableRequest, results_or_errors
 from megatron_srpo.rollout.vllm.client import VllmClient
 from megatron_srpo.rollout.vllm.server_process import VllmServerProcess, server_environment, visible_devices
-from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, vocabulary_size
+from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, model_shape
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -153,6 +153,7 @@ class ServersEngine:
         self._rollout, self._control, self._max_model_len = rollout, control, max_model_len
         self._verifier, self._verify = verifier, False
         self._settings = EngineSettings(hf_dir, tokenizer or hf_dir, dtype, rollout, max_model_len, seed, device)
+        self._shape = model_shape(hf_dir)
         # Servers that need weights, and None when all answers of a call have come.
         self._events: queue.SimpleQueue[VllmServer | None] = queue.SimpleQueue()
         self._weights: Weights = ()
@@ -177,7 +178,7 @@ class ServersEngine:
             servers, limit=rollout.max_num_seqs, exact=rollout.max_staleness == 0,
             timeout_s=rollout.server_timeout_seconds, start_timeout_s=rollout.server_start_seconds,
             max_restarts=rollout.max_server_restarts, say=say, needs_weights=self._events.put,
-            decode=partial(decode_inside, vocabulary_size(self._settings.hf_dir), decode),
+            decode=partial(decode_inside, self._shape.vocab, decode),
         )  # fmt: skip
         try:
             self._fleet.run(self._fleet.bring_up())
@@ -188,7 +189,7 @@ class ServersEngine:
     def _client(self, url: str, token: str) -> VllmClient:
         return VllmClient(
             url, token, request_timeout_s=self._rollout.request_timeout_seconds,
-            control_timeout_s=self._rollout.server_timeout_seconds,
+            control_timeout_s=self._rollout.server_timeout_seconds, shape=self._shape,
         )  # fmt: skip
 
     def _running_servers(self) -> list[VllmServer]:

@@ -13,6 +13,10 @@ from megatron_srpo.families import ModelShape
 from megatron_srpo.rollout.engine import RolloutError
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable
+# By name, because the module imports vLLM, which the trainer of servers does not.
+RECORDING_WORKER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingCPUWorker"
+RECORDING_SCHEDULER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingScheduler"
 Arguments = dict[str, "str | int | float | bool | dict[str, str]"]
 
 
@@ -28,6 +32,11 @@ class EngineSettings:
     seed: int
     device: str
     shared_memory: str = ""
+
+    @property
+    def records_experts(self) -> bool:
+        """Whether the engine returns the experts of every token."""
+        return self.rollout.replay(model_shape(self.hf_dir).experts) == "rollout"
 
 
 def qualified_name(cls: type) -> str:
@@ -54,6 +63,12 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
             f"attention heads and intermediate_size ({ffn}), and divide the {groups} key-value heads or be a multiple "
             "of them. Choose another."
         )
+    if device != "cpu" and rollout.replay(shape.experts) == "rollout" and os.environ.get(V2_RUNNER) in ("0", "false"):
+        raise RolloutError(
+            f"{V2_RUNNER} = {os.environ[V2_RUNNER]}: vLLM returns the experts of tokens only under its Model Runner "
+            "V2, and the trainer uses them (rollout.routing_replay). Unset it, or set rollout.routing_replay = "
+            '"old" or "off".'
+        )
     step = rollout.max_num_batched_tokens
     if device == "cpu" and 0 < step < max_model_len:
         raise RolloutError(
@@ -69,9 +84,9 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
         )
 
 
-def vocabulary_size(hf_dir: str) -> int:
-    """The number of token ids of a model."""
-    return ModelShape.from_hf(read_config(hf_dir)).vocab
+def model_shape(hf_dir: str) -> ModelShape:
+    """The numbers of the model in a folder."""
+    return ModelShape.from_hf(read_config(hf_dir))
 
 
 def engine_arguments(settings: EngineSettings) -> Arguments:
@@ -97,6 +112,11 @@ def engine_arguments(settings: EngineSettings) -> Arguments:
         arguments["kv_cache_memory_bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+    if settings.records_experts and cpu:
+        # Compiled code would not call the recorder.
+        arguments |= {"worker_cls": RECORDING_WORKER, "scheduler_cls": RECORDING_SCHEDULER, "enforce_eager": True}
+    elif settings.records_experts:
+        arguments["enable_return_routed_experts"] = True
     return arguments
 
 

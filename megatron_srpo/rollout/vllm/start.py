@@ -53,7 +53,7 @@ def _arguments(settings: EngineSettings) -> Arguments:
     if settings.device == "cpu":
         from megatron_srpo.rollout.vllm.cpu_worker import SHARED_MEMORY_NAME, NamedCPUWorker
 
-        arguments["worker_cls"] = qualified_name(NamedCPUWorker)
+        arguments.setdefault("worker_cls", qualified_name(NamedCPUWorker))
         arguments["additional_config"] = {SHARED_MEMORY_NAME: settings.shared_memory}
     else:
         arguments["enable_sleep_mode"] = True
@@ -89,6 +89,8 @@ def _explanation(error: Exception, settings: EngineSettings) -> str:
     """vLLM's reason on one line, and what the user can change."""
     reason = " ".join(str(error).split()) or type(error).__name__
     cure = "VLLM_LOGGING_LEVEL=INFO shows vLLM's own log."
+    if settings.records_experts and any(word in reason for word in ("AuxOutput", "outed-experts", "routed_experts")):
+        cure = f'Without the engine\'s choice of experts it works: rollout.routing_replay = "old" or "off". {cure}'
     if "KV cache" in reason or "kv cache" in reason or "memory" in reason.lower():
         key = "rollout.cpu_kv_cache_gib" if settings.device == "cpu" else "rollout.gpu_memory_utilization"
         cure = f"Change {key}, or lower data.max_prompt_length + rollout.max_response_length. {cure}"
