@@ -69,7 +69,8 @@ class PackedBatch:
     rollout_logprobs: Tensor  # fp32
     first_token: Tensor  # fp32, 1 where the target is the first trained token of a counted sample
     weights: dict[str, Tensor] = field(default_factory=dict)  # fp32, by loss term
-    response_tokens: Tensor | None = None  # fp32, R of the sample that the target belongs to
+    response_tokens: Tensor | None = None  # fp32, R of the attempt that the target belongs to
+    turn: Tensor | None = None  # fp32, number of the episode's turn that the target belongs to, from 1; None: one turn
     scores: Scores = field(default_factory=Scores)  # [T, …]
     context_group: ProcessGroup | None = None  # ranks with the other parts of every sequence; None: the row is whole
 

@@ -11,7 +11,16 @@ The rest of the package imports engines from here only, so that another engine i
 file. Importing this package imports no vLLM.
 """
 
-from megatron_srpo.rollout.engine import GenerateRequest, RolloutEngine, RolloutError, SamplingSettings, request_seed
+from megatron_srpo.rollout.engine import (
+    Feed,
+    GenerateRequest,
+    OnRollout,
+    RolloutEngine,
+    RolloutError,
+    SamplingSettings,
+    request_seed,
+    turn_seed,
+)
 from megatron_srpo.rollout.prefetcher import Prefetcher
 from megatron_srpo.rollout.vllm import (
     ColocatedEngine,
@@ -24,7 +33,9 @@ from megatron_srpo.rollout.vllm import (
 
 __all__ = [
     "ColocatedEngine",
+    "Feed",
     "GenerateRequest",
+    "OnRollout",
     "Prefetcher",
     "RolloutEngine",
     "RolloutError",
@@ -35,4 +46,5 @@ __all__ = [
     "prepare_environment",
     "prompt_traces",
     "request_seed",
+    "turn_seed",
 ]

@@ -46,7 +46,7 @@ class VllmClient(HttpClient):
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
-                "max_tokens": sampling.max_tokens,
+                "max_tokens": request.longest(sampling),
                 "ignore_eos": sampling.ignore_eos,
                 "seed": request.seed,
                 "logprobs": 0,
@@ -71,7 +71,7 @@ def read_answer(
             raise ValueError("the log-probs are of other tokens")
         logprobs = [math.nan if entry["logprob"] <= NOT_FINITE else float(entry["logprob"]) for entry in content]
         versions = _versions(choice["weight_versions"], len(ids))
-        if reason not in ("stop", "length") or not 0 < len(ids) <= sampling.max_tokens:
+        if reason not in ("stop", "length") or not 0 < len(ids) <= request.longest(sampling):
             raise ValueError(f"{len(ids)} tokens, finish_reason {reason!r}")
         text = decode(ids)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
