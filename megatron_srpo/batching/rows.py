@@ -91,9 +91,9 @@ class _Layout:
         return self.spread(torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.float32)])))
 
     def first_tokens(self) -> Tensor:
-        """[T] fp32, 1 at the position that predicts the first trained token of a counted sample."""
+        """[T] fp32, 1 at the position that predicts the first trained token of a counted attempt."""
         lengths = torch.tensor([sample.length for sample in self.samples], dtype=torch.long)
-        counted = torch.tensor([float(sample.counted) for sample in self.samples])
+        counted = torch.tensor([float(sample.counted and sample.part == 0) for sample in self.samples])
         starts = (lengths.cumsum(0) - lengths)[lengths > 0]
         result = torch.zeros(self.total)
         result[self.positions[starts]] = counted[lengths > 0]
