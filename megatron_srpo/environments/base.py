@@ -49,6 +49,11 @@ class Environment:
                 return Step([{"role": "user", "content": "No, try again."}], reward=0.0)
     """
 
+    @classmethod
+    def prepare(cls, **arguments: object) -> None:
+        """Called once, before any episode begins, with the constructor's arguments: what episodes share is imported
+        here. UserError if the arguments cannot be used."""
+
     task: Task
     tools: Sequence[Mapping[str, object]] = ()
     """JSON schemas of functions, which the chat template shows to the model. Read after `start`."""

@@ -264,8 +264,8 @@ class _OneEpisode:
             conversation.transcript, "length" if self._cut else "stop", self._version or 0,
             trained=np.array(conversation.trained, dtype=bool), contexts=contexts,
             episode=Episode(
-                tuple(conversation.turns), conversation.said, reply, self._reward(), self._calls, self._errors,
-                self._cut,
+                tuple(conversation.turns), conversation.said, reply, self._reward(), self._step.feedback, self._calls,
+                self._errors, self._cut,
             ),
         )  # fmt: skip
 

@@ -54,6 +54,8 @@ def main(descriptor: int) -> None:
     setup = pickle.loads(control.recv(LARGEST_PACKET))
     try:
         classes = {kind: resolve(reference) for kind, reference in setup.classes.items()}
+        for kind, found in classes.items():
+            found.prepare(**setup.arguments.get(kind, {}))
     except (UserError, Exception) as error:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         _tell(control, {"failed": text})

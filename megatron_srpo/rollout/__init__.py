@@ -29,6 +29,7 @@ from megatron_srpo.rollout.vllm import (
     become_server,
     prepare_environment,
     prompt_traces,
+    vllm_tool_parser,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "prompt_traces",
     "request_seed",
     "turn_seed",
+    "vllm_tool_parser",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
@@ -95,6 +96,8 @@ class PoolScorer:
             rewards[rollout.prompt, rollout.sample] = reward
         for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
             reward = rewards[rollout.prompt, rollout.sample]
+            if rollout.episode is not None and reward.feedback is None:
+                reward = replace(reward, feedback=rollout.episode.feedback)
             groups[rollout.prompt].attempts.append(Attempt(rollout, reward, reward.score >= self._threshold))
 
     def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:

@@ -9,6 +9,7 @@ In the trainer's processes:
     servers.py           engines in servers; rank 0 asks them and sends them the weights
     client.py            the routes of one server
     server_process.py    the process of one server
+    tool_parser.py       reads the tool calls of a model's turn
     prompt_trace.py      hidden states and log-probs of prompts, for comparisons
 
 Inside vLLM's processes:
@@ -26,6 +27,7 @@ from megatron_srpo.rollout.vllm.environment import prepare_environment
 from megatron_srpo.rollout.vllm.prompt_trace import prompt_traces
 from megatron_srpo.rollout.vllm.server_process import become_server
 from megatron_srpo.rollout.vllm.servers import ServersEngine, ServersFollower
+from megatron_srpo.rollout.vllm.tool_parser import vllm_tool_parser
 
 __all__ = [
     "ColocatedEngine",
@@ -34,4 +36,5 @@ __all__ = [
     "become_server",
     "prepare_environment",
     "prompt_traces",
+    "vllm_tool_parser",
 ]
