@@ -22,7 +22,7 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.base import Message, Step, Task
 from megatron_srpo.environments.worker import LARGEST_PACKET, Setup, encode
 
-START_SECONDS = 120.0  # limit for importing the classes
+START_SECONDS = 300.0  # limit for importing the classes, and maybe vLLM for its tool parsers
 LONGEST_ANSWER = 2**20  # bytes of an environment's answer
 LONGEST_TEXT = 2**16  # characters of one message or feedback
 LARGEST_REWARD = 1e12  # as for reward functions: larger ones overflow in fp32
