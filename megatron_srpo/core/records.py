@@ -72,7 +72,7 @@ class Episode:
     messages: list[dict[str, str]]  # everything behind the first prompt
     reply: str  # text of the last turn: what a reward function scores
     reward: Reward | None  # the environment's own; None: the reward function of the row's kind scores `reply`
-    feedback: str | None = None  # the environment's, for a reward without feedback
+    feedback: str | None = None  # the environment's; the reward function's is added to it
     tool_calls: int = 0
     tool_errors: int = 0  # calls that could not be read or carried out; the model was told
     cut: str = ""  # which budget ended it: "turns", "tokens", or "" if none did

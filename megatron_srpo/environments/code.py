@@ -124,19 +124,17 @@ class PythonCode(Environment):
         self._turn += 1
         code = read_code(reply, fence=self._fence)
         if code is None:
-            passed, wrong = 0, ["the reply has no ``` block with Python code"]
+            passed, feedback = 0, "The reply has no ``` block with Python code."
         else:
-            passed, wrong = await self._run(code)
-        solved = not wrong
-        reward = float(solved) if not self._partial else passed / len(self._tests)
-        if solved:
+            passed, feedback = await self._run(code)
+        if not feedback:
             return Step(done=True, reward=1.0)
-        feedback = self._words(wrong)
+        reward = passed / len(self._tests) if self._partial else 0.0
         again: list[Message] = [{"role": "user", "content": f"{feedback}\nCorrect the code."}]
         return Step(again, self._turn >= self._attempts, reward, feedback)
 
-    async def _run(self, code: str) -> tuple[int, list[str]]:
-        """The number of tests that pass, and what is wrong with the others."""
+    async def _run(self, code: str) -> tuple[int, str]:
+        """The number of tests that pass, and what is wrong with the others, in words, or ""."""
         programs = self._tests[0].how == "output"
         calls = None if programs else [
             {"how": "value" if test.how == "value" else "statement", "text": test.text} for test in self._tests
@@ -147,16 +145,20 @@ class PythonCode(Environment):
         )  # fmt: skip
         failed = next((fact["failed"] for fact in outcome.facts if "failed" in fact), None)
         if failed is not None:
-            return 0, [f"the code cannot be run: {str(failed)[:500]}"]
+            return 0, f"The code cannot be run: {str(failed)[:500]}"
         told = {fact.get("number"): fact for fact in outcome.facts}
         judged = [test.judge(told.get(number), outcome.ended) for number, test in enumerate(self._tests)]
         wrong = [words for words in judged if words is not None]
-        return len(judged) - len(wrong), wrong
+        return len(judged) - len(wrong), in_words(wrong, len(judged), self._shown)
 
-    def _words(self, wrong: Sequence[str]) -> str:
-        shown = "\n".join(f"- {words}" for words in wrong[: self._shown])
-        more = f"\n- and {len(wrong) - self._shown} more" if len(wrong) > self._shown else ""
-        return f"{len(wrong)} of {len(self._tests)} tests fail:\n{shown}{more}"
+
+def in_words(wrong: Sequence[str], tests: int, shown: int) -> str:
+    """The feedback on tests that fail; "" if none does. `wrong`: a line for each, of which `shown` are shown."""
+    if not wrong:
+        return ""
+    lines = "\n".join(f"- {words}" for words in wrong[:shown])
+    more = f"\n- and {len(wrong) - shown} more" if len(wrong) > shown else ""
+    return f"{len(wrong)} of {tests} tests fail:\n{lines}{more}"
 
 
 def _short(value: object, *, quote: bool = True) -> str:

@@ -96,8 +96,9 @@ class PoolScorer:
             rewards[rollout.prompt, rollout.sample] = reward
         for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
             reward = rewards[rollout.prompt, rollout.sample]
-            if rollout.episode is not None and reward.feedback is None:
-                reward = replace(reward, feedback=rollout.episode.feedback)
+            if rollout.episode is not None and rollout.episode.reward is None:
+                both = filter(None, (rollout.episode.feedback, reward.feedback))
+                reward = replace(reward, feedback="\n".join(both) or None)
             groups[rollout.prompt].attempts.append(Attempt(rollout, reward, reward.score >= self._threshold))
 
     def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:

@@ -177,11 +177,11 @@ def test_code_that_passes_its_tests_is_rewarded():
         ("def add(a, b): return a - b", "add(1, 2) returned -1, expected 3"),
         ("def add(a, b): return 'x' * 10**6", "add(1, 2) raised ValueError"),
         ("def add(a, b):\n    return c", "add(1, 2) raised NameError: name 'c' is not defined (line 2)"),
-        ("def add(a, b) return", "the code cannot be run: SyntaxError"),
+        ("def add(a, b) return", "The code cannot be run: SyntaxError"),
         ("def add(a, b):\n    while True: pass", "add(1, 2) had no result: it did not end within 1 s"),
         ("import os\ndef add(a, b): os._exit(0)", "add(1, 2) had no result"),
         ("def add(a, b): return True", "add(1, 2) returned True, expected 3"),
-        ("raise SystemExit", "the code cannot be run: SystemExit"),
+        ("raise SystemExit", "The code cannot be run: SystemExit"),
         ("def add(a, b): return bytearray(2**40)", "MemoryError"),
     ],
 )
