@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_srpo.config.schema import Config
 from megatron_srpo.core.errors import nearest
 
-ENVIRONMENTS = ("tools", "python", "textarena", "openenv", "verifiers")  # those that are built in
+ENVIRONMENTS = ("tools", "python", "textarena", "openenv")  # those that are built in
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -41,6 +41,9 @@ def _reward_files(config: Config) -> Iterator[str]:
 
 
 def _environment_files(config: Config) -> Iterator[str]:
+    interpreter = config.environment.interpreter
+    if interpreter and not os.access(interpreter, os.X_OK):
+        yield f'environment.interpreter = "{interpreter}": is no program (looked from {Path.cwd()})'
     for kind, reference in config.environment.classes.items():
         where, _, name = reference.rpartition(":")
         if reference in ENVIRONMENTS:

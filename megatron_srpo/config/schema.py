@@ -268,8 +268,8 @@ class RewardConfig(Section):
 
 class EnvironmentConfig(Section):
     classes: dict[str, str] = {}
-    """Environments by kind of row: "tools", "python", "textarena", "openenv", "verifiers", or your own class as
-    "module:Class" or "path/file.py:Class". Rows of other kinds are answered in one turn."""
+    """Environments by kind of row: "tools", "python", "textarena", "openenv", or your own class as "module:Class" or
+    "path/file.py:Class". Rows of other kinds are answered in one turn."""
     arguments: dict[str, dict[str, Any]] = {}
     """Arguments of the environments' constructors, by kind."""
     max_turns: int = Field(8, ge=1)
@@ -288,6 +288,9 @@ class EnvironmentConfig(Section):
     """Seconds that an environment may take to start or to answer a turn."""
     memory_mib: int = Field(2048, ge=0)
     """Address space in MiB that an episode's process may use beyond what it has at its start. 0 means no limit."""
+    interpreter: Folder = ""
+    """Python of another virtual environment, in which environments run. Use it for libraries that cannot be installed
+    beside vLLM. Empty takes the trainer's own."""
     variables: list[str] = []
     """Names of environment variables, for example the key of a service, that environments inherit. Otherwise they
     inherit only what Python and its libraries need, and no keys."""

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config import EnvironmentConfig
@@ -29,7 +30,7 @@ LARGEST_REWARD = 1e12  # as for reward functions: larger ones overflow in fp32
 FAILED_STARTS = 3  # of the program, in a row, end the run
 
 _PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given if sys.argv[3] else sys.path + given; "
     "from megatron_srpo.environments.worker import main; main(int(sys.argv[2]))"
 )
 
@@ -104,7 +105,7 @@ class EnvironmentPool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(_search_path()), str(theirs.fileno())],
+                self._command(theirs.fileno()),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),), start_new_session=True,
                 env=inherited(self._config.variables) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -113,6 +114,14 @@ class EnvironmentPool:
         ours.send(encode_setup(self._setup))
         ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._hear)
+
+    def _command(self, descriptor: int) -> list[str]:
+        """A Python of another virtual environment has packages of its own: our package and the working directory come
+        behind these."""
+        other = self._config.interpreter
+        own = str(Path(__file__).resolve().parents[2])
+        path = [own, os.getcwd()] if other else _search_path()
+        return [other or sys.executable, "-c", _PROGRAM, json.dumps(path), str(descriptor), "" if other else "own"]
 
     def _hear(self) -> None:
         """What the program tells."""
