@@ -92,9 +92,9 @@ class Bad(Environment):
 '''
 
 
-def make_model(folder: Path, template: str = FAITHFUL) -> Path:
+def make_model(folder: Path, template: str = FAITHFUL, **size: int) -> Path:
     """A model that ends a turn often, with this chat template."""
-    make_tiny_model(folder, vocab=LETTERS, max_positions=1024, initializer_range=0.05)
+    make_tiny_model(folder, vocab=LETTERS, max_positions=1024, initializer_range=0.05, **size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)

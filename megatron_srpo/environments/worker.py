@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import json
 import os
 import pickle
@@ -60,6 +61,8 @@ def main(descriptor: int) -> None:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         _tell(control, {"failed": text})
         os._exit(0)
+    gc.collect()
+    gc.freeze()  # the collector of a fork would touch, and so copy, every object of the program
     _tell(control, {"ready": True})
     _Zygote(control, setup, classes).serve()
     os._exit(0)
