@@ -290,7 +290,7 @@ class EnvironmentConfig(Section):
     """Address space in MiB that an episode's process may use beyond what it has at its start. 0 means no limit."""
     interpreter: Folder = ""
     """Python of another virtual environment, in which environments run. Use it for libraries that cannot be installed
-    beside vLLM. Empty takes the trainer's own."""
+    together with vLLM. Empty takes the trainer's own."""
     variables: list[str] = []
     """Names of environment variables, for example the key of a service, that environments inherit. Otherwise they
     inherit only what Python and its libraries need, and no keys."""

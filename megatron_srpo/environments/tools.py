@@ -190,9 +190,9 @@ def reader(parser: str, tokenizer: str) -> ReadCalls:
     if parser == OWN_PARSER:
         return read_hermes
     if (parser, tokenizer) not in _READERS:
-        from megatron_srpo.rollout import vllm_tool_parser
+        from megatron_srpo.rollout import engine_tool_parser
 
-        parse = vllm_tool_parser(parser, tokenizer)
+        parse = engine_tool_parser(parser, tokenizer)
 
         def read(reply: str) -> Calls:
             calls, problem = parse(reply)

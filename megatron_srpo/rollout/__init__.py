@@ -27,9 +27,9 @@ from megatron_srpo.rollout.vllm import (
     ServersEngine,
     ServersFollower,
     become_server,
+    engine_tool_parser,
     prepare_environment,
     prompt_traces,
-    vllm_tool_parser,
 )
 
 __all__ = [
@@ -44,9 +44,9 @@ __all__ = [
     "ServersEngine",
     "ServersFollower",
     "become_server",
+    "engine_tool_parser",
     "prepare_environment",
     "prompt_traces",
     "request_seed",
     "turn_seed",
-    "vllm_tool_parser",
 ]

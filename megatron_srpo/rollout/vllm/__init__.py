@@ -27,14 +27,14 @@ from megatron_srpo.rollout.vllm.environment import prepare_environment
 from megatron_srpo.rollout.vllm.prompt_trace import prompt_traces
 from megatron_srpo.rollout.vllm.server_process import become_server
 from megatron_srpo.rollout.vllm.servers import ServersEngine, ServersFollower
-from megatron_srpo.rollout.vllm.tool_parser import vllm_tool_parser
+from megatron_srpo.rollout.vllm.tool_parser import engine_tool_parser
 
 __all__ = [
     "ColocatedEngine",
     "ServersEngine",
     "ServersFollower",
     "become_server",
+    "engine_tool_parser",
     "prepare_environment",
     "prompt_traces",
-    "vllm_tool_parser",
 ]

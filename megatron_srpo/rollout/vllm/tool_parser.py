@@ -11,7 +11,7 @@ from megatron_srpo.core.errors import UserError, nearest
 ParsedCalls = tuple[list[tuple[str, dict[str, Any]]], str]  # (name, arguments) of each call, and what is wrong, or ""
 
 
-def vllm_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls]:
+def engine_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls]:
     """The parser that vLLM knows as `name`. Importing vLLM takes seconds. UserError for an unknown name."""
     from transformers import AutoTokenizer
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
