@@ -250,7 +250,7 @@ class _OneEpisode:
             self._cut = "turns"
             return False
         room = self._room - len(conversation.token_ids) - 1  # one token for the turn
-        if not conversation.add_messages(self._step.messages, room, self._longest - 1):
+        if room < 0 or not conversation.add_messages(self._step.messages, room, self._longest - 1):
             self._cut = "tokens"
             return False
         return True
