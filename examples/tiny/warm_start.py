@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from examples.tiny.task import Example, Task, draw_question
 from examples.tiny.tokenizer import character_tokenizer
 from megatron_srpo.core.atomic import atomic_folder
 
+PIECES = re.compile(r"<eos>|[\s\S]")
 IGNORED = -100  # the label that cross_entropy skips
 
 
@@ -47,6 +49,7 @@ class WarmStart:
     final_lr: float = 1.0  # the cosine schedule ends at this fraction of lr; 1 = constant
     beta2: float = 0.999
     initializer_range: float = 0.02
+    max_positions: int = 256
     head_dim: int = 32  # the smallest that vLLM's CPU attention takes
 
 
@@ -65,7 +68,7 @@ def build_model(settings: WarmStart, tokenizer: PreTrainedTokenizerFast) -> Qwen
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.key_value_heads,
         head_dim=settings.head_dim,
-        max_position_embeddings=256,
+        max_position_embeddings=settings.max_positions,
         rope_theta=10000.0,
         initializer_range=settings.initializer_range,
         tie_word_embeddings=True,
@@ -85,7 +88,9 @@ def collate(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> tupl
     encode = tokenizer.convert_tokens_to_ids
     sequences, labels = [], []
     for example in examples:
-        prompt, target = encode(list(example.prompt)), [*encode(list(example.target)), tokenizer.eos_token_id]
+        # Within a prompt, the end-of-sequence token ends an earlier turn.
+        prompt = encode(PIECES.findall(example.prompt))
+        target = [*encode(list(example.target)), tokenizer.eos_token_id]
         sequences.append(prompt + target)
         label = list(target)
         if example.ignored is not None:

@@ -35,8 +35,8 @@ class RoutingReport:
     def add(self, group: Group) -> None:
         """Count one routed group."""
         self.groups.append(group)
-        for attempt, sample in zip(group.attempts, group.samples, strict=True):
-            if not np.isfinite(sample.rollout_logprobs).all():
+        for attempt, sample in zip(group.attempts, group.first_samples, strict=True):
+            if not np.isfinite(attempt.rollout.trained_logprobs).all():
                 self.nonfinite.append(f"{sample.uid} sample {sample.sample}")
             if attempt.reward.error is not None:
                 self.failed.append(f"{sample.uid} sample {sample.sample}: {attempt.reward.error}")
@@ -58,6 +58,7 @@ class RoutingReport:
             **_rewards(attempts, len(self.failed)),
             **_advantages(samples),
             **_lengths(attempts),
+            **_episodes(attempts),
             **self._by_kind(),
         }
 
@@ -77,8 +78,9 @@ class RoutingReport:
         return found
 
     def _branches(self, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> dict[str, float]:
-        n = len(samples)
-        branches = [branch(sample) for sample in samples]
+        firsts = [sample for sample in samples if sample.part == 0]
+        n = len(firsts)
+        branches = [branch(sample) for sample in firsts]
         loss_tokens = sum(sample.length for sample in samples if sample.counted)
         guided = branches.count("guided")
         correct = [[attempt.correct for attempt in group.attempts] for group in self.groups]
@@ -86,7 +88,7 @@ class RoutingReport:
             "srpo/sdpo_fraction": sum(name in ("sdpo", "mix") for name in branches) / n,
             "srpo/grpo_fraction": sum(name in ("grpo", "mix") for name in branches) / n,
             **({"srpo/guided_fraction": guided / n} if guided else {}),
-            "srpo/left_out_fraction": sum(not sample.counted for sample in samples) / n,
+            "srpo/left_out_fraction": sum(not sample.counted for sample in firsts) / n,
             "rollout/nonfinite_samples": len(self.nonfinite),
             "rollout/stale_samples": sum(attempt.rollout.stale for attempt in attempts),
             "srpo/teacher_available_fraction": self.available / n,
@@ -143,6 +145,25 @@ def _lengths(attempts: Sequence[Attempt]) -> dict[str, float]:
         if some:
             metrics[f"srpo/response_length_{name}"] = _mean(some)
     return metrics
+
+
+def _episodes(attempts: Sequence[Attempt]) -> dict[str, float]:
+    """Of the attempts that talked with an environment; {} if none did."""
+    rollouts = [attempt.rollout for attempt in attempts if attempt.rollout.episode is not None]
+    episodes = [rollout.episode for rollout in rollouts if rollout.episode is not None]
+    if not episodes:
+        return {}
+    turns = [len(episode.turns) for episode in episodes]
+    return {
+        "episode/turns_mean": _mean(turns),
+        "episode/turns_max": max(turns),
+        "episode/tool_calls": _mean([episode.tool_calls for episode in episodes]),
+        "episode/tool_errors": _mean([episode.tool_errors for episode in episodes]),
+        "episode/environment_tokens": _mean([len(rollout.token_ids) - rollout.response_length for rollout in rollouts]),
+        "episode/sequences": _mean([len(rollout.sequences) for rollout in rollouts]),
+        "episode/out_of_turns_fraction": _mean([episode.cut == "turns" for episode in episodes]),
+        "episode/out_of_tokens_fraction": _mean([episode.cut == "tokens" for episode in episodes]),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

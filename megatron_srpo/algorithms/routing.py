@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -14,14 +14,16 @@ from megatron_srpo.algorithms.teachers import GroupTeachers, Shown, TeacherPromp
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Attempt, Credit, Group, PerToken, Rollout, Sample, Stream, weighs
 
-Taught = dict[int, list[Shown]]  # index of an attempt → its teacher's prompt, and with Needs.contrast the second one
+# Index of an attempt → its teacher's prompts, and with Needs.contrast the second ones: each a list by sequence.
+Taught = dict[int, list[list[Shown]]]
 
 
 def route(
     groups: Sequence[Group], algorithm: Algorithm, *, seed: int, iteration: int, teacher_prompt: TeacherPromptFunction,
     feedback_with_solution: bool = False,
 ) -> RoutingReport:  # fmt: skip
-    """Give every group its samples, one for each attempt in order, and report what was done.
+    """Give every group its samples, in the order of its attempts, and report what was done. An attempt has one sample,
+    or one for each sequence of its episode.
 
     Groups may have any size. `teacher_prompt` is called for attempts that are taught, and for no others; an attempt for
     which it returns None gets the credit of one that cannot be taught. Raises UserError for a reward that is not a
@@ -40,10 +42,12 @@ def route(
             attempt.teachable = teachers.can_teach(attempt)
         report.available += sum(attempt.teachable for attempt in group.attempts)
         credits, taught = _credits(group, algorithm, teachers, report)
-        prompt_ids = array("i", group.prompt.token_ids)  # shared by the samples
+        # Samples that begin alike share one array, and the prompt's place in a packed row (batching/rows.py).
+        prompts = {None: array("i", group.prompt.token_ids)}  # type: dict[bytes | None, array[int]]
         group.samples = [
-            _sample(attempt, group.prompt.uid, prompt_ids, credits[i], taught.get(i, []), algorithm)
+            sample
             for i, attempt in enumerate(group.attempts)
+            for sample in _samples(attempt, group.prompt.uid, prompts, credits[i], taught.get(i, []), algorithm)
         ]
         for i, attempt in enumerate(group.attempts):
             attempt.why = _why(attempt, algorithm, taught.get(i, []), could_teach=teachers.can_teach(attempt))
@@ -59,22 +63,25 @@ def may_count(rollout: Rollout, algorithm: Algorithm) -> bool:
 
 def _left_out(rollout: Rollout, algorithm: Algorithm) -> str:
     """Why it may not be in the loss; "" if it may."""
+    if rollout.episode is not None and not rollout.episode.turns:
+        return "its environment did not start"
     if algorithm.mask_truncated and rollout.finish_reason == "length":
-        return "cut at rollout.max_response_length"
+        turns = rollout.episode is not None and rollout.episode.cut == "turns"
+        return "cut at environment.max_turns" if turns else "cut at rollout.max_response_length"
     if rollout.stale:
         return "older than rollout.max_staleness"
     return "" if np.isfinite(rollout.trained_logprobs).all() else "log-probs are not finite"
 
 
-def _why(attempt: Attempt, algorithm: Algorithm, shown: Sequence[Shown], *, could_teach: bool) -> str:
+def _why(attempt: Attempt, algorithm: Algorithm, shown: Sequence[Sequence[Shown]], *, could_teach: bool) -> str:
     """Why it has its branch. `could_teach`: there was something to show a teacher, whether or not it fitted."""
     outcome = "correct" if attempt.correct else "wrong"
     left_out = _left_out(attempt.rollout, algorithm)
     if left_out:
         return f"{outcome}, left out: {left_out}"
     if shown:
-        cut = ", cut to fit" if any(prompt.truncated for prompt in shown) else ""
-        return f"{outcome}, taught by {shown[0].source}{cut}"
+        cut = ", cut to fit" if any(prompt.truncated for prompts in shown for prompt in prompts) else ""
+        return f"{outcome}, taught by {shown[0][0].source}{cut}"
     if not algorithm.needs.teacher or attempt.teachable:
         return outcome
     return f"{outcome}, " + ("no teacher prompt fits" if could_teach else "nothing to show a teacher")
@@ -108,34 +115,68 @@ def _credits(
             attempt = group.attempts[i]
             assert attempt.teachable, f"algorithm {algorithm.name} teaches an attempt that has no teacher"
             shown = [teachers.prompt(attempt), *([teachers.contrast(attempt)] if algorithm.needs.contrast else [])]
-            fitting = [prompt for prompt in shown if prompt is not None]
+            whole = [None if one is None else teachers.shown_in(one, attempt.rollout) for one in shown]
+            fitting = [prompts for prompts in whole if prompts is not None]
             attempt.teachable = len(fitting) == len(shown)
             if attempt.teachable:
                 taught[i] = fitting
                 report.taught += 1
-                report.truncated += any(prompt.truncated for prompt in fitting)
+                report.truncated += any(prompt.truncated for prompts in fitting for prompt in prompts)
             else:
                 report.unfit += 1
 
 
-def _sample(
-    attempt: Attempt, uid: str, prompt_ids: array[int], credit: Credit,
-    taught: list[Shown], algorithm: Algorithm,
-) -> Sample:  # fmt: skip
+def _samples(
+    attempt: Attempt, uid: str, prompts: dict[bytes | None, array[int]], credit: Credit,
+    taught: list[list[Shown]], algorithm: Algorithm,
+) -> Iterator[Sample]:  # fmt: skip
+    """One sample for each sequence of the attempt. They share its credit, so that the objective does not depend on how
+    an episode is split."""
     rollout = attempt.rollout
-    streams = [Stream(shown.ids, rollout.token_ids, rollout.trained) for shown in taught]
-    return Sample(
-        uid=uid,
-        sample=rollout.sample,
-        student=Stream(prompt_ids, rollout.token_ids, rollout.trained),
-        rollout_logprobs=rollout.trained_logprobs,
-        advantage=credit.advantage,
-        weights=_regularised(credit.weights, algorithm),
-        teacher=streams[0] if streams else None,
-        teacher_sample=taught[0].sibling if taught else None,
-        contrast=streams[1] if streams[1:] else None,
-        experts=rollout.experts,
-    )
+    weights, logprobs = _regularised(credit.weights, algorithm), rollout.trained_logprobs
+    sequences, done, turn = rollout.sequences, 0, 0
+    for part, (context, begin, end) in enumerate(sequences):
+        whole = len(sequences) == 1  # then the arrays are shared, not copied
+        ids = rollout.token_ids if whole else rollout.token_ids[begin:end]
+        trained = rollout.trained if whole else rollout.trained[begin:end]
+        here = done, done + int(np.count_nonzero(trained))  # its share of the attempt's trained tokens
+        turns = _turns_in(rollout, here)
+        key, own = (None, None) if context is None else (context.token_ids.tobytes(), context.token_ids)
+        begin_ids = prompts[None] if own is None else prompts.setdefault(key, own)
+        streams = [Stream(shown[part].ids, ids, trained) for shown in taught]
+        yield Sample(
+            uid=uid,
+            sample=rollout.sample,
+            student=Stream(begin_ids, ids, trained),
+            rollout_logprobs=logprobs[here[0] : here[1]],
+            advantage=_of_tokens(credit.advantage, here),
+            weights={name: _of_tokens(weight, here) for name, weight in weights.items()},
+            teacher=streams[0] if streams else None,
+            teacher_sample=taught[0][0].sibling if taught else None,
+            contrast=streams[1] if streams[1:] else None,
+            part=part,
+            attempt_length=None if whole else len(logprobs),
+            turns=turns,
+            first_turn=turn,
+            experts=rollout.experts_of(part),
+        )
+        done, turn = here[1], turn + len(turns)
+
+
+def _turns_in(rollout: Rollout, tokens: tuple[int, int]) -> tuple[int, ...]:
+    """Lengths of the turns that these of its trained tokens are made of; a sequence holds whole turns."""
+    if rollout.episode is None:
+        return ()
+    found, begin = [], 0
+    for length in rollout.episode.turns:
+        if tokens[0] <= begin < tokens[1]:
+            found.append(length)
+        begin += length
+    return tuple(found)
+
+
+def _of_tokens(value: PerToken, tokens: tuple[int, int]) -> PerToken:
+    return value[tokens[0] : tokens[1]] if isinstance(value, np.ndarray) else value
 
 
 def _regularised(weights: Mapping[str, PerToken], algorithm: Algorithm) -> dict[str, PerToken]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_srpo.algorithms.base import SelfTeaching, SourceName
-from megatron_srpo.core.records import Attempt, Group, Prompt, Rollout
+from megatron_srpo.core.records import Attempt, Context, Group, Prompt, Rollout
 
 
 class TeacherPromptLike(Protocol):
@@ -45,6 +45,7 @@ class Shown:
     truncated: bool
     sibling: int | None
     source: str = ""  # what it shows: a SourceName, or two of them
+    lesson: Lesson = Lesson()
 
 
 class TeacherSource(Protocol):
@@ -166,7 +167,8 @@ class GroupTeachers:
         }
         self._sources = {name: known[name] for name in settings.sources}
         self._contrast = Siblings(group, settings, seed, correct=False) if settings.needs.contrast else None
-        self._built: dict[tuple[str | None, str | None], TeacherPromptLike | None] = {}
+        self._plain: dict[bytes | None, array[int]] = {}  # prompts without a demonstration
+        self._built: dict[tuple[str | None, str | None, bytes | None], TeacherPromptLike | None] = {}
 
     def can_teach(self, attempt: Attempt) -> bool:
         """m_i, unless no prompt fits."""
@@ -191,14 +193,31 @@ class GroupTeachers:
         assert self._contrast is not None, "only a method with Needs.contrast has it"
         return self._shown(self._contrast.lesson(attempt))
 
-    def _shown(self, lesson: Lesson, source: str = "") -> Shown | None:
+    def shown_in(self, shown: Shown, rollout: Rollout) -> list[Shown] | None:
+        """The same lesson for each sequence of an attempt, None if it does not fit into one of them."""
+        found = []
+        for context, _, _ in rollout.sequences:
+            one = shown if context is None else self._shown(shown.lesson, shown.source, context)
+            if one is None:
+                return None
+            found.append(one)
+        return found
+
+    def _shown(self, lesson: Lesson, source: str = "", context: Context | None = None) -> Shown | None:
+        prompt = self._prompt
+        if context is not None:
+            prompt = replace(
+                prompt, messages=context.messages, tools=context.tools, question=context.question,
+                token_ids=list(context.token_ids),
+            )  # fmt: skip
+        key = (lesson.solution, lesson.feedback, None if context is None else context.token_ids.tobytes())
         if lesson == Lesson():
-            return Shown(array("i", self._prompt.token_ids), truncated=False, sibling=None, source=source)
-        shown = (lesson.solution, lesson.feedback)
-        if shown not in self._built:
-            self._built[shown] = self._build(self._prompt, *shown)
-        built = self._built[shown]
-        return None if built is None else Shown(built.ids, built.truncated, lesson.sibling, source)
+            ids = self._plain.setdefault(key[2], array("i", prompt.token_ids))
+            return Shown(ids, truncated=False, sibling=None, source=source)
+        if key not in self._built:
+            self._built[key] = self._build(prompt, lesson.solution, lesson.feedback)
+        built = self._built[key]
+        return None if built is None else Shown(built.ids, built.truncated, lesson.sibling, source, lesson)
 
 
 def stable_hash(*parts: int | str) -> int:

@@ -147,7 +147,7 @@ class _Packer:
             teacher=_even(teacher, self._padding.rows, at_least=0),
             loss_tokens=sum(samples[i].length for i in counted),
             distill_tokens=sum(samples[i].distilled for i in counted),
-            responses=sum(samples[i].length > 0 for i in counted),
+            responses=sum(samples[i].length > 0 and samples[i].part == 0 for i in counted),
             forwarded={
                 "student": self._forwarded(student, "student"),
                 "teacher": self._forwarded(teacher, "teacher"),

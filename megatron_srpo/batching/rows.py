@@ -180,9 +180,9 @@ class _Layout:
         return self.spread(torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.float32)])))
 
     def first_tokens(self) -> Tensor:
-        """[T] fp32, 1 at the position that predicts the first trained token of a counted sample."""
+        """[T] fp32, 1 at the position that predicts the first trained token of a counted attempt."""
         lengths = torch.tensor([sample.length for sample in self.samples], dtype=torch.long)
-        counted = torch.tensor([float(sample.counted) for sample in self.samples])
+        counted = torch.tensor([float(sample.counted and sample.part == 0) for sample in self.samples])
         starts = (lengths.cumsum(0) - lengths)[lengths > 0]
         result = torch.zeros(self.total)
         result[self.positions[starts]] = counted[lengths > 0]
@@ -224,10 +224,17 @@ def _pack(
         advantages=layout.per_token([sample.advantage for sample in mine]),
         rollout_logprobs=layout.per_token([sample.rollout_logprobs for sample in mine]),
         first_token=layout.first_tokens(),
-        response_tokens=layout.per_token([float(sample.length) for sample in mine]),
+        response_tokens=layout.per_token([float(sample.response_length) for sample in mine]),
+        turn=layout.per_token([_turn_numbers(sample) for sample in mine]) if any(s.turns for s in mine) else None,
         weights={name: layout.per_token([sample.weights.get(name, 0.0) for sample in mine]) for name in names},
         scores=Scores() if scores is None else _scored([scores[index] for index in row.samples], layout),
     )
+
+
+def _turn_numbers(sample: Sample) -> PerToken:
+    """The number of the turn of each trained token, from 1."""
+    numbers = np.arange(sample.first_turn + 1, sample.first_turn + 1 + len(sample.turns), dtype=np.float32)
+    return np.repeat(numbers, sample.turns) if sample.turns else 1.0
 
 
 def _scored(scores: Sequence[Scores], layout: _Layout) -> Scores:

@@ -45,7 +45,7 @@ def contradictions(
     must exist ("train", "test").
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *config.algorithm.problems()]
-    problems += [*_rewards(config), *_schedule(config), *_layout(config), *_servers(config)]
+    problems += [*_rewards(config), *_environments(config), *_schedule(config), *_layout(config), *_servers(config)]
     problems += [*template_problems(config.teacher), *file_problems(config, splits)]
     if hf_config is not None:
         problems += _model(config, hf_config)
@@ -182,6 +182,30 @@ def _rewards(config: Config) -> Iterator[str]:
             f'reward.mcq_format = "{config.reward.mcq_format}": reward.functions.mcq = '
             f'"{config.reward.functions["mcq"]}" scores these rows instead of the built-in function; remove one of them'
         )
+
+
+def _environments(config: Config) -> Iterator[str]:
+    settings, algorithm = config.environment, config.algorithm
+    for kind in settings.arguments:
+        if kind not in settings.classes:
+            yield f"environment.arguments.{kind}: environment.classes has no kind {kind!r}; add it, or remove these"
+    if not settings.classes:
+        return
+    if config.rollout.max_staleness:
+        yield (
+            f"rollout.max_staleness = {config.rollout.max_staleness}: episodes with environments cannot be generated "
+            "ahead of the training yet; set it to 0"
+        )
+    if settings.history == "split":
+        for key, value, wrong in (
+            ("importance_ratio", algorithm.importance_ratio, "sequence"),
+            ("rollout_correction", algorithm.rollout_correction, "sequence_mask"),
+        ):
+            if value == wrong:
+                yield (
+                    f'algorithm.{key} = "{wrong}": takes a mean over a whole response, and environment.history = '
+                    '"split" may train an episode as several samples; set environment.history = "keep"'
+                )
 
 
 def _schedule(config: Config) -> Iterator[str]:

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_srpo.config.schema import Config
+from megatron_srpo.core.errors import nearest
 
+ENVIRONMENTS = ("tools", "python", "textarena", "openenv")  # those that are built in
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -25,6 +27,7 @@ def file_problems(config: Config, splits: Iterable[str]) -> Iterator[str]:
                 yield f'data.{split} = "{name}": {problem}'
     if splits:
         yield from _reward_files(config)
+        yield from _environment_files(config)
     if "train" in splits:
         yield from _output_folder(config.run.output_dir)
         yield from _export_folder(config)
@@ -35,6 +38,24 @@ def _reward_files(config: Config) -> Iterator[str]:
         file = Path(reference.rpartition(":")[0]).expanduser()
         if file.suffix == ".py" and not os.path.isfile(file):
             yield f'reward.functions.{kind} = "{reference}": no such file (looked from {Path.cwd()})'
+
+
+def _environment_files(config: Config) -> Iterator[str]:
+    interpreter = config.environment.interpreter
+    if interpreter and not os.access(interpreter, os.X_OK):
+        yield f'environment.interpreter = "{interpreter}": is no program (looked from {Path.cwd()})'
+    for kind, reference in config.environment.classes.items():
+        where, _, name = reference.rpartition(":")
+        if reference in ENVIRONMENTS:
+            continue
+        if not where or not name:
+            known = ", ".join(ENVIRONMENTS)
+            yield (
+                f'environment.classes.{kind} = "{reference}": expected one of {known}, "module:Class" or '
+                f'"path/file.py:Class".{nearest(reference, ENVIRONMENTS)}'
+            )
+        elif where.endswith(".py") and not os.path.isfile(Path(where).expanduser()):
+            yield f'environment.classes.{kind} = "{reference}": no such file (looked from {Path.cwd()})'
 
 
 def _data_file(file: Path) -> str | None:

@@ -280,6 +280,36 @@ class RewardConfig(Section):
     """Score of a response whose reward function raised, timed out or crashed."""
 
 
+class EnvironmentConfig(Section):
+    classes: dict[str, str] = {}
+    """Environments by kind of row: "tools", "python", "textarena", "openenv", or your own class as "module:Class" or
+    "path/file.py:Class". Rows of other kinds are answered in one turn."""
+    arguments: dict[str, dict[str, Any]] = {}
+    """Arguments of the environments' constructors, by kind."""
+    max_turns: int = Field(8, ge=1)
+    """Largest number of the model's turns in an episode. An episode that needs more is cut."""
+    max_turn_tokens: int = Field(0, ge=0)
+    """Longest turn of the model in tokens. 0 means as much as rollout.max_response_length leaves. All turns and all
+    answers of the environment together have at most rollout.max_response_length tokens."""
+    history: Literal["split", "keep"] = "split"
+    """What to do if the chat template rewrites earlier turns. "split" begins a new training sample with the rewritten
+    text, as a server would send it. "keep" continues the tokens as they are. If the template rewrites nothing, both
+    are the same."""
+    processes: int = Field(256, ge=1)
+    """Largest number of episodes that run at a time on one engine, each in a process of its own. Fewer than
+    rollout.max_num_seqs leaves the engine waiting."""
+    step_timeout_seconds: float = Field(30.0, gt=0)
+    """Seconds that an environment may take to start or to answer a turn."""
+    memory_mib: int = Field(2048, ge=0)
+    """Address space in MiB that an episode's process may use beyond what it has at its start. 0 means no limit."""
+    interpreter: Folder = ""
+    """Python of another virtual environment, in which environments run. Use it for libraries that cannot be installed
+    together with vLLM. Empty takes the trainer's own."""
+    variables: list[str] = []
+    """Names of environment variables, for example the key of a service, that environments inherit. Otherwise they
+    inherit only what Python and its libraries need, and no keys."""
+
+
 class OptimizerConfig(Section):
     lr: float = Field(5e-6, gt=0)
     """Learning rate of Adam after the warm-up."""
@@ -404,6 +434,7 @@ class Config(Section):
     algorithm: AnyAlgorithm = algorithm()
     teacher: TeacherConfig = TeacherConfig()
     reward: RewardConfig = RewardConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

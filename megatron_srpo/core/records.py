@@ -44,11 +44,46 @@ class Prompt:
     metadata: Mapping[str, object] = field(default_factory=dict)  # the row's other fields
     source: str = ""  # "file:line", for messages
     solution: str = ""  # the data's own worked solution (data.solution_key); "" if it has none
+    tools: tuple[Mapping[str, object], ...] = ()  # JSON schemas of functions, for the chat template
+    question: int | None = None  # index of the message that a teacher's prompt replaces; None: the last user message
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a sequence of an episode begins with, if that is not the prompt of the data.
+
+    An environment may begin with messages or tools of its own, and a chat template may rewrite what was said before.
+    """
+
+    start: int  # index of the first of the rollout's tokens that follow it
+    token_ids: array[int]  # never trained
+    messages: tuple[dict[str, str], ...]  # what the tokens were rendered from
+    tools: tuple[Mapping[str, object], ...] = ()
+    question: int | None = None  # as in Prompt
+
+
+@dataclass
+class Episode:
+    """What a conversation with an environment adds to a rollout.
+
+    Example: Episode(turns=(14, 9), messages=[{"role": "assistant", …}, {"role": "tool", …}, {"role": "assistant", …}],
+                     reply="It is 42.", reward=None, tool_calls=1)
+    """
+
+    turns: tuple[int, ...]  # number of sampled tokens of each turn of the model
+    messages: list[dict[str, str]]  # everything behind the first prompt
+    reply: str  # text of the last turn: what a reward function scores
+    reward: Reward | None  # the environment's own; None: the reward function of the row's kind scores `reply`
+    feedback: str | None = None  # the environment's; the reward function's is added to it
+    tool_calls: int = 0
+    tool_errors: int = 0  # calls that could not be read or carried out; the model was told
+    cut: str = ""  # which budget ended it: "turns", "tokens", or "" if none did
 
 
 @dataclass
 class Rollout:
-    """One response of the engine to one prompt.
+    """One response of the engine to one prompt, or a whole episode: several responses with the environment's tokens
+    between them.
 
     Token ids and log-probs become arrays of 4 bytes a value: as Python lists, the responses of a large batch would not
     fit into the memory of rank 0, nor travel in time.
@@ -61,7 +96,7 @@ class Rollout:
     sample: int  # 0 … G-1 inside its group
     token_ids: array[int]  # what follows the prompt; its end-of-sequence token included when it ended by itself
     logprobs: array[float]  # [len(token_ids)] the engine's log-probs at the sampling temperature
-    text: str  # decoded without special tokens
+    text: str  # decoded without special tokens; of an episode: what was said, without thinking
     finish_reason: str  # "stop" or "length"
     weight_version: int  # the publish that produced it; the oldest one if there were several
     token_versions: list[int] | None = None  # the publish behind each token; None: weight_version for all of them
@@ -69,9 +104,13 @@ class Rollout:
     trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool), compare=False)
     """[len(token_ids)] True for tokens that the policy sampled, False for tokens of the environment (a tool's answer).
     An empty mask, the default, becomes True everywhere."""
-    experts: Experts | None = field(default=None, compare=False)
+    experts: Experts | tuple[Experts, ...] | None = field(default=None, compare=False)
     """uint8 or uint16, what the engine used for each token of prompt and response but the last, which it never
-    computed; None if it was not asked for them."""
+    computed; None if it was not asked for them. An episode has them for each of its `sequences`."""
+    contexts: tuple[Context, ...] = ()
+    """Where sequences of their own begin. Empty, as for every rollout without an environment: all tokens follow the
+    prompt of the data."""
+    episode: Episode | None = None  # None: one turn, without an environment
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, array):
@@ -93,6 +132,20 @@ class Rollout:
         responses have none, and copies of them would fill the memory of rank 0."""
         logprobs = np.asarray(self.logprobs, dtype=np.float32)
         return logprobs if self.trained.all() else logprobs[self.trained]
+
+    @property
+    def sequences(self) -> list[tuple[Context | None, int, int]]:
+        """What each sequence's tokens follow, None for the prompt of the data, and the indices at which they begin and
+        end."""
+        ends = [*(context.start for context in self.contexts), len(self.token_ids)]
+        found: list[tuple[Context | None, int, int]] = [(None, 0, ends[0])] if ends[0] or not self.contexts else []
+        for context, end in zip(self.contexts, ends[1:], strict=True):
+            found.append((context, context.start, end))
+        return found
+
+    def experts_of(self, part: int) -> Experts | None:
+        """The experts of one of the `sequences`, from its first token on."""
+        return self.experts[part] if isinstance(self.experts, tuple) else self.experts
 
 
 @dataclass
@@ -138,9 +191,16 @@ class Group:
 
     prompt: Prompt
     attempts: list[Attempt]
-    samples: list[Sample] = field(default_factory=list)  # what routing made of the attempts, in their order
+    samples: list[Sample] = field(default_factory=list)
+    """What routing made of the attempts, in their order: one for each, and several for an episode of several
+    sequences."""
     iteration: int = 0  # of the run, counted from 0; routing sets it
     history: History = History()  # only for an algorithm that needs it
+
+    @property
+    def first_samples(self) -> list[Sample]:
+        """The first sample of each attempt, in their order: an attempt's samples have one branch and one advantage."""
+        return [sample for sample in self.samples if sample.part == 0]
 
     @property
     def scores(self) -> list[float]:
@@ -253,6 +313,15 @@ class Sample:
     teacher_sample: int | None = None  # the sibling that teaches; None: another source, or no teacher
     contrast: Stream | None = None  # the same behind a prompt that shows a wrong answer; Needs.contrast alone
     experts: Experts | None = field(default=None, compare=False)  # of the student's tokens: Rollout.experts
+    part: int = 0  # which sequence of its attempt it is; parts share the attempt's credit, and count as one response
+    attempt_length: int | None = None  # trained tokens of the whole attempt; None: `length`
+    turns: tuple[int, ...] = ()  # trained tokens of each turn in it; () for one turn
+    first_turn: int = 0  # the number of the first of them in the attempt
+
+    @property
+    def response_length(self) -> int:
+        """Trained tokens of the attempt that it is a part of."""
+        return self.length if self.attempt_length is None else self.attempt_length
 
     @property
     def length(self) -> int:

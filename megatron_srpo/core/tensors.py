@@ -67,9 +67,10 @@ class PackedBatch:
     loss_mask: Tensor  # fp32, 1 where the target is a trained token of a counted sample
     advantages: Tensor  # fp32
     rollout_logprobs: Tensor  # fp32
-    first_token: Tensor  # fp32, 1 where the target is the first trained token of a counted sample
+    first_token: Tensor  # fp32, 1 where the target is the first trained token of a counted attempt
     weights: dict[str, Tensor] = field(default_factory=dict)  # fp32, by loss term
-    response_tokens: Tensor | None = None  # fp32, R of the sample that the target belongs to
+    response_tokens: Tensor | None = None  # fp32, R of the attempt that the target belongs to
+    turn: Tensor | None = None  # fp32, number of the episode's turn that the target belongs to, from 1; None: one turn
     scores: Scores = field(default_factory=Scores)  # [T, …]
     prefixes: tuple[int, ...] = ()
     """Which sequence each sequence goes on behind, −1: none. One that several go on behind is a prompt without its last

@@ -5,11 +5,14 @@
     sentencepiece_folder.py loads a tokenizer from a folder with tokenizer.model alone
     prompts.py              applies the chat template and drops prompts that are too long
     loader.py               makes batches in a deterministic order, at which a checkpoint can resume
+    conversation.py         the token stream of a conversation in several turns
+    control_tokens.py       tokens that mark turns, which text of others must not contain
     teacher_prompt.py       builds question + demonstration + feedback, cut to length
 
 A mistake of the user is a DataError, which says what was expected, what came, and the cure.
 """
 
+from megatron_srpo.data.conversation import Chat, Conversation
 from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows, look_up, read_records
 from megatron_srpo.data.loader import PromptLoader
 from megatron_srpo.data.prompts import hides_system, render_prompts
@@ -17,6 +20,8 @@ from megatron_srpo.data.teacher_prompt import TeacherPrompt, TeacherPromptBuilde
 from megatron_srpo.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from
 
 __all__ = [
+    "Chat",
+    "Conversation",
     "DataError",
     "Example",
     "LoadReport",

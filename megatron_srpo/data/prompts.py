@@ -10,7 +10,15 @@ from megatron_srpo.core.time_limit import TimeIsUp, time_limit
 from megatron_srpo.data.dataset import DataError, Example
 from megatron_srpo.data.tokenizer import Tokenizer
 
-_RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+_RESERVED = {
+    "conversation",
+    "tools",
+    "messages",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+}
 TEMPLATE_SECONDS = 10.0  # limit for one prompt, which takes less than a millisecond
 _AT_ONCE = 1024  # texts in one call of the tokenizer
 
@@ -44,16 +52,18 @@ def render_prompts(
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], kwargs: Mapping[str, object], where: str
+    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], kwargs: Mapping[str, object], where: str,
+    tools: Sequence[Mapping[str, object]] = (),
 ) -> str:  # fmt: skip
     """The text of the chat template for the messages, up to the assistant's answer. `where` is the place that an error
-    names. DataError if the template refuses them."""
+    names, `tools` are JSON schemas of functions. DataError if the template refuses them."""
     reserved = _RESERVED & set(kwargs)
     if reserved:
         raise DataError(f"data.chat_template_kwargs: {sorted(reserved)} are set by the trainer; remove them")
     try:
         with time_limit(TEMPLATE_SECONDS):
-            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+            options = {**kwargs, "tools": list(tools)} if tools else kwargs
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options)
     except TimeIsUp as error:
         raise DataError(
             f"{where}: the tokenizer's chat template does not come to an end ({error}). Use another template"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from megatron_srpo.config import DataConfig, TeacherConfig
 from megatron_srpo.config.templates import Piece, template_pieces
 from megatron_srpo.core.records import Prompt
+from megatron_srpo.data.control_tokens import control_tokens
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.prompts import encode, render_chat
 from megatron_srpo.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class TeacherPromptBuilder:
             name: template_pieces(f"{name}_section", getattr(teacher, f"{name}_section"))
             for name in ("solution", "feedback")
         }
-        self._untrusted = _UntrustedText(tokenizer, self._control_tokens())
+        self._untrusted = _UntrustedText(tokenizer, control_tokens(tokenizer, self._kwargs))
         self._gap = self._untrusted.encode(_GAP)
         self._check_chat_template()
 
@@ -108,10 +108,11 @@ class TeacherPromptBuilder:
         """The whole chat, as literal text and the places of the untrusted texts in it."""
         marks = _marks(prompt.messages)
         messages = list(prompt.messages)
-        last = max(index for index, message in enumerate(messages) if message["role"] == "user")
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        last = max(users) if prompt.question is None else prompt.question
         content = self._content(messages[last]["content"], {name: marks[name] for name in shown})
         messages[last] = {**messages[last], "content": content}
-        text = render_chat(self._tokenizer, messages, self._kwargs, prompt.uid)
+        text = render_chat(self._tokenizer, messages, self._kwargs, prompt.uid, prompt.tools)
         names = {mark: name for name, mark in marks.items()}
         parts = re.split("(" + "|".join(names) + ")", text)
         return [("field", names[part]) if part in names else ("text", part) for part in parts if part]
@@ -122,18 +123,6 @@ class TeacherPromptBuilder:
         for name, mark in marks.items():
             fields[name] = _fill(self._sections[name], {name: mark})
         return _fill(self._template, fields)
-
-    def _control_tokens(self) -> list[str]:
-        """The special tokens, and the added tokens with which the chat template marks turns: some tokenizers do not
-        call them special."""
-        chat = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-        text = render_chat(self._tokenizer, chat[:1], self._kwargs, "teacher")
-        with suppress(DataError):  # a template may refuse an earlier answer
-            text += render_chat(self._tokenizer, chat, self._kwargs, "teacher")
-        special = [token for token in self._tokenizer.all_special_tokens if token != self._tokenizer.unk_token]
-        # Some tokenizers have runs of spaces, or words, among the added tokens: these are text.
-        added = [token for token in self._tokenizer.get_added_vocab() if token.strip() and not token.isalnum()]
-        return special + [token for token in added if token in text and token not in special]
 
     def _check_chat_template(self) -> None:
         messages = ({"role": "user", "content": "question"},)

@@ -31,6 +31,7 @@ from megatron_srpo.losses.head import Head
 from megatron_srpo.losses.policy import k3, policy_loss, rollout_weights, sequence_mean
 from megatron_srpo.losses.vocab_parallel import full_divergence
 
+LAST_TURN = 4  # of an episode whose gap between trainer and engine has a metric of its own; it includes later ones
 JENSEN_SHANNON = 0.5  # the α of the symmetric divergence
 
 
@@ -99,6 +100,10 @@ class RowState:
             "rollout_corr/kl": mean_over(-gap, self.mask),
             "rollout_corr/weight": mean_over(self.correction, self.mask),
         }
+        if self.batch.turn is not None:
+            later = {f"{turn}": self.batch.turn == turn for turn in range(1, LAST_TURN)}
+            for name, on in {**later, f"{LAST_TURN}_and_later": self.batch.turn >= LAST_TURN}.items():
+                found[f"rollout_corr/logprob_diff_turn_{name}"] = mean_over(gap.abs(), self.mask * on)
         if self.reference_kl is not None:
             found["actor/kl_loss"] = mean_over(self.reference_kl, self.mask)
         return found

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from megatron_srpo.algorithms.report import branch
-from megatron_srpo.core.records import Group, Sample
+from megatron_srpo.core.records import Group, Rollout, Sample
 
 FEEDBACK = 200  # characters of feedback of a prompt that is not kept whole
 Decode = Callable[[Sequence[int]], str]
@@ -28,15 +28,15 @@ def evaluated_record(group: Group) -> dict[str, JsonValue]:
 
 def _trained(group: Group, *, whole: bool, decode: Decode) -> dict[str, JsonValue]:
     record = _scored(group, whole=whole) | {
-        "advantages": [_advantage(sample) for sample in group.samples],
-        "branches": [branch(sample) for sample in group.samples],
+        "advantages": [_advantage(sample) for sample in group.first_samples],
+        "branches": [branch(sample) for sample in group.first_samples],
         "why": [attempt.why for attempt in group.attempts],
-        "teachers": [sample.teacher_sample for sample in group.samples],
+        "teachers": [sample.teacher_sample for sample in group.first_samples],
     }
     if whole:
         record |= _texts(group)
         record["teacher_prompts"] = [
-            None if sample.teacher is None else decode(sample.teacher.prompt_ids) for sample in group.samples
+            None if sample.teacher is None else decode(sample.teacher.prompt_ids) for sample in group.first_samples
         ]
     return record
 
@@ -59,9 +59,30 @@ def _scored(group: Group, *, whole: bool) -> dict[str, JsonValue]:
 
 
 def _texts(group: Group) -> dict[str, JsonValue]:
-    return {
+    rollouts = [attempt.rollout for attempt in group.attempts]
+    episodes: dict[str, JsonValue] = {}
+    if any(rollout.episode is not None for rollout in rollouts):
+        episodes = {"episodes": [_episode(rollout) for rollout in rollouts]}
+    return episodes | {
         "prompt": group.prompt.messages[-1]["content"] if group.prompt.messages else "",
-        "responses": [attempt.rollout.text for attempt in group.attempts],
+        "responses": [rollout.text for rollout in rollouts],
+    }
+
+
+def _episode(rollout: Rollout) -> JsonValue:
+    """A whole conversation behind its prompt: messages, and the numbers of tokens that were sampled in each turn."""
+    episode = rollout.episode
+    if episode is None:
+        return None
+    own = rollout.contexts[:1] if rollout.contexts and rollout.contexts[0].start == 0 else ()
+    return {
+        "first_messages": [dict(message) for context in own for message in context.messages],
+        "messages": [dict(message) for message in episode.messages],
+        "turn_tokens": list(episode.turns),
+        "sequences": len(rollout.sequences),
+        "tool_calls": episode.tool_calls,
+        "tool_errors": episode.tool_errors,
+        "cut": episode.cut,
     }
 
 

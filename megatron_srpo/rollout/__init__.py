@@ -11,20 +11,33 @@ The rest of the package imports engines from here only, so that another engine i
 file. Importing this package imports no vLLM.
 """
 
-from megatron_srpo.rollout.engine import GenerateRequest, RolloutEngine, RolloutError, SamplingSettings, request_seed
+from megatron_srpo.rollout.engine import (
+    Feed,
+    GenerateRequest,
+    OnRollout,
+    RolloutEngine,
+    RolloutError,
+    SamplingSettings,
+    experts_of_turns,
+    request_seed,
+    turn_seed,
+)
 from megatron_srpo.rollout.prefetcher import Prefetcher
 from megatron_srpo.rollout.vllm import (
     ColocatedEngine,
     ServersEngine,
     ServersFollower,
     become_server,
+    engine_tool_parser,
     prepare_environment,
     prompt_traces,
 )
 
 __all__ = [
     "ColocatedEngine",
+    "Feed",
     "GenerateRequest",
+    "OnRollout",
     "Prefetcher",
     "RolloutEngine",
     "RolloutError",
@@ -32,7 +45,10 @@ __all__ = [
     "ServersEngine",
     "ServersFollower",
     "become_server",
+    "engine_tool_parser",
+    "experts_of_turns",
     "prepare_environment",
     "prompt_traces",
     "request_seed",
+    "turn_seed",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Experts, Rollout
+from megatron_srpo.core.records import Experts, Prompt, Rollout
 
 OnRollout = Callable[[Rollout], None]
 T = TypeVar("T")
@@ -68,6 +68,13 @@ class GenerateRequest:
     sample: int  # 0 … G-1 inside its group
     token_ids: list[int]  # of the prompt
     seed: int  # of this response's sampling; see request_seed
+    max_tokens: int = 0  # of this response, at most those of the call; 0: as many
+    row: Prompt | None = None  # what an episode is about; None: one turn
+    group_seed: int = 0  # of the environment: the same for all samples of a group
+
+    def longest(self, sampling: SamplingSettings) -> int:
+        """Tokens of its longest response."""
+        return self.max_tokens or sampling.max_tokens
 
 
 def request_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
@@ -87,13 +94,22 @@ def experts_of_turns(records: Sequence[Experts]) -> Experts:
     return joined
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of a later turn of an episode, from that of its first turn, number 0."""
+    if turn == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/turn {turn}".encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
 def check_lengths(requests: Sequence[GenerateRequest], sampling: SamplingSettings, max_model_len: int) -> None:
-    """Raise RolloutError for a prompt that leaves no room for `max_tokens`."""
+    """Raise RolloutError for a prompt that leaves no room for its longest response."""
     for request in requests:
-        if not 0 < len(request.token_ids) <= max_model_len - sampling.max_tokens:
+        longest = request.longest(sampling)
+        if not 0 < len(request.token_ids) <= max_model_len - longest:
             raise RolloutError(
                 f"prompt {request.prompt} has {len(request.token_ids)} tokens: expected 1 to "
-                f"{max_model_len - sampling.max_tokens}, so that {sampling.max_tokens} more fit in "
+                f"{max_model_len - longest}, so that {longest} more fit in "
                 f"{max_model_len}. Raise data.max_prompt_length, or drop it."
             )
 
@@ -106,6 +122,21 @@ def decode_inside(vocab_size: int, decode: Callable[[list[int]], str], ids: list
         bad = next(token for token in ids if type(token) is not int or not 0 <= token < vocab_size)
         raise ValueError(f"token id {bad!r} is outside the vocabulary of model.path, which has {vocab_size}")
     return decode(ids)
+
+
+class Feed(Protocol):
+    """Requests that become ready while others are being answered: the turns of episodes, each behind its last."""
+
+    def ready(self, *, wait: bool) -> list[GenerateRequest] | None:
+        """Requests that are ready and were not given before; None if there will be no more. With `wait` it returns
+        when there is one, or None. At any time an episode, which (prompt, sample) identifies, has one request at
+        most. What fails in an episode is not raised here, but what fails around it is."""
+
+    def answer(self, rollout: Rollout) -> None:
+        """The response to a request; it must be quick, and must not raise. Called from any thread."""
+
+    def stop(self) -> None:
+        """Have `ready` return None at once: an engine has failed. Called from any thread."""
 
 
 class RolloutEngine(Protocol):
@@ -123,6 +154,15 @@ class RolloutEngine(Protocol):
         is called with each response when it is complete, while others are still being generated. It is called on one
         rank, the one that has the response first. It must be quick, and must not raise.
         """
+        ...
+
+    def converse(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        begin: Callable[[list[GenerateRequest]], Feed],
+    ) -> None:  # fmt: skip
+        """Answer the requests of feeds until these have no more. Every rank passes the same `requests`, which stand
+        for episodes. A rank that has an engine calls `begin` with its share of them, and serves the feed that it
+        returns: it generates whatever is ready, while other episodes wait for their environments."""
         ...
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

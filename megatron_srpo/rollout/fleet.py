@@ -18,7 +18,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from megatron_srpo.core.records import Rollout
-from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, RolloutError, SamplingSettings
+from megatron_srpo.rollout.engine import Feed, GenerateRequest, OnRollout, RolloutError, SamplingSettings
 from megatron_srpo.rollout.http import BadAnswer, ServerError, UnacceptableRequest
 
 KEEP_TOGETHER = 8  # a prompt's samples stay on one server, for its prefix cache, until it is this many requests ahead
@@ -116,7 +116,7 @@ class Job:
     @property
     def cost(self) -> int:
         """Its tokens, if the response is of full length."""
-        return len(self.request.token_ids) + self.sampling.max_tokens
+        return len(self.request.token_ids) + self.request.longest(self.sampling)
 
 
 class Fleet(Generic[ServerT]):
@@ -297,9 +297,16 @@ class Fleet(Generic[ServerT]):
     ) -> list[Rollout]:
         """An answer to each request, sorted by (prompt, sample). `salt` separates this call's entries in the prefix
         cache, because entries of an earlier call would change roundings."""
-        loop = asyncio.get_running_loop()
         ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
-        jobs = [Job(request, sampling, salt, on_rollout, loop.create_future()) for request in ordered]
+        jobs = [self._job(request, sampling, salt, on_rollout) for request in ordered]
+        return await self._answers(jobs, salt)
+
+    def _job(
+        self, request: GenerateRequest, sampling: SamplingSettings, salt: str, on_rollout: OnRollout | None
+    ) -> Job:
+        return Job(request, sampling, salt, on_rollout, asyncio.get_running_loop().create_future())
+
+    async def _answers(self, jobs: Sequence[Job], salt: str) -> list[Rollout]:
         self._pending.extend(jobs)
         self._fail_if_none_left()
         self.pump()
@@ -310,7 +317,39 @@ class Fleet(Generic[ServerT]):
                 job.answer.cancel()
             raise
         finally:
-            self._homes = {place: server for place, server in self._homes.items() if place[0] != salt}
+            self._forget_homes(salt)
+
+    async def converse(self, feed: Feed, sampling: SamplingSettings, salt: str) -> list[Rollout]:
+        """Answer the requests of a feed until it has no more; see RolloutEngine. The turns of an episode share the
+        prefix cache, and so do the samples of a prompt. Returns [], the feed has the answers."""
+        jobs: set[asyncio.Future[Rollout]] = set()
+        failed: list[BaseException] = []
+
+        def done(answer: asyncio.Future[Rollout]) -> None:
+            jobs.discard(answer)
+            if not answer.cancelled() and answer.exception() is not None:
+                failed.append(answer.exception() or RuntimeError())
+                feed.stop()
+
+        try:
+            while (requests := await asyncio.to_thread(feed.ready, wait=True)) is not None:
+                for request in requests:
+                    job = self._job(request, sampling, salt, feed.answer)
+                    jobs.add(job.answer)
+                    job.answer.add_done_callback(done)
+                    self._pending.append(job)
+                self._fail_if_none_left()
+                self.pump()
+            if failed:
+                raise failed[0]
+            return []
+        finally:
+            for answer in list(jobs):
+                answer.cancel()
+            self._forget_homes(salt)
+
+    def _forget_homes(self, salt: str) -> None:
+        self._homes = {place: server for place, server in self._homes.items() if place[0] != salt}
 
     def hold(self) -> None:
         """Send no further request until `release`."""

@@ -32,13 +32,16 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
     """Reward workers on every rank that an engine hands its responses to; the configured number is shared among
     them."""
     from megatron_srpo.rewards import RewardPool
+    from megatron_srpo.rewards.registry import unknown
     from megatron_srpo.run.scorer import IdleScorer, PoolScorer
 
     control, topology = session.control, session.topology
     # With servers, rank 0 receives the responses of all of them.
     size = topology.world_size if config.rollout.placement == "servers" else config.rollout.tensor_parallel_size
     workers = -(-config.reward.workers // max(1, topology.world_size // size))
-    kinds = control.share(role.kinds)
+    # Environments may give the rewards of their kinds themselves.
+    own = {kind for kind in config.environment.classes if unknown(kind, config.reward.functions)}
+    kinds = control.share(role.kinds) - own
 
     def build() -> Scorer:
         if topology.rank % size:

@@ -16,6 +16,7 @@ from megatron_srpo.core.records import Prompt, Reward
 from megatron_srpo.core.text import visible
 from megatron_srpo.rewards import RewardPool, RewardTask
 from megatron_srpo.rewards.made_up import forms
+from megatron_srpo.rewards.registry import unknown
 
 if TYPE_CHECKING:
     from megatron_srpo.algorithms.base import SourceName
@@ -81,11 +82,23 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
     kinds: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         kinds.setdefault(prompt.kind, []).append(prompt)
+    readings: dict[str, list[int]] = {}
+    if config.environment.classes:
+        from megatron_srpo.run.check_environments import first_readings
+
+        readings, found = first_readings(config, prompting.tokenizer, prompting.chat_options, prompts)
+        problems += found
     reward = config.reward.model_copy(update={"workers": 1})
-    with RewardPool(reward, kinds) as pool:
+    with RewardPool(reward, {kind for kind in kinds if unknown(kind, config.reward.functions) is None}) as pool:
         for kind, group in kinds.items():
             say(f'\nkind "{kind}": {len(group)} train prompts')
             _show_prompt(config, prompting, group[0], say)
+            if kind in readings:
+                say(f"what an episode with its environment begins with ({len(readings[kind])} tokens):")
+                _show(prompting.tokenizer.decode(readings[kind]), say)
+            if unknown(kind, config.reward.functions):
+                say("its environment gives the rewards")
+                continue
             report = examine(pool, group, own=kind in config.reward.functions, threshold=threshold(config))
             say(str(report))
             problems += report.problems()

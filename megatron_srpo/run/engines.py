@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config
+from megatron_srpo.rewards.registry import unknown
 from megatron_srpo.rollout import RolloutEngine
 from megatron_srpo.run.roles import Driver, Role
 from megatron_srpo.run.session import Session
 
+if TYPE_CHECKING:
+    from megatron_srpo.environments.episodes import EpisodeRunner
+
 
 def build_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
-    """The engine of rollout.placement. Collective."""
+    """The engine of rollout.placement, with the environments of the configuration. Collective."""
+    engine = _one_turn_engine(config, session, role)
+    if not config.environment.classes:
+        return engine
+    from megatron_srpo.environments.engine import EpisodeEngine
+
+    try:
+        return EpisodeEngine(engine, _episode_runner(config, session, role), session.control)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _episode_runner(config: Config, session: Session, role: Role) -> EpisodeRunner | None:
+    """On ranks whose engine is handed requests: rank 0 with servers, else the first rank of each engine. Collective."""
+    control, topology = session.control, session.topology
+    options = control.share(role.chat_options)
+    size = topology.world_size if config.rollout.placement == "servers" else config.rollout.tensor_parallel_size
+
+    def build() -> EpisodeRunner | None:
+        from megatron_srpo.data import Chat, load_tokenizer
+        from megatron_srpo.environments.episodes import EpisodeRunner
+
+        if topology.rank % size:
+            return None
+        chat = Chat(
+            load_tokenizer(config.model.tokenizer or config.model.path), options, config.environment.history
+        )  # fmt: skip
+        scored = {kind for kind in config.environment.classes if unknown(kind, config.reward.functions) is None}
+        return EpisodeRunner(config, chat, scored, lambda text: role.log.warn(text))
+
+    return control.everywhere(build)
+
+
+def _one_turn_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
     from megatron_srpo.bridge import Verifier
     from megatron_srpo.rollout import ColocatedEngine
 

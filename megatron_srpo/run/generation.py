@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Literal
 
@@ -17,10 +17,11 @@ EVALUATION = -1  # the iteration of its seeds: the same at every evaluation, so 
 
 
 class Requests:
-    """The requests of a batch: all samples of all prompts. A prompt that comes again in a refill gets new seeds."""
+    """The requests of a batch: all samples of all prompts. A prompt that comes again in a refill gets new seeds.
+    Prompts of the kinds in `episodes` are talked about with an environment."""
 
-    def __init__(self, seed: int, samples: int) -> None:
-        self._seed, self._samples = seed, samples
+    def __init__(self, seed: int, samples: int, episodes: Collection[str] = ()) -> None:
+        self._seed, self._samples, self._episodes = seed, samples, episodes
 
     def __call__(self, prompts: list[Prompt], iteration: int, refill: int) -> list[GenerateRequest]:
         return [
@@ -29,6 +30,8 @@ class Requests:
                 sample=sample,
                 token_ids=prompt.token_ids,
                 seed=request_seed(self._seed, iteration, prompt.uid, refill * self._samples + sample),
+                row=prompt if prompt.kind in self._episodes else None,
+                group_seed=request_seed(self._seed, iteration, prompt.uid, -1 - refill),
             )
             for index, prompt in enumerate(prompts)
             for sample in range(self._samples)
@@ -80,7 +83,8 @@ class Evaluator:
     ) -> None:  # fmt: skip
         settings = config.eval
         sampling = replace(training_sampling(config), temperature=settings.temperature, top_p=settings.top_p)
-        self._generate = GroupGenerator(engine, scorer, Requests(config.run.seed, settings.n_samples), sampling)
+        asked = Requests(config.run.seed, settings.n_samples, config.environment.classes)
+        self._generate = GroupGenerator(engine, scorer, asked, sampling)
         self._same = scorer.same_answers
         self._prompts, self._keep = prompts, keep
         self._samples = settings.n_samples

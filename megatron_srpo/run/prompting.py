@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_srpo.config import Config, read_model_folder
@@ -37,6 +37,11 @@ class Prompting:
         self.teacher_prompt.limit = teacher_prompt_limit(
             config, read_model_folder(config.model.path), self.teacher_prompt.words("solution", "feedback")
         )
+
+    @property
+    def chat_options(self) -> Mapping[str, object]:
+        """The arguments of the chat template."""
+        return self._data.chat_template_kwargs
 
     def prompts(self, split: str, say: Callable[[str], None]) -> list:
         """The prompts of one split, those over length dropped or refused."""
@@ -92,6 +97,8 @@ class Prompting:
         """Why the reward cannot read a row's answer."""
         from megatron_srpo.rewards.answers import unreadable
 
+        if kind in self._config.environment.classes:
+            return None
         return unreadable(kind, answer, self._config.reward.functions)
 
     def _check_kinds(self, prompts: list) -> None:
@@ -99,7 +106,7 @@ class Prompting:
 
         for prompt in {prompt.kind: prompt for prompt in reversed(prompts)}.values():
             problem = unknown(prompt.kind, self._config.reward.functions)
-            if problem:
+            if problem and prompt.kind not in self._config.environment.classes:  # it gives the rewards itself
                 raise RewardError(f"{prompt.source}: {problem}")
 
     def _warnings(self, prompts: list, split: str) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -39,6 +39,9 @@ class Role(Protocol):
 
     def prompts(self, split: str) -> list[Prompt]:
         """The prompts of a split, on rank 0."""
+
+    def chat_options(self) -> Mapping[str, object]:
+        """The arguments of the chat template, on rank 0."""
 
     def restore_data(self, restore: RestoreData, state: State) -> None:
         """Go on with the data where a checkpoint was taken."""
@@ -79,6 +82,9 @@ class Driver:
 
     def prompts(self, split: str) -> list[Prompt]:
         return self._prompts.get(split, [])
+
+    def chat_options(self) -> Mapping[str, object]:
+        return self._prompting.chat_options
 
     def restore_data(self, restore: RestoreData, state: State) -> None:
         for loader in self._loaders:
@@ -133,6 +139,9 @@ class Follower:
     def prompts(self, split: str) -> list[Prompt]:
         return []
 
+    def chat_options(self) -> Mapping[str, object]:
+        return {}
+
     def restore_data(self, restore: RestoreData, state: State) -> None: ...
 
     def open_log(self, start: int, state: State) -> None: ...
@@ -147,7 +156,7 @@ class Follower:
 
 
 def _requests(config: Config) -> Requests:
-    return Requests(config.run.seed, config.rollout.n_samples_per_prompt)
+    return Requests(config.run.seed, config.rollout.n_samples_per_prompt, config.environment.classes)
 
 
 def _sampling(config: Config) -> SamplingSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
@@ -41,7 +42,8 @@ class IdleScorer:
 
 
 class PoolScorer:
-    """The scorer of a rank whose engine hands responses over: its own pool scores them, rank 0 gets the rewards.
+    """The scorer of a rank whose engine hands responses over: its own pool scores them, rank 0 gets the rewards. An
+    episode whose environment has given its reward keeps that.
 
     The numbers do not depend on where a response is scored. Every rank calls `start` and `finish`.
     """
@@ -59,7 +61,7 @@ class PoolScorer:
 
     def _add(self, rollout: Rollout) -> None:
         key = rollout.prompt, rollout.sample
-        if self._error is not None or key in self._added:
+        if self._error is not None or key in self._added or _own_reward(rollout) is not None:
             return
         try:
             self._pool.add([self._task(rollout)])
@@ -86,11 +88,17 @@ class PoolScorer:
             if error is not None:
                 raise error
         rewards = {key: reward for scored, _ in parts for key, reward in scored.items()}
+        for rollout in rollouts:
+            if (own := _own_reward(rollout)) is not None:
+                rewards[rollout.prompt, rollout.sample] = own
         rest = [rollout for rollout in rollouts if (rollout.prompt, rollout.sample) not in rewards]
         for rollout, reward in zip(rest, self._pool.score([self._task(rollout) for rollout in rest]), strict=True):
             rewards[rollout.prompt, rollout.sample] = reward
         for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
             reward = rewards[rollout.prompt, rollout.sample]
+            if rollout.episode is not None and rollout.episode.reward is None:
+                both = filter(None, (rollout.episode.feedback, reward.feedback))
+                reward = replace(reward, feedback="\n".join(both) or None)
             groups[rollout.prompt].attempts.append(Attempt(rollout, reward, reward.score >= self._threshold))
 
     def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
@@ -106,4 +114,10 @@ class PoolScorer:
 
     def _task(self, rollout: Rollout) -> RewardTask:
         prompt = self._prompts[rollout.prompt]
-        return RewardTask(prompt.kind, rollout.text, prompt.answer, prompt.metadata)
+        text = rollout.text if rollout.episode is None else rollout.episode.reply
+        return RewardTask(prompt.kind, text, prompt.answer, prompt.metadata)
+
+
+def _own_reward(rollout: Rollout) -> Reward | None:
+    """What its environment says."""
+    return None if rollout.episode is None else rollout.episode.reward

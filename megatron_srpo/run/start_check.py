@@ -106,7 +106,13 @@ def _generate(
 def _sample(prompt: Prompt, rollout: Rollout) -> Sample:
     stream = Stream(array("i", prompt.token_ids), rollout.token_ids, rollout.trained)
     return Sample(
-        prompt.uid, rollout.prompt, stream, rollout.trained_logprobs, 0.0, {"policy": 1.0}, experts=rollout.experts
+        prompt.uid,
+        rollout.prompt,
+        stream,
+        rollout.trained_logprobs,
+        0.0,
+        {"policy": 1.0},
+        experts=rollout.experts_of(0),
     )
 
 

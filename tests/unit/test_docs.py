@@ -120,7 +120,7 @@ def test_a_page_with_mistakes_is_found(tmp_path):
 
 
 METRIC = re.compile(
-    r"(?:actor|critic|srpo|rollout|rollout_corr|perf|timing_s|forward|eval|reward|data|response_length|teacher|moe|kind)"
+    r"(?:actor|critic|episode|srpo|rollout|rollout_corr|perf|timing_s|forward|eval|reward|data|response_length|teacher|moe|kind)"
     r"(?:/[\w@<>]+)+"
 )
 METRIC_PLACES = ("algorithms", "batching", "losses", "mcore", "observe", "plan", "rollout", "run")

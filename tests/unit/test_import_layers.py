@@ -30,6 +30,7 @@ ALLOWED = {
     "trainer": BASE | {"batching", "observe"},
     "conversion": BASE | {"bridge", "mcore", "checkpoints"},  # Hugging Face's names in Megatron's files
     "comparison": BASE | {"batching", "bridge", "mcore", "rollout"},
+    "environments": BASE | {"data", "rollout"},  # conversations are token streams, and engines continue them
     "rollout": BASE | {"bridge"},  # engines load and verify what the bridge exports
     "run": EVERYTHING,  # builds the parts and starts them
     "api": EVERYTHING,

@@ -10,6 +10,7 @@ In the trainer's processes:
     client.py            the routes of one server
     answers.py           how a server's answer travels
     server_process.py    the process of one server
+    tool_parser.py       reads the tool calls of a model's turn
     prompt_trace.py      hidden states and log-probs of prompts, for comparisons
 
 Inside vLLM's processes:
@@ -28,12 +29,14 @@ from megatron_srpo.rollout.vllm.environment import prepare_environment
 from megatron_srpo.rollout.vllm.prompt_trace import prompt_traces
 from megatron_srpo.rollout.vllm.server_process import become_server
 from megatron_srpo.rollout.vllm.servers import ServersEngine, ServersFollower
+from megatron_srpo.rollout.vllm.tool_parser import engine_tool_parser
 
 __all__ = [
     "ColocatedEngine",
     "ServersEngine",
     "ServersFollower",
     "become_server",
+    "engine_tool_parser",
     "prepare_environment",
     "prompt_traces",
 ]

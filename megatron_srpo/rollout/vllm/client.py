@@ -63,7 +63,7 @@ class VllmClient(HttpClient):
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
-                "max_tokens": sampling.max_tokens,
+                "max_tokens": request.longest(sampling),
                 "ignore_eos": sampling.ignore_eos,
                 "seed": request.seed,
                 "logprobs": 0,
@@ -87,7 +87,7 @@ def read_answer(
         if reason == "abort":
             return None
         versions = _versions(header["weight_versions"], len(ids))
-        if reason not in ("stop", "length") or not 0 < len(ids) <= sampling.max_tokens:
+        if reason not in ("stop", "length") or not 0 < len(ids) <= request.longest(sampling):
             raise ValueError(f"{len(ids)} tokens, finish_reason {reason!r}")
         found = np.frombuffer(logprobs, dtype=np.float32)
         if found.min() <= NOT_FINITE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.balance import split_requests
 from megatron_srpo.rollout.engine import (
+    Feed,
     GenerateRequest,
     OnRollout,
     RolloutError,
@@ -77,6 +78,7 @@ class ColocatedEngine:
         self._decode = partial(decode_inside, self._shape.vocab, decode)
         self._asleep: set[str] = set()  # of SLEEPERS
         self._half_published = False
+        self._added = 0  # requests so far
         self._dropped = False  # whether the engine sleeps without its weights
         self._verifier = verifier or Verifier(0)
         self.weight_version = 0
@@ -92,13 +94,7 @@ class ColocatedEngine:
         on_rollout: OnRollout | None = None,
     ) -> list[Rollout]:  # fmt: skip
         """See RolloutEngine. Raises RolloutError for a prompt that leaves no room for `max_tokens`."""
-        if self._half_published:
-            raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
-        if self._dropped:
-            raise RuntimeError("the engine has dropped its weights, because a publish was to come next. Publish first.")
-        check_lengths(requests, sampling, self._max_model_len)
-        self._wake(*SLEEPERS)
-        mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
+        mine = self._begin(requests, sampling)
         try:
             answers, error = self._run(mine, sampling, on_rollout if self._is_leader else None), None
         except Exception as failure:
@@ -108,33 +104,93 @@ class ColocatedEngine:
         found = self._gather(answers if self._is_leader else [], error)
         return sorted(found, key=lambda rollout: (rollout.prompt, rollout.sample))
 
+    def _begin(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> list[GenerateRequest]:
+        """This engine's share of the requests, once it can generate."""
+        if self._half_published:
+            raise RuntimeError("the last publish failed: some layers are new, some are old. Publish again first.")
+        if self._dropped:
+            raise RuntimeError("the engine has dropped its weights, because a publish was to come next. Publish first.")
+        check_lengths(requests, sampling, self._max_model_len)
+        self._wake(*SLEEPERS)
+        return split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
+
     def _run(
         self, requests: list[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None
     ) -> list[Rollout]:
         """The answers of this rank's engine, in the order in which they are complete."""
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
         if not requests:
             return []
-        # Cache entries of an earlier call would change roundings, and a resumed run has no earlier call.
-        self._reset_cache()
-        engine, answers = self._llm.llm_engine, []
-        asked = {str(number): request for number, request in enumerate(requests)}
+        self._forget()
+        answers: list[Rollout] = []
+        asked: dict[str, GenerateRequest] = {}
         with preserved_generators(self._device):
-            for number, request in asked.items():
-                parameters = SamplingParams(
-                    temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                    max_tokens=sampling.max_tokens, ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
-                    flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-                )  # fmt: skip
-                engine.add_request(number, {"prompt_token_ids": request.token_ids}, parameters)
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    answers.append(self._rollout(asked.pop(output.request_id), output, sampling))
+            self._add(requests, sampling, asked)
+            while self._llm.llm_engine.has_unfinished_requests():
+                for rollout in self._step(asked, sampling):
+                    answers.append(rollout)
                     if on_rollout is not None:
-                        on_rollout(answers[-1])
+                        on_rollout(rollout)
         assert not asked, f"vLLM left {len(asked)} requests without an answer"
         return answers
+
+    def converse(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        begin: Callable[[list[GenerateRequest]], Feed],
+    ) -> None:  # fmt: skip
+        """See RolloutEngine. The first rank of each engine has its feed, and tells the others what to add."""
+        mine = self._begin(requests, sampling)
+        self._forget()
+        feed = begin(mine) if self._is_leader else None
+        asked: dict[str, GenerateRequest] = {}
+        with preserved_generators(self._device):
+            while True:
+                busy = self._llm.llm_engine.has_unfinished_requests()
+                found = self._from_leader(feed, wait=not busy)
+                if found is None and not busy:
+                    break
+                if found:
+                    check_lengths(found, sampling, self._max_model_len)
+                    self._add(found, sampling, asked)
+                for rollout in self._step(asked, sampling):
+                    if feed is not None:
+                        feed.answer(rollout)
+        assert not asked, f"vLLM left {len(asked)} requests without an answer"
+
+    def _from_leader(self, feed: Feed | None, *, wait: bool) -> list[GenerateRequest] | None:
+        """What the feed has, which the engine's first rank alone sees, on all its ranks. All raise what it raises."""
+        found: list[GenerateRequest] | Exception | None = None
+        if feed is not None:
+            try:
+                found = feed.ready(wait=wait)
+            except Exception as error:
+                found = error
+        if self._size > 1:
+            from vllm.distributed import get_tp_group
+
+            found = get_tp_group().broadcast_object(found, src=0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _add(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, asked: dict[str, GenerateRequest]
+    ) -> None:
+        """Give requests to vLLM; `asked` has those that it works on, by vLLM's name."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        for request in requests:
+            parameters = SamplingParams(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                max_tokens=request.longest(sampling), ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
+                flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            self._added += 1
+            asked[str(self._added)] = request
+            self._llm.llm_engine.add_request(str(self._added), {"prompt_token_ids": request.token_ids}, parameters)
+
+    def _step(self, asked: dict[str, GenerateRequest], sampling: SamplingSettings) -> list[Rollout]:
+        """The responses that one step of vLLM completes."""
+        return [self._rollout(asked.pop(output.request_id), output, sampling) for output in self._llm.llm_engine.step()]
 
     def _rollout(self, request: GenerateRequest, output: RequestOutput, sampling: SamplingSettings) -> Rollout:
         (answer,) = output.outputs
@@ -199,6 +255,10 @@ class ColocatedEngine:
         for engine in range(self._engines):
             mine = reports[engine * self._size : (engine + 1) * self._size]
             self._verifier.compare(f"engine {engine}", mine)
+
+    def _forget(self) -> None:
+        """Cache entries of an earlier call would change roundings, and a resumed run has no earlier call."""
+        self._reset_cache()
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -32,6 +32,7 @@ from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import (
     Control,
+    Feed,
     GenerateRequest,
     OnRollout,
     SamplingSettings,
@@ -91,6 +92,13 @@ class ServersFollower:
         while self._control.receive():
             self._send_weights()
         return []
+
+    def converse(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        begin: Callable[[list[GenerateRequest]], Feed],
+    ) -> None:  # fmt: skip
+        """As `generate`."""
+        self.generate(requests, sampling)
 
     def publish(self, weights: Weights, version: int) -> None:
         """See ServersEngine.publish."""
@@ -229,11 +237,26 @@ class ServersEngine:
         """Begin to generate. `collect` waits for the answers."""
         check_lengths(requests, sampling, self._max_model_len)
         _require_whole_publish(self._half_published)
-        self._calls += 1
-        salt = f"{secrets.token_hex(4)}-{self._calls}"
-        answers = self._fleet.start(self._fleet.generate(requests, sampling, salt, on_rollout))
+        answers = self._fleet.start(self._fleet.generate(requests, sampling, self._salt(), on_rollout))
         answers.add_done_callback(lambda _: self._events.put(None))
         return answers
+
+    def _salt(self) -> str:
+        """What separates a call's entries in the servers' prefix caches."""
+        self._calls += 1
+        return f"{secrets.token_hex(4)}-{self._calls}"
+
+    def converse(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        begin: Callable[[list[GenerateRequest]], Feed],
+    ) -> None:  # fmt: skip
+        """See RolloutEngine. Rank 0 has the feed of all servers."""
+        check_lengths(requests, sampling, self._max_model_len)
+        _require_whole_publish(self._half_published)
+        feed = begin(list(requests))
+        answers = self._fleet.start(self._fleet.converse(feed, sampling, self._salt()))
+        answers.add_done_callback(lambda _: self._events.put(None))
+        self.collect(answers)
 
     def collect(self, answers: Answers) -> list[Rollout]:
         """The answers to what was submitted, sorted by (prompt, sample). Collective: the others are in `generate`."""

@@ -1,0 +1,146 @@
+"""The token stream of a conversation in several turns: token in, token out.
+
+What the model has sampled is never tokenised again. The messages that follow it are appended as tokens, if the chat
+template's text of the whole conversation begins with the text that is there already. Where it does not, the template
+rewrites history (Qwen3 drops the thinking of earlier turns): then a new sequence begins with the rewritten text, or the
+history is kept, whichever the configuration says (environment.history).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from megatron_srpo.core.records import Context, Prompt
+from megatron_srpo.data.control_tokens import control_tokens, defused
+from megatron_srpo.data.dataset import DataError
+from megatron_srpo.data.prompts import encode, render_chat
+from megatron_srpo.data.teacher_prompt import strip_thinking
+from megatron_srpo.data.tokenizer import Tokenizer
+
+Message = dict[str, str]
+Tools = Sequence[Mapping[str, object]]
+_REPLY = "SRPO0REPLY"  # stands for the last reply while the template runs
+
+
+class Chat:
+    """What all conversations of a run share: the tokenizer and the options of its chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, kwargs: Mapping[str, object], history: Literal["split", "keep"]) -> None:
+        self.tokenizer, self.keeps_history = tokenizer, history == "keep"
+        self._kwargs, self._control = kwargs, control_tokens(tokenizer, kwargs)
+
+    def begin(self, prompt: Prompt, messages: Sequence[Message] | None = None, tools: Tools = ()) -> Conversation:
+        """A conversation that starts with the prompt of the data, or with an environment's own messages and tools."""
+        return Conversation(self, prompt, prompt.messages if messages is None else self.defuse(messages), tools)
+
+    def render(self, messages: Sequence[Message], tools: Tools) -> str:
+        """The text of the chat template, up to the model's next turn. DataError if the template refuses them."""
+        return render_chat(self.tokenizer, messages, self._kwargs, "an episode", tools)
+
+    def encode(self, text: str) -> list[int]:
+        (ids,) = encode(self.tokenizer, [text])
+        return list(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text with its special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def defuse(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Messages of an environment, in which nothing can end a turn or begin one."""
+        return tuple({**message, "content": defused(message["content"], self._control)} for message in messages)
+
+
+class Conversation:
+    """One episode's messages and tokens. `context` is the present sequence: what the engine continues."""
+
+    def __init__(self, chat: Chat, prompt: Prompt, messages: Sequence[Message], tools: Tools) -> None:
+        self._chat, self.tools = chat, tuple(tools)
+        self.messages, self._first = list(messages), len(messages)
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        self._question = users[-1] if users else None
+        self._text = chat.render(messages, self.tools)
+        self.token_ids, self.logprobs = array("i"), array("f")  # behind the first prompt; see Rollout
+        self.trained: list[bool] = []
+        self.contexts: list[Context] = []
+        self.turns: list[int] = []
+        self.context = list(prompt.token_ids)
+        if tools or tuple(messages) != prompt.messages:
+            self._new_sequence(self._text)
+
+    def add_reply(self, ids: Sequence[int], logprobs: Sequence[float], *, stopped: bool) -> str:
+        """A turn of the model; returns its text. `stopped`: it ended by itself, so that its last token is the end."""
+        text, end = self._chat.decode(ids[:-1] if stopped else ids), self._chat.decode(ids[-1:]) if stopped else ""
+        self._text += text + end
+        self._end = end
+        self.token_ids.extend(ids)
+        self.logprobs.extend(logprobs)
+        self.trained += [True] * len(ids)
+        self.context += ids
+        self.turns.append(len(ids))
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+    def add_messages(self, messages: Sequence[Message], room: int, longest: int) -> bool:
+        """What the environment answers. False, and nothing is appended, if more than `room` tokens would be appended,
+        or the sequence would have more than `longest` tokens."""
+        messages = self._chat.defuse(messages)
+        whole = self._chat.render([*self.messages, *messages], self.tools)
+        appended = whole[len(self._text) :] if whole.startswith(self._text) else None
+        if appended is None and self._chat.keeps_history:
+            appended = self._tail(messages)
+        if appended is None:
+            ids = self._chat.encode(whole)
+            if len(ids) > longest:
+                return False
+            self.messages += messages
+            self._new_sequence(whole, ids)
+            return True
+        ids = self._chat.encode(appended)
+        if len(ids) > room or len(self.context) + len(ids) > longest:
+            return False
+        self._text += appended
+        self.token_ids.extend(ids)
+        self.logprobs.extend([0.0] * len(ids))
+        self.trained += [False] * len(ids)
+        self.context += ids
+        self.messages += messages
+        return True
+
+    def _tail(self, messages: Sequence[Message]) -> str:
+        """What the template writes behind a reply, up to the next one. It is the same whatever the reply is."""
+        marked = [*self.messages[: self._first], {"role": "assistant", "content": _REPLY}, *messages]
+        before, found, tail = self._chat.render(marked, self.tools).rpartition(_REPLY)
+        if not found or _REPLY in before:
+            raise DataError(
+                "the tokenizer's chat template does not show an assistant's message once, as it is, so that "
+                'environment.history = "keep" cannot continue it; use "split"'
+            )
+        return tail.removeprefix(self._end) if self._end else tail
+
+    def _new_sequence(self, text: str, ids: Sequence[int] | None = None) -> None:
+        self._text = text
+        self.context = list(self._chat.encode(text) if ids is None else ids)
+        begin = Context(
+            len(self.token_ids), array("i", self.context), tuple(self.messages), self.tools, self._question
+        )  # fmt: skip
+        self.contexts.append(begin)
+
+    @property
+    def transcript(self) -> str:
+        """What was said, for a teacher that is shown this episode: without thinking, and with the environment's
+        messages in brackets. Of one turn it is the reply as it is."""
+        said = self.messages[self._first :]
+        if len(said) == 1:
+            return said[0]["content"]
+        return "\n\n".join(
+            strip_thinking(message["content"]) if message["role"] == "assistant"
+            else f"[{message['role']}] {message['content']}"
+            for message in said
+        )  # fmt: skip
+
+    @property
+    def said(self) -> list[Message]:
+        """Everything behind the first prompt."""
+        return self.messages[self._first :]

@@ -1,0 +1,71 @@
+"""The environment "openenv": a server of OpenEnv (openenv 0.10), reset and stepped over its WebSocket.
+
+Every episode is a session of its own. The library is needed where the server runs, not here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.environments.base import Environment, Message, Step, Task
+
+
+class OpenEnv(Environment):
+    """One session. `url`: of the server, http://HOST:PORT. `action`: the field of its action that gets the reply's
+    text; "" if the reply is the whole action as JSON. `observation`: the field of its observation that the model reads;
+    "" for all of it as JSON. `options`: what a reset is given beside the seed and the row's field "reset"."""
+
+    def __init__(
+        self, url: str, action: str = "", observation: str = "", options: dict[str, Any] | None = None
+    ) -> None:
+        self._url, self._action, self._observation = url.rstrip("/"), action, observation
+        self._options = options or {}
+
+    @classmethod
+    def prepare(cls, **arguments: Any) -> None:
+        """Refuse what is no address."""
+        if not str(arguments.get("url", "")).startswith(("http://", "https://")):
+            raise UserError(f'environment openenv: expected url = "http://HOST:PORT", got {arguments.get("url")!r}')
+
+    async def start(self, task: Task) -> Sequence[Message]:
+        self._session = aiohttp.ClientSession()  # trust_env stays off: a proxy is not meant for it
+        self._socket = await self._session.ws_connect(f"{self._url}/ws", max_msg_size=2**20)
+        given = task.metadata.get("reset")
+        data = {"seed": task.seed % 2**31, **self._options, **(given if isinstance(given, Mapping) else {})}
+        observation, _, _ = await self._ask("reset", data)
+        return [*task.messages[:-1], {**task.messages[-1], "content": f"{task.messages[-1]['content']}\n{observation}"}]
+
+    async def step(self, reply: str) -> Step:
+        text = reply.rpartition("</think>")[2].strip()
+        try:
+            action = {self._action: text} if self._action else json.loads(text)
+        except ValueError as error:
+            wrong = f"Error: an action must be JSON: {error}."
+            return Step([{"role": "user", "content": wrong}], feedback=wrong, tool_calls=1, tool_errors=1)
+        try:
+            observation, reward, done = await self._ask("step", action)
+        except ValueError as error:  # the server refuses this action: the model may try another
+            wrong = f"Error: {str(error)[:500]}"
+            return Step([{"role": "user", "content": wrong}], feedback=wrong, tool_calls=1, tool_errors=1)
+        return Step([{"role": "user", "content": observation}], done, reward, tool_calls=1)
+
+    async def _ask(self, kind: str, data: object) -> tuple[str, float | None, bool]:
+        """Observation as text, reward and whether it is over. ValueError for what the server refuses."""
+        await self._socket.send_json({"type": kind, "data": data})
+        answer = await self._socket.receive_json()
+        if answer["type"] == "error":
+            raise ValueError(answer["data"].get("message", "the server refuses it"))
+        found = answer["data"]
+        observation = found.get("observation", {})
+        text = observation.get(self._observation) if self._observation else json.dumps(observation, ensure_ascii=False)
+        reward = found.get("reward")
+        return str(text), None if reward is None else float(reward), bool(found.get("done"))
+
+    async def close(self) -> None:
+        await self._socket.close()
+        await self._session.close()

@@ -1,0 +1,322 @@
+"""The trainer's side of the processes in which environments run. All of it belongs to one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config import EnvironmentConfig
+from megatron_srpo.core.environment import inherited
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.environments.base import Message, Step, Task
+from megatron_srpo.environments.worker import LARGEST_PACKET, Setup, encode
+
+START_SECONDS = 300.0  # limit for importing the classes, and maybe vLLM for its tool parsers
+LONGEST_ANSWER = 2**20  # bytes of an environment's answer
+LONGEST_TEXT = 2**16  # characters of one message or feedback
+LARGEST_REWARD = 1e12  # as for reward functions: larger ones overflow in fp32
+FAILED_STARTS = 3  # of the program, in a row, end the run
+
+_PROGRAM = (
+    "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given if sys.argv[3] else sys.path + given; "
+    "from megatron_srpo.environments.worker import main; main(int(sys.argv[2]))"
+)
+
+
+class EpisodeError(Exception):
+    """An environment has failed; its episode ends. str() says how."""
+
+
+class ProgramLost(Exception):
+    """The program in which environments run has ended: its episodes begin again."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """What an environment begins with."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+
+
+class EnvironmentPool:
+    """The program with its episodes, at most `environment.processes` at a time; more wait for their turn.
+
+    `say` gets a line when the program was lost and started again.
+    """
+
+    def __init__(self, config: EnvironmentConfig, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._setup = Setup(dict(config.classes), dict(config.arguments), config.memory_mib)
+        self._numbers = itertools.count()
+        self._episodes: dict[int, EpisodeProcess] = {}
+        self._room = asyncio.Semaphore(config.processes)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._failed_starts = 0
+
+    async def open(self) -> EpisodeProcess:
+        """A process for one episode, when there is room for it. Close it afterwards."""
+        await self._room.acquire()
+        try:
+            await self.begin()
+            number = next(self._numbers)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                assert self._control is not None
+                try:
+                    socket.send_fds(self._control, [f"fork {number}".encode()], [theirs.fileno()])
+                except OSError as error:
+                    ours.close()
+                    self._lost()
+                    raise ProgramLost from error
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LONGEST_ANSWER)
+        except BaseException:
+            self._room.release()
+            raise
+        episode = EpisodeProcess(self, number, reader, writer, self._config.step_timeout_seconds)
+        self._episodes[number] = episode
+        return episode
+
+    async def begin(self) -> None:
+        """Start the program, unless it runs. UserError if it cannot import the classes."""
+        if self._ready is None:
+            self._ready = asyncio.get_running_loop().create_future()
+            self._start()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._ready), START_SECONDS)
+        except TimeoutError:
+            raise UserError("the environments did not start: importing their classes takes too long") from None
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                self._command(theirs.fileno()),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),), start_new_session=True,
+                env=inherited(self._config.variables) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )  # fmt: skip
+        self._control = ours
+        ours.send(encode_setup(self._setup))
+        ours.setblocking(False)
+        asyncio.get_running_loop().add_reader(ours, self._hear)
+
+    def _command(self, descriptor: int) -> list[str]:
+        """A Python of another virtual environment has packages of its own: our package and the working directory come
+        behind these."""
+        other = self._config.interpreter
+        own = str(Path(__file__).resolve().parents[2])
+        path = [own, os.getcwd()] if other else _search_path()
+        return [other or sys.executable, "-c", _PROGRAM, json.dumps(path), str(descriptor), "" if other else "own"]
+
+    def _hear(self) -> None:
+        """What the program tells."""
+        assert self._control is not None and self._ready is not None
+        try:
+            data = self._control.recv(LARGEST_PACKET)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        try:
+            message = json.loads(data) if data else None
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            self._lost()
+        elif "failed" in message:
+            if not self._ready.done():
+                self._ready.set_exception(UserError(f"environment.classes: {message['failed']}"))
+        elif "ready" in message:
+            self._failed_starts = 0
+            if not self._ready.done():
+                self._ready.set_result(None)
+        elif (episode := self._episodes.get(message.get("ended", -1))) is not None:
+            episode.ended(str(message.get("how", "")))
+
+    def _lost(self) -> None:
+        """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again."""
+        ready = self._ready
+        self._close_program()
+        for episode in list(self._episodes.values()):
+            episode.lost = True
+            episode.ended("the program of the environments was lost")
+        if ready is not None and not ready.done():
+            self._failed_starts += 1
+            wrong: Exception = ProgramLost()
+            if self._failed_starts >= FAILED_STARTS:
+                wrong = UserError("the program of the environments ended while it imported environment.classes")
+            ready.set_exception(wrong)
+        else:
+            self._say("the program in which environments run was lost; it is started again, and its episodes with it")
+
+    def end(self, episode: EpisodeProcess) -> None:
+        """Forget an episode, and end what is left of its process."""
+        if self._episodes.pop(episode.number, None) is None:
+            return
+        self._room.release()
+        if self._control is not None and not episode.gone:
+            with suppress(OSError):
+                self._control.send(f"kill {episode.number}".encode())
+
+    def _close_program(self) -> None:
+        if self._control is not None:
+            with suppress(RuntimeError, ValueError):
+                asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+        if self._process is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._control = self._process = self._ready = None
+
+    def close(self) -> None:
+        """End the program and all episodes."""
+        self._close_program()
+
+
+class EpisodeProcess:
+    """The process of one episode. Every failure of it is an EpisodeError."""
+
+    def __init__(
+        self, pool: EnvironmentPool, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+        timeout_s: float,
+    ) -> None:  # fmt: skip
+        self.number, self.lost, self.gone = number, False, False
+        self._pool, self._reader, self._writer, self._timeout = pool, reader, writer, timeout_s
+        self._how: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def start(self, kind: str, task: Task) -> Started:
+        """Make the environment, and get its first messages."""
+        answer = await self._ask((kind, vars(task)))
+        messages = _messages(answer)
+        if not any(message["role"] == "user" for message in messages) or messages[-1]["role"] == "assistant":
+            raise EpisodeError("garbage: its first messages have none of the user's, or end with the assistant's")
+        tools = answer.get("tools")
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise EpisodeError("garbage: expected a list of JSON schemas as tools")
+        return Started(messages, tools)
+
+    async def step(self, reply: str) -> Step:
+        """What the environment answers to a turn."""
+        answer = await self._ask(reply)
+        step = Step(
+            _messages(answer), answer.get("done") is True, _reward(answer.get("reward")),
+            _text(answer.get("feedback")), _count(answer.get("tool_calls")), _count(answer.get("tool_errors")),
+        )  # fmt: skip
+        if not step.done and not step.messages:
+            raise EpisodeError("garbage: neither a message nor the end of the episode")
+        return step
+
+    async def _ask(self, message: object) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(self._timeout):
+                self._writer.write(encode(message))
+                await self._writer.drain()
+                line = await self._reader.readline()
+        except TimeoutError:
+            raise EpisodeError(f"time-out after {self._timeout:g} s (environment.step_timeout_seconds)") from None
+        except ValueError:
+            raise EpisodeError(f"garbage: an answer of more than {LONGEST_ANSWER} bytes") from None
+        except OSError:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise await self._crash()
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise EpisodeError(f"garbage: {line[:80]!r}")
+        if "error" in answer:
+            raise EpisodeError(str(answer["error"])[:1000].encode("utf-8", "backslashreplace").decode())
+        return answer
+
+    async def _crash(self) -> Exception:
+        try:
+            how = await asyncio.wait_for(asyncio.shield(self._how), 5)
+        except TimeoutError:
+            how = "it has closed its channel"
+        return ProgramLost() if self.lost else EpisodeError(f"crash: {how}")
+
+    def ended(self, how: str) -> None:
+        """Its process has ended."""
+        self.gone = True
+        if not self._how.done():
+            self._how.set_result(how)
+
+    async def close(self) -> None:
+        """End the process. It may be called again."""
+        self._writer.close()
+        self._pool.end(self)
+
+
+def encode_setup(setup: Setup) -> bytes:
+    """The first message to the program. UserError if it is too long."""
+    body = encode(setup)[8:]
+    if len(body) > LARGEST_PACKET:
+        raise UserError(
+            f"environment.arguments: {len(body)} bytes, expected at most {LARGEST_PACKET}; name a file instead"
+        )
+    return body
+
+
+def _messages(answer: Mapping[str, Any]) -> list[Message]:
+    found = answer.get("messages")
+    if not isinstance(found, list):
+        raise EpisodeError(f"garbage: expected a list of messages, got {type(found).__name__}")
+    messages = []
+    for message in found:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
+            raise EpisodeError(f"garbage: expected a message with role and content, got {str(message)[:80]!r}")
+        content = _text(message.get("content"))
+        if content is None:
+            raise EpisodeError("garbage: a message without content")
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def _text(value: object) -> str | None:
+    """A text that tokenizers and files can express."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise EpisodeError(f"garbage: expected text, got {type(value).__name__}")
+    if len(value) > LONGEST_TEXT:
+        value = f"{value[:LONGEST_TEXT]}\n[… {len(value) - LONGEST_TEXT} characters …]"
+    return value.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+def _reward(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or (
+        abs(value) > LARGEST_REWARD
+    ):  # fmt: skip
+        raise EpisodeError(f"garbage: expected a finite number as reward, got {str(value)[:40]}")
+    return float(value)
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else 0
+
+
+def _search_path() -> list[str]:
+    """The trainer's module search path, and the working directory, where users keep their environments."""
+    here = os.getcwd()
+    path = list(dict.fromkeys(os.path.abspath(entry or here) for entry in sys.path))
+    return path if here in path else [*path, here]

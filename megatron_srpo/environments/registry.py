@@ -1,0 +1,72 @@
+"""Finds the environment class of a name: a built-in one, or the user's "module:Class" or "path/file.py:Class"."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.environments.base import Environment
+
+BUILT_IN = {
+    "tools": "megatron_srpo.environments.tools:Tools",
+    "python": "megatron_srpo.environments.code:PythonCode",
+    "textarena": "megatron_srpo.environments.textarena:TextArena",
+    "openenv": "megatron_srpo.environments.openenv:OpenEnv",
+}
+
+
+def resolve(reference: str) -> type[Environment]:
+    """The class. UserError with the cure if there is none."""
+    found = load_object(BUILT_IN.get(reference, reference), "environment")
+    if not isinstance(found, type) or not issubclass(found, Environment):
+        raise UserError(
+            f"environment {reference!r}: expected a subclass of megatron_srpo.environments.Environment, got {found!r}"
+        )
+    return found
+
+
+def load_object(reference: str, what: str) -> object:
+    """What "module:name" or "path/file.py:name" names. UserError if there is no such thing."""
+    where, _, name = reference.rpartition(":")
+    try:
+        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except UserError:
+        raise
+    except ImportError as error:
+        package = (error.name or where).partition(".")[0].replace("_", "-")
+        raise UserError(f"{what} {reference!r} needs a package: {error}. Install it: pip install {package}") from error
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+        raise UserError(f"{what} {reference!r}: cannot import {where!r}: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        public = [key for key in vars(module) if not key.startswith("_")]
+        nearest = difflib.get_close_matches(name, public, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"{what} {reference!r}: {where!r} has no {name!r}.{hint}")
+    return found
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"file not found: {path}")
+    name = f"megatron_srpo_user_{path.stem}_{abs(hash(str(path))):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # there is a loader for every .py file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # it can import files of its folder; at the end, so that they hide nothing
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

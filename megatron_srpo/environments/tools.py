@@ -1,0 +1,202 @@
+"""The environment "tools": the model calls Python functions, and gives its answer in a turn without calls.
+
+    [environment.classes]
+    sums = "tools"
+    [environment.arguments.sums]
+    functions = ["my_tools.py:add", "my_tools.py:search"]
+
+The functions' types and docstrings become the schemas that the chat template shows. Calls are read in the format of
+hermes and Qwen, <tool_call>{"name": …, "arguments": {…}}</tool_call>, or by one of vLLM's tool parsers. Whatever is
+wrong with a call is told to the model. Functions run in the episode's process, so a module's globals are its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from megatron_srpo.core.errors import UserError, nearest
+from megatron_srpo.environments.base import Environment, Message, Step
+from megatron_srpo.environments.registry import load_object
+
+OWN_PARSER = "hermes"
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass
+class Calls:
+    """What a turn of the model asks for."""
+
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (name, arguments)
+    problems: list[str] = field(default_factory=list)  # a sentence for each call that cannot be read
+
+
+ReadCalls = Callable[[str], Calls]
+
+
+def read_hermes(reply: str) -> Calls:
+    """The calls of a reply, without those that it only thought of. It takes time linear in the reply's length."""
+    found, text, position = Calls(), reply.rpartition("</think>")[2], 0
+    while (begin := text.find(OPEN, position)) >= 0:
+        end = text.find(CLOSE, begin)
+        if end < 0:
+            found.problems.append(f"the call has no {CLOSE}")
+            break
+        position = end + len(CLOSE)
+        _read_call(text[begin + len(OPEN) : end], found)
+    return found
+
+
+def _read_call(text: str, found: Calls) -> None:
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        found.problems.append(f"the call is not valid JSON: {str(error)[:200]}")
+        return
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        found.problems.append('a call must be an object {"name": …, "arguments": {…}}')
+        return
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        found.problems.append(f"the arguments of {call['name']!r} must be an object")
+        return
+    found.calls.append((call["name"], arguments))
+
+
+class Tool:
+    """A Python function that the model may call."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.name, self._function = function.__name__, function
+        hints = get_type_hints(function)
+        fields: dict[str, Any] = {}
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise UserError(f"tool {self.name!r}: parameter {parameter.name!r} has no name that a call could give")
+            if parameter.name not in hints:
+                raise UserError(f"tool {self.name!r}: parameter {parameter.name!r} has no type; annotate it")
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[parameter.name] = (hints[parameter.name], default)
+        self._model: type[BaseModel] = create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema that chat templates expect."""
+        parameters = _without_titles(self._model.model_json_schema())
+        parameters.pop("additionalProperties", None)
+        description = inspect.getdoc(self._function) or ""
+        function = {"name": self.name, "description": description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+    async def call(self, arguments: Mapping[str, Any]) -> str:
+        """What the function returns, as text. ValidationError for arguments that do not fit its types."""
+        checked = self._model.model_validate(dict(arguments))
+        result = self._function(**{name: getattr(checked, name) for name in type(checked).model_fields})
+        if inspect.isawaitable(result):
+            result = await result
+        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+
+
+def _without_titles(schema: Any) -> Any:
+    """pydantic's schema without the titles that it makes of names."""
+    if isinstance(schema, list):
+        return [_without_titles(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: _without_titles(part) for name, part in schema.items() if name != "title" or not isinstance(part, str)
+    }  # fmt: skip
+
+
+class Tools(Environment):
+    """An episode with functions. `functions`: references "module:name" or "path/file.py:name". `parser`: "hermes", or a
+    name of vLLM's (--tool-call-parser), which needs the `tokenizer`'s folder. `max_calls`: of one turn. `max_output`:
+    characters of a result, of which the rest is left out."""
+
+    def __init__(
+        self, functions: Sequence[str], parser: str = OWN_PARSER, tokenizer: str = "", max_calls: int = 8,
+        max_output: int = 8192,
+    ) -> None:  # fmt: skip
+        self._tools = {tool.name: tool for tool in map(load_tool, functions)}
+        self._read = reader(parser, tokenizer)
+        self._max_calls, self._max_output = max_calls, max_output
+        self._wrong: list[str] = []  # what was wrong with the calls so far: it may teach
+        self.tools = [tool.schema for tool in self._tools.values()]
+
+    @classmethod
+    def prepare(cls, **arguments: Any) -> None:
+        """Import the functions and the parser, and refuse what cannot be used, before any episode begins."""
+        cls(**arguments)
+
+    async def step(self, reply: str) -> Step:
+        found = self._read(reply)
+        if not found.calls and not found.problems:
+            return Step(done=True)
+        messages: list[Message] = []
+        errors = len(found.problems)
+        for name, arguments in found.calls[: self._max_calls]:
+            content, failed = await self._call(name, arguments)
+            messages.append({"role": "tool", "content": content})
+            errors += failed
+        problems = list(found.problems)
+        if len(found.calls) > self._max_calls:
+            problems.append(f"only the first {self._max_calls} calls of a turn are carried out")
+        messages += [{"role": "tool", "content": f"Error: {problem}."} for problem in problems]
+        self._wrong += [message["content"] for message in messages if message["content"].startswith("Error: ")]
+        return Step(
+            messages, feedback="\n".join(self._wrong[:8]) or None,
+            tool_calls=len(found.calls) + len(found.problems), tool_errors=errors,
+        )  # fmt: skip
+
+    async def _call(self, name: str, arguments: Mapping[str, Any]) -> tuple[str, bool]:
+        """A call's result as text, and whether it failed."""
+        tool = self._tools.get(name)
+        if tool is None:
+            known = ", ".join(self._tools)
+            return f"Error: there is no tool {name[:80]!r}. The tools are {known}.{nearest(name, self._tools)}", True
+        try:
+            result = await tool.call(arguments)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:8])
+            return f"Error: wrong arguments of {name}: {wrong}.", True
+        except Exception as error:
+            return f"Error: {type(error).__name__}: {str(error)[:500]}", True
+        if len(result) > self._max_output:
+            result = f"{result[: self._max_output]}\n[… {len(result) - self._max_output} characters …]"
+        return result, False
+
+
+_LOADED: dict[str, Tool] = {}  # by reference: made once, before the episodes are forked
+_READERS: dict[tuple[str, str], ReadCalls] = {}  # vLLM's, by name and tokenizer
+
+
+def load_tool(reference: str) -> Tool:
+    """The tool of a reference. UserError if there is none."""
+    if reference not in _LOADED:
+        function = load_object(reference, "tool")
+        if not inspect.isroutine(function):
+            raise UserError(f"tool {reference!r}: expected a function, got {type(function).__name__}")
+        _LOADED[reference] = Tool(function)
+    return _LOADED[reference]
+
+
+def reader(parser: str, tokenizer: str) -> ReadCalls:
+    """What reads calls: our own for "hermes", else vLLM's."""
+    if parser == OWN_PARSER:
+        return read_hermes
+    if (parser, tokenizer) not in _READERS:
+        from megatron_srpo.rollout import engine_tool_parser
+
+        parse = engine_tool_parser(parser, tokenizer)
+
+        def read(reply: str) -> Calls:
+            calls, problem = parse(reply)
+            return Calls(calls, [problem] if problem else [])
+
+        _READERS[parser, tokenizer] = read
+    return _READERS[parser, tokenizer]

@@ -1,0 +1,255 @@
+"""The program in which environments run. It imports their classes once, then forks a process for each episode.
+
+An episode that hangs, crashes or fills its memory therefore costs itself alone. None sees what an earlier one left
+behind, and hundreds of them need little memory. The trainer talks to the program over one socket (start an episode, end
+one), and to each episode over a socket of its own: it sends 8 bytes with a length and then a pickle, and gets lines of
+JSON, so that nothing that an environment does can make the trainer execute anything. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import json
+import os
+import pickle
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.environments.base import Environment, Step, Task
+from megatron_srpo.environments.registry import resolve
+
+HEADER_BYTES = 8
+LARGEST_PACKET = 2**17  # bytes of a message to the program, or of its; a socket of packets keeps them apart
+ERROR_LIMIT = 500  # characters
+
+_to_json = json.dumps  # kept here, because an environment may replace it in the module
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The first message to the program."""
+
+    classes: Mapping[str, str]  # by kind: the reference of its class
+    arguments: Mapping[str, Mapping[str, object]]  # by kind: those of its constructor
+    memory_mib: int  # limit of an episode's address space above what the program has; 0 means no limit
+
+
+def encode(message: object) -> bytes:
+    """A message to an episode, with its header."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return len(body).to_bytes(HEADER_BYTES, "big") + body
+
+
+def main(descriptor: int) -> None:
+    """Serve the trainer at the other end of the socket until it closes it. Never returns."""
+    control = socket.socket(fileno=descriptor)
+    setup = pickle.loads(control.recv(LARGEST_PACKET))
+    try:
+        classes = {kind: resolve(reference) for kind, reference in setup.classes.items()}
+        for kind, found in classes.items():
+            found.prepare(**setup.arguments.get(kind, {}))
+    except (UserError, Exception) as error:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        _tell(control, {"failed": text})
+        os._exit(0)
+    gc.collect()
+    gc.freeze()  # the collector of a fork would touch, and so copy, every object of the program
+    _tell(control, {"ready": True})
+    _Zygote(control, setup, classes).serve()
+    os._exit(0)
+
+
+class _Zygote:
+    """Forks, and tells how the forks ended."""
+
+    def __init__(self, control: socket.socket, setup: Setup, classes: Mapping[str, type[Environment]]) -> None:
+        self._control, self._setup, self._classes = control, setup, classes
+        self._children: dict[int, int] = {}  # pid → number of its episode
+
+    def serve(self) -> None:
+        wake, woken = socket.socketpair()
+        woken.setblocking(False)
+        wake.setblocking(False)
+        signal.set_wakeup_fd(woken.fileno())
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        selector = selectors.DefaultSelector()
+        selector.register(self._control, selectors.EVENT_READ)
+        selector.register(wake, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is wake:
+                    with suppress(BlockingIOError):
+                        wake.recv(4096)
+                elif not self._order():
+                    self._end_all()
+                    return
+            self._reap()
+
+    def _order(self) -> bool:
+        """One order of the trainer; False if it has ended."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
+        except OSError:
+            return False
+        if not data:
+            return False
+        name, number = data.decode().split()
+        if name == "fork":
+            self._fork(int(number), descriptors[0])
+        else:
+            for pid, episode in self._children.items():
+                if episode == int(number):  # not reaped yet, so the number still means this process
+                    _kill(pid)
+        return True
+
+    def _fork(self, number: int, descriptor: int) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(descriptor)
+            _tell(self._control, {"ended": number, "how": f"no process for it: {error}"})
+            return
+        if pid == 0:
+            try:
+                self._control.close()
+                _die_with_parent()
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.setsid()  # so that its children can be ended with it
+                _limit(self._setup.memory_mib)
+                _Episode(socket.socket(fileno=descriptor), self._setup, self._classes).serve()
+            finally:
+                os._exit(1)
+        os.close(descriptor)
+        self._children[pid] = number
+
+    def _reap(self) -> None:
+        while self._children:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            if ended.si_pid in self._children:
+                _kill(ended.si_pid)  # what it has started; before its number can mean something else
+            _, status = os.waitpid(ended.si_pid, 0)
+            number = self._children.pop(ended.si_pid, None)
+            if number is not None:
+                _tell(self._control, {"ended": number, "how": _how(status)})
+
+    def _end_all(self) -> None:
+        for pid in self._children:
+            _kill(pid)
+
+
+class _Episode:
+    """One episode in its own process."""
+
+    def __init__(self, channel: socket.socket, setup: Setup, classes: Mapping[str, type[Environment]]) -> None:
+        self._channel, self._setup, self._classes = channel, setup, classes
+
+    def serve(self) -> None:
+        """Answer the trainer until it closes the socket."""
+        owner = os.getpid()
+        asyncio.run(self._serve(owner))
+        os._exit(0)
+
+    async def _serve(self, owner: int) -> None:
+        reader, writer = await asyncio.open_unix_connection(sock=self._channel)
+        environment: Environment | None = None
+        while (message := await _receive(reader)) is not None:
+            try:
+                if isinstance(message, str):
+                    assert environment is not None
+                    answer = asdict(_checked(await environment.step(message)))
+                else:
+                    kind, fields = message
+                    environment = self._classes[kind](**self._setup.arguments.get(kind, {}))
+                    answer = await _started(environment, Task(**fields))
+                line = _to_json(answer)
+            except MemoryError:
+                line = _to_json({"error": "out of memory (environment.memory_mib limits it)"})
+            except Exception as error:
+                line = _to_json({"error": f"exception: {type(error).__name__}: {error}"[:ERROR_LIMIT]})
+            if os.getpid() != owner:  # a process that the environment has forked returns here too
+                os._exit(0)
+            writer.write(line.encode() + b"\n")
+            await writer.drain()
+        if environment is not None:
+            await environment.close()
+
+
+async def _started(environment: Environment, task: Task) -> dict[str, Any]:
+    environment.task = task
+    messages = await environment.start(task)
+    tools = list(environment.tools)
+    return {"messages": [dict(message) for message in messages], "tools": tools}
+
+
+def _checked(step: object) -> Step:
+    if not isinstance(step, Step):
+        raise TypeError(f"expected a Step from step(), got {type(step).__name__}")
+    step.messages = [dict(message) for message in step.messages]
+    step.reward = None if step.reward is None else float(step.reward)
+    return step
+
+
+async def _receive(reader: asyncio.StreamReader) -> Any:
+    """The next message; None if the trainer has closed the socket."""
+    try:
+        header = await reader.readexactly(HEADER_BYTES)
+        return pickle.loads(await reader.readexactly(int.from_bytes(header, "big")))
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+
+
+def _tell(control: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        control.send(_to_json(message).encode()[:LARGEST_PACKET])
+    except OSError:
+        os._exit(0)  # the trainer has ended
+
+
+def _kill(pid: int) -> None:
+    """End a process and its group."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """Linux: end this process when its parent ends, however that is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _how(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _limit(memory_mib: int) -> None:
+    """Limit the address space above its present size (Linux), and write no core files."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_mib and sys.platform == "linux":
+        with open("/proc/self/statm") as statm:
+            present = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (present + memory_mib * 2**20,) * 2)

@@ -1,0 +1,50 @@
+"""vLLM's tool parsers: reads the calls of a model's turn in the format of its family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from megatron_srpo.core.errors import UserError, nearest
+
+ParsedCalls = tuple[list[tuple[str, dict[str, Any]]], str]  # (name, arguments) of each call, and what is wrong, or ""
+
+
+def engine_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls]:
+    """The parser that vLLM knows as `name`. Importing vLLM takes seconds. UserError for an unknown name."""
+    from transformers import AutoTokenizer
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers import ToolParserManager
+
+    known = ToolParserManager.list_registered()
+    if name not in known:
+        raise UserError(f"vLLM has no tool parser {name!r}.{nearest(name, known)} Known: {', '.join(sorted(known))}")
+    if not tokenizer:
+        raise UserError(f'tool parser {name!r} needs the model\'s tokenizer: set "tokenizer" to its folder')
+    cls = ToolParserManager.get_tool_parser(name)
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    request = ChatCompletionRequest(messages=[], model="policy")
+    marks = [mark for mark in (_mark(cls, loaded, key) for key in MARKS) if mark]
+
+    def parse(reply: str) -> ParsedCalls:
+        try:
+            found = cls(loaded).extract_tool_calls(reply, request)
+            calls = [(call.function.name, json.loads(call.function.arguments)) for call in found.tool_calls]
+        except Exception as error:  # parsers raise what they like for broken calls
+            return [], f"the call cannot be read: {type(error).__name__}: {str(error)[:200]}"
+        if not all(isinstance(arguments, dict) for _, arguments in calls):
+            return [], "the arguments of a call must be an object"
+        if not calls and any(mark in reply for mark in marks):
+            return [], "the call cannot be read; it must be valid JSON with a name and arguments"
+        return calls, ""
+
+    return parse
+
+
+MARKS = ("tool_call_start_token", "bot_token", "tool_calls_start_token")  # where parsers keep how a call begins
+
+
+def _mark(cls: type, tokenizer: Any, key: str) -> str:
+    value = getattr(cls, key, None) or getattr(cls(tokenizer), key, None)
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,95 @@
+"""Whole runs whose rows are talked about with an environment: repeatable, resumable, on both placements."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.tiny_run import make_run, records, train
+
+ENVIRONMENT = """
+import asyncio
+import random
+
+from megatron_srpo.environments import Environment, Step
+
+
+class Digits(Environment):
+    turn = 0
+
+    async def step(self, reply):
+        await asyncio.sleep(0.02 * random.random())  # not seeded: what it takes must not matter
+        self.turn += 1
+        good = float(reply[:1].isdigit())
+        more = [{"role": "user", "content": f"more {self.turn}"}]
+        return Step(more, self.turn == 3, good, None if good else f"{reply[:1]!r} is no digit", tool_calls=1)
+"""
+EXTRA = """
+[environment]
+max_turn_tokens = 90
+[environment.classes]
+digit = "{folder}/digits.py:Digits"
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = make_run(tmp_path)
+    (tmp_path / "digits.py").write_text(ENVIRONMENT)
+    text = file.read_text().replace("max_response_length = 4", "max_response_length = 200")
+    text = text.replace("max_tokens_per_gpu = 128", "max_tokens_per_gpu = 700")
+    file.write_text(text.replace("[algorithm]", "[algorithm]\nuse_feedback = true") + EXTRA.format(folder=tmp_path))
+    return file
+
+
+def out(config, name):
+    return config.parent / name
+
+
+def check(lines):
+    assert max(line["rollout_corr/logprob_diff_max"] for line in lines) <= 1e-5
+    assert max(line["episode/turns_max"] for line in lines) == 3
+    assert all(line["rollout_corr/logprob_diff_turn_2"] <= 1e-5 for line in lines if line["episode/turns_mean"] > 1.2)
+    assert any(line["episode/sequences"] > 1 for line in lines), "the template has no end of turn: history is rewritten"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [1, 2])
+def test_a_run_with_episodes_repeats_and_resumes_bit_for_bit(config, engine):
+    layout = ("--parallel.tensor_model_parallel_size=2", f"--rollout.tensor_parallel_size={engine}")
+    found = []
+    for name, stops in (("once", [4]), ("again", [4]), ("resumed", [2, 4])):
+        for iterations in stops:
+            output = (f"--run.output_dir={out(config, name)}", f"--run.iterations={iterations}")
+            train(config, *output, *layout, "--checkpoint.every=2", ranks=2)
+        found.append(records(out(config, name)))
+    assert found[0] == found[1] == found[2]
+    check(found[0])
+    first = json.loads((out(config, "once") / "rollouts.jsonl").read_text().splitlines()[0])["groups"][0]
+    assert len(first["episodes"]) == len(first["scores"]) == 4
+    assert all(episode["messages"][0]["role"] == "assistant" for episode in first["episodes"])
+
+
+@pytest.mark.slow
+def test_servers_give_the_same_episodes_as_engines_in_the_ranks(config):
+    train(config, f"--run.output_dir={out(config, 'colocated')}", "--run.iterations=1")
+    train(config, f"--run.output_dir={out(config, 'servers')}", "--run.iterations=1", "--rollout.placement=servers")
+    texts = [
+        json.loads((out(config, name) / "rollouts.jsonl").read_text().splitlines()[0])["groups"]
+        for name in ("colocated", "servers")
+    ]
+    assert texts[0] == texts[1]
+    check(records(out(config, "servers")))
+
+
+@pytest.mark.slow
+def test_an_evaluation_runs_episodes_too(config):
+    folder = config.parent
+    (folder / "test.jsonl").write_text((folder / "data.jsonl").read_text())
+    train(
+        config, "--run.iterations=1", f"--data.test={folder}/test.jsonl", "--eval.every=1", "--eval.max_prompts=4",
+        "--eval.n_samples=2",
+    )  # fmt: skip
+    lines = records(folder / "out")
+    assert [line["eval/prompts"] for line in lines] == [4, 4] and all("eval/accuracy" in line for line in lines)

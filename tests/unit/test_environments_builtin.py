@@ -1,0 +1,259 @@
+"""The built-in environments, without an engine: tools, and code in a sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.environments import Task, sandbox
+from megatron_srpo.environments.code import PythonCode, read_code, read_tests
+from megatron_srpo.environments.registry import resolve
+from megatron_srpo.environments.sandbox import Limits
+from megatron_srpo.environments.tools import Tools, read_hermes
+
+TOOLS = '''
+from typing import Literal
+
+
+def add(a: int, b: int = 1) -> int:
+    """Adds two numbers."""
+    return a + b
+
+
+async def lookup(word: str, how: Literal["short", "long"]) -> dict:
+    return {"word": word, "how": how}
+
+
+def broken(x: float) -> float:
+    return 1 / 0
+
+
+def endless(x: int) -> str:
+    return "x" * 100000
+
+
+def untyped(x):
+    return x
+
+
+not_a_function = 3
+'''
+
+
+@pytest.fixture
+def functions(tmp_path):
+    file = tmp_path / "my_tools.py"
+    file.write_text(TOOLS)
+    return lambda *names: [f"{file}:{name}" for name in names]
+
+
+def step(environment, reply):
+    return asyncio.run(environment.step(reply))
+
+
+def call(text):
+    return f"<tool_call>\n{text}\n</tool_call>"
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_typed_functions_become_the_schemas_that_chat_templates_show(functions):
+    add, lookup = Tools(functions("add", "lookup")).tools
+    assert add == {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds two numbers.",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "default": 1}},
+                "required": ["a"],
+            },
+        },
+    }
+    assert lookup["function"]["parameters"]["properties"]["how"] == {"type": "string", "enum": ["short", "long"]}
+
+
+def test_calls_are_carried_out_and_a_turn_without_calls_ends_the_episode(functions):
+    tools = Tools(functions("add", "lookup"))
+    both = call('{"name": "add", "arguments": {"a": 2, "b": 3}}') + call(
+        '{"name": "lookup", "arguments": {"word": "é", "how": "long"}}'
+    )
+    found = step(tools, f"<think>{call('{}')}</think>Let me see. {both}")
+    assert [message["content"] for message in found.messages] == ["5", '{"word": "é", "how": "long"}']
+    assert {message["role"] for message in found.messages} == {"tool"}
+    assert (found.done, found.tool_calls, found.tool_errors, found.feedback) == (False, 2, 0, None)
+    assert step(tools, "It is 5.").done
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (call('{"name": "ad", "arguments": {}}'), "there is no tool 'ad'"),
+        (
+            call('{"name": "add", "arguments": {"a": "two"}}'),
+            "wrong arguments of add: a: Input should be a valid integer",
+        ),
+        (call('{"name": "add", "arguments": {"a": 1, "c": 2}}'), "c: Extra inputs are not permitted"),
+        (call('{"name": "add", "arguments": {}}'), "a: Field required"),
+        (call('{"name": "broken", "arguments": {"x": 1}}'), "ZeroDivisionError: division by zero"),
+        (call('{"name": "add", "arguments": '), "not valid JSON"),
+        (call("[" * 100000), "not valid JSON"),
+        (call('{"name": "add", "arguments": [1]}'), "arguments of 'add' must be an object"),
+        (call('["add"]'), "a call must be an object"),
+        ('<tool_call>{"name": "add"}', "has no </tool_call>"),
+    ],
+)
+def test_whatever_is_wrong_with_a_call_is_told_to_the_model(functions, text, told):
+    tools = Tools(functions("add", "broken"))
+    found = step(tools, text)
+    assert not found.done and found.tool_errors == 1
+    assert told in found.messages[-1]["content"] and found.messages[-1]["content"].startswith("Error: ")
+    assert told in found.feedback, "it may teach"
+
+
+def test_results_and_calls_of_a_turn_are_limited(functions):
+    tools = Tools(functions("endless"), max_calls=2, max_output=100)
+    found = step(tools, call('{"name": "endless", "arguments": {"x": 1}}') * 5)
+    assert len(found.messages) == 3 and len(found.messages[0]["content"]) < 200
+    assert "first 2 calls" in found.messages[-1]["content"]
+    assert len(read_hermes("<tool_call>" * 100_000).problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("untyped", "has no type"), ("absent", "has no 'absent'"), ("not_a_function", "expected a function")],
+)
+def test_what_is_no_tool_is_refused_before_any_episode(functions, name, told):
+    with pytest.raises(UserError, match=told):
+        Tools.prepare(functions=functions(name))
+
+
+def test_unknown_environments_are_refused():
+    with pytest.raises(UserError, match="expected a subclass"):
+        resolve("megatron_srpo.environments.base:Task")
+    with pytest.raises(UserError, match="needs a package"):
+        resolve("no_such_package.at_all:Thing")
+
+
+# ---- python ----------------------------------------------------------------------------------------------------------
+
+try:
+    ISOLATION = sandbox.choose("auto")
+except UserError:  # a container without namespaces
+    ISOLATION = "none"
+CALLS = [{"call": "add(1, 2)", "expected": 3}, {"call": "add(-1, 1)", "expected": 0}]
+
+
+def attempt(reply, answer=CALLS, **arguments):
+    environment = PythonCode(**{"seconds": 3.0, "isolation": ISOLATION, **arguments})
+
+    async def run():
+        await environment.start(Task(({"role": "user", "content": "x"},), answer, {}, 0, 0))
+        return await environment.step(reply)
+
+    return asyncio.run(run())
+
+
+def block(code):
+    return f"Here it is.\n```python\n{code}\n```\n"
+
+
+def test_code_that_passes_its_tests_is_rewarded():
+    found = attempt("<think>```\nno\n```</think>" + block("def add(a, b):\n    return a + b"))
+    assert (found.done, found.reward, found.feedback) == (True, 1.0, None)
+    assert attempt(block("print(sum(map(int, input().split())))"), [{"input": "1 2\n", "output": "3"}]).reward == 1.0
+    assert attempt(block("def f(): return 1"), ["assert f() == 1"]).reward == 1.0
+    assert attempt("def add(a, b): return a + b", fence=False).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("def add(a, b): return a - b", "add(1, 2) returned -1, expected 3"),
+        ("def add(a, b): return 'x' * 10**6", "add(1, 2) raised ValueError"),
+        ("def add(a, b):\n    return c", "add(1, 2) raised NameError: name 'c' is not defined (line 2)"),
+        ("def add(a, b) return", "The code cannot be run: SyntaxError"),
+        ("def add(a, b):\n    while True: pass", "add(1, 2) had no result: it did not end within 1 s"),
+        ("import os\ndef add(a, b): os._exit(0)", "add(1, 2) had no result"),
+        ("def add(a, b): return True", "add(1, 2) returned True, expected 3"),
+        ("raise SystemExit", "The code cannot be run: SystemExit"),
+        ("def add(a, b): return bytearray(2**40)", "MemoryError"),
+    ],
+)
+def test_what_failed_is_told_in_words(code, told):
+    found = attempt(block(code), seconds=1.0)
+    assert found.reward == 0.0 and told in found.feedback and found.done
+
+
+def test_further_attempts_are_shown_what_failed():
+    found = attempt(block("def add(a, b): return 3"), attempts=2, partial=True)
+    assert not found.done and found.reward == 0.5
+    assert "add(-1, 1) returned 3, expected 0" in found.messages[0]["content"]
+    assert attempt("no code", attempts=2).feedback.endswith("no ``` block with Python code")
+
+
+def test_a_program_that_forges_results_does_not_know_what_is_expected():
+    forged = (
+        "import os, json\n"
+        "for n in range(2):\n"
+        "    for fd in range(3, 20):\n"
+        "        try: os.write(fd, (json.dumps({'number': n, 'value': 99}) + '\\n').encode())\n"
+        "        except OSError: pass\n"
+        "os._exit(0)\n"
+    )
+    assert attempt(block(forged)).reward == 0.0
+
+
+def evaluate(expression, code="import os, socket, sys", **limits):
+    calls = [{"how": "value", "text": expression}]
+    return asyncio.run(sandbox.run(code, calls=calls, limits=Limits(**{"seconds": 3.0, **limits}), isolation=ISOLATION))
+
+
+@pytest.mark.skipif(ISOLATION != "bubblewrap", reason="the other ways hold less; docs/security.md says what")
+@pytest.mark.parametrize(
+    "expression",
+    [
+        f"os.listdir({os.getcwd()!r})",
+        "open('/etc/passwd').read()",
+        "open('/usr/forbidden', 'w')",
+        "socket.create_connection(('127.0.0.1', 22), 1)",
+        "socket.create_connection(('8.8.8.8', 53), 1)",
+        "os.kill(1, 9) or os.setuid(0)",
+        "os.chroot('/')",
+        "open('/proc/1/environ').read() and os.environ['PATH']",
+    ],
+)
+def test_the_sandbox_keeps_a_program_from(expression):
+    fact = evaluate(expression).facts[-1] if evaluate(expression).facts else {}
+    assert "error" in fact or not fact.get("value"), fact
+
+
+@pytest.mark.skipif(ISOLATION != "bubblewrap", reason="the other ways hold less; docs/security.md says what")
+def test_the_sandbox_limits_files_processes_and_the_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert set(evaluate("dict(os.environ)").facts[-1]["value"]) <= {"HOME", "PWD", "LC_CTYPE"}
+    assert evaluate("len([name for name in os.listdir('/proc') if name.isdigit()])").facts[-1]["value"] <= 2
+    many = "import os\ndef f():\n    n = 0\n    try:\n        while True:\n            if os.fork() == 0:\n"
+    many += "                import time; time.sleep(60)\n            n += 1\n    except OSError:\n        return n\n"
+    assert evaluate("f()", many, processes=5).facts[-1]["value"] <= 5
+    full = "import os\ndef f():\n    for n in range(8):\n        open(f'/tmp/{n}', 'wb').write(b'0' * 2**20)\n"
+    assert "No space left" in evaluate("f()", full, file_mib=4).facts[-1]["error"]
+    flood = evaluate("1", "import os\nfor _ in range(10**5): os.write(3, b'x' * 10**4)", output_kib=64)
+    assert "more than 64 KiB" in flood.ended
+
+
+def test_tests_and_code_are_read_from_what_rows_and_models_write():
+    assert [test.how for test in read_tests('[{"call": "f()", "expected": null}, "assert f()"]')] == [
+        "value",
+        "statement",
+    ]
+    for wrong in ([], 3, [{"call": "f()"}], [{"input": "", "output": ""}, "assert 1"]):
+        with pytest.raises(ValueError, match="expected"):
+            read_tests(wrong)
+    assert read_code("```py\na\n```\n```\nb\n```", fence=True) == "b\n"
+    assert read_code("```" * 50_000, fence=True) is None
