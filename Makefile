@@ -19,16 +19,20 @@ WORKERS ?= 2
 ARGS ?=
 MINUTES ?= 60
 WHEELHOUSE ?=
+PYTHON312 ?= python3.12
+# The tests of ranks that need no vLLM, whose CPU build is for another torch than pip's for Python 3.12 may be.
+MEGATRON_TESTS := $(patsubst %,tests/distributed/test_%.py,policy optimizer experts transformer_engine routed_objective \
+	losses_parallel scoring dropout bridge_export checkpoint_layouts checkpoint_faults control meta_ranks)
 
 VENV_PYTHON := .venv/bin/python
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheelhouse test test-slow test-gpu test-slurm quickstart compare soak lint format doctor
+.PHONY: help setup wheelhouse test test-slow test-gpu-versions test-gpu test-slurm quickstart compare soak lint format doctor
 
 help:  ## list all targets
 	@echo "megatron_srpo. Start with: make quickstart"
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r name what; do printf '%-18s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r name what; do printf '%-25s %s\n' "$$name" "$$what"; done
 
 setup:  ## create .venv with the pinned requirements (DEVICE=cpu|gpu, PYTHON=...)
 	@python='$(PYTHON)'; \
@@ -54,6 +58,10 @@ test-slow: setup  ## run the slow tests: more layouts, killed servers, resumed r
 
 test-gpu: setup  ## run the tests of kernels, losses and policy on one GPU
 	@$(VENV_PYTHON) -m pytest -q -rs -m gpu tests/distributed $(ARGS)
+
+test-gpu-versions:  ## run the tests of ranks with Megatron Core 0.19 on Python 3.12, in .venv312 (PYTHON312=python3.12)
+	@sh tools/megatron_019.sh '$(PYTHON312)'
+	@.venv312/bin/python -m pytest -q -p no:cacheprovider -m 'not gpu and not slurm' $(MEGATRON_TESTS) $(ARGS)
 
 test-slurm: setup  ## run the tests on a real Slurm with two pretend nodes; installs Debian's packages if it may
 	@sh tools/install_slurm.sh

@@ -333,3 +333,14 @@ def _replace_modules() -> None:
         (te.DotProductAttention, attention),
     ):  # fmt: skip
         cls.forward = forward
+
+    from megatron.core.transformer.moe import moe_utils
+
+    def te_general_gemm(a: Any, b: Any, dtype: Any, layout: str = "TN", bias: Any = None, grad: bool = False) -> list:
+        """The router's products; the letters say whether a and b are transposed, as a column-major library sees it."""
+        CALLS["router"] += 1
+        product = {"TN": lambda: b @ a.T, "NN": lambda: b @ a, "NT": lambda: b.T @ a}[layout]().to(dtype)
+        return [product if bias is None else product + bias]
+
+    if getattr(moe_utils, "te_general_gemm", None) is not None:
+        moe_utils.te_general_gemm = te_general_gemm

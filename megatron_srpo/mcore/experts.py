@@ -86,10 +86,16 @@ def is_expert(parameter: torch.nn.Parameter) -> bool:
 
 def mark_experts(model: torch.nn.Module) -> None:
     """Mark the experts' parameters as such. Without expert parallelism Megatron does not, and would sum their gradients
-    over the data-parallel ranks only, and miss the tokens of other tensor-parallel ranks."""
+    over the data-parallel ranks only, and miss the tokens of other tensor-parallel ranks.
+
+    Their optimizer state is sharded over all ranks with a copy, so no slice of it is a duplicate. Transformer Engine's
+    grouped products do not say so for whole experts (expert tensor parallel 1), and Megatron would leave the slices of
+    all tensor-parallel ranks but the first out of the gradient norm.
+    """
     for layer in _expert_layers(model):
         for parameter in layer.experts.parameters():
             parameter.allreduce = False
+            parameter.tensor_model_parallel = True
 
 
 def _expert_layers(model: torch.nn.Module) -> Iterator[MoELayer]:

