@@ -318,6 +318,9 @@ class TrainConfig(Section):
     that moment; the teacher's weights are then swapped in for every step. They differ only if prompts_per_mini_batch
     makes several steps. The log-probs of importance ratios and of the reference model belong to the iteration in both
     cases."""
+    share_prompts: bool = True
+    """Forward a prompt once per packed row instead of once for each of its responses there. The loss and its gradients
+    are the same up to rounding. It has no effect with Transformer Engine, context parallelism, experts or dropout."""
     max_tokens_per_gpu: int = Field(18432, ge=1)
     """Token budget of one packed row per GPU. A row holds this number times context_parallel_size tokens, and the
     longest teacher prompt with its response must fit."""

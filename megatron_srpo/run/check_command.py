@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_srpo.algorithms.base import SelfTeaching
 from megatron_srpo.config import Config, listed, read_model_folder
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.records import Prompt, Reward
@@ -175,7 +176,9 @@ def _show_prompt(config: Config, prompting: Prompting, prompt: Prompt, say: Say)
         "feedback": ("if the reward gives feedback", None, "(made-up feedback)"),
         "none": ("which is the prompt itself", None, None),
     }
-    first = next((name for name in config.algorithm.sources if name != "solution" or prompt.solution), None)
+    algorithm = config.algorithm
+    assert isinstance(algorithm, SelfTeaching), "only these need a teacher"
+    first = next((name for name in algorithm.sources if name != "solution" or prompt.solution), None)
     if first is None:
         say("the first row has no reference solution, and no other teacher is configured")
         return

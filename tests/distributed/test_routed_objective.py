@@ -309,12 +309,14 @@ def head_apart(fused, given):
 
 def run_variants(variants, layout, student, teacher, groups_of):
     """What each optimiser step of each variant saw and did: samples, weights before it, gradients, metrics."""
+    from megatron_srpo.batching import rows
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
     from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
 
+    rows.SHORTEST_SHARED = 1  # tiny prompts are shared too
     path = choose_device("auto", 0)
     config = make_config(student, variants[0], layout)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
@@ -349,6 +351,10 @@ def run_variants(variants, layout, student, teacher, groups_of):
 
         policy.optimizer.step = capture
         mine, share = share_of(samples, plan, topology.dp_rank)
+        packed = rows.pack_rows(share.mini_batches[0].student[0], mine, padding=policy.padding)
+        assert policy.padding.shares == (topology.cp_size == 1 and not layout.startswith("moe")), "prompts are shared"
+        if policy.padding.shares and "one sample" not in variant and topology.dp_size == 1:
+            assert any(row.prefixes for row in packed)
         passes = BatchPasses(Batch(mine, share, {}), policy, objective)
         for scoring in objective.passes():
             passes.run(scoring)
