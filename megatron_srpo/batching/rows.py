@@ -102,6 +102,7 @@ def _experts(
     known = [found for index in row.samples if (found := experts[index]) is not None]
     if not known:
         return None
+    assert not padding.shares, "the samples of a prompt may have other experts for its tokens"
     result = np.full((total, *known[0].shape[1:]), -1, dtype=np.int16)
     for index, span in sequence_spans(row, samples, padding=padding, stream=stream):
         found = experts[index]

@@ -136,6 +136,7 @@ def chosen_experts(
         whole = torch.full((row.input_ids.numel(), count, config.moe_router_topk), FREE, dtype=torch.int16)
         if layers:
             own = torch.stack([layer.router.router_replay.recorded[place] for layer, _ in layers], 1)
+            own = own.to(topology.device, torch.int32)  # gloo and NCCL send no int16
             if _token_ranks(topology, config) > 1:
                 pieces = [torch.empty_like(own) for _ in range(topology.tp_size)]
                 dist.all_gather(pieces, own, group=topology.tp_group)

@@ -34,7 +34,7 @@ class RowReplay(RouterReplay):
         list leaves all to the router."""
         self._given, self._calls = list(given), [0, 0]  # calls without and with gradients
         self._record = record
-        self.recorded: list[Tensor] = []  # [T, K] int32, a row each: what was used
+        self.recorded: list[Tensor] = []  # [T, K] int16 in host memory, a row each: what was used
         self.compared: list[Tensor] = []  # [T] uint8, a row of a training pass each: whether the router agrees
 
     def end(self) -> None:
@@ -62,7 +62,7 @@ class RowReplay(RouterReplay):
             chosen = torch.where(free, own, given)
             values = scores.gather(1, chosen)
         if self._record:
-            self.recorded.append(chosen.to(torch.int32))  # gloo and NCCL send no int16
+            self.recorded.append(chosen.to("cpu", torch.int16))  # on a GPU those of all rows would be hundreds of MB
         if self._given and learning:
             compared = torch.full_like(chosen[:, 0], NOT_REPLAYED, dtype=torch.uint8)
             if given is not None:

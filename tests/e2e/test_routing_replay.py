@@ -56,3 +56,16 @@ def test_every_placement_returns_the_experts_that_the_trainer_would_choose_in_fl
     for line in lines[:1] if "ahead" in layout else lines:  # later ones come from older weights
         assert line[TOKENS] < 0.02 and line["rollout_corr/logprob_diff_max"] < 1e-4
     assert lines[-1][CHOICES] > 0.1  # the second optimizer step of an iteration is another policy
+
+
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path):
+    config = prepared(tmp_path, layers=4, experts=6, initializer_range=0.05, dtype=torch.bfloat16)
+    options = ("--model.dtype=bfloat16", "--checkpoint.every=2", "--rollout.start_mismatch_limit=9")
+    train(config, *options, "--run.iterations=4")
+    straight = records(tmp_path / "out")
+    for iterations in (2, 4):
+        train(config, *options, f"--run.iterations={iterations}", f"--run.output_dir={tmp_path / 'again'}")
+    assert records(tmp_path / "again") == straight
+    assert [line["step"] for line in straight] == [1, 2, 3, 4] and all(TOKENS in line for line in straight)
+    shards = [sorted((tmp_path / out).glob("checkpoints/*4/**/*.distcp")) for out in ("out", "again")]
+    assert [a.read_bytes() for a in shards[0]] == [b.read_bytes() for b in shards[1]] and shards[0]
