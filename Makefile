@@ -1,7 +1,7 @@
 # The commands of this project. Every target sets up what it needs first; a repeated setup takes less than a second.
 #
 #   make setup  [DEVICE=cpu|gpu] [PYTHON=python3.12]     creates the environment in .venv and nothing else
-#   make test   [ARGS="-k losses"]                       runs the default tests
+#   make test   [WORKERS=2] [ARGS="-k losses"]           runs the default tests
 #   make test-slurm [ARGS="-k crash"]                    runs the tests on a real Slurm, which it starts on this machine
 #   make quickstart [ALGORITHM=srpo|grpo|sdpo|mix] [SEED=0] [ARGS="--run.iterations 20"]
 #   make compare    [SEEDS=3] [JOBS=1]                   compares four algorithms over several seeds in one figure
@@ -14,6 +14,7 @@ ALGORITHM ?= srpo
 SEED ?= 0
 SEEDS ?= 3
 JOBS ?= 1
+WORKERS ?= 2
 ARGS ?=
 MINUTES ?= 60
 
@@ -38,8 +39,8 @@ setup:  ## create .venv with the pinned requirements (DEVICE=cpu|gpu, PYTHON=...
 	test -n "$$python" || { echo "set-up: no Python 3.$$least or newer found; install one, or say which: make setup PYTHON=/path/to/python3.$$least" >&2; exit 1; }; \
 	"$$python" tools/setup_env.py --device '$(DEVICE)'
 
-test: setup  ## run the default tests and print the slowest ten (ARGS="-k name" selects some)
-	@$(VENV_PYTHON) -m pytest -q --durations=10 $(ARGS)
+test: setup  ## run the default tests, WORKERS=2 files at a time, and print the slowest ten (ARGS="-k name" selects some)
+	@$(VENV_PYTHON) -m pytest -q -n '$(WORKERS)' --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 
 test-slow: setup  ## run the slow tests: more layouts, killed servers, resumed runs (hours on two cores)
 	@$(VENV_PYTHON) -m pytest -q -m slow $(ARGS)

@@ -26,13 +26,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import typer
-from megatron_srpo.losses.sdpo import topk_divergence
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.step import machine
 from megatron_srpo.losses import LinearHead, full_divergence
+from megatron_srpo.losses.distillation import topk_divergence
 
 TOPK, ALPHA = 100, 0.5
 SMALL_BUDGET = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}  # bytes of logits at a time in the low-memory setting

@@ -41,6 +41,17 @@ def pytest_deselected(items):
     _left_out.update(next((name for name in COMMANDS if item.get_closest_marker(name)), "") for item in items)
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes; each of them collects all tests
+        session.config.workeroutput["left_out"] = dict(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _left_out.clear()
+    _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Name the tests that a default run left out. pytest prints its own last line after this hook."""
     if config.option.markexpr != DEFAULT_MARKERS or config.option.keyword:

@@ -129,14 +129,16 @@ class Reference:
     def __init__(self, config, behaviour, teacher, reference):
         self.a, self.temperature = config.algorithm, config.rollout.temperature
         self.behaviour, self.teacher, self.reference = behaviour, teacher, reference
-        self.chosen = None
+        self.chosen, self.chooser = None, behaviour  # the model whose top-k counts
         self.trust = config.teacher.update_rate if config.teacher.mode == "trust_region" else 0.0
 
     def choose(self, ids, slack):
         """Take top-k ids as they are given: (group, sample) → [R, K]; none may be `slack` nats below the k-th."""
         self.chosen, self.slack = ids, slack
 
-    def _topk(self, behaviour, sample):
+    def _topk(self, sample):
+        with torch.no_grad():
+            behaviour = self._logp(self.chooser, sample.student)
         top = behaviour.topk(self.a.distillation_topk, -1)
         if self.chosen is None:
             return top.indices
@@ -247,7 +249,7 @@ class Reference:
             if "distill" in s.weights:
                 p, q = logp, taught[i]
                 if a.distillation_topk:
-                    top = self._topk(behaviour, s)
+                    top = self._topk(s)
                     p, q = reduced(p, top, a.distillation_tail), reduced(q, top, a.distillation_tail)
                 d = divergence(p, q, a.divergence_alpha)
                 ratio = torch.ones_like(at)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_srpo.batching.rows import pack_rows, predicting_positions
 from megatron_srpo.core.protocols import Objective, Policy, ScoringPass
@@ -28,8 +28,11 @@ class BatchPasses:
         self._policy, self._objective = policy, objective
 
     def run(self, scoring: ScoringPass) -> None:
-        """One scoring pass over the iteration's rows. Nothing happens, on any rank, where it has none."""
-        minis = self.plan.mini_batches[scoring.start :]
+        """One scoring pass over the iteration's rows, or over those of the first step if every step has its own."""
+        self._run(scoring, self.plan.mini_batches[scoring.start : 1 if scoring.each_step else None])
+
+    def _run(self, scoring: ScoringPass, minis: Sequence[MiniBatchPlan]) -> None:
+        """Nothing happens, on any rank, where these mini-batches have no rows for the pass."""
         if not any(rows for mini in minis for rows in self._ranks(scoring.rows, mini)):
             return
         with self._policy.weights(scoring.weights):
@@ -50,9 +53,13 @@ class BatchPasses:
                     setattr(into[index], name, values[at.to(values.device)].cpu())
 
     def train_step(self, mini: MiniBatchPlan) -> StepStats | None:
-        """One optimiser step, or None when nothing in the mini-batch counts."""
+        """One optimiser step, after its own scoring passes, or None when nothing in the mini-batch counts."""
         if mini.loss_tokens == 0:
             return None
+        if mini is not self.plan.mini_batches[0]:
+            for scoring in self._objective.passes():
+                if scoring.each_step:
+                    self._run(scoring, [mini])
         rows = self._count("train", "student", mini)
         mine = [i for row in rows for i in row.samples]
         local = self._objective.distill_weight_sum([self.samples[i] for i in mine], [self.scores[i] for i in mine])

@@ -7,10 +7,11 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from megatron_srpo.batching.rows import NO_PADDING, padded_length, row_lengths
+from megatron_srpo.batching.rows import NO_PADDING, padded_length, row_lengths, tokens_of
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Padding, Row, Sample, StreamName
 
@@ -18,6 +19,7 @@ from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Padding, Row, S
 # 24·H² operations a token and 2·H·n for its causal attention: they are equal at n = 12·H, H = 4096 here.
 ATTENTION_LENGTH = 12 * 4096
 TRAIN_PASSES = 3  # forward and a backward of twice its work
+WORTH_SPLITTING = 0.01  # share of the slowest rank's work that splitting up the samples of a prompt must save
 
 
 def plan_batch(
@@ -44,12 +46,26 @@ def plan_batch(
     )
 
 
-def sample_cost(sample: Sample) -> float:
-    """Work for one sample in all passes of the iteration, in token forwards: training, and where it is distilled the
-    teacher's score and the student's top-k."""
-    student = _sequence_cost(sample.student_length)
-    scoring = _sequence_cost(sample.teacher_length) + student if sample.teacher is not None else 0.0
-    return TRAIN_PASSES * student + scoring + _sequence_cost(sample.contrast_length)
+def cost(indices: Sequence[int], samples: Sequence[Sample], padding: Padding) -> float:
+    """Work for some samples of one prompt in all passes of the iteration, in token forwards: training, and for those
+    that are distilled the teacher's score and the student's top-k."""
+    taught = [i for i in indices if samples[i].teacher is not None]
+    work = TRAIN_PASSES * _stream_cost(indices, samples, padding, "student")
+    if taught:
+        work += _stream_cost(taught, samples, padding, "student") + _stream_cost(taught, samples, padding, "teacher")
+        work += _stream_cost([i for i in taught if samples[i].contrast is not None], samples, padding, "contrast")
+    return work
+
+
+def _stream_cost(indices: Sequence[int], samples: Sequence[Sample], padding: Padding, stream: StreamName) -> float:
+    """Work for a pass over one stream of these samples; what they share costs once."""
+    streams = [samples[i].stream(stream) for i in indices]
+    whole = sum(_sequence_cost(len(found)) for found in streams)
+    if not padding.shares or len(streams) < 2:
+        return whole
+    shared = Counter(id(found.prompt_ids) for found in streams)
+    prompts = {id(found.prompt_ids): len(found.prompt_ids) for found in streams}
+    return whole - sum((users - 1) * _sequence_cost(prompts[prompt]) for prompt, users in shared.items())
 
 
 def _longest(sample: Sample) -> int:
@@ -110,7 +126,7 @@ class _Packer:
         self._budget = budget
         self._padding = padding
         self._drop = drop_zero_gradient
-        self._costs = [sample_cost(sample) for sample in samples]
+        self._contrasts = any(sample.contrast is not None for sample in samples)
         self.slowest = self.mean = 0.0  # sums over mini-batches: the ranks meet after each
 
     def plan(self, indices: Sequence[int]) -> MiniBatchPlan:
@@ -119,17 +135,13 @@ class _Packer:
         placed = [i for i in counted if not self._drop or samples[i].has_gradient]
         if counted and not placed:  # one sample is forwarded all the same: the log compares trainer and engine on it
             placed = [min(counted, key=lambda i: samples[i].student_length)]
-        loads, ranks = _balance(placed, self._costs, self._dp_size)
+        loads, ranks = self._balanced(placed)
         self.slowest += max(loads)
         self.mean += sum(loads) / self._dp_size
-        student = [self._rows(rank, lambda i: samples[i].student_length) for rank in ranks]
+        student = [self._rows(rank, "student") for rank in ranks]
         # The other passes over taught samples use the teacher's rows, so every stream must fit.
-        teacher = [
-            self._rows([i for i in rank if samples[i].teacher is not None], lambda i: samples[i].teacher_length,
-                       lambda i: _longest(samples[i]))
-            for rank in ranks
-        ]  # fmt: skip
-        taught = [i for i in placed if samples[i].teacher is not None]
+        others: list[StreamName] = ["student", "contrast"] if self._contrasts else ["student"]
+        teacher = [self._rows([i for i in rank if samples[i].teacher is not None], "teacher", others) for rank in ranks]
         return MiniBatchPlan(
             student=_even(student, self._padding.rows, at_least=1 if counted else 0),
             teacher=_even(teacher, self._padding.rows, at_least=0),
@@ -137,25 +149,82 @@ class _Packer:
             distill_tokens=sum(samples[i].distilled for i in counted),
             responses=sum(samples[i].length > 0 and samples[i].part == 0 for i in counted),
             forwarded={
-                "student": _total(student, sum(samples[i].student_length for i in placed)),
-                "teacher": _total(teacher, sum(samples[i].teacher_length for i in taught)),
-                "distilled": _total(teacher, sum(samples[i].student_length for i in taught)),
-                "contrast": _total(teacher, sum(samples[i].contrast_length for i in taught)),
+                "student": self._forwarded(student, "student"),
+                "teacher": self._forwarded(teacher, "teacher"),
+                "distilled": self._forwarded(teacher, "student"),
+                "contrast": self._forwarded(teacher, "contrast"),
             },
         )
 
-    def _rows(
-        self, indices: Sequence[int], length: Callable[[int], int], room: Callable[[int], int] | None = None
-    ) -> list[Row]:
-        """Best-fit rows under the budget, the costliest first, so that all ranks' rows of one number are alike."""
-        room, multiple = room or length, self._padding.sequence
-        bins = _best_fit_decreasing(indices, lambda i: padded_length(room(i), multiple), self._budget)
-        bins.sort(key=lambda row: -sum(_sequence_cost(length(i)) for i in row))
-        return [Row(tuple(row), sum(length(i) for i in row)) for row in bins]
+    def _balanced(self, indices: Sequence[int]) -> tuple[list[float], list[list[int]]]:
+        """Loads and samples of the ranks. Samples that share a prompt stay together unless splitting them up balances
+        the ranks better than the shared tokens save."""
+        families = list(self._families(indices, "student").values())
+        best: tuple[list[float], list[list[int]]] | None = None
+        largest = max(map(len, families), default=1)
+        for parts in _halvings(largest) if self._dp_size > 1 else (1,):
+            units = [family[k::parts] for family in families for k in range(min(parts, len(family)))]
+            costs = [cost(unit, self._samples, self._padding) for unit in units]
+            loads, ranks = _balance(range(len(units)), costs, self._dp_size)
+            if best is None or max(loads) < (1 - WORTH_SPLITTING) * max(best[0]):
+                best = loads, [[i for unit in rank for i in units[unit]] for rank in ranks]
+        assert best is not None
+        return best
+
+    def _families(self, indices: Sequence[int], stream: StreamName) -> dict[int, list[int]]:
+        """The samples that share a prompt in a pass over this stream, in order; each alone where nothing is shared."""
+        families: dict[int, list[int]] = {}
+        for i in indices:
+            key = id(self._samples[i].stream(stream).prompt_ids) if self._padding.shares else i
+            families.setdefault(key, []).append(i)
+        return families
+
+    def _rows(self, indices: Sequence[int], stream: StreamName, others: Sequence[StreamName] = ()) -> list[Row]:
+        """Best-fit rows under the budget, the costliest first, so that all ranks' rows of one number are alike. The
+        samples of a row fit with their `others` streams too."""
+        samples, padding = self._samples, self._padding
+
+        def room(members: Sequence[int]) -> int:
+            return max(tokens_of(members, samples, padding=padding, stream=name) for name in (stream, *others))
+
+        units: list[list[int]] = []
+        for family in self._families(indices, stream).values():
+            units += _cut(sorted(family, key=lambda i: (-len(samples[i].stream(stream)), i)), room, self._budget)
+        sizes = [room(unit) for unit in units]
+        bins = [
+            [i for unit in row for i in units[unit]]
+            for row in _best_fit_decreasing(range(len(units)), lambda unit: sizes[unit], self._budget)
+        ]
+        bins.sort(key=lambda row: -_stream_cost(row, samples, padding, stream))
+        return [Row(tuple(row), self._tokens(row, stream)) for row in bins]
+
+    def _tokens(self, indices: Sequence[int], stream: StreamName) -> int:
+        return tokens_of(indices, self._samples, padding=Padding(shares=self._padding.shares), stream=stream)
+
+    def _forwarded(self, ranks: list[list[Row]], stream: StreamName) -> tuple[int, int]:
+        """(rows, tokens without padding) of a pass over all ranks' rows."""
+        rows = [row for rank in ranks for row in rank]
+        if stream == "contrast" and not self._contrasts:
+            return len(rows), 0
+        return len(rows), sum(self._tokens(row.samples, stream) for row in rows)
 
 
-def _total(rows: list[list[Row]], tokens: int) -> tuple[int, int]:
-    return sum(map(len, rows)), tokens
+def _halvings(largest: int) -> Iterator[int]:
+    """1, 2, 4, … up to the first that is not smaller than `largest`."""
+    parts = 1
+    while True:
+        yield parts
+        if parts >= largest:
+            return
+        parts *= 2
+
+
+def _cut(members: list[int], room: Callable[[Sequence[int]], int], budget: int) -> list[list[int]]:
+    """The members, in order, in as few parts as fit into rows of their own."""
+    if len(members) < 2 or room(members) <= budget:
+        return [members] if members else []
+    half = len(members) // 2
+    return _cut(members[:half], room, budget) + _cut(members[half:], room, budget)
 
 
 def share_of(samples: Sequence[Sample], plan: BatchPlan, rank: int) -> tuple[list[Sample], BatchPlan]:

@@ -3,6 +3,11 @@
     row       │ prompt 0 │ response 0 │ prompt 1 │ response 1 │ padding │
     predicts            └─ the token before each trained token ─┘
 
+Samples that have the same prompt share it (`Padding.shares`). Its last token, which predicts the first token of each
+response, stays with each sample, so that every position predicts one token at most:
+
+    row       │ prompt but its last token │ last, response 0 │ last, response 1 │ … │
+
 Shapes: T tokens of a row, R trained tokens of a sample, K top-k, v vocabulary shard. Under context parallelism every
 sequence is filled up to a multiple as well (`Padding`).
 """
@@ -10,8 +15,8 @@ sequence is filled up to a multiple as well (`Padding`).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +28,7 @@ from megatron_srpo.core.records import Padding, PerToken, Row, Sample, StreamNam
 from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores
 
 NO_PADDING = Padding()
+SHORTEST_SHARED = 8  # tokens; sharing fewer saves less than the attention behind a prefix costs
 FOR_EVERY_SAMPLE = ("logprob", "reference_logprob")  # scores that only a pass over all samples can have made
 
 
@@ -35,7 +41,7 @@ def row_lengths(
     rows: Sequence[Row], samples: Sequence[Sample], *, padding: Padding = NO_PADDING, stream: StreamName = "student"
 ) -> list[int]:
     """Positions of each packed row of one pass on one data-parallel rank."""
-    used = [sum(_sequence_lengths(row, samples, padding, stream)) for row in rows]
+    used = [tokens_of(row.samples, samples, padding=padding, stream=stream) for row in rows]
     lengths = [padded_length(tokens, padding.row) for tokens in used]
     return [max(lengths)] * len(lengths) if padding.rows > 1 and lengths else lengths
 
@@ -45,12 +51,18 @@ def predicting_positions(
 ) -> list[tuple[int, Tensor]]:
     """(sample index, [R] positions) for every sample of the row, in order: the logits at these positions predict its
     trained tokens. `stream`: which of the samples' streams the row holds."""
-    found, offset = [], 0
-    for index, length in zip(row.samples, _sequence_lengths(row, samples, padding, stream), strict=True):
-        targets = samples[index].stream(stream).targets
-        found.append((index, torch.from_numpy(targets + (offset - 1))))
-        offset += length
-    return found
+    return [
+        (sequence.sample, torch.from_numpy(samples[sequence.sample].stream(stream).targets + (sequence.origin - 1)))
+        for sequence in _sequences(row.samples, samples, padding, stream)
+        if sequence.is_sample
+    ]
+
+
+def tokens_of(
+    indices: Sequence[int], samples: Sequence[Sample], *, padding: Padding = NO_PADDING, stream: StreamName = "student"
+) -> int:
+    """Positions that these samples take in one row, without the padding at its end."""
+    return sum(sequence.length for sequence in _sequences(indices, samples, padding, stream))
 
 
 def pack_rows(
@@ -66,9 +78,47 @@ def pack_rows(
     return [_pack(row, samples, scores, padding, length, stream) for row, length in zip(rows, lengths, strict=True)]
 
 
-def _sequence_lengths(row: Row, samples: Sequence[Sample], padding: Padding, stream: StreamName) -> list[int]:
-    """Positions that each sample takes in the row."""
-    return [padded_length(len(samples[i].stream(stream)), padding.sequence) for i in row.samples]
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence of a row: a sample's stream from token `skipped` on, or the prompt that several samples share."""
+
+    sample: int  # index
+    start: int  # in the row
+    skipped: int  # tokens of the stream that are in the prefix
+    tokens: int
+    length: int  # with padding
+    prefix: int = -1  # the number of the sequence that it goes on behind
+    is_sample: bool = True
+
+    @property
+    def origin(self) -> int:
+        """Where the stream's first token would be in the row."""
+        return self.start - self.skipped
+
+
+def _sequences(
+    indices: Sequence[int], samples: Sequence[Sample], padding: Padding, stream: StreamName
+) -> list[_Sequence]:
+    """The sequences of a row in order, without the row's padding."""
+    streams = [samples[index].stream(stream) for index in indices]
+    # The same prompt is the same object (Stream), also after a sample has travelled to another rank.
+    users = Counter(id(found.prompt_ids) for found in streams) if padding.shares else Counter[int]()
+    shared: dict[int, int] = {}  # by prompt, the number of its sequence
+    result: list[_Sequence] = []
+    start = 0
+    for index, found in zip(indices, streams, strict=True):
+        prompt, before = id(found.prompt_ids), len(found.prompt_ids) - 1
+        shares = users[prompt] > 1 and before >= SHORTEST_SHARED
+        if shares and prompt not in shared:
+            shared[prompt] = len(result)
+            result.append(_Sequence(index, start, 0, before, before, is_sample=False))
+            start += before
+        skipped = before if shares else 0
+        tokens = len(found) - skipped
+        length = padded_length(tokens, padding.sequence)
+        result.append(_Sequence(index, start, skipped, tokens, length, shared.get(prompt, -1)))
+        start += length
+    return result
 
 
 @dataclass(frozen=True)
@@ -105,24 +155,32 @@ def _pack(
     stream: StreamName,
 ) -> PackedBatch:  # fmt: skip
     mine = [samples[index] for index in row.samples]
-    streams = [sample.stream(stream) for sample in mine]
-    lengths = _sequence_lengths(row, samples, padding, stream)
+    sequences = _sequences(row.samples, samples, padding, stream)
     ids = np.zeros(total, dtype=np.int64)  # causal attention: what stands behind a sequence changes nothing in it
-    for sequence, start in zip(streams, itertools.accumulate(lengths, initial=0), strict=False):
-        ids[start : start + len(sequence)] = sequence.token_ids
-    if total > sum(lengths):
-        lengths.append(total - sum(lengths))  # a sequence of its own: attention stays inside it
+    for part in sequences:
+        ids[part.start : part.start + part.tokens] = (
+            samples[part.sample].stream(stream).tokens(part.skipped, part.skipped + part.tokens)
+        )
+    lengths, prefixes = [part.length for part in sequences], [part.prefix for part in sequences]
+    starts = [part.skipped for part in sequences]
+    if total > sum(lengths):  # a sequence of its own: attention stays inside it
+        lengths.append(total - sum(lengths))
+        prefixes.append(-1)
+        starts.append(0)
     sizes = torch.tensor(lengths, dtype=torch.long)
     boundaries = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    origins = boundaries[:-1] - torch.tensor(starts, dtype=torch.long)
     spans = [found for _, found in predicting_positions(row, samples, padding=padding, stream=stream)]
     layout = _Layout(total, mine, torch.cat([*spans, torch.zeros(0, dtype=torch.long)]))
-    targets = np.concatenate([*(sequence.trained_ids for sequence in streams), np.zeros(0, np.int32)]).astype(np.int64)
+    trained = [sample.stream(stream).trained_ids for sample in mine]
+    targets = np.concatenate([*trained, np.zeros(0, np.int32)]).astype(np.int64)
     names = sorted({name for sample in mine for name in sample.weights})
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         targets=layout.spread(torch.from_numpy(targets)),
-        position_ids=torch.arange(total) - boundaries[:-1].repeat_interleave(sizes),
+        position_ids=torch.arange(total) - origins.repeat_interleave(sizes),
         cu_seqlens=boundaries.to(torch.int32),
+        prefixes=tuple(prefixes) if any(prefix >= 0 for prefix in prefixes) else (),
         loss_mask=layout.per_token([float(sample.counted) for sample in mine]),
         advantages=layout.per_token([sample.advantage for sample in mine]),
         rollout_logprobs=layout.per_token([sample.rollout_logprobs for sample in mine]),

@@ -535,13 +535,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments, standalone_mode=False, prog_name="prepare-data") or 0
     except UserError as error:
-        typer.echo(f"prepare_data: {error}", err=True)
+        typer.echo(f"prepare-data: {error}", err=True)
     except OSError as error:
-        typer.echo(f"prepare_data: {error.filename or 'file'}: {error.strerror}", err=True)
+        typer.echo(f"prepare-data: {error.filename or 'file'}: {error.strerror}", err=True)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own complaints about the command line
             raise
-        typer.echo(f"prepare_data: {error.format_message()}", err=True)
+        typer.echo(f"prepare-data: {error.format_message()}", err=True)
     return 2
 
 

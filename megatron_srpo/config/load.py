@@ -124,7 +124,9 @@ def load_config(
     except ValidationError as error:
         problems += _explain(error, given, origins)
     if problems or config is None:
-        raise ConfigError(listed(" + ".join(map(str, paths)), problems))
+        raise ConfigError(
+            listed(" + ".join([*map(str, paths), *(["the command line"] if overrides else [])]), problems)
+        )
     for note in _without_effect(given):
         tell(note)
     return config

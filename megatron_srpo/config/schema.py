@@ -216,8 +216,8 @@ class TeacherConfig(Section):
     logits are (1 − μ) · initial + μ · current."""
     update_every: Literal["step", "iteration"] = "step"
     """When the "ema" teacher is updated: after each optimizer step, or once after the last one of an iteration, as in
-    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. Teacher and top-k are scored once
-    per iteration in both cases."""
+    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. train.score_every decides when it
+    is asked."""
     refresh_every: int = Field(10, ge=1)
     """Number of iterations between two refreshes of a "refresh" teacher."""
     refresh_when: Literal["always", "improved"] = "always"
@@ -263,7 +263,7 @@ class RewardConfig(Section):
     """Names of environment variables, for example the key of a service, that the workers inherit. Otherwise they
     inherit only what Python and its libraries need, and no keys."""
     failure_score: float = Field(0.0, ge=-1e12, le=1e12)
-    """Score of a response whose reward function timed out or crashed."""
+    """Score of a response whose reward function raised, timed out or crashed."""
 
 
 class EnvironmentConfig(Section):
@@ -319,11 +319,24 @@ class OptimizerConfig(Section):
     """Term that Adam adds to the denominator."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm. Larger gradients are scaled down to it. 0 switches it off."""
+    offload: bool = False
+    """Keep Adam's moments, and the fp32 main parameters of a bf16 model, in host memory. Each optimizer step copies
+    them to the device and back in pieces of 256 MiB; the result is the same. It frees 12 bytes per parameter of a
+    rank's shard (8 for an fp32 model). Useful on GPUs only."""
 
 
 class TrainConfig(Section):
     prompts_per_mini_batch: int = Field(0, ge=0)
     """Number of prompts per optimizer step. It must divide rollout.rollout_batch_size. 0 takes the whole batch."""
+    score_every: Literal["iteration", "step"] = "iteration"
+    """When the student's top-k ids and the teachers' log-probs are computed. "iteration" computes them once, before the
+    first optimizer step. "step" computes them before each optimizer step for its own mini-batch, with the weights of
+    that moment; the teacher's weights are then swapped in for every step. They differ only if prompts_per_mini_batch
+    makes several steps. The log-probs of importance ratios and of the reference model belong to the iteration in both
+    cases."""
+    share_prompts: bool = True
+    """Forward a prompt once per packed row instead of once for each of its responses there. The loss and its gradients
+    are the same up to rounding. It has no effect with Transformer Engine, context parallelism, experts or dropout."""
     max_tokens_per_gpu: int = Field(18432, ge=1)
     """Token budget of one packed row per GPU. A row holds this number times context_parallel_size tokens, and the
     longest teacher prompt with its response must fit."""

@@ -264,7 +264,13 @@ class Stream:
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """[L] the whole sequence, in memory of its own."""
-        return np.concatenate([np.frombuffer(part, dtype=np.int32) for part in (self.prompt_ids, self.response_ids)])
+        return self.tokens(0, len(self))
+
+    def tokens(self, start: int, end: int) -> NDArray[np.int32]:
+        """[end − start] a part of the sequence, in memory of its own."""
+        prompt = len(self.prompt_ids)
+        parts = ((self.prompt_ids, start, end), (self.response_ids, max(0, start - prompt), max(0, end - prompt)))
+        return np.concatenate([np.frombuffer(part, dtype=np.int32)[first:last] for part, first, last in parts])
 
     @property
     def trained_ids(self) -> NDArray[np.int32]:
@@ -361,6 +367,7 @@ class Padding:
     sequence: int = 1
     row: int = 1
     rows: int = 1  # of a data-parallel rank in one pass; above 1 they are filled up to the longest
+    shares: bool = False  # the samples of a row that have the same prompt share its tokens; needs sequence = 1
 
 
 @dataclass(frozen=True)
@@ -369,7 +376,7 @@ class Row:
     the ranks in step and contributes nothing."""
 
     samples: tuple[int, ...]
-    tokens: int  # sum of the lengths of its sequences, padding excluded
+    tokens: int  # sum of the lengths of its sequences, padding excluded; a shared prompt counts once
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ class PackedBatch:
     response_tokens: Tensor | None = None  # fp32, R of the attempt that the target belongs to
     turn: Tensor | None = None  # fp32, number of the episode's turn that the target belongs to, from 1; None: one turn
     scores: Scores = field(default_factory=Scores)  # [T, …]
+    prefixes: tuple[int, ...] = ()
+    """Which sequence each sequence goes on behind, −1: none. One that several go on behind is a prompt without its last
+    token, which is the first token of each of them: it predicts their first token. Empty: no sequence has a prefix."""
     context_group: ProcessGroup | None = None  # ranks with the other parts of every sequence; None: the row is whole
 
     def map(self, function: Callable[[Tensor], Tensor], *, without: tuple[str, ...] = ()) -> PackedBatch:

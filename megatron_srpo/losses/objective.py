@@ -36,6 +36,7 @@ class ScoringPass:
     score: ScoreFunction
     start: int = 0  # the first mini-batch that it scores
     frees: tuple[str, ...] = ()  # scores that nothing needs after it
+    each_step: bool = False  # before every optimizer step, over its mini-batch, instead of once over all of them
 
 
 class Objective:
@@ -47,28 +48,31 @@ class Objective:
         self._needs = config.algorithm.needs
         self._temperature = config.rollout.temperature
         self._budget = config.train.logits_memory_mib * 2**20
+        self._each_step = config.train.score_every == "step"
         self._trust_region = _TrustRegion(config.teacher.update_rate) if config.teacher.mode == "trust_region" else None
 
     def passes(self) -> list[ScoringPass]:
         """The scoring passes of one iteration, in order.
 
         Old log-probs are needed where the policy will have moved: from the second mini-batch on. The samples of a
-        teacher row fit as a student row too, because their own prompts are never longer.
+        teacher row fit as a student row too, because their own prompts are never longer. With train.score_every =
+        "step" top-k and teachers follow the policy inside the iteration. Old and reference log-probs never do.
         """
-        needs = self._needs
+        needs, each_step = self._needs, self._each_step
         found = [ScoringPass("old", "student", "student", self._on_trained(self._score_old), start=1)]
         if needs.divergence and needs.topk:
-            found.append(ScoringPass("topk", "distilled", "student", self._on_trained(self._score_topk)))
+            score = self._on_trained(self._score_topk)
+            found.append(ScoringPass("topk", "distilled", "student", score, each_step=each_step))
         if needs.teacher and self._trust_region is not None:
-            found.append(ScoringPass("initial", "teacher", "reference", self._trust_region.score_initial))
+            score = self._trust_region.score_initial
+            found.append(ScoringPass("initial", "teacher", "reference", score, each_step=each_step))
         if needs.teacher:
-            found.append(
-                ScoringPass(
-                    "teacher", "teacher", "teacher", self._on_trained(self._score_teacher), frees=("initial_hidden",)
-                )
-            )
+            score = self._on_trained(self._score_teacher)
+            frees = ("initial_hidden",)
+            found.append(ScoringPass("teacher", "teacher", "teacher", score, frees=frees, each_step=each_step))
         if needs.contrast:
-            found.append(ScoringPass("contrast", "contrast", "teacher", self._on_trained(self._score_contrast)))
+            score = self._on_trained(self._score_contrast)
+            found.append(ScoringPass("contrast", "contrast", "teacher", score, each_step=each_step))
         if needs.reference:
             found.append(ScoringPass("reference", "student", "reference", self._on_trained(self._score_reference)))
         return found

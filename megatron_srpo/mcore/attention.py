@@ -3,12 +3,17 @@
 Megatron's own unfused attention refuses packed (THD) rows. A packed row's sequences are grouped by similar length,
 each group is right-padded into one batch, and runs causally. Under a causal mask no real query sees the padding on its
 right, so no mask is built and no [T, T] matrix exists.
+
+A sequence may go on behind another one of the row, its prefix: the prompt that several samples share
+(batching/rows.py). Its queries see the prefix's keys and its own.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -43,17 +48,23 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
 
 
 def packed_causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None, dropout: float
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None, dropout: float,
+    prefixes: Sequence[int] = (),
+) -> Tensor:  # fmt: skip
     """Causal attention inside each sequence of one packed row.
 
-    query [T, heads, d], key and value [T, groups, d], cu_seqlens [S+1]; returns [T, heads, d].
+    query [T, heads, d], key and value [T, groups, d], cu_seqlens [S+1], prefixes as in PackedBatch; returns
+    [T, heads, d].
     """
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    branches = [index for index, prefix in enumerate(prefixes) if prefix >= 0]
     grouped_query = query.size(1) != key.size(1)
     output = query.new_zeros(query.size(0), query.size(1), value.size(2))
-    for group in length_groups(lengths):
+    roots = list(lengths)
+    for index in branches:
+        roots[index] = 0
+    for group in length_groups(roots):
         longest = lengths[group[0]]
         starts = torch.tensor([bounds[i] for i in group], device=query.device)
         sizes = torch.tensor([lengths[i] for i in group], device=query.device)
@@ -66,7 +77,56 @@ def packed_causal_attention(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=grouped_query
         )
         output = output.index_put((positions[valid],), mixed.transpose(1, 2)[valid])
+    before = [lengths[prefixes[index]] for index in branches]
+    for alike in length_groups(before):
+        members = [branches[i] for i in alike]
+        for group in length_groups([lengths[index] for index in members]):
+            chosen = [members[i] for i in group]
+            at, mixed = _branch_attention(
+                query, key, value, bounds, chosen, [prefixes[i] for i in chosen], scale=scale, dropout=dropout
+            )
+            output = output.index_put((at,), mixed)
     return output
+
+
+def _branch_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], branches: list[int], prefixes: list[int], *,
+    scale: float | None, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of B sequences of similar length behind their prefixes: (positions [N] of their tokens, [N, heads, d]).
+
+    The keys are those of the prefix, padded on the left to P, and the sequence's own, padded on the right to L; the
+    mask is [B, L, P + L] booleans. Hidden states of a prefix are not copied, keys and values are.
+    """
+    device = query.device
+    starts, sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, branches))
+    families = sorted(set(prefixes))
+    family = torch.tensor([families.index(prefix) for prefix in prefixes], device=device)
+    prefix_starts, prefix_sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, families))
+    longest, before = int(sizes.max()), int(prefix_sizes.max())
+    steps, places = torch.arange(longest, device=device), torch.arange(before, device=device)
+    valid = steps < sizes  # [B, L]
+    own = starts + torch.minimum(steps, sizes - 1)  # [B, L]
+    shift = before - prefix_sizes  # padding on the left
+    shared = prefix_starts + (places - shift).clamp(min=0)  # [families, P]
+    seen = torch.cat(
+        [
+            (places >= shift[family])[:, None, :].expand(-1, longest, -1),
+            (steps[None, :] <= steps[:, None]).expand(len(branches), -1, -1),
+        ],
+        dim=2,
+    )  # [B, L, P + L]
+    k, v = (torch.cat([x[shared][family], x[own]], dim=1).transpose(1, 2) for x in (key, value))
+    mixed = F.scaled_dot_product_attention(
+        query[own].transpose(1, 2), k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale,
+        enable_gqa=query.size(1) != key.size(1),
+    )  # fmt: skip
+    return own[valid], mixed.transpose(1, 2)[valid]
+
+
+def _spans(bounds: list[int], sequences: list[int]) -> tuple[list[int], list[int]]:
+    """The starts and the lengths of these sequences."""
+    return [bounds[i] for i in sequences], [bounds[i + 1] - bounds[i] for i in sequences]
 
 
 def context_parallel_attention(
@@ -111,6 +171,18 @@ def context_parallel_attention(
     return output
 
 
+@dataclass
+class SharedSeqParams(PackedSeqParams):
+    """Megatron's description of a packed row, and which sequences go on behind which others."""
+
+    prefixes: tuple[int, ...] = ()
+
+
+def prefixes_of(params: PackedSeqParams) -> tuple[int, ...]:
+    """See PackedBatch.prefixes."""
+    return params.prefixes if isinstance(params, SharedSeqParams) else ()
+
+
 class PackedAttention(MegatronModule):
     """`core_attention` of Megatron's self attention; the signature is Megatron's DotProductAttention."""
 
@@ -139,5 +211,6 @@ class PackedAttention(MegatronModule):
                 group = parallel_state.get_context_parallel_group()
                 mixed = context_parallel_attention(*given, group, scale=scale, dropout=dropout)
             else:
-                mixed = packed_causal_attention(*given, scale=scale, dropout=dropout)
+                prefixes = prefixes_of(packed_seq_params)
+                mixed = packed_causal_attention(*given, scale=scale, dropout=dropout, prefixes=prefixes)
         return mixed.reshape(mixed.size(0), -1)

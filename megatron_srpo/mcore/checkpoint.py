@@ -107,7 +107,7 @@ def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
 def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor]]]:
     """This rank's slices and the tensors that hold them, by kind of state."""
     shards = list(_optimizer(policy).shards())
-    kinds = {"main": [(shard, shard.main.data) for shard in shards]}
+    kinds = {"main": [(shard, shard.main) for shard in shards]}
     for moment in _MOMENTS:
         kinds[moment] = [(shard, shard.state[moment]) for shard in shards]
     for name, shadow in policy.shadows.items():
@@ -125,7 +125,8 @@ def _gathered(
         tensor = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         if parameter in mine:
             shard, values = mine[parameter]
-            tensor.view(-1)[shard.start : shard.stop] = values.detach()
+            with _optimizer(policy).present(values):
+                tensor.view(-1)[shard.start : shard.stop] = values.detach()
         group = policy.topology.expert_dp_group if is_expert(parameter) else policy.topology.dp_cp_group
         if group is not None and group.size() > 1:
             dist.all_reduce(tensor, group=group)
@@ -299,4 +300,5 @@ def _load_kind(
     loaded = dist_checkpointing.load({kind: _kind_state(kind, whole, entries)}, str(directory))[kind]
     by_parameter = {parameters[int(index)]: tensor for index, tensor in loaded.items()}
     for shard, target in held:
-        target.copy_(by_parameter[shard.parameter].reshape(-1)[shard.start : shard.stop])
+        with _optimizer(policy).present(target):
+            target.detach().copy_(by_parameter[shard.parameter].reshape(-1)[shard.start : shard.stop])

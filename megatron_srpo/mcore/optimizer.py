@@ -7,7 +7,8 @@ and of Adam's moments. Everything else that is kept per parameter (the teacher's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_model_config
 
 from megatron_srpo.config import OptimizerConfig
+from megatron_srpo.mcore.host_state import PIECE, HostState
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,30 @@ class ParameterShard:
         """The same slice of the model's parameter, in its dtype. It is the same memory as `main` if the model is
         fp32."""
         return self.parameter.data.view(-1)[self.start : self.stop]
+
+
+def _own(shards: Iterable[ParameterShard]) -> list[torch.Tensor]:
+    """The tensors of these shards that can leave the device: not the main parameters of an fp32 model, which are the
+    model's memory, and not torch's counts of steps, which are on the host."""
+    found = []
+    for shard in shards:
+        found += [shard.main] if shard.parameter.dtype != torch.float32 else []
+        found += [value for value in shard.state.values() if value.dim()]
+    return found
+
+
+def _pieces(mains: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The main parameters in groups of at most PIECE bytes, moments included; a larger one is a group of its own."""
+    piece: list[torch.Tensor] = []
+    size = 0
+    for main in mains:
+        if piece and size + 12 * main.numel() > PIECE:
+            yield piece
+            piece, size = [], 0
+        piece.append(main)
+        size += 12 * main.numel()
+    if piece:
+        yield piece
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -90,6 +116,9 @@ class ShardedOptimizer:
                 group["weight_decay"] *= group.get("wd_mult", 1.0)  # Megatron marks them 0; its scheduler would do this
         megatron_config.grad_scale_func = self._megatron.scale_loss
         self._parts = getattr(self._megatron, "chained_optimizers", [self._megatron])
+        self._host = HostState() if config.offload else None
+        if self._host:
+            self._host.leave(_own(self.shards()))
 
     def zero_grad(self) -> None:
         for piece in self.model:
@@ -110,17 +139,58 @@ class ShardedOptimizer:
             parameters = part.get_parameters()
             if self.config.clip_grad > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
-        self._megatron.step_with_ready_grads()
+        if self._host:
+            self._step_in_pieces()
+            self.gather_model()
+        else:
+            self._megatron.step_with_ready_grads()
         return norm
 
+    def _step_in_pieces(self) -> None:
+        """Adam's step with a piece of the state on the device at a time. Adam is elementwise, so the result is the
+        same."""
+        shards = {shard.main: shard for shard in self.shards()}
+        for adam in (part.optimizer for part in self._parts if part.optimizer is not None):
+            groups = [(group, group["params"], group.get("step")) for group in adam.param_groups]
+            for group, _, _ in groups:
+                group["params"] = []
+            for group, mains, count in groups:
+                for piece in _pieces(mains):
+                    group["params"] = piece
+                    group.pop("step", None)
+                    if count is not None:  # a fused Adam counts every call
+                        group["step"] = count
+                    self._step_piece(adam, [shards[main] for main in piece])
+                group["params"] = []
+            for group, mains, _ in groups:
+                group["params"] = mains
+
+    def _step_piece(self, adam: torch.optim.Optimizer, shards: list[ParameterShard]) -> None:
+        assert self._host is not None
+        with self._host.present(_own(shards)):
+            adam.step()
+            for shard in shards:
+                shard.model.copy_(shard.main)
+        self._host.leave(tensor for tensor in _own(shards) if tensor.untyped_storage().nbytes())  # the first moments
+
+    def present(self, *tensors: torch.Tensor) -> AbstractContextManager[None]:
+        """Inside this block the values of main parameters and of Adam's state can be used. With optimizer.offload they
+        are in host memory otherwise."""
+        return self._host.present(tensors) if self._host else nullcontext()
+
+    @torch.no_grad()
     def reload_main_from_model(self) -> None:
         """Copy the model's parameters, into which weights were loaded, to the fp32 main parameters."""
-        self._megatron.reload_model_params()
+        for shard in self.shards():
+            with self.present(shard.main):
+                shard.main.copy_(shard.model)
 
+    @torch.no_grad()
     def publish_main_to_model(self) -> None:
         """Copy the main slices into the model, and gather the whole parameters from all ranks."""
-        for part in self._parts:
-            part._copy_main_params_to_model_params()
+        for shard in self.shards():
+            with self.present(shard.main):
+                shard.model.copy_(shard.main)
         self.gather_model()
 
     def gather_model(self) -> None:
@@ -167,8 +237,12 @@ class ShardedOptimizer:
         first step.
         """
         for shard in self.shards():
-            shard.state["exp_avg"] = torch.zeros_like(shard.main)
-            shard.state["exp_avg_sq"] = torch.zeros_like(shard.main)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if self._host and moment in shard.state:
+                    self._host.forget(shard.state[moment])
+                shard.state[moment] = torch.zeros_like(shard.main)
+                if self._host:
+                    self._host.leave([shard.state[moment]])
             if not self._counts_by_group:
                 shard.state["step"] = torch.tensor(float(steps))
         if self._counts_by_group:

@@ -23,12 +23,13 @@ from megatron_srpo.mcore.shadow import WeightShadow
 from megatron_srpo.mcore.step import PipelineRunner
 
 
-def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1) -> Padding:
-    """What the layout asks of packed sequences and rows; a rank's part of a row is a multiple of `tokens`."""
+def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1, shares: bool = False) -> Padding:
+    """What the layout asks of packed sequences and rows; a rank's part of a row is a multiple of `tokens`. Without
+    context parallelism prompts may be shared."""
     cp, tp = topology.cp_size, topology.tp_size if parallel.sequence_parallel else 1
     sequence = 2 * cp if cp > 1 else 1
     rows = topology.pp_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
-    return Padding(sequence, math.lcm(sequence, cp * tp * tokens), rows)
+    return Padding(sequence, math.lcm(sequence, cp * tp * tokens), rows, shares and cp == 1)
 
 
 class Policy:
@@ -64,7 +65,12 @@ class Policy:
         self.shadows = self._build_shadows(config) if trainable else {}
         self._host_offload = HostOffload(topology.device)
         # 8-bit products want token counts in multiples of 16.
-        self.padding = row_padding(topology, config.parallel, tokens=1 if config.model.fp8 == "off" else 16)
+        tokens = 1 if config.model.fp8 == "off" else 16
+        # A shared prompt would have one dropout mask and one vote in the balance of experts. Transformer Engine's
+        # attention knows no shared prompts.
+        alone = config.model.attention_dropout or config.model.hidden_dropout or self.runner.config.num_moe_experts
+        shares = config.train.share_prompts and not alone and not path.transformer_engine
+        self.padding = row_padding(topology, config.parallel, tokens=tokens, shares=shares)
 
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
         needs = config.algorithm.needs

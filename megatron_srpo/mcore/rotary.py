@@ -70,7 +70,7 @@ def apply_rotary(
 def _row(t: Tensor, freqs: Tensor, cu_seqlens: Tensor, scale: float, cp_rank: int, cp_size: int) -> _Row:
     global _last
     if _last is None or not _last.is_of(cu_seqlens, freqs, scale, t):
-        positions = positions_in_sequences(cu_seqlens, t.size(0), cp_rank, cp_size)
+        positions = positions_in_sequences(cu_seqlens, t.size(0), cp_rank, cp_size, starts=_starts(cu_seqlens))
         table = freqs[:, 0]  # [longest sequence, 1, d]
         cos, sin = ((function(table) * scale).to(t.dtype)[positions] for function in (torch.cos, torch.sin))
         _last = _Row(weakref.ref(cu_seqlens, _forget), freqs.detach(), scale, cos, sin)
@@ -83,13 +83,26 @@ def _forget(boundaries: weakref.ref[Tensor]) -> None:
         _last = None
 
 
-def positions_in_sequences(cu_seqlens: Tensor, tokens: int, cp_rank: int, cp_size: int) -> Tensor:
-    """[tokens] position of each token of this rank's part of a row inside its own sequence. Nothing waits for the
-    device. The order of context-parallel ranks is that of mcore/context.py."""
+def set_starts(cu_seqlens: Tensor, starts: Tensor) -> None:
+    """Let the sequences of a row begin at other positions than 0: starts [S]. Megatron's attention gives the embedding
+    nothing of a row but its `cu_seqlens`, so this is kept with the tensor."""
+    cu_seqlens.starts = starts  # type: ignore[attr-defined]
+
+
+def _starts(cu_seqlens: Tensor) -> Tensor | None:
+    return getattr(cu_seqlens, "starts", None)
+
+
+def positions_in_sequences(
+    cu_seqlens: Tensor, tokens: int, cp_rank: int, cp_size: int, *, starts: Tensor | None = None
+) -> Tensor:
+    """[tokens] position of each token of this rank's part of a row inside its own sequence, from `starts` [S] on.
+    Nothing waits for the device. The order of context-parallel ranks is that of mcore/context.py."""
     bounds = cu_seqlens // cp_size  # of the parts
     token = torch.arange(tokens, dtype=bounds.dtype, device=bounds.device)
     sequence = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
     offset = token - bounds[sequence]
     half = (bounds[sequence + 1] - bounds[sequence]) // 2
     later = offset - half + (2 * cp_size - 1 - cp_rank) * half
-    return torch.where(offset < half, offset + cp_rank * half, later)
+    inside = torch.where(offset < half, offset + cp_rank * half, later)
+    return inside if starts is None else inside + starts[sequence]

@@ -22,14 +22,18 @@ class WeightShadow:
 
     def __init__(self, optimizer: ShardedOptimizer, *, offload: bool = False) -> None:
         self._optimizer = optimizer
-        self.slices = [_copy(shard.main.detach(), offload) for shard in optimizer.shards()]
+        self.slices = []
+        for shard in optimizer.shards():
+            with optimizer.present(shard.main):
+                self.slices.append(_copy(shard.main.detach(), offload))
 
     @torch.no_grad()
     def update(self, rate: float) -> None:
         """shadow ← (1 − rate)·shadow + rate·student (SDPO's EMA teacher)."""
         for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
             here = mine.to(shard.main.device)  # the same tensor, unless it is offloaded
-            here.lerp_(shard.main.detach(), rate)
+            with self._optimizer.present(shard.main):
+                here.lerp_(shard.main.detach(), rate)
             if here is not mine:
                 mine.copy_(here)
 
@@ -42,9 +46,17 @@ class WeightShadow:
             leaving.callback(self._optimizer.gather_model)  # runs after the other callbacks
             for mine, shard in zip(self.slices, self._optimizer.shards(), strict=True):
                 _show(mine, shard)
-                leaving.callback(_restore, mine, shard)
+                leaving.callback(self._restore, mine, shard)
             self._optimizer.gather_model()
             yield
+
+    @torch.no_grad()
+    def _restore(self, mine: torch.Tensor, shard: ParameterShard) -> None:
+        if _same_memory(shard):
+            _exchange(mine, shard.main.data)
+            return
+        with self._optimizer.present(shard.main):
+            shard.model.copy_(shard.main)
 
 
 @torch.no_grad()
@@ -56,14 +68,6 @@ def _show(mine: torch.Tensor, shard: ParameterShard) -> None:
     else:  # rounds on the device: a copy between devices would round on the host, ten times slower than the link
         for ours, theirs in zip(mine.split(EXCHANGED), shard.model.split(EXCHANGED), strict=True):
             theirs.copy_(ours.to(theirs.device, non_blocking=True))
-
-
-@torch.no_grad()
-def _restore(mine: torch.Tensor, shard: ParameterShard) -> None:
-    if _same_memory(shard):
-        _exchange(mine, shard.main.data)
-    else:
-        shard.model.copy_(shard.main)
 
 
 def _same_memory(shard: ParameterShard) -> bool:

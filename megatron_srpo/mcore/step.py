@@ -24,6 +24,8 @@ from megatron.core.utils import get_model_config
 
 from megatron_srpo.core.metrics import Metrics
 from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction
+from megatron_srpo.mcore import rotary
+from megatron_srpo.mcore.attention import SharedSeqParams
 from megatron_srpo.mcore.context import gather_parts, local_part
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.model import head_weight
@@ -38,9 +40,17 @@ def _copy(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def packed_params(row: PackedBatch) -> PackedSeqParams:
-    """Megatron's description of a packed row (THD): sequence boundaries, and the longest sequence."""
-    longest = int((row.cu_seqlens[1:] - row.cu_seqlens[:-1]).max())
-    return PackedSeqParams("thd", row.cu_seqlens, row.cu_seqlens, None, None, longest, longest)
+    """Megatron's description of a packed row (THD): sequence boundaries, and the largest number of tokens up to the end
+    of a sequence, its prefix included."""
+    lengths = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
+    if not row.prefixes:
+        longest = int(lengths.max())
+        return PackedSeqParams("thd", row.cu_seqlens, row.cu_seqlens, None, None, longest, longest)
+    prefixes = torch.tensor(row.prefixes, device=lengths.device)
+    starts = torch.where(prefixes >= 0, lengths[prefixes], 0)
+    longest = int((starts + lengths).max())
+    rotary.set_starts(row.cu_seqlens, starts)
+    return SharedSeqParams("thd", row.cu_seqlens, row.cu_seqlens, None, None, longest, longest, prefixes=row.prefixes)
 
 
 class PipelineRunner:

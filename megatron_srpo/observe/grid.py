@@ -86,8 +86,9 @@ def tables(runs: Sequence[Run]) -> str:
         mine = [run for run in runs if run.model == model]
         if model:
             parts.append(f"# {model}")
-        parts += [f"## Best accuracy within {hours} h\n\n{_accuracy_table(mine, model, hours)}" for hours in BUDGETS]
-        parts.append(f"## Seconds of an iteration\n\n{_seconds_table(mine, model)}")
+        budgets = list(_budgets(mine))
+        parts += [f"## Best accuracy within {hours} h\n\n{_accuracy_table(mine, model, hours)}" for hours in budgets]
+        parts.append(f"## Seconds of an iteration\n\n{_seconds_table(mine, model, budgets)}")
     return "\n\n".join([*parts, *NOTES]) + "\n"
 
 
@@ -113,6 +114,15 @@ def write_report(runs: Sequence[Run], folder: Path, axis: str) -> list[Path]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+def _budgets(runs: Sequence[Run]) -> Iterator[int]:
+    """The hours of the tables: those of the paper's benchmarks, and otherwise those within which a run still ran."""
+    last = 0
+    for hours in BUDGETS:
+        if not last or any(run.benchmark in BENCHMARKS or not run.ended_before(last) for run in runs):
+            yield hours
+        last = hours
+
+
 def _accuracy_table(runs: Sequence[Run], model: str, hours: int) -> str:
     """Rows are methods, and the model before training; columns are benchmarks, and the mean if all five are there."""
     benchmarks = _in_order(runs)
@@ -132,20 +142,23 @@ def _accuracy_table(runs: Sequence[Run], model: str, hours: int) -> str:
         mean = [statistics.fmean(known)] if whole else []
         early = method != BASE and whole and any(run.ended_before(hours) for run in mine)
         rows.append([method, *cells, _cell(mean, _published(model, method, hours, MEAN), early)])
-    return _markdown(["method", *(name or "accuracy" for name in benchmarks), "mean of five"], rows)
+    heading = ["method", *(name or "accuracy" for name in benchmarks), "mean of five"]
+    if not set(benchmarks) & set(BENCHMARKS):
+        heading, rows = heading[:-1], [row[:-1] for row in rows]
+    return _markdown(heading, rows)
 
 
-def _seconds_table(runs: Sequence[Run], model: str) -> str:
+def _seconds_table(runs: Sequence[Run], model: str, budgets: Sequence[int]) -> str:
     rows = []
     for method in dict.fromkeys(run.method for run in runs):
         cells = []
-        for hours in BUDGETS:
+        for hours in budgets:
             mine = [run for run in runs if run.method == method]
             found = [value for run in mine if (value := run.step_seconds(hours)) is not None]
             early = any(run.ended_before(hours) for run in mine)
             cells.append(_cell(found, published.step_seconds(model, method, hours), early))
         rows.append([method, *cells])
-    return _markdown(["method", *(f"first {hours} h" for hours in BUDGETS)], rows)
+    return _markdown(["method", *(f"first {hours} h" for hours in budgets)], rows)
 
 
 def _in_order(runs: Sequence[Run]) -> list[str]:

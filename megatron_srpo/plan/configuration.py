@@ -56,6 +56,7 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
         "algorithm": {"name": name_of(teacher=True), "distillation_topk": workload.topk}
         if workload.distilled > 0
         else {"name": name_of(teacher=False)},
+        "optimizer": {"offload": layout.optimizer_on_host},
         "teacher": {"max_prompt_length": workload.teacher_prompt_max, "offload": layout.shadow_on_host},
         "train": {
             "prompts_per_mini_batch": -(-workload.prompts // workload.steps),
@@ -101,6 +102,7 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         engine_sleeps=rollout.sleep_while_training,
         trainer_leaves=config.train.offload_while_generating,
         shadow_on_host=config.teacher.offload,
+        optimizer_on_host=config.optimizer.offload,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
     )

@@ -24,7 +24,7 @@ from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
-from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, stage_parameters
+from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, stage_parameters, state_bytes
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
@@ -144,7 +144,8 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
             scatter += 4 * share + wait
             gather += layout.dtype_bytes * share + wait
     shard = part.ordinary / layout.sharding + part.experts / layout.expert_sharding
-    return scatter, gather, (4 * part.whole + 34 * shard) / machine.memory_rate
+    moved = 2 * state_bytes(layout) * shard / HOST_LINK if layout.optimizer_on_host else 0.0  # to the device and back
+    return scatter, gather, (4 * part.whole + 34 * shard) / machine.memory_rate + moved
 
 
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
@@ -156,6 +157,8 @@ def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
     # bf16 models read fp32 and write bf16; fp32 models exchange both. A slice in host memory comes over the host link.
     written = (6 if layout.dtype_bytes == 2 else 24) * shard / machine.memory_rate
     fetched = 4 * shard / HOST_LINK if layout.shadow_on_host else 0.0
+    if layout.optimizer_on_host:  # the student is restored from its main parameters
+        fetched += 2 * 4 * shard / HOST_LINK
     return fetched + 2 * (written + gather / machine.link_rate(layout.sharding * layout.tensor))
 
 

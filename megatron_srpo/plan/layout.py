@@ -31,6 +31,7 @@ class Layout:
     engine_sleeps: bool = False  # the engine frees its memory during training
     trainer_leaves: bool = False  # the trainer frees its memory while the engine generates
     shadow_on_host: bool = False  # the teacher's average is kept in host memory
+    optimizer_on_host: bool = False  # moments and fp32 main parameters are kept in host memory
     overlap_grad_reduce: bool = False  # gradients are reduced during the last backward pass
     dtype_bytes: int = 2  # of weights and activations
 
@@ -78,6 +79,7 @@ class Layout:
         where += ", in turns" if self.trainer_leaves else ""
         extras = [f"{self.recompute} recompute"] if self.recompute != "none" else []
         extras += ["shadow on host"] if self.shadow_on_host else []
+        extras += ["optimizer on host"] if self.optimizer_on_host else []
         return ", ".join([shown, *extras, f"engines TP{self.engine_tensor} {where}"])
 
 

@@ -3,7 +3,8 @@
 weights      in the model's dtype, in Megatron DDP's parameter buffer
 gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), complete on every data-parallel rank
 optimizer    fp32 main parameters (for bf16 models; those of fp32 models are views of the weights) and Adam's two
-             moments, sharded over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020)
+             moments, sharded over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020); with
+             optimizer.offload one piece of it
 shadow       the teacher's fp32 average, sharded like the optimizer
 activations  see activations.py
 head         hidden states, logits and log-probs of the last stage
@@ -25,6 +26,7 @@ from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.workload import Workload
 
+OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
 BUCKET_BYTES = BUCKET_MIB["cuda"] * 2**20  # size of a gather bucket of a publish
 
 
@@ -64,7 +66,8 @@ class MemoryPlan:
     limit: float
     kv_cache: float  # of one engine rank's KV cache, a line where it is colocated
     notes: list[str] = field(default_factory=list)
-    host_loading: float = 0.0  # bytes of a node's host memory while the training ranks load a checkpoint
+    host_loading: float = 0.0  # bytes of a node's host memory that the training ranks need to load a checkpoint
+    host_state: float = 0.0  # and those of optimizer and shadow, where these are kept there
 
     @property
     def total(self) -> float:
@@ -82,13 +85,29 @@ def persistent_lines(
     part = stage_parameters(arch, layout, stage)
     by, experts_by = sharding or (layout.sharding, layout.expert_sharding)
     shard = part.ordinary / by + part.experts / experts_by
-    main = 4 if layout.dtype_bytes == 2 else 0
+    state = state_bytes(layout)
+    optimizer = state * shard
+    if layout.optimizer_on_host:  # a piece at a time (mcore/host_state.py); the embedding may be larger
+        optimizer = min(optimizer, max(OPTIMIZER_PIECE, state * arch.vocab * arch.hidden / layout.tensor / by))
     return {
         "weights": layout.dtype_bytes * part.whole,
         "gradients": 4.0 * part.whole,
-        "optimizer": (main + 8) * shard,
+        "optimizer": optimizer,
         "shadow": 0.0 if layout.shadow_on_host else 4.0 * shard * shadows,
     }
+
+
+def state_bytes(layout: Layout) -> int:
+    """Bytes of the optimizer's state per parameter of a shard."""
+    return 12 if layout.dtype_bytes == 2 else 8
+
+
+def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
+    """Host memory of a node for what is kept there all the time: the optimizer's state and the teacher's shadow."""
+    each = state_bytes(layout) * layout.optimizer_on_host + 4 * layout.shadow_on_host
+    parts = (stage_parameters(arch, layout, stage) for stage in range(layout.pipeline))
+    fullest = max(part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in parts)
+    return each * fullest * min(machine.node, layout.training_gpus)
 
 
 def engine_weights(arch: Architecture, layout: Layout) -> float:
@@ -171,8 +190,8 @@ def _stage_memory(
     phases.append((loading, {}))  # before the engine starts
     totals = [_with_overheads(ours, theirs, machine) for ours, theirs in phases]
     lines = max(totals, key=lambda phase: sum(phase.values()))
-    host = loading_host_bytes(arch, layout, machine)
-    return MemoryPlan(lines, machine.usable, max(0.0, cache), notes, host)
+    loading_host, state_host = loading_host_bytes(arch, layout, machine), host_state_bytes(arch, layout, machine)
+    return MemoryPlan(lines, machine.usable, max(0.0, cache), notes, loading_host, state_host)
 
 
 def _with_overheads(ours: dict[str, float], engine: dict[str, float], machine: Machine) -> dict[str, float]:

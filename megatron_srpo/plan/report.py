@@ -58,6 +58,7 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
         "limit": plan.limit,
         "kv_cache": plan.kv_cache,
         "host_loading": plan.host_loading,
+        "host_state": plan.host_state,
     }
 
 
@@ -106,7 +107,10 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
         if any(c.engine for c in found.best):
             lines = [c.engine.lines if c.engine else {} for c in found.best]
             console.print(_lines("GiB of a GPU that only generates", found.best, lines, GIB, ".1f"))
-        host = [{"loading a checkpoint": c.memory.host_loading} for c in found.best]
+        host = [
+            {"optimizer and shadow": c.memory.host_state, "loading a checkpoint": c.memory.host_loading}
+            for c in found.best
+        ]
         console.print(_lines("GiB of a node's host memory", found.best, host, GIB, ".1f"))
     else:
         console.print(f"None of {found.tried} layouts fits.", style="bold")

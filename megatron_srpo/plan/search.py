@@ -140,7 +140,7 @@ def complexity(layout: Layout) -> int:
     sizes = (layout.tensor, layout.pipeline, layout.virtual, layout.context, layout.expert)
     switches = (
         layout.recompute != "none", layout.engine_sleeps, layout.trainer_leaves, layout.shadow_on_host,
-        not layout.colocated, layout.engine_tensor > 1,
+        layout.optimizer_on_host, not layout.colocated, layout.engine_tensor > 1,
     )  # fmt: skip
     return sum(size > 1 for size in sizes) + sum(switches)
 
@@ -207,9 +207,10 @@ def _variants(base: Layout, machine: Machine) -> Iterator[list[Layout]]:
             for sleeps, leaves in TURNS if base.colocated else TURNS[:1]:
                 yield [
                     dataclasses.replace(
-                        base, recompute=recompute, shadow_on_host=host, engine_tensor=engine, engine_memory=share,
-                        engine_sleeps=sleeps, trainer_leaves=leaves,
+                        base, recompute=recompute, shadow_on_host=shadow, optimizer_on_host=optimizer,
+                        engine_tensor=engine, engine_memory=share, engine_sleeps=sleeps, trainer_leaves=leaves,
                     )
+                    for optimizer in (False, True)
                     for recompute in ("none", "selective", "full")
-                    for host in (False, True)
+                    for shadow in ((True,) if optimizer else (False, True))
                 ]  # fmt: skip

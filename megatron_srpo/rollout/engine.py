@@ -107,6 +107,16 @@ class Feed(Protocol):
         """Have `ready` return None at once: an engine has failed. Called from any thread."""
 
 
+def decode_inside(vocab_size: int, decode: Callable[[list[int]], str], ids: list[int]) -> str:
+    """The text of a response. ValueError for a token id that the model does not have: it would end the trainer deep
+    inside its embedding."""
+    # These run in C; a Python loop over all tokens would cost rank 0 minutes per iteration of a large run.
+    if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size):
+        bad = next(token for token in ids if type(token) is not int or not 0 <= token < vocab_size)
+        raise ValueError(f"token id {bad!r} is outside the vocabulary of model.path, which has {vocab_size}")
+    return decode(ids)
+
+
 class RolloutEngine(Protocol):
     """Generates responses with weights that the trainer publishes. Every rank calls every method, in the same order."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_srpo.algorithms.base import SelfTeaching
 from megatron_srpo.config import Config, listed, read_model_folder
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.records import Prompt, Reward
@@ -18,6 +19,7 @@ from megatron_srpo.rewards.made_up import forms
 from megatron_srpo.rewards.registry import unknown
 
 if TYPE_CHECKING:
+    from megatron_srpo.algorithms.base import SourceName
     from megatron_srpo.run.prompting import Prompting
 
 MOST = 32  # prompts of a kind whose rewards are called
@@ -178,12 +180,30 @@ def _show_prompt(config: Config, prompting: Prompting, prompt: Prompt, say: Say)
     if not config.algorithm.needs.teacher:
         return
     _, form = forms(prompt.kind, own=prompt.kind in config.reward.functions)[0]
-    shown = prompting.teacher_prompt(prompt, prompt.solution or f"(a made-up response) {form(prompt.answer)}", None)
-    limit = prompting.teacher_prompt.limit
+    made_up = f"(a made-up response) {form(prompt.answer)}"
+    # Of each source: its condition, the solution and the feedback that the teacher reads.
+    sources: dict[SourceName, tuple[str, str | None, str | None]] = {
+        "sibling": ("if a sibling is correct", made_up, None),
+        "solution": ("with the row's reference solution", prompt.solution or None, None),
+        "memory": ("if an earlier response was correct", made_up, None),
+        "feedback": ("if the reward gives feedback", None, "(made-up feedback)"),
+        "none": ("which is the prompt itself", None, None),
+    }
+    algorithm = config.algorithm
+    assert isinstance(algorithm, SelfTeaching), "only these need a teacher"
+    first = next((name for name in algorithm.sources if name != "solution" or prompt.solution), None)
+    if first is None:
+        say("the first row has no reference solution, and no other teacher is configured")
+        return
+    condition, *lesson = sources[first]
+    if first == "none":
+        say(f"what its teacher reads, {condition}")
+        return
+    shown, limit = prompting.teacher_prompt(prompt, *lesson), prompting.teacher_prompt.limit
     if shown is None:
         say(f"no teacher prompt fits: the limit is {limit} tokens")
         return
-    say(f"what its teacher reads, if a sibling is correct ({len(shown.ids)} of {limit} tokens):")
+    say(f"what its teacher reads, {condition} ({len(shown.ids)} of {limit} tokens):")
     _show(prompting.tokenizer.decode(list(shown.ids)), say)
 
 
@@ -210,7 +230,8 @@ def memory_lines(config: Config, prompts: Sequence[Prompt], gpus: int, gpu: str)
     plan = training_memory(
         arch, layout, workload, machine_of(gpu), rows=rows, logits_mib=config.train.logits_memory_mib
     )  # fmt: skip
-    yield f"\nmemory of the fullest of {gpus} {gpu} GPUs, predicted, in GiB ({layout.name()}):"
+    assumed = " (an assumption: run.device is cpu; --gpu names another)" if config.run.device == "cpu" else ""
+    yield f"\nmemory of the fullest of {gpus} {gpu} GPUs{assumed}, predicted, in GiB ({layout.name()}):"
     for name, size in plan.lines.items():
         if size >= GIB / 100:
             yield f"  {name}: {size / GIB:.2f}"

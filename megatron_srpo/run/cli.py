@@ -118,7 +118,10 @@ def evaluate(
     hf: Annotated[Path | None, typer.Option(metavar="DIR", help="A Hugging Face folder.")] = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="Which data file: train or test.")] = "test",
     responses: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the responses go: run.output_dir/eval/SPLIT.jsonl.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where the responses go: eval/SPLIT.jsonl in the checkpoint's run or run.output_dir."
+        ),
     ] = None,
 ) -> int:
     """Evaluate: avg@k, pass@k and maj@k on a split, with k = eval.n_samples. Any key can be set: --section.key VALUE.
@@ -139,7 +142,8 @@ def evaluate(
         overrides += ["--eval.max_prompts", "0"]
     settings = load_config(config, overrides)
     check_run(settings, splits=(split,))
-    file = responses or Path(settings.run.output_dir) / "eval" / f"{split}.jsonl"
+    run = (checkpoint and run_of(checkpoint)) or Path(settings.run.output_dir)
+    file = responses or run / "eval" / f"{split}.jsonl"
     make_folder(file.parent)
     run_alone()
     from megatron_srpo.run import launch
@@ -345,6 +349,13 @@ def one_process(given: Sequence[str]) -> list[str]:
 def named_keys(given: Sequence[str]) -> set[str]:
     """The keys that overrides set."""
     return {token.removeprefix("--").partition("=")[0] for token in given}
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run's folder of what --checkpoint names: the run, its checkpoints folder, or one checkpoint. None: it is none
+    of these."""
+    folders = (checkpoint, *checkpoint.absolute().parents[:2])
+    return next((folder for folder in folders if (folder / "checkpoints").is_dir()), None)
 
 
 def make_folder(folder: Path) -> None:

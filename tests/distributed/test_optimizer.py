@@ -54,13 +54,13 @@ def _weights(policy):
         return weights | {f"teacher {name}": value.detach().clone() for name, value in policy.shards.parameters.items()}
 
 
-def _fused_policy(model):
+def _fused_policy(model, **sections):
     with (
         patch("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False),
         patch("megatron.core.optimizer.Adam", FusedAdam),
         patch("megatron.core.optimizer.distrib_optimizer.Adam", FusedAdam),
     ):
-        policy = _policy(model, {}, "bfloat16")
+        policy = _policy(model, {}, "bfloat16", **sections)
     assert all(isinstance(part.optimizer, FusedAdam) for part in policy.optimizer._parts)
     if policy.topology.dp_size > 1:  # fused optimizers never count in a group of which this rank has nothing
         policy.optimizer._parts[0].optimizer.param_groups.append(
@@ -175,3 +175,64 @@ def update_once_per_iteration(model):
 
 def test_a_teacher_that_is_updated_once_per_iteration_waits_for_its_last_step(tmp_path):
     run_distributed(update_once_per_iteration, 1, make_tiny_model(tmp_path / "model", vocab=VOCAB))
+
+
+def with_and_without_offload(model, folder, make):
+    """Two steps, a checkpoint, and two steps after it: all in device memory, all offloaded, and changing at the
+    checkpoint, either way."""
+    from megatron.core import parallel_state
+
+    from megatron_srpo.mcore import checkpoint
+
+    def run(offload, start=None, end=None):
+        policy = make(model, optimizer={"lr": LR, "offload": offload})
+        if start:
+            checkpoint.load(policy, folder / start)
+        _steps(policy, 1)
+        with policy.on_host():  # as while engines generate
+            pass
+        _steps(policy, 1)
+        if end:
+            _save(policy, folder / end)
+        held = [tensor.untyped_storage().nbytes() for tensor in policy.optimizer.tensors() if tensor.dim()]
+        whole = [tensor.nbytes for tensor in policy.optimizer.tensors() if tensor.dim()]
+        if policy.shards.parameters["embedding.word_embeddings.weight"].dtype == torch.bfloat16:
+            assert held == ([0] * len(whole) if offload else whole)
+        else:  # main parameters are the model's memory
+            assert sum(not bytes for bytes in held) == (len(held) * 2 // 3 if offload else 0)
+        weights = _weights(policy)
+        for shard in policy.optimizer.shards():
+            name = next(n for n, p in policy.shards.parameters.items() if p is shard.parameter)
+            with policy.optimizer.present(*(own := [shard.main, *shard.state.values()])):
+                weights |= {f"{name} {i}": value.detach().clone() for i, value in enumerate(own)}
+        found = policy.optimizer.adam_steps(), weights
+        parallel_state.destroy_model_parallel()
+        return found
+
+    def same(some, others):
+        assert some[0] == others[0] and some[1].keys() == others[1].keys()
+        assert all(torch.equal(value, others[1][name]) for name, value in some[1].items())
+
+    with patch("megatron_srpo.mcore.optimizer.PIECE", 40_000):  # several pieces, some with several parameters
+        plain, offloaded = run(False, end="plain"), run(True, end="offloaded")
+        same(plain, offloaded)
+        goes_on = run(False, "plain")
+        assert plain[0] == 2 and goes_on[0] == 4
+        for offload, start in ((True, "plain"), (False, "offloaded"), (True, "offloaded")):
+            same(goes_on, run(offload, start))
+
+
+def _float32_policy(model, **sections):
+    return _policy(model, {}, **sections)
+
+
+def _bf16_policy(model, **sections):
+    return _policy(model, {}, "bfloat16", **sections)
+
+
+@pytest.mark.parametrize(
+    "make", [_bf16_policy, *(pytest.param(make, marks=pytest.mark.slow) for make in (_float32_policy, _fused_policy))]
+)
+def test_an_optimizer_whose_state_is_in_host_memory_takes_the_same_steps(tmp_path, make):
+    model = make_tiny_model(tmp_path / "model", vocab=VOCAB, dtype=torch.bfloat16)
+    run_distributed(with_and_without_offload, 2, model, tmp_path, make)

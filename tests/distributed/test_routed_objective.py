@@ -75,6 +75,7 @@ TEACHERS = {  # the others have the EMA teacher
     "srpo in two steps, trust region": TRUST_REGION,
     "sdpo full vocabulary, trust region": TRUST_REGION,
 }
+SCORED_EACH_STEP = "srpo in two steps, credit per token"  # the others: once, before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,7 @@ def make_config(model, variant, layout="serial"):
         data={"train": "unused"}, algorithm=algorithm,
         optimizer={"lr": 1e-2, "clip_grad": 0.5}, rollout={"temperature": temperature},
         teacher=TEACHERS.get(variant, {}),
+        train={"score_every": "step" if variant == SCORED_EACH_STEP else "iteration"},
         parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
                   "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
                   "expert_model_parallel_size": cut.ep, "expert_tensor_parallel_size": cut.etp,
@@ -281,12 +283,14 @@ def head_apart(fused, given):
 
 def run_variants(variants, layout, student, teacher, groups_of):
     """What each optimiser step of each variant saw and did: samples, weights before it, gradients, metrics."""
+    from megatron_srpo.batching import rows
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
     from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
 
+    rows.SHORTEST_SHARED = 1  # tiny prompts are shared too
     path = choose_device("auto", 0)
     config = make_config(student, variants[0], layout)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
@@ -321,6 +325,10 @@ def run_variants(variants, layout, student, teacher, groups_of):
 
         policy.optimizer.step = capture
         mine, share = share_of(samples, plan, topology.dp_rank)
+        packed = rows.pack_rows(share.mini_batches[0].student[0], mine, padding=policy.padding)
+        assert policy.padding.shares == (topology.cp_size == 1 and not layout.startswith("moe")), "prompts are shared"
+        if policy.padding.shares and "one sample" not in variant and topology.dp_size == 1:
+            assert any(row.prefixes for row in packed)
         passes = BatchPasses(Batch(mine, share, {}), policy, objective)
         for scoring in objective.passes():
             passes.run(scoring)
@@ -512,8 +520,13 @@ def reference_step(step, samples, student, teacher, variant, number, dtype):
     model = load(student, dtype)
     put_weights(model, step["weights"])
     choices = count_choices(model)
-    judge = load(teacher, dtype)
-    reference = Reference(make_config(student, variant), load(student, dtype), judge, judge)
+    judge, initial, config = load(teacher, dtype), load(teacher, dtype), make_config(student, variant)
+    reference = Reference(config, load(student, dtype), judge, initial)
+    if variant == SCORED_EACH_STEP and number > 0:  # the EMA teacher has moved once, towards the student as it is now
+        assert number == 1 and config.teacher.mode == "ema"
+        rate, weights = config.teacher.update_rate, hub_names(dict(judge.named_parameters()))
+        put_weights(judge, {name: value.lerp(step["weights"][name].to(dtype), rate) for name, value in weights.items()})
+        reference.chooser = model
     forwarded = [samples[i] for i in step["samples"]]
     reference.choose(step["chosen"], BF16_NEAR["qwen3_moe" if choices else "qwen3"])
     totals = {"loss_tokens": step["loss_tokens"], "responses": step["responses"]}

@@ -43,6 +43,37 @@ def test_packed_attention_equals_attention_inside_each_sequence(lengths):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "prefixes"),
+    [
+        ([5, 3, 4, 1], (-1, 0, 0, 0)),
+        ([7, 90, 2, 100, 64, 88, 3], (-1, 0, 0, -1, 3, 3, -1)),  # two families, and a sequence of its own
+        ([3, 2, 2, 2], (-1, -1, 0, 0)),  # a sequence between a prefix and those behind it
+    ],
+)
+def test_sequences_behind_a_shared_prefix_see_it_and_themselves(lengths, prefixes):
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    query = torch.randn(int(bounds[-1]), 4, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(int(bounds[-1]), 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(query.shape, dtype=torch.float64)
+
+    expected = []
+    for number, prefix in enumerate(prefixes):
+        own = torch.arange(int(bounds[number]), int(bounds[number + 1]))
+        before = own[:0] if prefix < 0 else torch.arange(int(bounds[prefix]), int(bounds[prefix + 1]))
+        whole = torch.cat([before, own])  # as if the sequence stood alone
+        expected.append(reference(query[whole], key[whole], value[whole], [0, len(whole)], 8**-0.5)[len(before) :])
+    expected = torch.cat(expected)
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), (query, key, value))
+    actual = packed_causal_attention(query, key, value, bounds.int(), scale=None, dropout=0.0, prefixes=prefixes)
+    gradients = torch.autograd.grad((actual * weight).sum(), (query, key, value))
+
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
 def test_length_groups_bound_the_padding_and_lose_no_sequence():
     lengths = [1000, 900, 799, 500, 64, 63, 2, 1, 0]
     groups = length_groups(lengths)

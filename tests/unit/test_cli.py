@@ -184,6 +184,13 @@ def test_eval_without_torchrun_folds_the_layout_into_one_process(run_file, launc
     assert responses.parent.is_dir()
 
 
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/step_00000002"])
+def test_responses_of_an_evaluation_go_into_the_run_whose_checkpoint_it_is(run_file, launch, tmp_path, part):
+    (tmp_path / "old" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    assert cli.main(["eval", str(run_file), "--checkpoint", str(tmp_path / "old" / part)]) == 0
+    assert launch.calls[0][2]["responses"] == tmp_path / "old" / "eval" / "test.jsonl"
+
+
 @pytest.mark.parametrize(("given", "taken"), [([], 0), (["--eval.max_prompts=1"], 1)])
 def test_eval_takes_all_prompts_unless_the_command_line_limits_them(run_file, launch, given, taken):
     run_file.write_text(run_file.read_text() + "\n[eval]\nmax_prompts = 2\n")
@@ -305,7 +312,7 @@ def test_the_version_and_the_commands_of_the_tools_are_there(capfd, tmp_path):
         assert cli.main([name, "--help"]) == 0
         assert "Usage" in capfd.readouterr().out
     assert cli.main(["prepare-data", "convert", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "o")]) == 2
-    assert capfd.readouterr().err.startswith("prepare_data: ")
+    assert capfd.readouterr().err.startswith("prepare-data: ")
 
 
 def test_a_shell_can_complete_commands(monkeypatch, capfd):

@@ -155,7 +155,7 @@ def test_every_problem_is_in_one_message_without_jargon(tmp_path):
         "[optimiser]: no such section; the nearest is [optimizer]",
     ):
         assert f"\n  {line}" in told
-    assert told.startswith(f"{file}: 9 problems\n") and told.count("\n") == 9
+    assert told.startswith(f"{file} + the command line: 9 problems\n") and told.count("\n") == 9
     assert not any(word in told for word in ("pydantic", "http", "Input should", "extra_forbidden"))
 
 
@@ -305,7 +305,7 @@ def test_a_mistake_names_the_file_in_which_it_stands(tmp_path):
         three="run = 3\n",
     )
     said = message(files[:3], ["--train.max_skipped_steps", "x"])
-    assert said.startswith(f"{files[0]} + {files[1]} + {files[2]}: 4 problems\n")
+    assert said.startswith(f"{files[0]} + {files[1]} + {files[2]} + the command line: 4 problems\n")
     assert f"run.seed = -1: expected a whole number ≥ 0 and < 2147483648 (from {files[1]})" in said
     assert f"the nearest is run.iterations (from {files[1]})" in said
     assert f"[optimiser]: no such section; the nearest is [optimizer] (from {files[2]})" in said

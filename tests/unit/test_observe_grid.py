@@ -78,6 +78,12 @@ def test_tables_show_the_best_within_hours_beside_the_papers_numbers(tmp_path):
     assert "A star marks runs that ended before" in text
 
 
+def test_runs_of_another_task_get_no_tables_of_hours_that_they_did_not_run_and_no_mean_of_five(tmp_path):
+    text = tables([read_run(made_run(tmp_path / "a", benchmark="", accuracy=[0.1, 0.2]))])
+    assert text.count("## Best accuracy") == 1 and "mean of five" not in text
+    assert rows_of(text, "Best accuracy within 1 h")["srpo"] == ["20.0*"] and "first 5 h" not in text
+
+
 def test_the_mean_needs_all_five_benchmarks(tmp_path):
     names = published.BENCHMARKS
     folders = [

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from array import array
+from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.batching.plan import plan_batch, sample_cost, share_of
+from megatron_srpo.batching import rows as row_module
+from megatron_srpo.batching.plan import cost, plan_batch, share_of
 from megatron_srpo.batching.rows import NO_PADDING, pack_rows, padded_length, predicting_positions, row_lengths
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Padding, Row, Sample
+from megatron_srpo.core.records import Padding, Row, Sample, Stream
 from megatron_srpo.core.tensors import PackedBatch, Scores
 from tests.made_samples import make_sample
 
@@ -65,6 +69,89 @@ def iterations(draw):
         "prompts_per_mini_batch": draw(st.integers(0, 3)), "seed": draw(st.integers(0, 3)),
     }  # fmt: skip
     return samples, plan
+
+
+@st.composite
+def families(draw):
+    """Samples that share prompts, as a group's do: one student's prompt a group, and one or two teachers'."""
+    samples = []
+    for group in range(draw(st.integers(1, 5))):
+        prompt, *taught = (
+            array("i", [1000 * (group + 1) + 100 * kind + i for i in range(draw(st.integers(1, 30)))])
+            for kind in range(3)
+        )
+        for number in range(draw(st.integers(1, 6))):
+            answer = array("i", [500 + 10 * number + i for i in range(draw(st.integers(1, 9)))])
+            trained = np.ones(len(answer), dtype=bool)
+            teacher = draw(st.sampled_from([None, *taught]))
+            samples.append(
+                Sample(
+                    f"train:{group}", number, Stream(prompt, answer, trained), np.zeros(len(answer), np.float32), 0.5,
+                    {"policy": 1.0} if teacher is None else {"distill": 1.0},
+                    teacher=None if teacher is None else Stream(max(teacher, prompt, key=len), answer, trained),
+                )
+            )  # fmt: skip
+    longest = max(max(s.student_length, s.teacher_length) for s in samples)
+    padding = draw(st.sampled_from([Padding(shares=True), Padding(1, 4, shares=True), Padding(1, 4, 2, shares=True)]))
+    budget = padded_length(longest, padding.row) + draw(st.integers(0, 100))
+    return samples, {"dp_size": draw(st.integers(1, 3)), "max_tokens": budget, "padding": padding}
+
+
+@settings(max_examples=150, deadline=None)
+@given(families())
+def test_samples_that_share_a_prompt_read_it_once_and_lose_nothing(case):
+    samples, arguments = case
+    with patch.object(row_module, "SHORTEST_SHARED", 1):
+        plan = plan_of(samples, **arguments)
+        (mini,) = plan.mini_batches
+        for kind, streams in (("student", ["student"]), ("teacher", ["teacher", "student"])):
+            for stream in streams:
+                for row in itertools.chain(*getattr(mini, kind)):
+                    (packed,) = pack_rows([row], samples, padding=arguments["padding"], stream=stream)
+                    assert packed.input_ids.numel() <= arguments["max_tokens"]
+                    check_shared_row(packed, row, samples, stream, arguments["padding"])
+        taught = [i for i, sample in enumerate(samples) if sample.teacher is not None]
+        for kind, wanted in (("student", list(range(len(samples)))), ("teacher", taught)):
+            assert sorted(i for row in rows_of(plan, kind) for i in row.samples) == wanted
+            full = [row for row in rows_of(plan, kind) if row.samples]
+            assert mini.forwarded[kind] == (len(full), sum(row.tokens for row in full))
+
+
+def check_shared_row(packed, row, samples, stream, padding):
+    """Every sample's sequence, put together from its prefix and its own tokens, is its stream; every prompt of two
+    samples or more is there once; and the trained tokens are predicted from the tokens before them."""
+    bounds = packed.cu_seqlens.tolist()
+    parts = [packed.input_ids[start:end].tolist() for start, end in itertools.pairwise(bounds)]
+    places = [packed.position_ids[start:end].tolist() for start, end in itertools.pairwise(bounds)]
+    prefixes = packed.prefixes or (-1,) * len(parts)
+    shared = set(prefixes) - {-1}
+    left = [i for i in range(len(parts)) if i not in shared]
+    found = []
+    for index, number in zip(row.samples, left, strict=False):
+        before = parts[prefixes[number]] if prefixes[number] >= 0 else []
+        whole = samples[index].stream(stream)
+        assert before + parts[number] == whole.token_ids.tolist()
+        assert places[number] == list(range(len(before), len(whole)))
+        found.append((id(whole.prompt_ids), prefixes[number]))
+    users = Counter(prompt for prompt, _ in found)
+    for index, (prompt, prefix) in zip(row.samples, found, strict=True):
+        assert (prefix >= 0) == (users[prompt] > 1 and len(samples[index].stream(stream).prompt_ids) > 1)
+    assert len(shared) == len({prompt for prompt, prefix in found if prefix >= 0})
+    for index, at in predicting_positions(row, samples, padding=padding, stream=stream):
+        whole = samples[index].stream(stream)
+        assert packed.input_ids[at].tolist() == whole.token_ids[whole.targets - 1].tolist()
+        assert packed.targets[at].tolist() == whole.trained_ids.tolist()
+
+
+def test_a_prompts_samples_are_split_up_where_that_balances_the_ranks():
+    prompt = array("i", range(100))
+    answers = [Stream(prompt, array("i", [7] * 400), np.ones(400, dtype=bool)) for _ in range(8)]
+    samples = [Sample("train:0", i, s, np.zeros(400, np.float32), 0.5, {"policy": 1.0}) for i, s in enumerate(answers)]
+    plan = plan_batch([samples], dp_size=4, max_tokens=10_000, padding=Padding(shares=True))
+    (mini,) = plan.mini_batches
+    assert [row.tokens for rank in mini.student for row in rank] == [99 + 2 * 401] * 4 and plan.imbalance == 0
+    alone = plan_batch([samples], dp_size=1, max_tokens=10_000, padding=Padding(shares=True))
+    assert [row.tokens for row in alone.mini_batches[0].student[0]] == [99 + 8 * 401]
 
 
 def row_length(row, samples, padding, *, teacher=False):
@@ -184,7 +271,7 @@ def test_efficiency_and_imbalance_are_what_they_say(case):
     computed += sum(row_length(row, samples, arguments["padding"], teacher=True) for row in rows_of(plan, "teacher"))
     assert plan.efficiency == pytest.approx(sum(row.tokens for row in rows) / computed if computed else 1)
     costs = [
-        [sum(sample_cost(samples[i]) for row in rank for i in row.samples) for rank in mini.student]
+        [sum(cost([i], samples, Padding()) for row in rank for i in row.samples) for rank in mini.student]
         for mini in plan.mini_batches
     ]
     mean = sum(sum(ranks) / len(ranks) for ranks in costs)

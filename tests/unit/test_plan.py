@@ -11,7 +11,13 @@ from megatron_srpo.config import contradictions, load_config
 from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
 from megatron_srpo.plan.configuration import configuration
-from megatron_srpo.plan.duration import forward_flops, generate_seconds, iteration_time, publish_seconds
+from megatron_srpo.plan.duration import (
+    forward_flops,
+    generate_seconds,
+    iteration_time,
+    optimizer_seconds,
+    publish_seconds,
+)
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
 from megatron_srpo.plan.search import complexity, evaluate
@@ -117,6 +123,21 @@ def test_a_trainer_that_leaves_makes_room_for_the_engine_and_pays_for_the_way():
     assert config.train.offload_while_generating and config.rollout.sleep_while_training
 
 
+def test_an_optimizer_in_host_memory_makes_room_and_pays_for_the_way_in_every_step():
+    arch, _ = read_architecture("Qwen3-32B")
+    workload = Workload()
+    stays = Layout(8, 8, max_tokens=18432, recompute="full", shadow_on_host=True, engine_sleeps=True, engine_tensor=8)
+    leaves = dataclasses.replace(stays, optimizer_on_host=True)
+    crowded, free = (evaluate(arch, layout, H100, workload) for layout in (stays, leaves))
+    assert crowded.memory.total > H100.memory and not crowded.memory.fits and free.memory.fits
+    parameters = stage_parameters(arch, leaves, 0).whole
+    assert crowded.memory.lines["optimizer"] == 12 * parameters > 10 * free.memory.lines["optimizer"]
+    assert free.memory.host_state == 8 * (12 + 4) * parameters
+    adam = [optimizer_seconds(arch, layout, H100)[2] for layout in (stays, leaves)]
+    assert adam[1] - adam[0] == pytest.approx(24 * parameters / 25e9)
+    assert configuration(leaves, workload, "runs/models/Qwen3-32B", SHIPPED["Qwen3-32B"]).optimizer.offload
+
+
 def test_training_flops_are_six_a_parameter_and_token_where_sequences_are_short():
     arch, _ = read_architecture("Qwen3-8B")
     head_and_layers = arch.parameters - arch.vocab * arch.hidden - arch.layers * arch.small_vectors - arch.hidden
@@ -175,7 +196,7 @@ def test_engines_in_the_ranks_and_on_gpus_of_their_own_are_configurations_of_the
 
 
 def test_the_report_names_assumptions_lines_and_reasons(capsys):
-    assert cli.main(["plan", "Qwen3-8B", "--gpus", "4", "--gpu", "h100"]) == 0
+    assert cli.main(["plan", "Qwen3-14B", "--gpus", "4", "--gpu", "h100"]) == 0
     text = capsys.readouterr().out
     for words in ("Predicted, not measured", "assumed efficiencies", "KV cache", "gradients", "publish", "GPU-hours",
                   "does not fit"):  # fmt: skip

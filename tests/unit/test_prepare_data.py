@@ -50,7 +50,7 @@ def prepare(out, *arguments):
 def refusal(capsys, *arguments):
     assert main([str(one) for one in arguments]) != 0
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and captured.err.startswith("prepare_data: ") and not captured.out
+    assert captured.err.count("\n") == 1 and captured.err.startswith("prepare-data: ") and not captured.out
     return captured.err
 
 

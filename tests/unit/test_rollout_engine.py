@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, request_seed
+from megatron_srpo.rollout.engine import decode_inside
 from megatron_srpo.rollout.vllm.settings import check_model
 from tests.tiny_engines import (
     EOS,
@@ -93,6 +95,12 @@ def test_every_token_has_a_log_prob_and_the_text_is_without_special_tokens(rollo
         assert all(type(logprob) is float and logprob < 0 for logprob in rollout.logprobs)
         assert rollout.text == tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)
         assert "<" not in rollout.text
+
+
+def test_a_token_id_outside_the_models_vocabulary_ends_the_call_with_a_message(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_decode", partial(decode_inside, 3, str))  # as if the model had three tokens
+    with pytest.raises(RolloutError, match=r"sample 0 cannot be used: token id \d+ is outside the vocabulary"):
+        engine.generate(tiny_requests(1)[:1], SAMPLED)
 
 
 def test_end_tokens_can_be_ignored(engine):

@@ -20,10 +20,11 @@ from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.core.exit_codes import STOPPED
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout.engine import decode_inside
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
 from megatron_srpo.rollout.http import BadAnswer
 from megatron_srpo.rollout.vllm import parent_watcher, server_process
-from megatron_srpo.rollout.vllm.client import VllmClient, decode_inside, read_answer
+from megatron_srpo.rollout.vllm.client import VllmClient, read_answer
 from megatron_srpo.rollout.vllm.environment import COMMON, CPU
 from megatron_srpo.rollout.vllm.server_process import (
     VllmServerProcess,

@@ -6,13 +6,18 @@ import gc
 import os
 import random
 import signal
+import subprocess
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_srpo.rollout.vllm.preload import preload_links
 from megatron_srpo.rollout.vllm.process_state import preserved_generators, preserved_settings
+from megatron_srpo.rollout.vllm.server_process import server_environment
 from tests.tiny_engines import SAMPLED, VOCAB, tiny_engine, tiny_requests
 from tests.tiny_models import make_tiny_model
 
@@ -70,6 +75,28 @@ def test_torch_settings_signal_handlers_and_preload_are_put_back(fails, monkeypa
     except ValueError:
         pass
     assert settings() == before
+
+
+def test_libraries_in_a_folder_with_a_space_are_preloaded_by_links_without_one(tmp_path, monkeypatch):
+    """The real torch's library under such a path: ld.so loads it in a child and says nothing."""
+    packages, temporary = tmp_path / "site packages", tmp_path / "temporary"
+    for folder in (packages / "torch" / "lib", packages / "vllm" / "libs", temporary):
+        folder.mkdir(parents=True)
+    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    (packages / "torch" / "lib" / library.name).symlink_to(library)
+    (packages / "vllm" / "libs" / "libtcmalloc_minimal.so.4").symlink_to(library)
+    assert preload_links() is None  # this environment's path has no space: vLLM's own value works
+    monkeypatch.setattr(torch, "__file__", str(packages / "torch" / "__init__.py"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    for _ in range(2):  # a second engine of the process finds the links
+        with preserved_settings():
+            assert "libgomp" in os.environ["LD_PRELOAD"] and "libtcmalloc" in os.environ["LD_PRELOAD"]
+            shown = subprocess.run(["cat", "/proc/self/maps"], capture_output=True, text=True)
+        assert shown.stderr == "" and str(library.resolve()) in shown.stdout
+    assert "LD_PRELOAD" not in os.environ
+    environment = server_environment("token", None, 1)
+    assert " " not in environment["LD_PRELOAD"] and server_environment("token", "0", None).get("LD_PRELOAD") is None
 
 
 @pytest.fixture

@@ -70,7 +70,9 @@ def test_positions_are_those_of_the_tokens_that_a_rank_has(size, chunks):
 
 def test_all_layers_of_a_row_share_one_table_and_it_goes_with_the_row(monkeypatch):
     made, positions = [], rotary.positions_in_sequences
-    monkeypatch.setattr(rotary, "positions_in_sequences", lambda *given: made.append(1) or positions(*given))
+    monkeypatch.setattr(
+        rotary, "positions_in_sequences", lambda *given, **more: made.append(1) or positions(*given, **more)
+    )
     cu_seqlens, freqs = _bounds([3, 4]), _frequencies(4, 16)
     group = _group(0, 1)
     for t in (torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 4, 16)):  # queries, keys, the next layer

@@ -131,6 +131,7 @@ def wrong_group():
 
 
 POLICY, DISTILLED, WRONG = policy_group(), distilled_group(), wrong_group()
+OTHER = [sample(3, i, distilled=i > 1) for i in range(4)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -169,6 +170,15 @@ def test_old_log_probs_are_scored_from_the_second_optimiser_step_on():
     assert found["train"] == tokens(POLICY + other)
     assert found["old"] in (tokens(POLICY), tokens(other))
     assert log["forward/old_tokens"] == found["old"]
+
+
+def test_every_step_scores_its_own_mini_batch_where_asked_and_no_token_twice():
+    for every, swaps in (("iteration", 1), ("step", 2)):
+        train = {"prompts_per_mini_batch": 1, "score_every": every}
+        found, log, swapped = passes([DISTILLED, OTHER], train=train)
+        assert found["topk"] == log["forward/topk_tokens"] == tokens(DISTILLED[2:] + OTHER[2:])
+        assert found["teacher"] == tokens(DISTILLED[2:] + OTHER[2:], TEACHER_PROMPT)
+        assert swapped == swaps
 
 
 @pytest.mark.parametrize("keep", [{"train": {"skip_zero_advantage": False}}, {"algorithm": {"kl_loss_coef": 0.1}}])

@@ -82,15 +82,6 @@ def read_answer(
     )  # fmt: skip
 
 
-def decode_inside(vocab_size: int, decode: Callable[[list[int]], str], ids: list[int]) -> str:
-    """The text of a response. ValueError for a token id that the model does not have: it would end the trainer deep
-    inside its embedding."""
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ValueError(f"token id {token!r} is outside the vocabulary of model.path, which has {vocab_size}")
-    return decode(ids)
-
-
 def _versions(spans: Sequence[Mapping[str, Any]], tokens: int) -> list[int]:
     """The weight version of each token."""
     versions: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +23,11 @@ from megatron_srpo.rollout.engine import (
     RolloutError,
     SamplingSettings,
     check_lengths,
+    decode_inside,
 )
 from megatron_srpo.rollout.vllm.environment import shared_memory_name, unlink_blocks
 from megatron_srpo.rollout.vllm.process_state import preserved_generators
-from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model
+from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, vocabulary_size
 from megatron_srpo.rollout.vllm.start import start_engine, stop_engine
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ class ColocatedEngine:
         self._engine_llm: LLM | None = start_engine(settings)
         if size > 1:
             unlink_blocks(name)
-        self._tokenizer = self._llm.get_tokenizer()
+        decode = partial(self._llm.get_tokenizer().decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._decode = partial(decode_inside, vocabulary_size(str(hf_dir)), decode)
         self._asleep: set[str] = set()  # of SLEEPERS
         self._half_published = False
         self._added = 0  # requests so far
@@ -195,7 +198,13 @@ class ColocatedEngine:
                 f"vLLM returned {len(ids)} tokens, {len(logprobs)} log-probs and finish_reason "
                 f"{answer.finish_reason!r} for prompt {request.prompt}, sample {request.sample}"
             )
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        try:
+            text = self._decode(ids)
+        except ValueError as error:
+            raise RolloutError(
+                f"vLLM's answer to prompt {request.prompt}, sample {request.sample} cannot be used: {error}. The "
+                "engine's weights or its sampler are damaged; start the run again."
+            ) from error
         return Rollout(
             request.prompt, request.sample, array("i", ids), array("f", logprobs), text, answer.finish_reason,
             self.weight_version,

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from megatron_srpo.rollout.vllm.preload import preload_links
+
 
 @contextmanager
 def preserved_generators(device: str) -> Iterator[None]:
@@ -44,6 +46,8 @@ def preserved_settings() -> Iterator[None]:
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if links := preload_links():
+        os.environ["LD_PRELOAD"] = links
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from megatron_srpo.rollout.engine import RolloutError
 from megatron_srpo.rollout.vllm import parent_watcher
 from megatron_srpo.rollout.vllm.client import MODEL_NAME
 from megatron_srpo.rollout.vllm.environment import ENGINE_PREFIXES, prepare_environment
+from megatron_srpo.rollout.vllm.preload import preload_links
 from megatron_srpo.rollout.vllm.settings import (
     KV_SPACE,
     EngineSettings,
@@ -92,6 +93,8 @@ def server_environment(
         # An engine with one worker runs it in its own process. vLLM would start another one to choose its threads,
         # which are chosen here.
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if links := preload_links():
+            chosen["LD_PRELOAD"] = links
     return kept | chosen
 
 

@@ -23,10 +23,18 @@ from megatron_srpo.bridge import Verifier
 from megatron_srpo.bridge.weight_stream import Sender
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.records import Rollout
-from megatron_srpo.rollout.engine import Control, Feed, GenerateRequest, OnRollout, SamplingSettings, check_lengths
+from megatron_srpo.rollout.engine import (
+    Control,
+    Feed,
+    GenerateRequest,
+    OnRollout,
+    SamplingSettings,
+    check_lengths,
+    decode_inside,
+)
 from megatron_srpo.rollout.fleet import Fleet, Server
 from megatron_srpo.rollout.http import ServerError, UnacceptableRequest, results_or_errors
-from megatron_srpo.rollout.vllm.client import VllmClient, decode_inside
+from megatron_srpo.rollout.vllm.client import VllmClient
 from megatron_srpo.rollout.vllm.server_process import VllmServerProcess, server_environment, visible_devices
 from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, vocabulary_size
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
