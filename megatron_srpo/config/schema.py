@@ -114,7 +114,7 @@ class DataConfig(Section):
     """What to do with a row that cannot be read. "error" refuses the run, "skip" leaves the row out and logs the
     count."""
     max_prompt_length: int = Field(2048, ge=1)
-    """Longest prompt in tokens, including the chat template."""
+    """Longest prompt in tokens, including the chat template and the schemas of tools."""
     overlong_prompts: Literal["drop", "error"] = "drop"
     """What to do with a prompt over max_prompt_length. "drop" leaves it out and logs the count, "error" refuses the
     run."""
@@ -130,7 +130,7 @@ class RolloutConfig(Section):
     n_samples_per_prompt: int = Field(8, ge=1)
     """Number of responses per prompt. They form one group."""
     max_response_length: int = Field(8192, ge=1)
-    """Longest response in tokens."""
+    """Longest response in tokens. Of an episode: all turns and all answers of the environment together."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of training samples. The trainer divides its logits by the same number."""
     top_p: float = Field(1.0, gt=0, le=1)

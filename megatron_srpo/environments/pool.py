@@ -27,6 +27,7 @@ START_SECONDS = 300.0  # limit for importing the classes, and maybe vLLM for its
 LONGEST_ANSWER = 2**20  # bytes of an environment's answer
 LONGEST_TEXT = 2**16  # characters of one message or feedback
 LARGEST_REWARD = 1e12  # as for reward functions: larger ones overflow in fp32
+QUEUE_SECONDS = 0.005  # until an order is tried again
 FAILED_STARTS = 3  # of the program, in a row, end the run
 
 _PROGRAM = (
@@ -76,9 +77,8 @@ class EnvironmentPool:
             number = next(self._numbers)
             ours, theirs = socket.socketpair()
             with theirs:
-                assert self._control is not None
                 try:
-                    socket.send_fds(self._control, [f"fork {number}".encode()], [theirs.fileno()])
+                    await self._fork(number, theirs)
                 except OSError as error:
                     ours.close()
                     self._lost()
@@ -90,6 +90,27 @@ class EnvironmentPool:
         episode = EpisodeProcess(self, number, reader, writer, self._config.step_timeout_seconds)
         self._episodes[number] = episode
         return episode
+
+    async def _fork(self, number: int, channel: socket.socket) -> None:
+        """Order a process. The program takes one order at a time, and its queue holds some hundred."""
+        while self._control is not None:
+            try:
+                socket.send_fds(self._control, [f"fork {number}".encode()], [channel.fileno()])
+                return
+            except BlockingIOError:
+                await asyncio.sleep(QUEUE_SECONDS)
+        raise ProgramLost
+
+    def _kill(self, number: int) -> None:
+        """Order the end of a process, at once or when the queue has room."""
+        if self._control is None:
+            return
+        try:
+            self._control.send(f"kill {number}".encode())
+        except BlockingIOError:
+            asyncio.get_running_loop().call_later(QUEUE_SECONDS, self._kill, number)
+        except OSError:
+            pass  # the program is gone, and its episodes with it
 
     async def begin(self) -> None:
         """Start the program, unless it runs. UserError if it cannot import the classes."""
@@ -169,9 +190,8 @@ class EnvironmentPool:
         if self._episodes.pop(episode.number, None) is None:
             return
         self._room.release()
-        if self._control is not None and not episode.gone:
-            with suppress(OSError):
-                self._control.send(f"kill {episode.number}".encode())
+        if not episode.gone:
+            self._kill(episode.number)
 
     def _close_program(self) -> None:
         if self._control is not None:
