@@ -353,7 +353,7 @@ def run_variants(variants, layout, student, teacher, groups_of):
         mine, share = share_of(samples, plan, topology.dp_rank)
         packed = rows.pack_rows(share.mini_batches[0].student[0], mine, padding=policy.padding)
         assert policy.padding.shares == (topology.cp_size == 1 and not layout.startswith("moe")), "prompts are shared"
-        if policy.padding.shares and "one sample" not in variant and topology.dp_size == 1:
+        if policy.padding.shares and variant == "srpo":
             assert any(row.prefixes for row in packed)
         passes = BatchPasses(Batch(mine, share, {}), policy, objective)
         for scoring in objective.passes():

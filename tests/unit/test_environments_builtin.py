@@ -194,7 +194,7 @@ def test_further_attempts_are_shown_what_failed():
     found = attempt(block("def add(a, b): return 3"), attempts=2, partial=True)
     assert not found.done and found.reward == 0.5
     assert "add(-1, 1) returned 3, expected 0" in found.messages[0]["content"]
-    assert attempt("no code", attempts=2).feedback.endswith("no ``` block with Python code")
+    assert attempt("no code", attempts=2).feedback.endswith("no ``` block with Python code.")
 
 
 def test_a_program_that_forges_results_does_not_know_what_is_expected():

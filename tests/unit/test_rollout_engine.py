@@ -132,9 +132,9 @@ def test_no_call_meets_what_an_earlier_one_left_in_the_prefix_cache(engine, monk
     """It would change roundings, and a resumed run, which has no earlier call, could not repeat the responses."""
     cached, rollout = [], engine._rollout
 
-    def record(request, output):
+    def record(request, output, sampling):
         cached.append((request.sample, output.num_cached_tokens))
-        return rollout(request, output)
+        return rollout(request, output, sampling)
 
     monkeypatch.setattr(engine, "_rollout", record)
     asked = [GenerateRequest(0, sample, LONG, seed=sample) for sample in range(3)]
