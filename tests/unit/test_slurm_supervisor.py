@@ -39,6 +39,7 @@ if [ $kind = serve ]; then
   fi
   trap 'echo "servers ended"; kill $!; exit 0' TERM
   sleep 60 & echo "servers run"
+  touch "$OUTPUT.serves"
   wait
 fi
 [ $kind = health ] && codes=$HEALTH || codes=$TRAIN
@@ -49,6 +50,7 @@ if [ $kind = train ] && [ -n "$WAITS" ]; then
   wait $!
   kill $!
 fi
+[ $kind = train ] && [ -n "$TOGETHER" ] && until [ -e "$OUTPUT.serves" ]; do sleep 0.05; done
 [ $kind = train ] && [ -n "$SAVES" ] && mkdir -p "$OUTPUT/checkpoints/step_$SAVES"
 number=0 worst=0
 for code in $codes; do
@@ -170,7 +172,7 @@ SPLIT = ("--rollout-nodes", "1")
 
 
 def test_engine_servers_run_beside_the_training_and_end_with_it(attempt):
-    code, requeued, said = attempt(*SPLIT, TRAIN="0")
+    code, requeued, said = attempt(*SPLIT, TRAIN="0", TOGETHER="1")
     assert (code, requeued) == (exit_codes.DONE, False)
     assert said.index("servers run") < said.index("servers ended") and "training: 1 × 8 ranks" in said
 
