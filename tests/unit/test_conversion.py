@@ -22,6 +22,11 @@ from tests.fresh_process import fresh_process, run_as_torchrun_does
 from tests.tiny_models import make_tiny_model
 
 ODD = {"hidden": 40, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 10, "ffn": 54, "vocab": 103}
+LLAMA_3_1 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 MODELS = {
     "qwen3 tied fp32": ("qwen3", {"tied": True, **ODD}),
     "qwen3 untied bf16": ("qwen3", {"tied": False, "dtype": torch.bfloat16, **ODD}),
@@ -29,6 +34,8 @@ MODELS = {
     "qwen2 untied bf16 in files": (
         "qwen2", {"tied": False, "dtype": torch.bfloat16, "vocab": 99, "layers": 2, "max_shard_size": "40KB"}
     ),
+    "llama with the rope of 3.1": ("llama", {"tied": False, **ODD, "hidden": 42, "rope": LLAMA_3_1}),
+    "ministral's form, with YaRN": ("mistral", {"tied": False, **ODD, "hidden": 42, "rope": YARN}),  # head_dim · heads ≠ hidden
     "qwen2 tied fp32": ("qwen2", {"tied": True, "layers": 3}),
     "qwen3 moe untied bf16": (
         "qwen3_moe", {"tied": False, "dtype": torch.bfloat16, **ODD, "layers": 3, "dense_layers": (1,), "experts": 6}
