@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from megatron_srpo.families import HfConfig, ModelShape, family_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,5 +27,6 @@ def scaled_rotary(hf: HfConfig) -> ScaledRotary:
     settings = {key: value for key, value in hf.items() if key not in ("model_type", "architectures")}
     config = AutoConfig.for_model(family_of(hf).model_types[0], **settings)
     config.head_dim = shape.head_dim
-    frequencies, factor = ROPE_INIT_FUNCTIONS[shape.rope_kind](config, "cpu")
+    with torch.device("cpu"):  # a model without memory is built inside torch.device("meta")
+        frequencies, factor = ROPE_INIT_FUNCTIONS[shape.rope_kind](config, "cpu")
     return ScaledRotary(frequencies.float(), float(factor))
