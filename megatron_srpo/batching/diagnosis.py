@@ -50,14 +50,15 @@ class SkippedSteps:
         if metrics.get("reward/error_fraction") == 1:
             return (
                 "not one of its rewards could be had, and a warning above says why. Mend the reward function "
-                "(reward.functions, reward.timeout_seconds); the same command goes on from here"
+                "(reward.functions, reward.timeout_seconds) or the environment (environment.classes); the same command "
+                "goes on from here"
             )
         for kind, prompts in self._failed.items():
             if prompts >= FAILED_PROMPTS:
                 return (
                     f"not one reward of kind {kind!r} could be had for {prompts} prompts in a row, and a warning above "
-                    f"says why. Mend its function (reward.functions.{kind}, reward.timeout_seconds); the same command "
-                    "goes on from here"
+                    f"says why. Mend its function (reward.functions.{kind}, reward.timeout_seconds) or its environment "
+                    f"(environment.classes.{kind}); the same command goes on from here"
                 )
         return ""
 

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_srpo.core.errors import UserError
+from pydantic import DirectoryPath, PositiveFloat, PositiveInt, validate_call
+
 from megatron_srpo.environments import sandbox
 from megatron_srpo.environments.base import Environment, Message, Step, Task
+from megatron_srpo.environments.registry import checked
 from megatron_srpo.environments.sandbox import Isolation, Limits
 
 _FENCE = re.compile(r"^```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -79,6 +81,12 @@ def read_tests(answer: object) -> list[Test]:
             raise ValueError(f"expected a test, got {str(one)[:80]!r}")
     if not tests or (len({test.how == "output" for test in tests}) > 1):
         raise ValueError("expected a list of tests as answer: calls and statements, or inputs with outputs")
+    for test in tests:
+        if test.how != "output":
+            try:
+                compile(test.text, "test", "eval" if test.how == "value" else "exec")
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"the test {test.text[:80]!r} is no Python: {error}") from None
     return tests
 
 
@@ -97,12 +105,13 @@ class PythonCode(Environment):
     `memory_mib`, `processes`, `file_mib`: limits of one run. `isolation`: see sandbox.py. `folders`: that the code may
     read, besides Python's."""
 
+    @validate_call
     def __init__(
-        self, attempts: int = 1, partial: bool = False, fence: bool = True, seconds: float = 5.0,
-        memory_mib: int = 512, processes: int = 8, file_mib: int = 16, isolation: Isolation = "auto",
-        folders: Sequence[str] = (), shown_failures: int = 3,
+        self, attempts: PositiveInt = 1, partial: bool = False, fence: bool = True, seconds: PositiveFloat = 5.0,
+        memory_mib: PositiveInt = 512, processes: PositiveInt = 8, file_mib: PositiveInt = 16,
+        isolation: Isolation = "auto", folders: list[DirectoryPath] = [], shown_failures: PositiveInt = 3,  # noqa: B006
     ) -> None:  # fmt: skip
-        self._attempts, self._partial, self._fence, self._folders = attempts, partial, fence, tuple(folders)
+        self._attempts, self._partial, self._fence, self._folders = attempts, partial, fence, tuple(map(str, folders))
         self._limits = Limits(seconds, memory_mib, processes, file_mib)
         self._isolation = sandbox.choose(isolation)
         self._shown = shown_failures
@@ -111,10 +120,7 @@ class PythonCode(Environment):
     @classmethod
     def prepare(cls, **arguments: Any) -> None:
         """Refuse wrong arguments, and a machine without a sandbox."""
-        try:
-            cls(**arguments)
-        except TypeError as error:
-            raise UserError(f"environment.arguments of a python environment: {error}") from None
+        checked(cls, arguments, "python")
 
     async def start(self, task: Task) -> Sequence[Message]:
         self._tests = read_tests(task.answer)

@@ -113,14 +113,27 @@ class EnvironmentPool:
             pass  # the program is gone, and its episodes with it
 
     async def begin(self) -> None:
-        """Start the program, unless it runs. UserError if it cannot import the classes."""
-        if self._ready is None:
-            self._ready = asyncio.get_running_loop().create_future()
-            self._start()
-        try:
-            await asyncio.wait_for(asyncio.shield(self._ready), START_SECONDS)
-        except TimeoutError:
-            raise UserError("the environments did not start: importing their classes takes too long") from None
+        """Start the program, unless it runs. UserError if it cannot run, or cannot import the classes."""
+        for _ in range(FAILED_STARTS):
+            if self._ready is None:
+                self._ready = asyncio.get_running_loop().create_future()
+                try:
+                    self._start()
+                except OSError as error:
+                    self._close_program()
+                    raise UserError(f"{self._program_name()} cannot run the environments: {error}") from None
+            try:
+                await asyncio.wait_for(asyncio.shield(self._ready), START_SECONDS)
+                return
+            except TimeoutError:
+                raise UserError("the environments did not start: importing their classes takes too long") from None
+            except ProgramLost:
+                continue
+        raise UserError(f"{self._program_name()} ended {FAILED_STARTS} times before the environments were ready")
+
+    def _program_name(self) -> str:
+        other = self._config.interpreter
+        return f'environment.interpreter = "{other}"' if other else "the program of the environments"
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

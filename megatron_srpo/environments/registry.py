@@ -5,9 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.base import Environment
@@ -28,6 +33,16 @@ def resolve(reference: str) -> type[Environment]:
             f"environment {reference!r}: expected a subclass of megatron_srpo.environments.Environment, got {found!r}"
         )
     return found
+
+
+def checked(environment: type[Environment], arguments: Mapping[str, Any], name: str) -> None:
+    """Make a built-in environment once. UserError names every argument that it does not take."""
+    try:
+        environment(**arguments)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}" for one in error.errors()]
+        known = ", ".join(list(inspect.signature(environment.__init__).parameters)[1:])
+        raise UserError(f'arguments of a "{name}" environment: {"; ".join(wrong)} (it takes {known})') from None
 
 
 def load_object(reference: str, what: str) -> object:

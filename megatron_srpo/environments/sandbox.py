@@ -209,6 +209,11 @@ async def run(
     finally:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        # asyncio's wait() needs the end of the pipe, which it does not see while a full buffer waits to be read.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KILL_SECONDS):
+                while process.stdout is not None and await process.stdout.read(1 << 16):
+                    pass
         code_found = await process.wait()
     facts = _facts(told[: limits.output_kib * 1024])
     if not ended and code_found not in (0, -signal.SIGKILL) and not facts:

@@ -14,16 +14,26 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from annotated_types import MinLen
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    create_model,
+    validate_call,
+)
 
 from megatron_srpo.core.errors import UserError, nearest
 from megatron_srpo.environments.base import Environment, Message, Step
-from megatron_srpo.environments.registry import load_object
+from megatron_srpo.environments.registry import checked, load_object
 
+Reference = Annotated[str, StringConstraints(pattern=r".:.")]  # "module:function" or "path/file.py:function"
 OWN_PARSER = "hermes"
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -118,9 +128,10 @@ class Tools(Environment):
     name of vLLM's (--tool-call-parser), which needs the `tokenizer`'s folder. `max_calls`: of one turn. `max_output`:
     characters of a result, of which the rest is left out."""
 
+    @validate_call
     def __init__(
-        self, functions: Sequence[str], parser: str = OWN_PARSER, tokenizer: str = "", max_calls: int = 8,
-        max_output: int = 8192,
+        self, functions: Annotated[list[Reference], MinLen(1)], parser: str = OWN_PARSER, tokenizer: str = "",
+        max_calls: PositiveInt = 8, max_output: PositiveInt = 8192,
     ) -> None:  # fmt: skip
         self._tools = {tool.name: tool for tool in map(load_tool, functions)}
         self._read = reader(parser, tokenizer)
@@ -131,7 +142,7 @@ class Tools(Environment):
     @classmethod
     def prepare(cls, **arguments: Any) -> None:
         """Import the functions and the parser, and refuse what cannot be used, before any episode begins."""
-        cls(**arguments)
+        checked(cls, arguments, "tools")
 
     async def step(self, reply: str) -> Step:
         found = self._read(reply)

@@ -1,4 +1,5 @@
-"""The part of `check` about environments: begins one episode of each kind, and shows what the model would read."""
+"""The part of `check` about environments: begins one episode of each kind, shows what the model would
+read, and has the environment answer an empty turn."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def first_readings(
                     started = await _start(pool, prompt)
                     conversation = chat.begin(prompt, started.messages, started.tools)
                 except EpisodeError as error:
-                    problems.append(f'kind "{prompt.kind}": its environment does not start: {error}')
+                    problems.append(f'kind "{prompt.kind}": its environment does not work: {error}')
                     continue
                 readings[prompt.kind] = conversation.context
                 limit = config.data.max_prompt_length
@@ -50,10 +51,13 @@ def first_readings(
 
 
 async def _start(pool: EnvironmentPool, prompt: Prompt) -> Started:
+    """What an episode begins with, if the environment can also answer an empty turn."""
     process = await pool.open()
     try:
-        return await process.start(
+        started = await process.start(
             prompt.kind, Task(prompt.messages, prompt.answer, dict(prompt.metadata), seed=0, sample=0)
         )
+        await process.step("")
+        return started
     finally:
         await process.close()

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_srpo.core import loopback
@@ -48,7 +49,7 @@ def report(device: str) -> int:
         started = time.monotonic()
         found, state = _in_a_process(name, device, deadline - started)
         failed |= state == FAILED
-        table.add_row(name, found, state, f"{time.monotonic() - started:.0f}")
+        table.add_row(name, escape(found), state, f"{time.monotonic() - started:.0f}")
         print(f"{name}: {found} {state}", file=sys.stderr, flush=True)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     return int(failed)

@@ -97,7 +97,15 @@ class Prompting:
         """Why the reward cannot read a row's answer."""
         from megatron_srpo.rewards.answers import unreadable
 
-        if kind in self._config.environment.classes:
+        environment = self._config.environment.classes.get(kind)
+        if environment == "python":
+            from megatron_srpo.environments.code import read_tests
+
+            try:
+                read_tests(answer)
+            except ValueError as error:
+                return str(error)
+        if environment is not None:
             return None
         return unreadable(kind, answer, self._config.reward.functions)
 
@@ -106,7 +114,13 @@ class Prompting:
 
         for prompt in {prompt.kind: prompt for prompt in reversed(prompts)}.values():
             problem = unknown(prompt.kind, self._config.reward.functions)
-            if problem and prompt.kind not in self._config.environment.classes:  # it gives the rewards itself
+            environment = self._config.environment.classes.get(prompt.kind)
+            if problem and environment == "tools":
+                raise RewardError(
+                    f'{prompt.source}: the environment "tools" gives no reward, and {problem}. Name a function that '
+                    f"scores the last turn: reward.functions.{prompt.kind}"
+                )
+            if problem and environment is None:  # others give the rewards themselves
                 raise RewardError(f"{prompt.source}: {problem}")
 
     def _warnings(self, prompts: list, split: str) -> Iterator[str]:

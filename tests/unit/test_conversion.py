@@ -35,7 +35,7 @@ MODELS = {
         "qwen2", {"tied": False, "dtype": torch.bfloat16, "vocab": 99, "layers": 2, "max_shard_size": "40KB"}
     ),
     "llama with the rope of 3.1": ("llama", {"tied": False, **ODD, "hidden": 42, "rope": LLAMA_3_1}),
-    "ministral's form, with YaRN": ("mistral", {"tied": False, **ODD, "hidden": 42, "rope": YARN}),  # head_dim · heads ≠ hidden
+    "ministral's form, with YaRN": ("mistral", {"tied": False, **ODD, "hidden": 42, "rope": YARN}),
     "qwen2 tied fp32": ("qwen2", {"tied": True, "layers": 3}),
     "qwen3 moe untied bf16": (
         "qwen3_moe", {"tied": False, "dtype": torch.bfloat16, **ODD, "layers": 3, "dense_layers": (1,), "experts": 6}
