@@ -134,9 +134,9 @@ def test_the_recorders_names_are_those_of_its_classes():
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from megatron_srpo.rollout.vllm.cpu_worker import NamedCPUWorker
+    from megatron_srpo.rollout.vllm.cpu_worker import NamedWorker
 
-    assert issubclass(resolve_obj_by_qualname(RECORDING_WORKER), NamedCPUWorker)
+    assert issubclass(resolve_obj_by_qualname(RECORDING_WORKER), NamedWorker)
     assert issubclass(resolve_obj_by_qualname(RECORDING_SCHEDULER), Scheduler)
 
 

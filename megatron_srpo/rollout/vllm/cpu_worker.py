@@ -8,7 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 SHARED_MEMORY_NAME = "shared_memory_name"  # a key of vLLM's additional_config
 
 
-class NamedCPUWorker(CPUWorker):
+class NamedWorker(CPUWorker):
     """Gives the shared memory blocks of a tensor-parallel engine a name of our own.
 
     vLLM names them after the last part of the rendezvous address. Under an external launcher that is the same for every
@@ -27,3 +27,8 @@ class NamedCPUWorker(CPUWorker):
         if distributed_init_method.startswith("env:"):
             distributed_init_method += f":{vllm_config.additional_config[SHARED_MEMORY_NAME]}"
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+
+
+class NamedCPUWorker(NamedWorker):
+    """What an engine gets. vLLM adds its extension to the bases of this class, and refuses a class that has inherited
+    one, so other workers inherit from NamedWorker."""

@@ -20,7 +20,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.layer import MoERunner
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from megatron_srpo.rollout.vllm.cpu_worker import NamedCPUWorker
+from megatron_srpo.rollout.vllm.cpu_worker import NamedWorker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -74,7 +74,7 @@ class ExpertRecorder:
         return found.clamp(min=0).numpy().astype(self._dtype)
 
 
-class RecordingCPUWorker(NamedCPUWorker):
+class RecordingCPUWorker(NamedWorker):
     """A CPU worker that tells the scheduler which experts the tokens of a step used."""
 
     _recorder: ExpertRecorder
