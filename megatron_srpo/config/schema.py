@@ -336,7 +336,7 @@ class OptimizerConfig(Section):
     offload: bool = False
     """Keep Adam's moments, and the fp32 main parameters of a bf16 model, in host memory. Each optimizer step copies
     them to the device and back in pieces of 256 MiB; the result is the same. It frees 12 bytes per parameter of a
-    rank's shard (8 for an fp32 model). Useful on GPUs only."""
+    rank's shard (8 for an fp32 model), which the host's memory must hold. Useful on GPUs only."""
 
 
 class TrainConfig(Section):
@@ -349,8 +349,8 @@ class TrainConfig(Section):
     makes several steps. The log-probs of importance ratios and of the reference model belong to the iteration in both
     cases."""
     share_prompts: bool = True
-    """Forward a prompt once per packed row instead of once for each of its responses there. The loss and its gradients
-    are the same up to rounding. It has no effect with Transformer Engine, context parallelism, experts or dropout."""
+    """Compute a prompt once per packed row and let all its responses in that row use it. The loss and its gradients are
+    the same up to rounding. It has no effect with Transformer Engine, context parallelism, experts or dropout."""
     max_tokens_per_gpu: int = Field(18432, ge=1)
     """Token budget of one packed row per GPU. A row holds this number times context_parallel_size tokens, and the
     longest teacher prompt with its response must fit."""
