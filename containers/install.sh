@@ -21,4 +21,4 @@ for part in megatron_srpo slurm tools requirements configs examples docs Makefil
 done
 cd "$target"
 python3.12 tools/setup_env.py --device "$device" ${wheelhouse:+--wheelhouse "$wheelhouse"}
-rm -rf /root/.cache/pip
+rm -rf "$HOME/.cache/pip"

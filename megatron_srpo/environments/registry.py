@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.user_code import load_file
 from megatron_srpo.environments.base import Environment
 
 BUILT_IN = {
@@ -49,7 +47,7 @@ def load_object(reference: str, what: str) -> object:
     """What "module:name" or "path/file.py:name" names. UserError if there is no such thing."""
     where, _, name = reference.rpartition(":")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except UserError:
         raise
     except ImportError as error:
@@ -64,24 +62,3 @@ def load_object(reference: str, what: str) -> object:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise UserError(f"{what} {reference!r}: {where!r} has no {name!r}.{hint}")
     return found
-
-
-def _load_file(path: Path) -> ModuleType:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"file not found: {path}")
-    name = f"megatron_srpo_user_{path.stem}_{abs(hash(str(path))):x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # there is a loader for every .py file
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # it can import files of its folder; at the end, so that they hide nothing
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

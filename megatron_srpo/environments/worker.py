@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.user_code import limit_memory
 from megatron_srpo.environments.base import Environment, Step, Task
 from megatron_srpo.environments.registry import resolve
 
@@ -125,7 +126,7 @@ class _Zygote:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.setsid()  # so that its children can be ended with it
-                _limit(self._setup.memory_mib)
+                limit_memory(self._setup.memory_mib)
                 _Episode(socket.socket(fileno=descriptor), self._setup, self._classes).serve()
             finally:
                 os._exit(1)
@@ -242,14 +243,3 @@ def _how(status: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"
-
-
-def _limit(memory_mib: int) -> None:
-    """Limit the address space above its present size (Linux), and write no core files."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory_mib and sys.platform == "linux":
-        with open("/proc/self/statm") as statm:
-            present = int(statm.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (present + memory_mib * 2**20,) * 2)

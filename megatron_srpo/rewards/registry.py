@@ -12,13 +12,12 @@ import importlib
 import importlib.util
 import math
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.user_code import load_file
 from megatron_srpo.rewards.signatures import RewardFunction, UnknownSignature, adapted
 
 FEEDBACK_LIMIT = 8192  # characters; the teacher reads the feedback, and its prompt has a limit too
@@ -156,7 +155,7 @@ def _by_reference(kind: str, reference: str) -> RewardFunction:
             f'reward.functions.{kind}: expected "module:function" or "path/file.py:function", got {reference!r}'
         )
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = load_file(Path(where), error=RewardError) if where.endswith(".py") else importlib.import_module(where)
     except RewardError:
         raise
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
@@ -171,27 +170,6 @@ def _by_reference(kind: str, reference: str) -> RewardFunction:
         return adapted(kind, function)
     except UnknownSignature as problem:
         raise RewardError(f"reward.functions.{kind}: {reference!r} {problem}") from None
-
-
-def _load_file(path: Path) -> ModuleType:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise RewardError(f"reward function's file not found: {path}")
-    name = f"megatron_srpo_user_reward_{path.stem}_{abs(hash(str(path))):x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # there is a loader for every .py file
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # it can import files of its folder; at the end, so that they hide nothing
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _last_frame(error: BaseException) -> str:

@@ -14,10 +14,10 @@ import os
 import pickle
 import signal
 import socket
-import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from megatron_srpo.core.user_code import limit_memory
 from megatron_srpo.rewards.registry import RewardError, RewardFunction, as_verdict, resolve
 
 HEADER_BYTES = 8
@@ -65,7 +65,7 @@ def main(descriptor: int) -> None:
     if setup is not None:
         functions = _resolve_all(channel, setup)
         if functions is not None:
-            _limit(setup.memory_mib)
+            limit_memory(setup.memory_mib)
             _send(channel, {"ready": "yes"})
             _serve(channel, functions, setup.timeout_seconds)
     os._exit(0)  # at once, even if the user's functions started threads
@@ -106,17 +106,6 @@ def _serve(channel: socket.socket, functions: dict[str, RewardFunction], timeout
             if os.getpid() != worker:  # a process that the function has forked returns here too
                 os._exit(0)
             _send(channel, result)
-
-
-def _limit(memory_mib: int) -> None:
-    """Limit the address space above its present size (Linux), and write no core files."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory_mib and sys.platform == "linux":
-        with open("/proc/self/statm") as statm:
-            present = int(statm.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (present + memory_mib * 2**20,) * 2)
 
 
 def _receive(channel: socket.socket) -> Any:
