@@ -131,7 +131,7 @@ def make_model(folder: Path, size: dict[str, int], dtype: torch.dtype) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A measured train step; bytes of what stays, and at the most before the optimiser and in it (0 on a CPU)."""
+    """A measured train step; bytes of what stays, and at the most before the optimizer and in it (0 on a CPU)."""
 
     seconds: float
     stays: int = 0
@@ -140,7 +140,7 @@ class Step:
 
 
 def train_step(hf: dict[str, Any], load: Callable[[Any], None], dtype: str, recompute: str = "none") -> Step:
-    """Of the trainer's own policy on one rank: ROWS packed rows of two sequences, and the optimiser."""
+    """Of the trainer's own policy on one rank: ROWS packed rows of two sequences, and the optimizer."""
     from megatron_srpo.config import Config
     from megatron_srpo.core.tensors import PackedBatch
     from megatron_srpo.losses import LinearHead

@@ -1,4 +1,4 @@
-"""One optimiser step's routed objective in plain float64: Hugging Face models on whole sequences, one process.
+"""One optimizer step's routed objective in plain float64: Hugging Face models on whole sequences, one process.
 
 Written from the formulas (SRPO, arXiv 2604.02288 §2–3) and nothing of the package but its records and settings: no
 packing, no masks, no sharding, no second-hand log-probs.

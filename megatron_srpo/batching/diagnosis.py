@@ -14,7 +14,7 @@ def explain_skip(passes: BatchPasses, mini: MiniBatchPlan, control: Control, log
     """Warn which samples made a step's gradient infinite or NaN. All ranks call it."""
     names = sorted({text for part in control.collect(passes.nonfinite(mini)) for text in part})
     cause = f"Not finite: {shortened(names)}" if names else "All scores are finite: it arose in the backward pass"
-    log.warn(f"iteration {iteration}: the gradient is not finite, the optimiser step was skipped. {cause}")
+    log.warn(f"iteration {iteration}: the gradient is not finite, the optimizer step was skipped. {cause}")
 
 
 FAILED_PROMPTS = 2  # of one kind in a row, with all their rewards failed, end the run: a single one may be a bad row
@@ -22,7 +22,7 @@ KIND, ERRORS = "kind/", "/error_fraction"
 
 
 class SkippedSteps:
-    """Counts optimiser steps that were skipped one after the other; `limit` of them end the run (0: never). Counts also
+    """Counts optimizer steps that were skipped one after the other; `limit` of them end the run (0: never). Counts also
     the prompts of each kind, one after the other, of which every reward failed; a resumed run counts these anew."""
 
     def __init__(self, limit: int, in_a_row: int = 0) -> None:
@@ -44,7 +44,7 @@ class SkippedSteps:
         """Why going on would be a waste, or ""; the same on all ranks."""
         if 0 < self._limit <= self.in_a_row:
             return (
-                f"{self.in_a_row} optimiser steps in a row had nothing finite (train.max_skipped_steps). "
+                f"{self.in_a_row} optimizer steps in a row had nothing finite (train.max_skipped_steps). "
                 "The weights of the last good step are saved; the warnings above name what was not finite"
             )
         if metrics.get("reward/error_fraction") == 1:
@@ -64,7 +64,7 @@ class SkippedSteps:
 
 
 def consecutive_skips(before: int, steps: Sequence[StepStats | None]) -> int:
-    """How many of the newest optimiser steps were skipped one after the other; None stands for no step."""
+    """How many of the newest optimizer steps were skipped one after the other; None stands for no step."""
     for step in steps:
         if step is not None:
             before = before + 1 if step.skipped else 0

@@ -63,7 +63,7 @@ class BatchPasses:
                     setattr(into[index], name, values[at.to(values.device)].cpu())
 
     def train_step(self, mini: MiniBatchPlan) -> StepStats | None:
-        """One optimiser step, after its own scoring passes, or None when nothing in the mini-batch counts."""
+        """One optimizer step, after its own scoring passes, or None when nothing in the mini-batch counts."""
         if mini.loss_tokens == 0:
             return None
         if mini is not self.plan.mini_batches[0]:

@@ -1,4 +1,4 @@
-"""Samples → plan: who forwards which samples, in which row, for every optimiser step. Pure, no tensors."""
+"""Samples → plan: who forwards which samples, in which row, for every optimizer step. Pure, no tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plan_batch(
     groups: Sequence[Sequence[Sample]], *, dp_size: int, max_tokens: int, prompts_per_mini_batch: int = 0,
     padding: Padding = NO_PADDING, seed: int = 0, drop_zero_gradient: bool = False,
 ) -> BatchPlan:  # fmt: skip
-    """Which rank forwards which samples in which rows, for every optimiser step of the iteration.
+    """Which rank forwards which samples in which rows, for every optimizer step of the iteration.
 
     `groups`: the samples of each prompt; rows index all samples, group after group. Groups go to mini-batches whole,
     `prompts_per_mini_batch` of them each (0: all; the last may have fewer), in an order drawn from `seed` when there

@@ -160,8 +160,8 @@ class RolloutConfig(Section):
     correct or all wrong. 0 trains on these groups too."""
     routing_replay: Literal["auto", "off", "rollout", "old"] = "auto"
     """Which experts the trainer uses for a token of a model with experts. "rollout" uses those that the engine chose
-    when it generated the token (R3). "old" lets the trainer choose when it scores the old log-probs, and uses this
-    choice in the later optimizer steps of the iteration. "off" chooses again in every pass. "auto" takes "rollout" for
+    when it generated the token (R3). "old" uses those that the trainer chose when it computed the old log-probs, in
+    every later optimizer step of the iteration (R2). With "off" each pass chooses anew. "auto" takes "rollout" for
     models with experts."""
     mismatch_warning: float = Field(0.05, ge=0)
     """Warn if trainer and engine log-probs differ by more than this on average, in nats per token. 0 switches it
@@ -260,8 +260,8 @@ class TeacherConfig(Section):
 
 class RewardConfig(Section):
     functions: dict[str, str] = {}
-    """Your own reward functions by kind, as "module:function" or "path/file.py:function". The built-in ones stay
-    available."""
+    """Your own reward functions by kind, as "module:function" or "path/file.py:function". A path is relative to the
+    folder in which the run starts. The built-in functions stay available."""
     mcq_format: Literal["strict", "lenient"] = "strict"
     """How the answer of a response of kind "mcq" is found. "strict" requires <answer>LETTER</answer>. "lenient" finds
     it as SDPO's code does: after the last <answer>, or from the start without that tag, up to </answer> or the end. Use
@@ -283,7 +283,8 @@ class RewardConfig(Section):
 class EnvironmentConfig(Section):
     classes: dict[str, str] = {}
     """Environments by kind of row: "tools", "python", "textarena", "openenv", or your own class as "module:Class" or
-    "path/file.py:Class". Rows of other kinds are answered in one turn."""
+    "path/file.py:Class". A path is relative to the folder in which the run starts. Rows of other kinds are answered in
+    one turn."""
     arguments: dict[str, dict[str, Any]] = {}
     """Arguments of the environments' constructors, by kind."""
     max_turns: int = Field(8, ge=1)
@@ -344,10 +345,9 @@ class TrainConfig(Section):
     """Number of prompts per optimizer step. It must divide rollout.rollout_batch_size. 0 takes the whole batch."""
     score_every: Literal["iteration", "step"] = "iteration"
     """When the student's top-k ids and the teachers' log-probs are computed. "iteration" computes them once, before the
-    first optimizer step. "step" computes them before each optimizer step for its own mini-batch, with the weights of
-    that moment; the teacher's weights are then swapped in for every step. They differ only if prompts_per_mini_batch
-    makes several steps. The log-probs of importance ratios and of the reference model belong to the iteration in both
-    cases."""
+    first optimizer step. "step" computes them again before each optimizer step, for its mini-batch and with the weights
+    of that moment, which swaps the teacher's weights in for every step. The two differ only if prompts_per_mini_batch
+    makes several steps. Old log-probs and those of the reference model are computed once per iteration with both."""
     share_prompts: bool = True
     """Compute a prompt once per packed row and let all its responses in that row use it. The loss and its gradients are
     the same up to rounding. It has no effect with Transformer Engine, context parallelism, experts or dropout."""

@@ -1,4 +1,4 @@
-"""Metrics and how they add up over rows, ranks and optimiser steps."""
+"""Metrics and how they add up over rows, ranks and optimizer steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Total:
-    """Adds up over rows and ranks; the log shows the mean over optimiser steps."""
+    """Adds up over rows and ranks; the log shows the mean over optimizer steps."""
 
     value: Tensor | float
 
@@ -33,7 +33,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest of all rows, ranks and optimiser steps; unknown while it is −∞."""
+    """The largest of all rows, ranks and optimizer steps; unknown while it is −∞."""
 
     value: Tensor | float
 
@@ -46,7 +46,7 @@ Metrics = Mapping[str, Metric]
 
 
 def over_steps(steps: Sequence[Metrics]) -> dict[str, float]:
-    """One number for each metric of several optimiser steps, by name: the largest of maxima, else the mean of the steps
+    """One number for each metric of several optimizer steps, by name: the largest of maxima, else the mean of the steps
     that have it."""
     result = {}
     for name in sorted({name for step in steps for name in step}):

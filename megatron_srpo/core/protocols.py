@@ -64,7 +64,7 @@ class RoleControl(Control, Protocol):
 class Policy(Protocol):
     """The trained model on one rank."""
 
-    steps: int  # optimiser steps asked for, skipped ones included
+    steps: int  # optimizer steps asked for, skipped ones included
     padding: Padding
 
     def weights(self, which: str) -> AbstractContextManager[None]:
@@ -80,10 +80,10 @@ class Policy(Protocol):
         experts of every row."""
 
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
-        """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
+        """One optimizer step on Σ loss(row) over all rows of all data-parallel ranks."""
 
     def end_iteration(self, *, refresh_teacher: bool) -> None:
-        """All optimiser steps of an iteration are done: update a teacher that is updated once per iteration, or copy
+        """All optimizer steps of an iteration are done: update a teacher that is updated once per iteration, or copy
         the student into it."""
 
     def sum_over_data(self, values: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Objective(Protocol):
         """Sum of the dynamic weights over the distilled tokens of these samples."""
 
     def loss(self, *, loss_tokens: int, responses: int, distill_weight_mean: float) -> LossFunction:
-        """The loss of one row inside an optimiser step with these global denominators."""
+        """The loss of one row inside an optimizer step with these global denominators."""
 
 
 class Engine(Protocol):

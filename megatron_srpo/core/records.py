@@ -391,7 +391,7 @@ class Row:
 
 @dataclass(frozen=True)
 class MiniBatchPlan:
-    """What every data-parallel rank forwards for one optimiser step.
+    """What every data-parallel rank forwards for one optimizer step.
 
     `student[d]` and `teacher[d]` are the rows of data-parallel rank d; every rank has the same number of rows in each
     pass. A sample's teacher row lives on the same rank as its student row, so that teacher scores never travel. In one
@@ -411,7 +411,7 @@ class MiniBatchPlan:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The forward passes of one iteration: one MiniBatchPlan for each optimiser step."""
+    """The forward passes of one iteration: one MiniBatchPlan for each optimizer step."""
 
     mini_batches: list[MiniBatchPlan]
     efficiency: float  # useful tokens ÷ tokens of the padded rows

@@ -124,7 +124,7 @@ class Guidance:
 
 @dataclass
 class StepStats:
-    """One optimiser step: what the log needs."""
+    """One optimizer step: what the log needs."""
 
     metrics: dict[str, Metric]
     grad_norm: float

@@ -1,4 +1,4 @@
-"""Joins the losses to the trainer: the scoring passes of an iteration as data, and the loss of an optimiser step.
+"""Joins the losses to the trainer: the scoring passes of an iteration as data, and the loss of an optimizer step.
 
 One place knows what every pass computes from a row's hidden states. The trainer runs them:
 
@@ -159,7 +159,7 @@ class Objective:
         return dynamic_weights(torch.cat(entropies).double(), settings.beta).sum()
 
     def loss(self, *, loss_tokens: int, responses: int, distill_weight_mean: float) -> LossFunction:
-        """The loss of one row inside an optimiser step with these global denominators."""
+        """The loss of one row inside an optimizer step with these global denominators."""
 
         def row_loss(given: HeadInput, row: PackedBatch) -> tuple[Tensor, Metrics]:
             given, row, _ = self._trained(given, row)

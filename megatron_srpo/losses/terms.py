@@ -9,7 +9,7 @@
     distill   r_t · w_t · ρ̄_t · ℓ_SDPO          w_t = exp(−βH)/mean, ρ̄_t: SDPO's clipped ratio
 
 With `loss_aggregation = "seq-mean-token-mean"` it is 1/S Σ_s 1/R_s Σ_t of the same, over S responses of R_s tokens.
-N, S and the mean of the dynamic weights span the whole optimiser step and are given, so the sum over rows, however they
+N, S and the mean of the dynamic weights span the whole optimizer step and are given, so the sum over rows, however they
 are split or spread, is the objective. A new term is a class here and its line in `build_terms`.
 """
 

@@ -55,7 +55,7 @@ class Policy:
             hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine
         )
         load_weights(model_shards(model, topology, vocab))
-        self.steps = 0  # optimiser steps asked for, skipped ones included
+        self.steps = 0  # optimizer steps asked for, skipped ones included
         self._moved = False  # whether a step of this iteration was taken
         self.optimizer = (
             ShardedOptimizer(model, config.optimizer, overlap_grad_reduce=config.parallel.overlap_grad_reduce)
@@ -124,7 +124,7 @@ class Policy:
         return results
 
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
-        """One optimiser step on Σ loss(row) over all rows of all data-parallel ranks."""
+        """One optimizer step on Σ loss(row) over all rows of all data-parallel ranks."""
         assert self.optimizer is not None
         for piece in self.model:
             piece.train()

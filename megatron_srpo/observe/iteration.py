@@ -12,7 +12,7 @@ Meter = Callable[[float, float, float, float], dict[str, float]]  # see plan.Met
 
 
 def step_metrics(steps: Sequence[StepStats | None], optimizer_steps: int) -> dict[str, float]:
-    """Metrics of an iteration's optimiser steps; `optimizer_steps` is the run's count so far."""
+    """Metrics of an iteration's optimizer steps; `optimizer_steps` is the run's count so far."""
     taken = [step for step in steps if step is not None]
     return over_steps([step.metrics for step in taken]) | {
         "actor/grad_norm": sum(step.grad_norm for step in taken) / max(1, len(taken)),

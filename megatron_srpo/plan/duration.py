@@ -53,7 +53,7 @@ class TimePlan:
     flops: float
     train_flops: float
     tokens: float
-    rows: int  # packed rows of a data-parallel rank in one optimiser step
+    rows: int  # packed rows of a data-parallel rank in one optimizer step
     communication: float  # seconds of collectives inside the train step; none of them overlap with computation
 
     @property
@@ -68,7 +68,7 @@ def forward_flops(arch: Architecture, context: float) -> float:
 
 
 def rows_of(workload: Workload, layout: Layout, tokens: float) -> int:
-    """Packed rows of a data-parallel rank in one optimiser step."""
+    """Packed rows of a data-parallel rank in one optimizer step."""
     useful = layout.max_tokens * layout.context * workload.packing
     return max(1, math.ceil(tokens * (1 + workload.imbalance) / layout.data / workload.steps / useful))
 
@@ -108,7 +108,7 @@ def pass_seconds(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, work: Pass, *, path: str,
     logits_mib: int = LOGITS_MIB,
 ) -> tuple[float, float, int]:  # fmt: skip
-    """(seconds, seconds of communication among them, rows) of a pass over the rows of one optimiser step."""
+    """(seconds, seconds of communication among them, rows) of a pass over the rows of one optimizer step."""
     rows = rows_of(workload, layout, work.tokens)
     layers = max(stage_layers(arch.layers, layout))
     forward = layer_seconds(arch, layout, machine, work.context, path=path)
@@ -135,7 +135,7 @@ def pass_seconds(
 
 
 def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> tuple[float, float, float]:
-    """Seconds of one optimiser step: (reduce-scatter of fp32 gradients, gather of parameters, Adam)."""
+    """Seconds of one optimizer step: (reduce-scatter of fp32 gradients, gather of parameters, Adam)."""
     part = stage_parameters(arch, layout, layout.pipeline - 1)
     scatter = gather = 0.0
     for count, ranks in ((part.ordinary, layout.sharding), (part.experts, layout.expert_sharding)):

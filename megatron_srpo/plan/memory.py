@@ -165,7 +165,7 @@ def training_memory(
     arch: Architecture, layout: Layout, workload: Workload, machine: Machine, *, rows: int, path: str = "te",
     logits_mib: int = LOGITS_MIB,
 ) -> MemoryPlan:  # fmt: skip
-    """The fullest pipeline stage of a training GPU; `rows` packed rows a data-parallel rank and optimiser step."""
+    """The fullest pipeline stage of a training GPU; `rows` packed rows a data-parallel rank and optimizer step."""
     layers = stage_layers(arch.layers, layout)
     stages = sorted({0, layers.index(max(layers)), layout.pipeline - 1})
     found = [_phases(arch, layout, workload, machine, stage, rows, path, logits_mib) for stage in stages]

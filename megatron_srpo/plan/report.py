@@ -86,7 +86,7 @@ def assumptions(machine: Machine, workload: Workload) -> list[str]:
         f"memory {machine.bandwidth_share:.0%}, links {machine.link_share:.0%}, network {machine.network_share:.0%}; "
         f"{machine.reserved / GIB:.1f} GiB reserved, {machine.fragmentation:.0%} fragmentation, "
         f"{machine.headroom:.0%} of the memory left free",
-        f"an iteration: {workload.prompts} prompts × {workload.samples} responses, {workload.steps} optimiser step(s); "
+        f"an iteration: {workload.prompts} prompts × {workload.samples} responses, {workload.steps} optimizer step(s); "
         f"prompts {workload.prompt_mean} tokens, responses {workload.response_mean} on average (log-normal, "
         f"σ {workload.response_sigma}, cut at {workload.response_max}), {workload.distilled:.0%} distilled; "
         f"{workload.iterations} iterations",
@@ -105,7 +105,9 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
         console.print(
             _lines("seconds of an iteration", found.best, [c.predicted.lines for c in found.best], 1.0, ".2f")
         )
-        console.print(_lines("GiB of a training GPU", found.best, [c.memory.lines for c in found.best], GIB, ".1f"))
+        fullest = [max(c.memory.phases, key=c.memory.phases.__getitem__) for c in found.best]
+        lines = [c.memory.lines for c in found.best]
+        console.print(_lines("GiB of a training GPU in its fullest phase", found.best, lines, GIB, ".1f", phases=fullest))
         if any(c.engine for c in found.best):
             lines = [c.engine.lines if c.engine else {} for c in found.best]
             console.print(_lines("GiB of a GPU that only generates", found.best, lines, GIB, ".1f"))
@@ -155,12 +157,15 @@ def _phases(best: list[Candidate]) -> Table:
 
 
 def _lines(
-    title: str, best: list[Candidate], columns: list[dict[str, float]], unit: float, form: str, *, total: bool = True
-) -> Table:
+    title: str, best: list[Candidate], columns: list[dict[str, float]], unit: float, form: str, *, total: bool = True,
+    phases: list[str] | None = None,
+) -> Table:  # fmt: skip
     table = Table(title=title)
     table.add_column("")
     for number in range(1, len(best) + 1):
         table.add_column(str(number), justify="right")
+    if phases:
+        table.add_row("phase", *phases)
     for name in dict.fromkeys(name for column in columns for name in column):
         table.add_row(name, *(format(column.get(name, 0.0) / unit, form) for column in columns))
     if total:

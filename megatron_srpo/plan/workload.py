@@ -24,7 +24,7 @@ class Workload:
     response_sigma: float = 0.8  # of the logarithm of a length
     teacher_prompt_max: int = 10240  # question and demonstration
     distilled: float = 0.3  # share of samples that are distilled; it falls during a run
-    steps: int = 1  # optimiser steps in each iteration
+    steps: int = 1  # optimizer steps in each iteration
     topk: int = 100
     iterations: int = 475  # the paper's 10 hours at 75.8 s
     packing: float = 0.97  # share of useful tokens in packed rows

@@ -212,7 +212,7 @@ def plan(
     gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, b200, gb200, h20, a100.")] = "h100",
     batch: Annotated[int, typer.Option(min=1, help="Prompts an iteration.")] = 32,
     samples: Annotated[int, typer.Option(min=1, help="Responses a prompt.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps an iteration.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps an iteration.")] = 1,
     prompt_mean: Annotated[int, typer.Option(min=1, help="Tokens.")] = 400,
     prompt_max: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
     response_mean: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2000,

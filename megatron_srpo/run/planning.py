@@ -116,7 +116,7 @@ def _check(positions: int, workload: Workload) -> None:
     if workload.prompts % workload.steps:
         raise UserError(
             f"plan: --steps {workload.steps} of --batch {workload.prompts} prompts: expected a divisor, because every "
-            "optimiser step takes the same number of prompts"
+            "optimizer step takes the same number of prompts"
         )
     if workload.longest_row > positions:
         raise UserError(

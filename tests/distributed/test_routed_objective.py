@@ -308,7 +308,7 @@ def head_apart(fused, given):
 
 
 def run_variants(variants, layout, student, teacher, groups_of):
-    """What each optimiser step of each variant saw and did: samples, weights before it, gradients, metrics."""
+    """What each optimizer step of each variant saw and did: samples, weights before it, gradients, metrics."""
     from megatron_srpo.batching import rows
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
     from megatron_srpo.losses.objective import Objective

@@ -78,7 +78,7 @@ def test_vocabulary_padding_is_zero_going_in_and_absent_coming_out():
     rule = Vocab(5, 8)
     shards = [rule.to_shard([torch.ones(5, 3)], rank, 4) for rank in range(4)]
     assert [shard.sum().item() for shard in shards] == [6, 6, 3, 0]
-    polluted = [shard + 7 for shard in shards]  # what an optimiser may do to rows without a meaning
+    polluted = [shard + 7 for shard in shards]  # what an optimizer may do to rows without a meaning
     assert torch.equal(rule.from_shards(polluted)[0], torch.full((5, 3), 8.0))
 
 

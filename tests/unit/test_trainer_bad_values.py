@@ -53,7 +53,7 @@ def explain(function, scores=None):
 def test_a_skipped_step_names_iteration_sample_and_component():
     order = [s.sample for s in (sample(0, 1), sample(0, 0))]  # longest first in the row: the third token is sample 1's
     assert explain(OneNaN) == [
-        "iteration 1: the gradient is not finite, the optimiser step was skipped. "
+        "iteration 1: the gradient is not finite, the optimizer step was skipped. "
         f"Not finite: log-probs of train:0 sample {order[0]}"
     ]
 
@@ -115,7 +115,7 @@ def test_engines_keep_their_weights_over_an_evaluation_but_not_over_a_training()
 def test_many_skipped_steps_in_a_row_end_the_run_with_a_checkpoint():
     nothing_finite = {"rollout/nonfinite_samples": 1}  # which counts as a skipped step
     run = Run(*[nothing_finite] * 9, train={"max_skipped_steps": 3}, run={"iterations": 9})
-    with pytest.raises(UserError, match="stopped after iteration 3: 3 optimiser steps in a row had nothing finite"):
+    with pytest.raises(UserError, match="stopped after iteration 3: 3 optimizer steps in a row had nothing finite"):
         run.trainer.run()
     assert run.saved == [(3, True, 3)]
 

@@ -164,7 +164,7 @@ def test_an_algorithm_without_a_teacher_has_no_pass_for_one():
     assert [scoring.name for scoring in Objective(config).passes()] == ["old"]
 
 
-def test_old_log_probs_are_scored_from_the_second_optimiser_step_on():
+def test_old_log_probs_are_scored_from_the_second_optimizer_step_on():
     other = [sample(1, i) for i in range(4)]
     found, log, _ = passes([POLICY, other], train={"prompts_per_mini_batch": 1}, algorithm={"name": "grpo"})
     assert found["train"] == tokens(POLICY + other)
