@@ -107,7 +107,8 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
         )
         fullest = [max(c.memory.phases, key=c.memory.phases.__getitem__) for c in found.best]
         lines = [c.memory.lines for c in found.best]
-        console.print(_lines("GiB of a training GPU in its fullest phase", found.best, lines, GIB, ".1f", phases=fullest))
+        title = "GiB of a training GPU in its fullest phase"
+        console.print(_lines(title, found.best, lines, GIB, ".1f", phases=fullest))
         if any(c.engine for c in found.best):
             lines = [c.engine.lines if c.engine else {} for c in found.best]
             console.print(_lines("GiB of a GPU that only generates", found.best, lines, GIB, ".1f"))

@@ -528,3 +528,18 @@ def test_sigterm_ends_a_tool_as_ctrl_c_does(capfd):
     assert cli.run_tool(tool, "work.py", []) == exit_codes.STOPPED and tidied
     assert signal.getsignal(signal.SIGTERM) is before
     assert capfd.readouterr().err.strip() == "stopped by Ctrl-C or SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("tr", ["train"]), ("pre", ["prepare-data"]), ("eval --ch", ["--checkpoint"]), ("plan --gp", ["--gpus", "--gpu"])],
+)
+def test_the_shell_completes_commands_and_options(typed, expected):
+    """What the script of --install-completion asks."""
+    words = f"megatron-srpo {typed}"
+    environment = os.environ | {
+        cli.COMPLETION: "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)
+    }  # fmt: skip
+    code = "import sys; sys.argv[0] = 'megatron-srpo'; from megatron_srpo.run.cli import main; main([])"
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert answer.stdout.split() == expected
