@@ -46,7 +46,11 @@ def contradictions(
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *config.algorithm.problems()]
     problems += [*_rewards(config), *_environments(config), *_schedule(config), *_layout(config), *_servers(config)]
-    problems += [*template_problems(config.teacher), *file_problems(config, splits)]
+    teaching = config.algorithm.teaching
+    problems += [
+        *template_problems(config.teacher, teaching.sources if teaching else ()),
+        *file_problems(config, splits),
+    ]
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:

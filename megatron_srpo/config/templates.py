@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from string import Formatter
 from typing import TYPE_CHECKING
 
@@ -49,10 +49,24 @@ def template_pieces(key: str, template: str) -> list[Piece]:
     return pieces
 
 
-def template_problems(teacher: TeacherConfig) -> Iterator[str]:
-    """A line for every template that cannot be used."""
+def template_problems(teacher: TeacherConfig, sources: Collection[str] = ()) -> Iterator[str]:
+    """A line for every template that cannot be used, and for every text that no template shows. `sources`: what teaches
+    (algorithm.teachers)."""
     for key in TEMPLATES:
         try:
             template_pieces(key, getattr(teacher, key))
         except ValueError as error:
             yield f"teacher.{key}: {error}"
+            return
+    shown = {name for kind, name in template_pieces("template", teacher.template) if kind == "field"}
+    for name, key in {"instruction": "instruction", "feedback": "feedback_section"}.items():
+        if name not in shown and getattr(teacher, key) != type(teacher).model_fields[key].default:
+            yield (
+                f"teacher.{key}: the teacher never reads it, because teacher.template has no {{{name}}}; add the "
+                f"placeholder, or leave teacher.{key} out"
+            )
+    if "feedback" not in shown and "feedback" in sources:
+        yield (
+            "teacher.template: it has no {feedback}, and algorithm.use_feedback or algorithm.teachers shows feedback to "
+            "the teacher; add the placeholder"
+        )

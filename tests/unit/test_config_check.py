@@ -534,3 +534,18 @@ def test_an_old_index_beside_a_newer_single_file_is_not_taken_for_an_unfinished_
 def test_a_wrong_template_is_refused(changes, complaint):
     with pytest.raises(ConfigError, match=complaint):
         check(configured(**{f"teacher__{key}": value for key, value in changes.items()}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"teacher__instruction": "Think again."}, r"teacher.instruction: the teacher never reads it"),
+        ({"teacher__feedback_section": "{feedback}!"}, r"teacher.feedback_section: the teacher never reads it"),
+        ({"algorithm__use_feedback": True}, r"teacher.template: it has no \{feedback\}"),
+    ],
+)
+def test_a_text_for_the_teacher_that_no_template_shows_is_refused(changes, complaint):
+    changes = {"algorithm__name": "srpo", **changes}
+    check(configured(**changes))
+    with pytest.raises(ConfigError, match=complaint):
+        check(configured(**changes, teacher__template="{question}{solution}"))
