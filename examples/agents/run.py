@@ -18,6 +18,7 @@ from pathlib import Path
 from examples.agents.tasks import TASKS, WARM_START
 from examples.tiny.launch import ROOT, Interrupted, TrainingFailed, run_training, train_command
 from examples.tiny.runs import cached_warm_start
+from megatron_srpo.config import check, load_config
 from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.errors import UserError
 
@@ -27,6 +28,8 @@ TRAIN_ROWS, TEST_ROWS = {"calculator": 2000, "code": 160}, {"calculator": 100, "
 
 def run(name: str, seed: int, output: Path, extra: Sequence[str]) -> dict[str, object]:
     """The whole job; returns the summary, which is also in output/summary.json."""
+    config = Path(f"examples/agents/{name}.toml")
+    check(load_config([config], extra), world_size=RANKS)  # a mistake is told before the warm start
     started, task = time.monotonic(), TASKS[name]
     if output.exists():
         shutil.rmtree(output.with_name(output.name + ".previous"), ignore_errors=True)
@@ -40,7 +43,7 @@ def run(name: str, seed: int, output: Path, extra: Sequence[str]) -> dict[str, o
         **task.write_rows(output / "data", TRAIN_ROWS[name], TEST_ROWS[name]),
     }  # fmt: skip
     print(f"[2/2] SRPO with feedback on {RANKS} ranks", flush=True)
-    command = train_command(Path(f"examples/agents/{name}.toml"), RANKS, overrides)
+    command = train_command(config, RANKS, overrides)
     run_training([*command, *extra], output / "stderr.log")
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     accuracies = [(record["step"], record["eval/accuracy"]) for record in records if "eval/accuracy" in record]

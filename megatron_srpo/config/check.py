@@ -16,6 +16,7 @@ from megatron_srpo.config.templates import template_problems
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.families import HfConfig, ModelShape, unsupported
 
+SMALLEST_MEMORY_MIB = 16  # beyond what the program of the environments has at its start
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
 
@@ -193,8 +194,21 @@ def _environments(config: Config) -> Iterator[str]:
     for kind in settings.arguments:
         if kind not in settings.classes:
             yield f"environment.arguments.{kind}: environment.classes has no kind {kind!r}; add it, or remove these"
+    for name in settings.variables:
+        if not name.isidentifier():
+            yield f"environment.variables: {name!r} is not the name of a variable; name it alone, without its value"
     if not settings.classes:
         return
+    if settings.max_turn_tokens > config.rollout.max_response_length:
+        yield (
+            f"environment.max_turn_tokens = {settings.max_turn_tokens}: is above rollout.max_response_length = "
+            f"{config.rollout.max_response_length}, which limits all turns together; lower it, or set 0"
+        )
+    if 0 < settings.memory_mib < SMALLEST_MEMORY_MIB:
+        yield (
+            f"environment.memory_mib = {settings.memory_mib}: an episode cannot run with less than "
+            f"{SMALLEST_MEMORY_MIB} MiB; raise it, or set 0 for no limit"
+        )
     if config.rollout.max_staleness:
         yield (
             f"rollout.max_staleness = {config.rollout.max_staleness}: episodes with environments cannot be generated "
@@ -403,6 +417,8 @@ def _experts(config: Config, shape: ModelShape) -> Iterator[str]:
                 f'rollout.routing_replay = "{config.rollout.routing_replay}": the model has no experts; set it to '
                 '"auto" or "off"'
             )
+        if config.teacher.routing_replay:
+            yield "teacher.routing_replay = true: the model has no experts; set it to false"
         return
     if config.teacher.routing_replay and config.rollout.replay(shape.experts) != "rollout":
         yield (

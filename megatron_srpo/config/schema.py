@@ -161,8 +161,8 @@ class RolloutConfig(Section):
     routing_replay: Literal["auto", "off", "rollout", "old"] = "auto"
     """Which experts the trainer uses for a token of a model with experts. "rollout" uses those that the engine chose
     when it generated the token (R3). "old" uses those that the trainer chose when it computed the old log-probs, in
-    every later optimizer step of the iteration (R2). With "off" each pass makes its own choice. "auto" takes "rollout" for
-    models with experts."""
+    every later optimizer step of the iteration (R2). With "off" each pass makes its own choice. "auto" takes "rollout"
+    for models with experts."""
     mismatch_warning: float = Field(0.05, ge=0)
     """Warn if trainer and engine log-probs differ by more than this on average, in nats per token. 0 switches it
     off."""

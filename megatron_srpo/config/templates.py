@@ -67,6 +67,6 @@ def template_problems(teacher: TeacherConfig, sources: Collection[str] = ()) -> 
             )
     if "feedback" not in shown and "feedback" in sources:
         yield (
-            "teacher.template: it has no {feedback}, and algorithm.use_feedback or algorithm.teachers shows feedback to "
-            "the teacher; add the placeholder"
+            "teacher.template: it has no {feedback}, and algorithm.use_feedback or algorithm.teachers shows feedback "
+            "to the teacher; add the placeholder"
         )

@@ -128,6 +128,12 @@ class Conversation:
         self.contexts.append(begin)
 
     @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template has shown the tools, if there are any."""
+        first = self.messages[: self._first]
+        return not self.tools or self._chat.render(first, self.tools) != self._chat.render(first, ())
+
+    @property
     def transcript(self) -> str:
         """What was said, for a teacher that is shown this episode: without thinking, and with the environment's
         messages in brackets. Of one turn it is the reply as it is."""

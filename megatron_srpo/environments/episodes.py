@@ -35,6 +35,7 @@ class EpisodeRunner:
 
     def __init__(self, config: Config, chat: Chat, scored: Collection[str], say: Callable[[str], None]) -> None:
         self.config, self.chat, self.scored = config, chat, scored
+        self._say, self._told = say, set[str]()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
@@ -60,6 +61,12 @@ class EpisodeRunner:
     ) -> BatchFeed:
         """The feed of a batch of episodes; a request without a row is an episode of one turn."""
         return BatchFeed(self, requests, sampling, on_rollout)
+
+    def tell_once(self, text: str) -> None:
+        """A line for the user, unless it was told before."""
+        if text not in self._told:
+            self._told.add(text)
+            self._say(text)
 
     def close(self) -> None:
         """End everything. It may be called again."""
@@ -196,6 +203,12 @@ class _OneEpisode:
             started = await process.start(self._prompt.kind, task)
             same = tuple(started.messages) == self._prompt.messages
             conversation = self._runner.chat.begin(self._prompt, None if same else started.messages, started.tools)
+            if not conversation.shows_tools:
+                self._runner.tell_once(
+                    f"kind {self._prompt.kind!r}: the chat template of this tokenizer does not show the tools of the "
+                    "environment, so the model knows them from the prompt at most. Use a model whose template knows "
+                    "tools, or describe them in the rows"
+                )
             limit = self._runner.config.data.max_prompt_length
             if len(conversation.context) > limit:
                 raise EpisodeError(
@@ -276,7 +289,7 @@ class _OneEpisode:
     def _reward(self) -> Reward | None:
         failure = self._runner.config.reward.failure_score
         if self._trouble:
-            return Reward(failure, error=f"environment: {self._trouble}")
+            return Reward(failure, error=f"environment of kind {self._prompt.kind!r}: {self._trouble}")
         if self._step.reward is not None:
             return Reward(self._step.reward, self._step.feedback)
         if self._prompt.kind in self._runner.scored:
@@ -284,5 +297,6 @@ class _OneEpisode:
         if self._cut:
             return Reward(failure, self._step.feedback or "The conversation did not come to its end.")
         return Reward(
-            failure, error=f"environment: it gave no reward, and kind {self._prompt.kind!r} has no reward function"
+            failure,
+            error=f"environment of kind {self._prompt.kind!r}: it gave no reward, and there is no reward function",
         )  # fmt: skip

@@ -54,14 +54,15 @@ def main(descriptor: int) -> None:
     """Serve the trainer at the other end of the socket until it closes it. Never returns."""
     control = socket.socket(fileno=descriptor)
     setup = pickle.loads(control.recv(LARGEST_PACKET))
-    try:
-        classes = {kind: resolve(reference) for kind, reference in setup.classes.items()}
-        for kind, found in classes.items():
-            found.prepare(**setup.arguments.get(kind, {}))
-    except (UserError, Exception) as error:
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        _tell(control, {"failed": text})
-        os._exit(0)
+    classes: dict[str, type[Environment]] = {}
+    for kind, reference in setup.classes.items():
+        try:
+            classes[kind] = resolve(reference)
+            classes[kind].prepare(**setup.arguments.get(kind, {}))
+        except Exception as error:
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            _tell(control, {"failed": f"kind {kind!r}: {text}"})
+            os._exit(0)
     gc.collect()
     gc.freeze()  # the collector of a fork would touch, and so copy, every object of the program
     _tell(control, {"ready": True})

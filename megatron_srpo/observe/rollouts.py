@@ -74,9 +74,11 @@ def _episode(rollout: Rollout) -> JsonValue:
     episode = rollout.episode
     if episode is None:
         return None
-    own = rollout.contexts[:1] if rollout.contexts and rollout.contexts[0].start == 0 else ()
-    return {
-        "first_messages": [dict(message) for context in own for message in context.messages],
+    begun = rollout.contexts[:1] if rollout.contexts and rollout.contexts[0].start == 0 else ()
+    first: list[JsonValue] = [dict(message) for context in begun for message in context.messages]
+    # The environment's own first messages, where they are not those of the row.
+    begin: dict[str, JsonValue] = {"first_messages": first} if first else {}
+    return begin | {
         "messages": [dict(message) for message in episode.messages],
         "turn_tokens": list(episode.turns),
         "sequences": len(rollout.sequences),

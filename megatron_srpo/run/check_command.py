@@ -86,7 +86,7 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
     if config.environment.classes:
         from megatron_srpo.run.check_environments import first_readings
 
-        readings, found = first_readings(config, prompting.tokenizer, prompting.chat_options, prompts)
+        readings, found = first_readings(config, prompting.tokenizer, prompting.chat_options, prompts, say)
         problems += found
     reward = config.reward.model_copy(update={"workers": 1})
     with RewardPool(reward, {kind for kind in kinds if unknown(kind, config.reward.functions) is None}) as pool:

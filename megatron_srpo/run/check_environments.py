@@ -4,7 +4,7 @@ read, and has the environment answer an empty turn."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_srpo.config import Config
 from megatron_srpo.core.records import Prompt
@@ -15,7 +15,11 @@ from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, Start
 
 
 def first_readings(
-    config: Config, tokenizer: Tokenizer, options: Mapping[str, object], prompts: Sequence[Prompt]
+    config: Config,
+    tokenizer: Tokenizer,
+    options: Mapping[str, object],
+    prompts: Sequence[Prompt],
+    say: Callable[[str], None],
 ) -> tuple[dict[str, list[int]], list[str]]:
     """By kind the tokens of an episode's first turn, for the first of its prompts; and a line for everything that
     cannot be. UserError if a class cannot be imported."""
@@ -37,6 +41,11 @@ def first_readings(
                     problems.append(f'kind "{prompt.kind}": its environment does not work: {error}')
                     continue
                 readings[prompt.kind] = conversation.context
+                if not conversation.shows_tools:
+                    say(
+                        f'\nwarning: kind "{prompt.kind}": the chat template of this tokenizer does not show the tools '
+                        "of the environment"
+                    )
                 limit = config.data.max_prompt_length
                 if len(conversation.context) > limit:
                     problems.append(

@@ -35,6 +35,15 @@ def accuracy_metrics(groups: Sequence[Group], *, k: int, same: SameAnswers | Non
 def _accuracies(groups: Sequence[Group], majorities: Sequence[bool], k: int, prefix: str) -> dict[str, float]:
     n = max(1, len(groups))
     attempts = [attempt for group in groups for attempt in group.attempts]
+    episodes = [a.rollout.episode for a in attempts if a.rollout.episode is not None]
+    of_episodes = (
+        {
+            f"{prefix}/turns": sum(len(episode.turns) for episode in episodes) / len(episodes),
+            f"{prefix}/tool_errors": sum(episode.tool_errors for episode in episodes) / len(episodes),
+        }
+        if episodes
+        else {}
+    )
     average = sum(sum(a.correct for a in group.attempts) / len(group.attempts) for group in groups)
     score = sum(sum(group.scores) / len(group.attempts) for group in groups)
     return {
@@ -47,6 +56,7 @@ def _accuracies(groups: Sequence[Group], majorities: Sequence[bool], k: int, pre
         f"{prefix}/response_length": sum(a.rollout.response_length for a in attempts) / max(1, len(attempts)),
         f"{prefix}/truncated": sum(a.rollout.finish_reason == "length" for a in attempts) / max(1, len(attempts)),
         f"{prefix}/errors": sum(a.reward.error is not None for a in attempts),
+        **of_episodes,
     }
 
 

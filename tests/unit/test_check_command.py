@@ -86,3 +86,28 @@ def test_check_refuses_a_reward_that_does_not_tell_right_from_wrong(checked, tmp
 def test_a_response_made_up_from_the_answer_of_a_built_in_kind_is_correct(kind, answer):
     _, form = FORMS[kind]
     assert resolve(kind)(form(answer), answer, {}).score == 1.0
+
+
+CHATS = """
+from megatron_srpo.environments import Environment, Step
+
+
+class Chats(Environment):
+    def __init__(self, tools):
+        self.tools = [{"type": "function", "function": {"name": "count"}}] if tools else []
+
+    async def step(self, reply):
+        return Step(done=True, reward=1.0)
+"""
+
+
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_chat_template_that_shows_no_tools_is_warned_about(checked, tmp_path, tools):
+    (tmp_path / "chats.py").write_text(CHATS)
+    classes = f'{{talk = "{tmp_path}/chats.py:Chats"}}'
+    code, out, _ = checked(
+        [row("hello", "4", "talk"), row("hi", "5", "talk")], "--environment.classes", classes,
+        "--environment.arguments", f"{{talk = {{tools = {str(tools).lower()}}}}}",
+    )  # fmt: skip
+    assert code == exit_codes.DONE and "its environment gives the rewards" in out
+    assert ("the chat template of this tokenizer does not show the tools" in out) is tools

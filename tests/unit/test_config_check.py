@@ -549,3 +549,20 @@ def test_a_text_for_the_teacher_that_no_template_shows_is_refused(changes, compl
     check(configured(**changes))
     with pytest.raises(ConfigError, match=complaint):
         check(configured(**changes, teacher__template="{question}{solution}"))
+
+
+def test_settings_of_environments_that_cannot_be_meant_are_refused():
+    settings = {"environment__classes": {"talk": "tools"}}
+    check(configured(**settings))
+    for key, value, complaint in (
+        ("max_turn_tokens", 10**6, "environment.max_turn_tokens = 1000000: is above rollout.max_response_length"),
+        ("memory_mib", 1, "environment.memory_mib = 1: an episode cannot run"),
+        ("variables", ["KEY=secret"], "environment.variables: 'KEY=secret' is not the name of a variable"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            check(configured(**settings, **{f"environment__{key}": value}))
+
+
+def test_replaying_experts_for_the_teacher_needs_experts():
+    with pytest.raises(ConfigError, match=r"teacher.routing_replay = true: the model has no experts"):
+        check(configured(teacher__routing_replay=True), QWEN3_8B)

@@ -14,7 +14,16 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.tools import read_hermes
 from megatron_srpo.rollout import engine_tool_parser, turn_seed
 from tests.tiny_engines import tiny_engine
-from tests.tiny_episodes import FORGETFUL, episode_engine, gaps_by_turn, make_config, make_model, make_prompts, talk
+from tests.tiny_episodes import (
+    FAITHFUL,
+    FORGETFUL,
+    episode_engine,
+    gaps_by_turn,
+    make_config,
+    make_model,
+    make_prompts,
+    talk,
+)
 
 EXACT = 1e-5  # nats
 
@@ -119,6 +128,15 @@ def test_an_environment_with_tools_begins_a_sequence_of_its_own(engine, faithful
     assert all(r.contexts[0].start == 0 and r.contexts[0].tools for r in rollouts)
     assert all(len(r.contexts[0].token_ids) == len(prompts[r.prompt].token_ids) + len("tcount") + 1 for r in rollouts)
     assert max(gaps_by_turn(faithful, prompts, rollouts).values()) <= EXACT
+
+
+def test_a_chat_template_that_shows_no_tools_is_told_once(engine, tmp_path):
+    deaf = make_model(tmp_path / "deaf", FAITHFUL.partition("{% endfor %}")[2])
+    config = make_config(deaf, settings={"arguments": {"talk": {"tools": True}}})
+    said = []
+    with episode_engine(engine, config, said) as talking:
+        talk(talking, config, make_prompts(deaf, 2), samples=2)
+    assert len(said) == 1 and said[0].startswith("kind 'talk': the chat template of this tokenizer does not show the")
 
 
 @pytest.mark.parametrize(
