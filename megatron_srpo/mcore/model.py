@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_srpo.config import ModelConfig, ParallelConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families import HfConfig, ModelShape, family_of
-from megatron_srpo.mcore import rotary
+from megatron_srpo.mcore import lora, rotary
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
@@ -248,19 +249,28 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> ModelShards:
     """The model as the bridge uses it: parameters by names with global layer and expert numbers."""
-    parameters = {}
+    parameters: dict[str, torch.Tensor] = {}
+    adapters: dict[str, torch.Tensor] = {}
+    merged: dict[str, Callable[[], torch.Tensor]] = {}
     for gpt in map(unwrap, model):
         first_expert = topology.ep_rank * (gpt.config.num_moe_experts or 0) // topology.ep_size
         global_number = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
-        for name, parameter in gpt.named_parameters():
+
+        def globally(name: str, numbers: dict[str, str] = global_number, first: int = first_expert) -> str:
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
-                parts[2] = global_number[parts[2]]
+                parts[2] = numbers[parts[2]]
             if ".experts." in name:
-                parts = [_global_expert(part, before, first_expert) for before, part in pairwise(["", *parts])]
-            parameters[".".join(parts)] = parameter
+                parts = [_global_expert(part, before, first) for before, part in pairwise(["", *parts])]
+            return ".".join(parts)
+
+        for name, parameter in gpt.named_parameters():
+            (adapters if lora.MARK in name else parameters)[globally(name)] = parameter
+        merged |= {globally(name): make for name, make in lora.merged_weights(gpt).items()}
     return ModelShards(
         parameters=parameters,
+        adapters=adapters,
+        merged=merged,
         tp_rank=topology.tp_rank,
         tp_size=topology.tp_size,
         tp_group=topology.tp_group if topology.tp_size > 1 else None,

@@ -55,14 +55,14 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
 
 
 def build_policy(config: Config, session: Session, *, trainable: bool) -> Policy:
-    """The model with the weights of model.path."""
-    from megatron_srpo.bridge import load_hf_weights
+    """The model with the weights of model.path, and with lora.rank the adapters of lora.path or new ones."""
+    from megatron_srpo.bridge import load_weights
     from megatron_srpo.config.check import optimizer_steps
     from megatron_srpo.mcore.policy import Policy
 
     return Policy(
         config, read_model_folder(config.model.path), session.topology, session.path,
-        partial(load_hf_weights, hf_dir=config.model.path), total_steps=optimizer_steps(config), trainable=trainable,
+        partial(load_weights, hf_dir=config.model.path, lora=config.lora), total_steps=optimizer_steps(config), trainable=trainable,
     )  # fmt: skip
 
 
