@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.routed_reference import load
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 NAMES = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -19,6 +22,8 @@ NAMES = {
 def make_adapter(model: Path, folder: Path, *, targets: list[str], rank: int = 4, alpha: int = 8, seed: int = 0,
                  dtype: torch.dtype = torch.float32, rslora: bool = False) -> Path:  # fmt: skip
     """Save a peft adapter with random factors, B included. peft makes the folder."""
+    from peft import LoraConfig, get_peft_model
+
     named = [name for target in targets for name in NAMES.get(target, [target])]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=named, task_type="CAUSAL_LM", use_rslora=rslora)
     adapted = get_peft_model(load(model, dtype), config)
@@ -33,6 +38,8 @@ def make_adapter(model: Path, folder: Path, *, targets: list[str], rank: int = 4
 
 def load_adapted(model: Path, adapter: Path) -> PeftModel:
     """transformers' model in float64 with a trainable adapter from a folder."""
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(
         load(model), str(adapter), is_trainable=True, autocast_adapter_dtype=False
     ).eval().double()  # fmt: skip

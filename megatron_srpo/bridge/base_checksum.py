@@ -17,9 +17,9 @@ from megatron_srpo.families import HfConfig
 def base_checksum(shards: ModelShards, hf_config: HfConfig) -> str:
     """dtype and 16 hexadecimal digits, which identify the weights as they were loaded. Collective.
 
-    Σ over tensors of (odd number from the name) · (sum of the bit patterns of the elements), modulo 2⁶⁴. Every rank adds
-    up what it holds and no other rank holds. It reads the weights once and copies nothing. It does not see the order of
-    the elements inside a tensor: it tells base models apart, and does not look for damage.
+    Σ over tensors of (odd number from the name) · (sum of the bit patterns of the elements), modulo 2⁶⁴. Every rank
+    adds up what it holds and no other rank holds. It reads the weights once and copies nothing. It does not see the
+    order of the elements inside a tensor: it tells base models apart, and does not look for damage.
     """
     table = weight_table(hf_config, shards.padded_vocab_size)
     sums = {False: 0, True: 0}  # by whether the parameter belongs to an expert

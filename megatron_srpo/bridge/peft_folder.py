@@ -1,5 +1,5 @@
-"""peft's adapter folder (adapter_config.json, adapter_model.safetensors): written from an export of the adapters, and read
-into their shards."""
+"""peft's adapter folder (adapter_config.json, adapter_model.safetensors): written from an export of the adapters, and
+read into their shards."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def check_adapter_config(folder: str | Path, settings: LoraConfig) -> None:
     ours = {"lora.rank": settings.rank, "lora.alpha": settings.alpha, "lora.rslora": settings.rslora}
     wrong = [f"{key} = {theirs[key]!r} (this run: {ours[key]!r})" for key in ours if theirs[key] != ours[key]]
     if wrong:
-        raise BridgeError(f"lora.path = {str(folder)!r}: the adapter has {', '.join(wrong)}. Set these keys to its own.")
+        raise BridgeError(
+            f"lora.path = {str(folder)!r}: the adapter has {', '.join(wrong)}. Set these keys to its own."
+        )
 
 
 class AdapterFiles(WeightFolder):
@@ -141,8 +143,8 @@ class AdapterFiles(WeightFolder):
 
 
 def load_weights(shards: ModelShards, hf_dir: str | Path, lora: LoraConfig) -> str | None:
-    """Fill this rank's parameters from a Hugging Face folder, and with lora.path its adapters from a peft folder. Returns
-    the checksum of the base weights if there are adapters. Collective then."""
+    """Fill this rank's parameters from a Hugging Face folder, and with lora.path its adapters from a peft folder.
+    Returns the checksum of the base weights if there are adapters. Collective then."""
     load_hf_weights(shards, hf_dir)
     if not lora.rank:
         return None
@@ -158,7 +160,8 @@ def load_adapter(shards: ModelShards, hf_config: HfConfig, folder: str | Path, s
     before it changes anything, when rank, scale, projections or shapes are not those of the run."""
     check_adapter_config(folder, settings)
     table = weight_table(hf_config, shards.padded_vocab_size)
-    with AdapterFiles(folder) as files:
+    files = AdapterFiles(folder)
+    with files:
         _check_names(files, table, settings)
         read = {name: _read(shards, table, files, name) for name in shards.adapters}
     for name, adapter in shards.adapters.items():
@@ -172,8 +175,8 @@ def _check_names(files: AdapterFiles, table: WeightTable, settings: LoraConfig) 
         what = f"has {extra[0]!r}, which is no" if extra else f"lacks {missing[0]!r}, a"
         raise BridgeError(
             f"lora.path = {str(files.folder)!r}: the adapter {what} factor of the projections that lora.targets = "
-            f"{settings.targets} names in this model. Set lora.targets to the adapter's own projections, and check that "
-            "it was trained on this model."
+            f"{settings.targets} names in this model. Set lora.targets to the adapter's own projections, and check "
+            "that it was trained on this model."
         )
 
 

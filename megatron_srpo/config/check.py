@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megatron_srpo.config.check_files import file_problems
+from megatron_srpo.config.check_lora import lora_problems, lora_target_problems
 from megatron_srpo.config.schema import Config, ParallelConfig
 from megatron_srpo.config.templates import template_problems
 from megatron_srpo.core.errors import ConfigError
@@ -46,7 +47,7 @@ def contradictions(
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *config.algorithm.problems()]
     problems += [*_rewards(config), *_environments(config), *_schedule(config), *_layout(config), *_servers(config)]
-    problems += [*template_problems(config.teacher), *file_problems(config, splits)]
+    problems += [*lora_problems(config), *template_problems(config.teacher), *file_problems(config, splits)]
     if hf_config is not None:
         problems += _model(config, hf_config)
     if world_size is not None:
@@ -305,6 +306,7 @@ def _model(config: Config, hf: HfConfig) -> Iterator[str]:
     yield from layout_problems(config.parallel, hf)
     yield from _engine_split(config, shape)
     yield from _experts(config, shape)
+    yield from lora_target_problems(config.lora, shape)
     vocabulary, longest = shape.vocab, shape.max_positions
     topk, head = config.algorithm.needs.topk, shape.head_dim
     if distils(config) and topk > vocabulary:

@@ -71,7 +71,9 @@ class ModelConfig(Section):
     """FP8 format of matrix products. It needs Transformer Engine and a GPU with FP8 support."""
 
 
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LoraTarget = Literal[
+    "attention", "mlp", "experts", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]
 PROJECTIONS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
@@ -83,7 +85,7 @@ class LoraConfig(Section):
     """The adapters' product B · A is multiplied by alpha / rank, or by alpha / sqrt(rank) with rslora."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability on the input of the adapters in the train pass. Scoring passes never drop anything."""
-    targets: list[Literal["attention", "mlp", "experts"] | Projection] = ["attention", "mlp"]
+    targets: list[LoraTarget] = ["attention", "mlp"]
     """Which projections get an adapter. "attention" means q_proj, k_proj, v_proj and o_proj, "mlp" means gate_proj,
     up_proj and down_proj of layers without experts, "experts" means the same three of every expert. peft's names of
     single projections of attention and MLP are accepted as well."""
@@ -483,6 +485,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether the run's result is an adapter, and not a whole model."""
+        return self.lora.rank > 0 and self.lora.export == "adapter"
 
     @property
     def row_budget(self) -> int:

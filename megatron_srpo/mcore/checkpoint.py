@@ -308,7 +308,7 @@ def load(policy: Policy, directory: Path) -> None:
 def _refuse_other_weights(policy: Policy, directory: Path, common: dict[str, Any]) -> None:
     adapted = has_adapters(policy.model)
     if adapted != any(MARK in key for key in read_index(directory).state_dict_metadata):
-        holds, trains = ("all weights", "adapters (lora.rank)") if adapted else ("adapters", "all weights (lora.rank = 0)")
+        holds, trains = ("all weights", "adapters") if adapted else ("adapters", "all weights (lora.rank = 0)")
         raise UserError(
             f"{directory} holds {holds}, and this run trains {trains}. Use the [lora] section that the checkpoint was "
             "trained with, or start from the beginning in another run.output_dir"
@@ -316,8 +316,8 @@ def _refuse_other_weights(policy: Policy, directory: Path, common: dict[str, Any
     base = common.get("progress", {}).get("base", "")
     if adapted and base != policy.base:
         raise UserError(
-            f"{directory} holds adapters of another base model: its weights have the checksum {base or 'unknown'}, those "
-            f"of model.path have {policy.base}. Set model.path (and model.dtype) to what the adapters were trained on"
+            f"{directory} holds adapters of another base model: its weights have the checksum {base or 'unknown'}, and "
+            f"those of model.path {policy.base}. Set model.path and model.dtype to what the adapters were trained on"
         )
 
 

@@ -22,7 +22,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,7 @@ class AdaptedLinear:
     """What `_adapt` mixes into the class of a linear layer that gets adapters."""
 
     adapters: torch.nn.ModuleDict  # of Adapter, by projection
+    eps: float  # of Transformer Engine's norm inside the layer
     adapters_on: bool
     widths: dict[str, int]  # output rows of every projection of the layer on this rank, adapted or not
     groups: int  # of output rows: in each one the projections' rows lie side by side
@@ -88,10 +89,13 @@ class AdaptedLinear:
     def _low_rank(self, x: Tensor) -> Tensor:
         if hasattr(self, "layer_norm_weight"):  # Transformer Engine normalises inside the layer
             x = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
-        parts = {name: self._product(adapter, x) for name, adapter in self.adapters.items()}
+        parts = {name: self._product(adapter, x) for name, adapter in self._factors()}
         return self._joined(parts, next(iter(parts.values())))
 
-    def _product(self, adapter: Any, x: Tensor) -> Tensor:
+    def _factors(self) -> Iterable[tuple[str, Adapter]]:
+        return cast("Iterable[tuple[str, Adapter]]", self.adapters.items())
+
+    def _product(self, adapter: Adapter, x: Tensor) -> Tensor:
         """scale · B A x of one projection."""
         inner = F.linear(self._dropped(x), adapter.lora_A)
         if self.group is not None and self.communicates:
@@ -128,9 +132,7 @@ class AdaptedLinear:
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """This rank's W + scale · B A, computed in fp32, in the dtype of W. A new tensor."""
-        products = {
-            name: (adapter.lora_B.float() @ adapter.lora_A.float()).T for name, adapter in self.adapters.items()
-        }
+        products = {name: (adapter.lora_B.float() @ adapter.lora_A.float()).T for name, adapter in self._factors()}
         delta = self._joined(products, next(iter(products.values()))).T
         weight: Tensor = self.weight  # type: ignore[attr-defined]
         return torch.add(weight.float(), delta, alpha=self.scale).to(weight.dtype)
@@ -161,7 +163,7 @@ _ONE_RANK = _OneRank()
 
 
 @functools.cache
-def _adapt(cls: type) -> type:
+def _adapt(cls: Any) -> Any:
     """The subclass of a linear layer that adds adapters."""
     return type(f"Adapted{cls.__name__}", (AdaptedLinear, cls), {})
 
@@ -169,17 +171,16 @@ def _adapt(cls: type) -> type:
 # ---- adding adapters to a model --------------------------------------------------------------------------------------
 
 
-def attach(models: Iterable[GPTModel], settings: LoraConfig, topology: Topology, *, seed: int) -> None:
-    """Give the targeted layers new adapters, and freeze everything else. A is drawn as in peft (Kaiming uniform), from a
-    generator of its own for each projection, so that it does not depend on the layout; B is zero."""
-    for gpt in models:
-        gpt.requires_grad_(False)
-        for name, layer in list(_targets(gpt, settings)):
-            _attach_one(layer, name, settings, topology, seed)
-        if gpt.pre_process:
-            # Recomputation and pipeline stages need an input that requires a gradient, or would drop those of all
-            # adapters behind it.
-            gpt.embedding.register_forward_hook(_require_gradient)
+def attach(gpt: GPTModel, settings: LoraConfig, topology: Topology, *, seed: int) -> None:
+    """Give the targeted layers new adapters, and freeze everything else. A is drawn as in peft (Kaiming uniform), from
+    a generator of its own for each projection, so that it does not depend on the layout; B is zero."""
+    gpt.requires_grad_(False)
+    for name, layer in list(_targets(gpt, settings)):
+        _attach_one(layer, name, settings, topology, seed)
+    if gpt.pre_process:
+        # Recomputation and pipeline stages need an input that requires a gradient, or would drop those of all adapters
+        # behind it.
+        gpt.embedding.register_forward_hook(_require_gradient)
 
 
 def _require_gradient(module: torch.nn.Module, given: object, output: Tensor) -> None:
@@ -207,8 +208,6 @@ def _projections(name: str, settings: LoraConfig) -> tuple[str, ...]:
 
 def _attach_one(layer: Any, name: str, settings: LoraConfig, topology: Topology, seed: int) -> None:
     leaf, expert = name.rpartition(".")[2], EXPERTS in name
-    if not hasattr(layer, "weight"):
-        raise NotImplementedError(f"{name}: grouped products of experts have no adapters")
     rows, columns = layer.weight.shape
     size, number, group = (
         (topology.etp_size, topology.etp_rank, _expert_group()) if expert else (
@@ -216,7 +215,8 @@ def _attach_one(layer: Any, name: str, settings: LoraConfig, topology: Topology,
         )
     )  # fmt: skip
     config = layer.config
-    layer.__class__ = _adapt(type(layer))
+    kind: Any = type(layer)
+    layer.__class__ = _adapt(kind)
     layer.widths, layer.groups = _widths(leaf, rows, config, size)
     layer.adapters_on, layer.scale, layer.dropout = True, settings.scale, settings.dropout
     layer.splits_rows, layer.communicates = leaf in ROW_PARALLEL, not expert
@@ -324,5 +324,4 @@ def sum_expert_gradients(models: Iterable[torch.nn.Module]) -> None:
         for parameter in model.parameters():
             group = getattr(parameter, "summed_over", None)
             if group is not None:
-                dist.all_reduce(parameter.main_grad, group=group)
-
+                dist.all_reduce(getattr(parameter, "main_grad"), group=group)  # noqa: B009  # Megatron's attribute

@@ -20,7 +20,7 @@ from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
 from megatron_srpo.mcore.experts import chosen_experts, forget_experts, give_experts, router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.host_offload import HostOffload
-from megatron_srpo.mcore.model import build_model, model_shards, unwrap
+from megatron_srpo.mcore.model import build_model, model_shards
 from megatron_srpo.mcore.optimizer import ShardedOptimizer, learning_rate
 from megatron_srpo.mcore.shadow import WeightShadow
 from megatron_srpo.mcore.step import PipelineRunner
@@ -38,8 +38,8 @@ def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1
 class Policy:
     """Student, teacher and reference in one model.
 
-    `load_weights(shards)` fills the parameters (the bridge does it); it is called before the optimizer copies them. With
-    LoRA it fills the base weights, and the adapters if they do not start new, and returns the base's checksum.
+    `load_weights(shards)` fills the parameters (the bridge does it); it is called before the optimizer copies them.
+    With LoRA it fills the base weights, and the adapters if they do not start new, and returns the base's checksum.
     """
 
     def __init__(
@@ -54,10 +54,9 @@ class Policy:
         self._replays_engine = config.rollout.replay(expert_count(hf_config)) == "rollout"
         vocab = hf_config["vocab_size"]
         model = build_model(
-            hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine
-        )
-        if config.lora.rank:
-            lora.attach(map(unwrap, model), config.lora, topology, seed=config.run.seed)
+            hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine,
+            adapters=config.lora, seed=config.run.seed,
+        )  # fmt: skip
         self._starts_as_base = config.lora.rank > 0 and not config.lora.path  # B is zero
         self.base = load_weights(model_shards(model, topology, vocab)) or ""
         """Checksum of the base weights with LoRA, else empty."""
@@ -104,8 +103,8 @@ class Policy:
     def weights(self, which: str) -> AbstractContextManager[None]:
         """Inside the block the model computes with the "student"'s, the "teacher"'s or the "reference"'s weights.
 
-        The reference is the initial model; with new adapters it is the model without them. The teacher is the moving average, the initial model ("frozen"), or the
-        student itself ("live" and "trust_region").
+        The reference is the initial model; with new adapters it is the model without them. The teacher is the moving
+        average, the initial model ("frozen"), or the student itself ("live" and "trust_region").
         """
         if which == "teacher" and self._teacher_config.mode == "frozen":
             which = "reference"

@@ -62,7 +62,8 @@ def build_policy(config: Config, session: Session, *, trainable: bool) -> Policy
 
     return Policy(
         config, read_model_folder(config.model.path), session.topology, session.path,
-        partial(load_weights, hf_dir=config.model.path, lora=config.lora), total_steps=optimizer_steps(config), trainable=trainable,
+        partial(load_weights, hf_dir=config.model.path, lora=config.lora), total_steps=optimizer_steps(config),
+        trainable=trainable,
     )  # fmt: skip
 
 
@@ -71,12 +72,13 @@ def bucket_bytes(config: Config, device: str) -> int:
     return (config.bridge.bucket_mib or BUCKET_MIB[device]) * 2**20
 
 
-def build_exporter(config: Config, policy: Policy) -> Exporter:
-    """The policy's weights in Hugging Face names."""
+def build_exporter(config: Config, policy: Policy, *, adapters: bool = False) -> Exporter:
+    """The policy's weights in Hugging Face names, adapters merged into them, or with `adapters` these alone."""
     from megatron_srpo.bridge import Exporter
 
     hf = read_model_folder(config.model.path)
-    return Exporter(policy.shards, hf, bucket_bytes=bucket_bytes(config, policy.topology.device.type))
+    shards = policy.shards.of_adapters() if adapters else policy.shards
+    return Exporter(shards, hf, bucket_bytes=bucket_bytes(config, policy.topology.device.type))
 
 
 def _evaluated_at_once(config: Config, ranks: int) -> int:
@@ -91,8 +93,9 @@ def _evaluated_at_once(config: Config, ranks: int) -> int:
 def build_parts(
     config: Config, session: Session, role: Role, scorer: Scorer, stop: StopRequest, watchdog: Watchdog,
     closing: ExitStack,
-) -> tuple[Components, Restored | None]:  # fmt: skip
-    """The parts of the loop, and the checkpoint that they go on from, if any."""
+) -> tuple[Components, Restored | None, Exporter]:  # fmt: skip
+    """The parts of the loop, the checkpoint that they go on from, if any, and the export that the run writes at its
+    end."""
     from megatron_srpo.checkpoints.saving import Checkpoints
     from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import checkpoint
@@ -117,7 +120,8 @@ def build_parts(
         closing.callback(engine.close)
         if config.rollout.sleep_while_training:
             engine.sleep()
-    if start or config.rollout.servers:  # external servers may still hold another run's weights
+    # External servers may still hold another run's weights, and an adapter is not in model.path.
+    if start or config.rollout.servers or config.lora.path:
         engine.publish(exporter, start)
     objective = Objective(config)
     if start < config.run.iterations:
@@ -159,4 +163,4 @@ def build_parts(
     )
     if restored:
         restored.restore_generators()
-    return parts, restored
+    return parts, restored, build_exporter(config, policy, adapters=True) if config.writes_adapter else exporter

@@ -1,5 +1,7 @@
-"""LoRA on real ranks against transformers with peft in float64: loss and the gradient of every factor, in every layout."""
+"""LoRA on real ranks against transformers with peft in float64: loss and the gradient of every factor, in every
+layout."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -114,7 +116,13 @@ def one_step(model, adapter, layout, targets, how):
     held = sum(buffer.numel() for buffer in policy.optimizer.gradients())
     assert trained <= held < trained + 2000, "gradients of adapters alone, but for padding"
     assert {id(s.parameter) for s in policy.optimizer.shards()} <= {id(p) for p in policy.shards.adapters.values()}
-    return {"loss": float(stats.metrics["loss"]), "norm": stats.grad_norm, "merged": merged, "base": policy.base, **seen}
+    return {
+        "loss": float(stats.metrics["loss"]),
+        "norm": stats.grad_norm,
+        "merged": merged,
+        "base": policy.base,
+        **seen,
+    }
 
 
 def reference_step(model, adapter):
@@ -131,7 +139,7 @@ def summed_loss(logits_of):
     total = torch.zeros((), dtype=torch.float64)
     for row in _rows(0, 1):
         bounds = row.cu_seqlens.tolist()
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             logp = logits_of(row.input_ids[None, start:stop])[0].log_softmax(-1)
             total = total - logp.gather(1, row.targets[start:stop, None]).sum()
     return total
