@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,26 +15,42 @@ from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families import HfConfig
 
 
-def base_checksum(shards: ModelShards, hf_config: HfConfig) -> str:
-    """dtype and 16 hexadecimal digits, which identify the weights as they were loaded. Collective.
+class Checksum:
+    """Σ over tensors of (odd number from the name) · (sum of the bit patterns of the elements), modulo 2⁶⁴.
 
-    Σ over tensors of (odd number from the name) · (sum of the bit patterns of the elements), modulo 2⁶⁴. Every rank
-    adds up what it holds and no other rank holds. It reads the weights once and copies nothing. It does not see the
-    order of the elements inside a tensor: it tells base models apart, and does not look for damage.
+    str() is the dtype of the tensors and 16 hexadecimal digits.
+    It reads tensors once and copies nothing. It does not see the order of the elements inside a tensor: it tells base
+    models apart, and does not look for damage.
     """
+
+    def __init__(self) -> None:
+        self.value = 0
+        self.dtypes: set[str] = set()
+
+    def add(self, hf_names: Sequence[str], tensor: torch.Tensor) -> None:
+        """Add a tensor, or a part of it. `hf_names` are those of all tensors of its Megatron parameter."""
+        odd = 2 * zlib.crc32(",".join(hf_names).encode()) + 1
+        self.value = (self.value + odd * total(tensor)) % MODULUS
+        self.dtypes.add(str(tensor.dtype).removeprefix("torch."))
+
+    def __str__(self) -> str:
+        return f"{'+'.join(sorted(self.dtypes))}:{self.value:016x}"
+
+
+def base_checksum(shards: ModelShards, hf_config: HfConfig) -> str:
+    """The checksum of the weights as they were loaded, which does not depend on the layout. Collective. Every rank adds
+    up what it holds and no other rank holds."""
     table = weight_table(hf_config, shards.padded_vocab_size)
-    sums = {False: 0, True: 0}  # by whether the parameter belongs to an expert
-    kinds = set()
+    ordinary, experts = Checksum(), Checksum()
     for name, parameter in shards.parameters.items():
         mapped = table.lookup(name)
-        kinds.add(str(parameter.dtype).removeprefix("torch."))
         if mapped.exported and (shards.tp_rank == 0 or not isinstance(mapped.rule, Replicated)):
-            odd = 2 * zlib.crc32(",".join(mapped.hf_names).encode()) + 1
-            sums[mapped.expert is not None] += odd * total(parameter)
+            (ordinary if mapped.expert is None else experts).add(mapped.hf_names, parameter)
     device = next(iter(shards.parameters.values())).device
-    ordinary = _summed(sums[False], device, shards.tp_group)
-    experts = _summed(sums[True], device, shards.expert_group)
-    return f"{'+'.join(sorted(kinds))}:{_summed(ordinary + experts, device, shards.pp_group):016x}"
+    whole = _summed(ordinary.value, device, shards.tp_group) + _summed(experts.value, device, shards.expert_group)
+    result = Checksum()
+    result.value, result.dtypes = _summed(whole, device, shards.pp_group), ordinary.dtypes | experts.dtypes
+    return str(result)
 
 
 def _summed(value: int, device: torch.device, group: dist.ProcessGroup | None) -> int:

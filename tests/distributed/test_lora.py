@@ -43,7 +43,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def make_policy(model: Path, adapter: Path | None, parallel: dict, *, targets=ALL, dtype="float32", **sections):
+def make_policy(folder: Path, adapter: Path | None, parallel: dict, *, targets=ALL, dtype="float32", **sections):
     from functools import partial
 
     from megatron_srpo.bridge import load_weights, read_config
@@ -53,15 +53,15 @@ def make_policy(model: Path, adapter: Path | None, parallel: dict, *, targets=AL
     from megatron_srpo.mcore.policy import Policy
 
     lora = {"rank": 4, "alpha": 8.0, "targets": targets, "path": str(adapter or "")} | sections.pop("lora", {})
-    model_section = {"path": str(model), "dtype": dtype} | sections.pop("model", {})
+    model = {"path": str(folder), "dtype": dtype} | sections.pop("model", {})
     config = Config(
-        model=model_section, lora=lora, data={"train": "unused"}, parallel=parallel,
+        model=model, lora=lora, data={"train": "unused"}, parallel=parallel,
         algorithm={"kl_loss_coef": 0.1}, **{"optimizer": {"lr": 1e-3}, **sections},
     )  # fmt: skip
     path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
-    load = partial(load_weights, hf_dir=model, lora=config.lora)
-    return Policy(config, read_config(model), topology, path, load, total_steps=10)
+    load = partial(load_weights, hf_dir=folder, lora=config.lora)
+    return Policy(config, read_config(folder), topology, path, load, total_steps=10)
 
 
 def loss_of(given, row):
@@ -165,10 +165,30 @@ def check_step(found, expected):
         assert float((value.double() - expected["merged"][name]).abs().max()) <= 1e-6, name
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("moe")])
+DEFAULT = ("tp2", "pp2 interleaved", "moe ep2 etp2 tp2 sp")  # the others are in the slow suite
+
+
+def layouts(*, moe: bool):
+    """The layouts with or without experts, those that are not in DEFAULT for the slow suite alone."""
+    names = [name for name in LAYOUTS if name.startswith("moe") == moe]
+    return [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("layout", layouts(moe=False))
 def test_a_step_equals_peft_in_float64(qwen3, layout):
     model, adapter = qwen3
     found = run_distributed(one_step, LAYOUTS[layout][0], model, adapter, layout, ALL, {})
+    check_step(found[0], reference_step(model, adapter))
+
+
+def test_some_projections_of_recomputed_layers_equal_peft(tmp_path):
+    """Parts of fused layers, biases on q, k and v, another scale, and hidden states that need a gradient only because
+    of the adapters."""
+    some = ["q_proj", "v_proj", "o_proj", "up_proj"]
+    model = make_tiny_model(tmp_path / "model", "qwen2", tied=False, vocab=VOCAB, layers=4)
+    adapter = make_adapter(model, tmp_path / "adapter", targets=some, rslora=True)
+    how = {"model": {"recompute": "full"}, "lora": {"rslora": True}}
+    found = run_distributed(one_step, 2, model, adapter, "tp2 sp", some, how)
     check_step(found[0], reference_step(model, adapter))
 
 
@@ -217,7 +237,7 @@ def chain_rule(model, tensors, scale):
     return {"loss": float(loss.detach()), "gradients": found, "merged": weights}
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name.startswith("moe")])
+@pytest.mark.parametrize("layout", layouts(moe=True))
 def test_a_step_of_experts_with_adapters_equals_float64(qwen3_moe, layout):
     model, adapter, tensors = qwen3_moe
     found = run_distributed(one_step, LAYOUTS[layout][0], model, adapter, layout, EVERYTHING, {})
