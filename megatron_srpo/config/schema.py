@@ -98,6 +98,12 @@ class LoraConfig(Section):
     """What the run writes to `hf/` in its output folder at its end: peft's adapter folder, or a Hugging Face model with
     the adapters merged into its weights."""
 
+    publish: Literal["auto", "adapter", "merged"] = "auto"
+    """What an iteration publishes to the engines: the adapters alone, which vLLM then applies, or the whole model with
+    the adapters merged into its weights. "auto" takes "adapter", and "merged" for models with experts and for ranks
+    above 512. "adapter" works for adapters on the attention of models with experts too, on GPUs, but not for adapters
+    on experts."""
+
     @property
     def scale(self) -> float:
         """The factor of B · A."""
@@ -108,6 +114,17 @@ class LoraConfig(Section):
         """peft's names of the targeted projections of attention and dense MLPs, in the model's order."""
         named = {name for target in self.targets for name in PROJECTIONS.get(target, (target,))}
         return tuple(name for names in PROJECTIONS.values() for name in names if name in named)
+
+    @property
+    def servable(self) -> bool:
+        """Whether vLLM can apply the adapters, at least on GPUs."""
+        return not self.experts and self.rank <= 512
+
+    def published(self, experts: int) -> LoraConfig | None:
+        """The adapters that publishes bring to the engines of a model with this number of experts per layer (0: dense),
+        or None if they bring whole models."""
+        alone = self.publish == "adapter" or (self.publish == "auto" and self.servable and not experts)
+        return self if self.rank and alone else None
 
     @property
     def experts(self) -> bool:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, cast
 from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
-from megatron_srpo.config import BUCKET_MIB, Config, read_model_folder, save_resolved
+from megatron_srpo.config import (
+    BUCKET_MIB,
+    Config,
+    published_adapters,
+    read_model_folder,
+    save_resolved,
+    starts_with_publish,
+)
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.evaluation import chosen_prompts
@@ -108,7 +115,10 @@ def build_parts(
     policy = build_policy(config, session, trainable=True)
     hf = read_model_folder(config.model.path)
     architecture = Architecture.from_hf(hf)
-    exporter = build_exporter(config, policy)
+    # Of the model as it computes, or of the adapters alone: what is published, and what the run leaves behind.
+    kinds = published_adapters(config) is not None, config.writes_adapter
+    exporters = {alone: build_exporter(config, policy, adapters=alone) for alone in {*kinds}}
+    published, trained = (exporters[alone] for alone in kinds)
     store = Checkpoints(config, control, checkpoint, lambda text: role.log.message(text))
     restored = store.restore(policy)
     start, state = (restored.iteration, restored.state) if restored else (0, {})
@@ -120,9 +130,9 @@ def build_parts(
         closing.callback(engine.close)
         if config.rollout.sleep_while_training:
             engine.sleep()
-    # External servers may still hold another run's weights, and an adapter is not in model.path.
-    if start or config.rollout.servers or config.lora.path:
-        engine.publish(exporter, start)
+    # External servers may still hold another run's weights, and adapters are not in model.path.
+    if start or config.rollout.servers or starts_with_publish(config):
+        engine.publish(published, start)
     objective = Objective(config)
     if start < config.run.iterations:
         sample = control.share(lambda: probes(config, role.prompts("train")))
@@ -142,7 +152,7 @@ def build_parts(
         policy=policy,
         objective=objective,
         engine=engine,
-        weights=exporter,
+        weights=published,
         evaluate=Evaluator(
             config,
             engine,
@@ -163,4 +173,4 @@ def build_parts(
     )
     if restored:
         restored.restore_generators()
-    return parts, restored, build_exporter(config, policy, adapters=True) if config.writes_adapter else exporter
+    return parts, restored, trained

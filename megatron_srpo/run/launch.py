@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, published_adapters, starts_with_publish
 from megatron_srpo.core import exit_codes
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import UserError
@@ -164,8 +164,8 @@ def measure(config: Config, *, checkpoint: Path | None, split: str, responses: P
         untrained = config.rollout.model_copy(update={"routing_replay": "off"})  # nobody asks for experts
         engine = build_engine(config.model_copy(update={"rollout": untrained}), session, role)
         closing.callback(engine.close)
-        # External servers may still hold another run's weights, and an adapter is not in model.path.
-        if folder is not None or config.rollout.servers or config.lora.path:
+        # External servers may still hold another run's weights, and adapters are not in model.path.
+        if folder is not None or config.rollout.servers or starts_with_publish(config):
             engine.publish(_evaluated_weights(config, session, folder), 1)
         prompts, chosen = chosen_prompts(control.share(lambda: role.prompts(split)), config.eval, split)
         role.log.message(chosen)
@@ -195,4 +195,4 @@ def _evaluated_weights(config: Config, session: Session, folder: Path | None) ->
     policy = build_policy(config, session, trainable=False)
     if folder is not None:
         checkpoint.load(policy, folder)
-    return build_exporter(config, policy)
+    return build_exporter(config, policy, adapters=published_adapters(config) is not None)
