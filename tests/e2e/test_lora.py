@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_adapters_learn_and_are_published_merged(trained):
+def test_adapters_learn_and_are_published_alone(trained):
     records = tiny_run.records(trained / "out")
     assert len(records) == 8
     assert max(record["rollout_corr/logprob_diff_max"] for record in records) < 1e-4  # the engine has what is trained
@@ -40,6 +40,28 @@ def test_adapters_learn_and_are_published_merged(trained):
         found = adapted(torch.arange(1, 20)[None]).logits
         with adapted.disable_adapter():
             assert not torch.allclose(found, adapted(torch.arange(1, 20)[None]).logits, atol=1e-3)
+
+
+PARALLEL = ("--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true")
+LAYOUTS = {
+    "merged": (1, "--lora.publish=merged"),
+    "servers": (1, "--rollout.placement=servers"),
+    "engine over two ranks": (2, *PARALLEL, "--rollout.tensor_parallel_size=2"),
+    "an engine for each rank": (2, "--parallel.pipeline_model_parallel_size=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engines_have_the_adapters_that_are_trained(tmp_path, layout):
+    """In every kind of publish, which each is verified by checksums."""
+    ranks, *options = LAYOUTS[layout]
+    config = tiny_run.make_run(tmp_path)
+    few = ("--run.iterations=4", "--bridge.verify_every=1")
+    tiny_run.train(config, *LORA, *few, *options, ranks=ranks)
+    records = tiny_run.records(tmp_path / "out")
+    assert len(records) == 4 and records[0]["actor/kl_loss"] < records[-1]["actor/kl_loss"]
+    assert max(record["rollout_corr/logprob_diff_max"] for record in records) < 1e-4
 
 
 @pytest.mark.slow
