@@ -152,13 +152,13 @@ def qwen3(tmp_path_factory):
     return model, make_adapter(model, folder / "adapter", targets=ALL)
 
 
-def check_step(found, expected):
+def check_step(found, expected, bound=5e-5):
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["gradients"].keys() == expected["gradients"].keys()
     largest = max(float(value.abs().max()) for value in expected["gradients"].values())
     for name, value in expected["gradients"].items():
         error = float((found["gradients"][name].double() - value).abs().max())
-        assert error <= 5e-5 * largest, f"{name}: off by {error} of {largest}"
+        assert error <= bound * largest, f"{name}: off by {error} of {largest}"
     norm = sum(float(value.square().sum()) for value in expected["gradients"].values()) ** 0.5
     assert found["norm"] == pytest.approx(norm, rel=1e-4)
     for name, value in found["merged"].items():
