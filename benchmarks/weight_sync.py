@@ -2,6 +2,7 @@
 
     python -m benchmarks.weight_sync --size 30M --tp 2 --bucket-mib 16,64,256 [--placement servers] [--model DIR]
     python -m benchmarks.weight_sync --size 0.6B --placement none      # the export alone, where there is no vLLM
+    python -m benchmarks.weight_sync --size 30M --lora 16              # adapters alone
 
 Starts the ranks itself. Every figure is the median of `--repeats` publishes of the whole model into real vLLM engines.
 The floor is timed in the same run, in turns: for one rank a copy of all weights, for several the bare collective that
@@ -58,6 +59,8 @@ num_servers = {servers}
 max_tokens_per_gpu = 4096
 [bridge]
 verify_every = 0
+[lora]
+rank = {lora}
 """
 
 
@@ -70,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--placement", default="colocated", choices=("colocated", "servers", "none"))
     parser.add_argument("--servers", type=int, default=1)
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters, which are published alone")
     parser.add_argument("--bucket-mib", default="256", help="one or several, with commas")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
@@ -255,14 +259,15 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
         hf = read_model_folder(config.model.path)
         policy = build_policy(config, session, trainable=False)
         engine = Memory() if options.placement == "none" else engines.build_engine(config, session, role)
-        total = sum(t.nbytes for _, t in Exporter(policy.shards, hf).items())
+        shards = policy.shards.of_adapters() if options.lora else policy.shards
+        total = sum(t.nbytes for _, t in Exporter(shards, hf).items())
         torch.set_num_threads(1)
-        collective = floor_of(policy.shards, total)
+        collective = floor_of(shards, total)
         for mib in map(int, options.bucket_mib.split(",")):
-            exporter = Exporter(policy.shards, hf, bucket_bytes=mib * 2**20)
+            exporter = Exporter(shards, hf, bucket_bytes=mib * 2**20)
             engine.publish(exporter, 1)  # fills caches and fresh pages
             actions = [collective, lambda exporter=exporter: engine.publish(exporter, 2)]
-            if options.placement == "colocated" and (pack := packing_of(engine, options.dtype)):
+            if options.placement == "colocated" and not options.lora and (pack := packing_of(engine, options.dtype)):
                 actions.append(pack)
             floor, taken, *packing = seconds(options.repeats, *actions)
             (export,) = seconds(options.repeats, lambda exporter=exporter: [None for _ in exporter])
@@ -270,7 +275,7 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
             if options.placement == "servers":
                 engine._weights = ()  # it holds them for a server that is started again
             with peak_memory() as memory_used:
-                engine.publish(Exporter(policy.shards, hf, bucket_bytes=mib * 2**20), 3)
+                engine.publish(Exporter(shards, hf, bucket_bytes=mib * 2**20), 3)
             if options.placement == "servers":
                 floor = added_floor(control, total, options, floor)
             if control.is_driver:
@@ -302,7 +307,8 @@ def say_result(
 ) -> None:
     result = {
         "placement": options.placement, "size": options.model.name if options.model else options.size,
-        "dtype": options.dtype, "tp": options.tp, "pp": options.pp, "servers": options.servers, "bucket_mib": mib,
+        "dtype": options.dtype, "tp": options.tp, "pp": options.pp, "servers": options.servers, "lora": options.lora,
+        "bucket_mib": mib,
         "mib": total / 2**20, "publish_ms": 1e3 * taken, "export_ms": 1e3 * export, "floor_ms": 1e3 * floor,
         "packing_ms": 1e3 * packing, "ratio": taken / floor, "beyond_1.5_floor_ms": 1e3 * (taken - 1.5 * floor),
         "beyond_1.5_floor_and_packing_ms": 1e3 * (taken - 1.5 * (floor + packing)), "extra_mib": extra / 2**20,
@@ -320,6 +326,7 @@ def main() -> None:
         text = CONFIG.format(
             out=scratch, model=model.resolve(), dtype=options.dtype, tp=options.tp, pp=options.pp,
             placement="colocated" if options.placement == "none" else options.placement, servers=options.servers,
+            lora=options.lora,
         )  # fmt: skip
         file = Path(scratch) / "config.toml"
         file.write_text(text)

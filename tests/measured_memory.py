@@ -60,7 +60,7 @@ def nbytes(tensors: Any) -> int:
 def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, Any]:
     """One real train step of `rows` rows of `tokens` tokens (two sequences each) on this rank; `settings` are sections
     of the configuration. Returns bytes by line, and where the rank stands."""
-    from megatron_srpo.bridge import load_hf_weights, read_config
+    from megatron_srpo.bridge import load_weights, read_config
     from megatron_srpo.config import Config
     from megatron_srpo.core.tensors import PackedBatch
     from megatron_srpo.losses import LinearHead
@@ -69,10 +69,11 @@ def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, An
     from megatron_srpo.mcore.policy import Policy
 
     given = {"model": {"path": str(model), **settings.get("model", {})}, "parallel": settings.get("parallel", {})}
+    given["lora"] = settings.get("lora", {})
     config = Config.model_validate({**given, "data": {"train": "unused"}})
     path = choose_device("auto", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
-    load = partial(load_hf_weights, hf_dir=model)
+    load = partial(load_weights, hf_dir=model, lora=config.lora)
     policy = Policy(config, read_config(model), topology, path, load, total_steps=10)
 
     def row(number: int) -> PackedBatch:
@@ -93,7 +94,7 @@ def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, An
     state = [t for shard in shards for t in (shard.main, *shard.state.values()) if t.numel() > 1]
     result = {
         "stage": topology.pp_rank,
-        "weights": nbytes(b.param_data for b in buffers),
+        "weights": nbytes(p for piece in policy.model for p in piece.parameters()),
         "gradients": nbytes(b.grad_data for b in buffers),
         "optimizer": nbytes(t for t in state if t.untyped_storage().data_ptr() not in parameters),
         "shadow": nbytes(policy.shadows["teacher"].slices),

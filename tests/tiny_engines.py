@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_srpo.bridge import Verifier
 from megatron_srpo.bridge.verify import bits
 from megatron_srpo.bridge.weight_stream import Sender
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config import LoraConfig, RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import ColocatedEngine, GenerateRequest, SamplingSettings, prepare_environment, request_seed
 from megatron_srpo.rollout.vllm.servers import ServersEngine
@@ -32,6 +32,7 @@ PROMPTS = ([5, 9, 3, 3, 12], [17], [4, 8, 15, 16, 2, 3, 4, 20, 6, 7], [11, 5, 5]
 def tiny_engine(
     folder: str | Path, dtype: str = "float32", *, tensor_parallel_size: int = 1, max_model_len: int = 160,
     cpu_kv_cache_gib: float = 0.02, max_num_seqs: int = 64, max_num_batched_tokens: int = 0,
+    adapters: LoraConfig | None = None,
 ) -> Iterator[ColocatedEngine]:  # fmt: skip
     """A started engine, closed at the end."""
     prepare_environment("cpu")
@@ -43,8 +44,9 @@ def tiny_engine(
         enforce_eager=True,
     )
     engine = ColocatedEngine(
-        hf_dir=str(folder), dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0, verifier=Verifier(1)
-    )
+        hf_dir=str(folder), dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0, verifier=Verifier(1),
+        adapters=adapters,
+    )  # fmt: skip
     try:
         yield engine
     finally:
@@ -81,7 +83,7 @@ class Alone:
 @contextmanager
 def tiny_servers(
     folder: str | Path, logs: Path, dtype: str = "float32", *, control: Any = None, max_model_len: int = 160,
-    said: list[str] | None = None, **settings: Any,
+    said: list[str] | None = None, adapters: LoraConfig | None = None, **settings: Any,
 ) -> Iterator[ServersEngine]:  # fmt: skip
     """Started servers, ended at the end; `settings` are of the rollout section."""
     prepare_environment("cpu")
@@ -97,7 +99,7 @@ def tiny_servers(
         hf_dir=str(folder), tokenizer="", dtype=dtype, rollout=rollout, max_model_len=max_model_len, seed=0,
         device="cpu", control=control or Alone(), make_sender=make_sender, verifier=Verifier(1), logs=logs,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        say=[].append if said is None else said.append,
+        say=[].append if said is None else said.append, adapters=adapters, folder_is_first=adapters is None,
     )  # fmt: skip
     try:
         yield engine

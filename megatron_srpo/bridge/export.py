@@ -58,6 +58,9 @@ class ParameterPlan:
 class Exporter:
     """Exports a model, as often as needed. Making one is collective over the pipeline group, and so is every export.
 
+    A model with LoRA adapters is exported as it computes: merged into its weights, which stay as they are. For the
+    adapters alone give `shards.of_adapters()`.
+
     `shards` is read at export time: it must hold the live parameters. `bucket_bytes` bounds the size of one gathered
     bucket; a larger tensor is a bucket of its own. In addition to the model an export holds at most two buckets (one
     that is used and one that is being gathered), this rank's part of both, and the full tensors of one parameter. On a
@@ -118,21 +121,27 @@ class Exporter:
                     gathering = self._start(following)
             del gathered, named
 
+    def _shard(self, name: str) -> torch.Tensor:
+        """This rank's shard of a parameter, with its adapters merged into it if it has any."""
+        merged = self._shards.merged.get(name)
+        return self._shards.parameters[name].detach() if merged is None else merged()
+
     def _start(self, bucket: list[ParameterPlan]) -> Callable[[], list[list[torch.Tensor]]]:
         """Start to gather a bucket. The returned function waits for it, and gives for each parameter the shards of all
         ranks that share it. Shards are sent as bytes, so that every dtype arrives bit for bit."""
         shards = self._shards
         if bucket[0].copies == 1 and shards.pp_size == 1:
-            return lambda: [[shards.parameters[part.name].detach().to(part.dtype)] for part in bucket]
+            return lambda: [[self._shard(part.name).to(part.dtype)] for part in bucket]
         copies, group = bucket[0].copies, shards.expert_group if bucket[0].expert else shards.tp_group
         stage, size = bucket[0].stage, sum(part.nbytes for part in bucket)
-        held = [shards.parameters[part.name].detach() for part in bucket] if stage == shards.pp_rank else []
-        if len(held) == 1 and held[0].nbytes == size and held[0].dtype == bucket[0].dtype and held[0].is_contiguous():
-            flat = held[0].view(-1).view(torch.uint8)  # without a copy
+        held = bucket if stage == shards.pp_rank else []
+        alone = self._shard(held[0].name) if len(held) == 1 else None
+        if alone is not None and alone.nbytes == size and alone.dtype == bucket[0].dtype and alone.is_contiguous():
+            flat = alone.view(-1).view(torch.uint8)  # without a copy
         else:
             flat = self._shards_memory.take(size)
-            for parameter, view in zip(held, _views(flat, bucket), strict=False):  # `held` is empty on other stages
-                view.copy_(parameter)
+            for part, view in zip(held, _views(flat, bucket), strict=False):  # `held` is empty on other stages
+                view.copy_(self._shard(part.name))
         work: dist.Work | None = None
         full = flat
         if shards.pp_size > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_srpo.bridge.errors import BridgeError
@@ -26,6 +27,25 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+def adapter_lines(lines: Iterable[Line]) -> Iterator[Line]:
+    """The lines of LoRA adapters (mcore/lora.py), which follow from those of the weights: every projection has its own
+    factors. Hugging Face's names are peft's without their prefix "base_model.model."."""
+    splits = {
+        Split.QKV: (Split.REPLICATED, Split.COLUMN),
+        Split.GATED_MLP: (Split.REPLICATED, Split.COLUMN),
+        Split.ROW: (Split.ROW, Split.REPLICATED),
+    }
+    for line in lines:
+        layer, _, kind = line.megatron.rpartition(".")
+        if kind != "weight" or line.split not in splits:
+            continue
+        for hf in line.hf:
+            projection = hf.removesuffix(".weight")
+            for factor, split in zip(("lora_A", "lora_B"), splits[line.split], strict=True):
+                name = f"{layer}.adapters.{projection.rpartition('.')[2]}.{factor}"
+                yield Line(name, (f"{projection}.{factor}.weight",), split)
+
+
 class WeightTable:
     """The table of one model: that of its family, with the model's layers, experts and sizes filled in."""
 
@@ -43,7 +63,7 @@ class WeightTable:
         }
         # Large models have 10⁵ names, so a name is only tried on the lines that differ from it in numbers at most.
         self._alike: dict[str, list[Line]] = {}
-        for line in family.lines:
+        for line in (*family.lines, *adapter_lines(family.lines)):
             self._alike.setdefault(_without_numbers(line.megatron.format(layer=0, expert=0)), []).append(line)
 
     def lookup(self, name: str) -> Mapped:
@@ -92,13 +112,26 @@ class WeightTable:
 
     def hf_names(self) -> set[str]:
         """All Hugging Face names that a folder of this model may hold, a tied head included."""
+        return self._all_names(self.family.lines)
+
+    def _all_names(self, lines: Iterable[Line]) -> set[str]:
         return {
             name.format(layer=layer, expert=expert)
-            for line in self.family.lines
+            for line in lines
             for name in line.hf
             for layer in (self._layers_of(line) if LAYER in name else (0,))
             for expert in (range(self.shape.experts) if EXPERT in name else (0,))
         }
+
+    def adapter_names(self, projections: Iterable[str], *, experts: bool) -> set[str]:
+        """The names of all factors of a model with adapters on these projections, and on those of experts. They are
+        peft's without the prefix."""
+        lines = [
+            line
+            for line in adapter_lines(self.family.lines)
+            if (experts if line.of_experts else line.hf[0].split(".")[-3] in projections)
+        ]
+        return self._all_names(lines)
 
     def _layers_of(self, line: Line) -> list[int]:
         """The layers that have this line's parameter: a layer has experts or a dense MLP, not both."""

@@ -24,7 +24,7 @@ MODULUS = 2**64
 CHUNK = 1 << 20  # elements that are widened to 64 bits at a time
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Several tensor-parallel ranks hold the same key-value head when there are fewer of them than ranks.
-REPEATED = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
+REPEATED = tuple(f"{part}_proj.{kind}" for part in "kv" for kind in ("weight", "bias", "lora_B.weight"))
 
 Named = tuple[str, torch.Tensor]
 

@@ -15,14 +15,15 @@ from typing import Literal
 
 from megatron_srpo.core.json_types import JsonValue
 
-FIXED = ("algorithm.name",)
+FIXED = ("algorithm.name", "lora.rank", "lora.alpha", "lora.rslora", "lora.targets")
 RESETS = {"run.seed": "data", "data.shuffle": "data", "teacher.mode": "teacher"}
 QUIET = (
     "run.name", "run.output_dir", "run.benchmark", "run.method", "run.device",
-    "run.control_timeout_minutes", "run.watchdog_minutes", "reward.workers", "checkpoint", "eval", "observe",
+    "run.control_timeout_minutes", "run.watchdog_minutes", "reward.workers", "lora.export", "checkpoint", "eval",
+    "observe",
 )  # fmt: skip
 # How versions without the key trained, where that is not the key's default.
-BEFORE_THE_KEY: dict[str, JsonValue] = {"optimizer.decay_norms_and_biases": True}
+BEFORE_THE_KEY: dict[str, JsonValue] = {"optimizer.decay_norms_and_biases": True, "lora.rank": 0}
 
 Kind = Literal["fixed", "reset", "quiet", "told"]
 ConfigValues = Mapping[str, Mapping[str, JsonValue]]  # section → key → value, as of Config.model_dump(mode="json")
@@ -58,10 +59,12 @@ def changes(before: ConfigValues, now: ConfigValues) -> list[Change]:
     """The keys whose values differ in two configurations. A key that only one of them has belongs to another version of
     the program and is ignored, unless its default changes how a run of that version continues."""
     found = []
-    for section in [name for name in before if name in now]:
+    for section in now:
+        if section == "lora" and not now[section]["rank"] and not before.get(section, {}).get("rank"):
+            continue  # without adapters its other keys mean nothing
         for key, new in now[section].items():
             dotted = f"{section}.{key}"
-            old = before[section].get(key, BEFORE_THE_KEY.get(dotted, new))
+            old = before.get(section, {}).get(key, BEFORE_THE_KEY.get(dotted, new))
             if old != new:
                 found.append(Change(dotted, old, new, kind_of(dotted), RESETS.get(dotted, "")))
     return found

@@ -40,9 +40,12 @@ def convert(
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Convert; default: as stored.")] = None,
     max_shard_gb: Annotated[float, typer.Option(min=1e-6, help="Largest weight file, in GB.")] = 5.0,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of LoRA adapters: merge them into the base model (--hf, or model.path).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every tensor with shape and rule only.")] = False,
 ) -> int:
-    """Megatron's sharded checkpoint → Hugging Face folder, for transformers and vLLM."""
+    """Megatron's sharded checkpoint → Hugging Face folder, for transformers and vLLM. LoRA adapters → peft's folder."""
     from megatron_srpo.conversion import console
 
     console.quiet()
@@ -55,7 +58,7 @@ def convert(
         lambda tell: megatron_to_hf(
             megatron, out, hf_dir=hf, verify_against=verify_against,
             dtype=None if dtype is None else getattr(torch, dtype.value),
-            max_shard_bytes=int(max_shard_gb * 1e9), dry_run=dry_run, tell=tell,
+            max_shard_bytes=int(max_shard_gb * 1e9), dry_run=dry_run, merge=merge, tell=tell,
         ),
         dry_run=dry_run,
     )  # fmt: skip

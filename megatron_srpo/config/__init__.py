@@ -11,6 +11,7 @@ Every refusal is one `ConfigError` that lists all problems: key, value, what was
 """
 
 from megatron_srpo.config.check import check, contradictions, layout_problems, listed
+from megatron_srpo.config.check_lora import published_adapters, starts_with_publish
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
 from megatron_srpo.config.model_folder import read_model_folder
 from megatron_srpo.config.schema import (
@@ -20,6 +21,7 @@ from megatron_srpo.config.schema import (
     DataConfig,
     EnvironmentConfig,
     EvalConfig,
+    LoraConfig,
     ModelConfig,
     ObserveConfig,
     OptimizerConfig,
@@ -38,6 +40,7 @@ __all__ = [
     "DataConfig",
     "EnvironmentConfig",
     "EvalConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObserveConfig",
     "OptimizerConfig",
@@ -53,7 +56,9 @@ __all__ = [
     "listed",
     "load_config",
     "nearest_key",
+    "published_adapters",
     "read_model_folder",
     "save_resolved",
+    "starts_with_publish",
     "to_toml",
 ]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megatron_srpo.config.check_files import file_problems
+from megatron_srpo.config.check_lora import lora_problems, lora_target_problems
 from megatron_srpo.config.schema import Config, ParallelConfig
 from megatron_srpo.config.templates import template_problems
 from megatron_srpo.core.errors import ConfigError
@@ -49,6 +50,7 @@ def contradictions(
     problems += [*_rewards(config), *_environments(config), *_schedule(config), *_layout(config), *_servers(config)]
     teaching = config.algorithm.teaching
     problems += [
+        *lora_problems(config),
         *template_problems(config.teacher, teaching.sources if teaching else ()),
         *file_problems(config, splits),
     ]
@@ -323,6 +325,7 @@ def _model(config: Config, hf: HfConfig) -> Iterator[str]:
     yield from layout_problems(config.parallel, hf)
     yield from _engine_split(config, shape)
     yield from _experts(config, shape)
+    yield from lora_target_problems(config.lora, shape)
     vocabulary, longest = shape.vocab, shape.max_positions
     topk, head = config.algorithm.needs.topk, shape.head_dim
     if distils(config) and topk > vocabulary:

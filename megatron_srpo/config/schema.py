@@ -71,6 +71,67 @@ class ModelConfig(Section):
     """FP8 format of matrix products. It needs Transformer Engine and a GPU with FP8 support."""
 
 
+LoraTarget = Literal[
+    "attention", "mlp", "experts", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]
+PROJECTIONS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0)
+    """Rank r of the adapters. Above 0 only the adapters are trained and the weights of model.path stay as they are. 0
+    trains all weights."""
+    alpha: float = Field(32.0, gt=0)
+    """The adapters' product B · A is multiplied by alpha / rank, or by alpha / sqrt(rank) with rslora."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability on the input of the adapters in the train pass. Scoring passes never drop anything."""
+    targets: list[LoraTarget] = ["attention", "mlp"]
+    """Which projections get an adapter. "attention" means q_proj, k_proj, v_proj and o_proj, "mlp" means gate_proj,
+    up_proj and down_proj of layers without experts, "experts" means the same three of every expert. peft's names of
+    single projections of attention and MLP are accepted as well."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA). Use it for ranks of 64 and more."""
+    path: Folder = ""
+    """Folder of a peft adapter to start from. Its rank, alpha and targets must be those of this section. Empty starts
+    with new adapters, whose B is zero."""
+    export: Literal["adapter", "merged"] = "adapter"
+    """What the run writes to `hf/` in its output folder at its end: peft's adapter folder, or a Hugging Face model with
+    the adapters merged into its weights."""
+
+    publish: Literal["auto", "adapter", "merged"] = "auto"
+    """What an iteration publishes to the engines: the adapters alone, which vLLM then applies, or the whole model with
+    the adapters merged into its weights. "auto" takes "adapter", and "merged" for models with experts and for ranks
+    above 512. "adapter" works for adapters on the attention of models with experts too, on GPUs, but not for adapters
+    on experts."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of B · A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """peft's names of the targeted projections of attention and dense MLPs, in the model's order."""
+        named = {name for target in self.targets for name in PROJECTIONS.get(target, (target,))}
+        return tuple(name for names in PROJECTIONS.values() for name in names if name in named)
+
+    @property
+    def servable(self) -> bool:
+        """Whether vLLM can apply the adapters, at least on GPUs."""
+        return not self.experts and self.rank <= 512
+
+    def published(self, experts: int) -> LoraConfig | None:
+        """The adapters that publishes bring to the engines of a model with this number of experts per layer (0: dense),
+        or None if they bring whole models."""
+        alone = self.publish == "adapter" or (self.publish == "auto" and self.servable and not experts)
+        return self if self.rank and alone else None
+
+    @property
+    def experts(self) -> bool:
+        """Whether the experts get adapters."""
+        return "experts" in self.targets
+
+
 class ParallelConfig(Section):
     tensor_model_parallel_size: int = Field(1, ge=1)
     """Number of ranks that split every layer (TP)."""
@@ -427,6 +488,7 @@ class ObserveConfig(Section):
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -440,6 +502,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether the run's result is an adapter, and not a whole model."""
+        return self.lora.rank > 0 and self.lora.export == "adapter"
 
     @property
     def row_budget(self) -> int:

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from megatron_srpo.bridge import BridgeError, read_config, weight_table
+from megatron_srpo.bridge import BridgeError, read_config, weight_table, write_adapter_folder
 from megatron_srpo.bridge.hf_folder import DEFAULT_SHARD_BYTES, copy_files, refuse_bad_target, write_config
 from megatron_srpo.bridge.rules import Rule
 from megatron_srpo.bridge.safetensors_file import TensorGroup, plan_files, write_file, write_index
-from megatron_srpo.config import ParallelConfig
+from megatron_srpo.config import LoraConfig, ParallelConfig
+from megatron_srpo.conversion.adapters import Merge, stored_lora
 from megatron_srpo.conversion.memory import PeakMemory
 from megatron_srpo.conversion.report import Report, Tell, refuse_existing, written_aside
 from megatron_srpo.conversion.source import checkpoint_folder, model_folder, tokenizer_folder
 from megatron_srpo.conversion.store_group import StoreGroup
 from megatron_srpo.conversion.verify import require_equal
-from megatron_srpo.core.errors import nearest
+from megatron_srpo.core.errors import UserError, nearest
 from megatron_srpo.families import unsupported
 
 STATE = "optimizer."  # the prefix of the keys of optimizer state and shadows
@@ -28,10 +29,11 @@ STATE = "optimizer."  # the prefix of the keys of optimizer state and shadows
 def megatron_to_hf(
     checkpoint: Path, out_dir: Path, *, hf_dir: Path | None = None, verify_against: Path | None = None,
     dtype: torch.dtype | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES, dry_run: bool = False,
-    tell: Tell | None = None,
+    merge: bool = False, tell: Tell | None = None,
 ) -> Report:  # fmt: skip
     """Convert the model's weights of a checkpoint, which may be a training checkpoint or a converted one, of any
-    layout.
+    layout. Of a checkpoint of LoRA adapters it writes peft's adapter folder, or with `merge` the base model with the
+    adapters merged into it.
 
     `hf_dir` has the model's config.json and tokenizer where the checkpoint does not know them. `dtype` converts; None
     keeps what is stored. `verify_against` compares the written files bit for bit with another folder before they get
@@ -42,6 +44,13 @@ def megatron_to_hf(
     tokenizer = tokenizer_folder(folder, source, given=hf_dir)
     refuse_existing(out_dir, dry_run=dry_run)
     refuse_bad_target(source, out_dir)
+    lora = stored_lora(folder)
+    if lora is not None:
+        found = _StoredModel(folder, read_config(source), None if merge else dtype, lora)
+        return _convert_adapters(folder, found, lora, source, out_dir, tokenizer, merge, dtype, max_shard_bytes,
+                                 dry_run=dry_run, verify_against=verify_against)  # fmt: skip
+    if merge:
+        raise UserError(f"--merge: {folder} holds all weights, and no adapters to merge; leave it out")
     model = _StoredModel(folder, read_config(source), dtype)
     files = plan_files(model.groups.values(), max_shard_bytes)
     report = model.report
@@ -74,6 +83,36 @@ def megatron_to_hf(
     return report
 
 
+def _convert_adapters(
+    folder: Path, model: _StoredModel, lora: LoraConfig, source: Path, out_dir: Path, tokenizer: Path, merge: bool,
+    dtype: torch.dtype | None, max_shard_bytes: int, *, dry_run: bool, verify_against: Path | None,
+) -> Report:  # fmt: skip
+    """Adapters are small: one process converts them, and holds them all in memory."""
+    if verify_against and not merge:
+        raise UserError(f"--verify-against: {folder} holds adapters, which are compared with --merge only")
+    report = model.report
+    if dry_run:
+        report.lines = [model.line(name) for name in model.groups]
+        return report
+    processes = StoreGroup()
+    if processes.is_leader:
+        tensors = [
+            named
+            for name, group in model.groups.items()
+            for named in zip(group.names, model.tensors(name), strict=True)
+        ]
+        if merge:
+            merged = Merge(folder, lora, dict(tensors), source, read_config(source))
+            merged.write(out_dir, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
+            if verify_against:
+                require_equal(out_dir, verify_against)
+                report.equal_to = str(verify_against)
+        else:
+            write_adapter_folder(tensors, out_dir, lora, str(source))
+    processes.gather(None)
+    return report
+
+
 def check_stored(folder: Path, hf_dir: Path) -> None:
     """Raise UserError unless the checkpoint has all weights of `hf_dir`'s model, in its shapes and undamaged."""
     model = _StoredModel(folder, read_config(hf_dir), None)
@@ -95,7 +134,9 @@ class StoredParameter:
 class _StoredModel:
     """The checkpoint's model in Hugging Face terms: what Megatron itself would hold on one rank, found in the files."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], dtype: torch.dtype | None, lora: LoraConfig | None = None
+    ) -> None:  # fmt: skip
         problems = unsupported(config)
         if problems:
             raise BridgeError(problems[0].removeprefix("model.path: "))
@@ -104,7 +145,7 @@ class _StoredModel:
 
         self._reader, self._dtype = ShardedReader(folder), dtype
         self._stored = self._reader.tensors()
-        self._share = rank_share(config, ParallelConfig(), 0)
+        self._share = rank_share(config, ParallelConfig(), 0, adapters=lora)
         table = weight_table(config, self._share.shards.padded_vocab_size)
         self._places: dict[str, StoredParameter] = {}
         self.groups: dict[str, TensorGroup] = {}

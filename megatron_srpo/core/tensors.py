@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -139,6 +139,9 @@ class ModelShards:
     "decoder.layers.17.self_attention.linear_qkv.weight", to this rank's tensor (TP shard; only the layers
     of this pipeline stage). An expert's number in a name is global too, and its parameters are split over the expert
     tensor-parallel ranks. Groups are torch process groups; None where the size is 1.
+
+    With LoRA `parameters` are the base weights, and `adapters` the trained ones, for example
+    "decoder.layers.17.self_attention.linear_qkv.adapters.q_proj.lora_A".
     """
 
     parameters: dict[str, Tensor]
@@ -154,3 +157,14 @@ class ModelShards:
     etp_rank: int = 0
     etp_size: int = 1
     expert_group: ProcessGroup | None = None  # ranks that have all experts of a stage, etp_size for each run of them
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    merged: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """By name of a parameter that has adapters: makes this rank's shard of base + scale · B · A, a new tensor."""
+
+    def of_adapters(self) -> ModelShards:
+        """The adapters alone, as the parameters of a model that has nothing else."""
+        return dataclasses.replace(self, parameters=self.adapters, adapters={}, merged={})
+
+    def of_base(self) -> ModelShards:
+        """The base model alone."""
+        return dataclasses.replace(self, adapters={}, merged={})

@@ -49,7 +49,8 @@ class Line:
     @property
     def of_dense_mlp(self) -> bool:
         """Whether only layers without experts have this parameter."""
-        return self.megatron.endswith((".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight"))
+        layer, _, kind = self.megatron.partition(".mlp.linear_")[2].partition(".")
+        return layer in ("fc1", "fc2") and kind.startswith(("weight", "adapters."))
 
     def match(self, name: str) -> dict[str, int] | None:
         """The numbers in `name` ("layer", "expert", as far as it has them) if the name is this line's, else None."""

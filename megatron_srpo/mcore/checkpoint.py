@@ -4,6 +4,8 @@ The optimizer's flat slices are stored for each parameter with the parameter's o
 main parameter, Adam's two moments, and every shadow. One mechanism serves all of them. It also avoids a bug of
 Megatron's own optimizer checkpoint without Transformer Engine and Apex: there all parameters share one step counter.
 
+With LoRA a checkpoint holds the adapters alone, and the checksum of the base weights that they belong to.
+
 Saving has three steps, and training continues during the second: `snapshot` (collective) copies to host memory and
 plans which rank writes what, `Snapshot.write` writes this rank's files from any thread, and `Snapshot.write_index`
 runs on rank 0.
@@ -31,9 +33,11 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.mcore import generators
 from megatron_srpo.mcore.experts import is_expert
 from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.mcore.lora import MARK, has_adapters
 from megatron_srpo.mcore.model import unwrap
 from megatron_srpo.mcore.optimizer import ParameterShard, ShardedOptimizer
 from megatron_srpo.mcore.policy import Policy
@@ -100,8 +104,9 @@ def _optimizer(policy: Policy) -> ShardedOptimizer:
 
 
 def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
+    """The parameters that a checkpoint holds: those that are trained."""
     for piece in policy.model:
-        yield from unwrap(piece).parameters()
+        yield from (parameter for parameter in unwrap(piece).parameters() if parameter.requires_grad)
 
 
 def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor]]]:
@@ -134,10 +139,19 @@ def _gathered(
 
 
 def model_state(model: list[torch.nn.Module], topology: Topology) -> list[dict[str, Any]]:
-    """Megatron's sharded state dict of every piece, without Transformer Engine's FP8 scales, which are pickles."""
+    """Megatron's sharded state dict of every piece, without Transformer Engine's FP8 scales, which are pickles. With
+    LoRA it has the adapters only."""
     metadata = {"dp_cp_group": topology.dp_cp_group, "singleton_local_shards": False}
     pieces = [unwrap(piece).sharded_state_dict(metadata=metadata) for piece in model]
-    return [{key: entry for key, entry in piece.items() if not isinstance(entry, ShardedObject)} for piece in pieces]
+    adapted = has_adapters(model)
+    return [
+        {
+            key: entry
+            for key, entry in piece.items()
+            if not isinstance(entry, ShardedObject) and (MARK in key or not adapted)
+        }
+        for piece in pieces
+    ]
 
 
 Entries = dict[torch.Tensor, Any]  # by model parameter: Megatron's ShardedTensor or ShardedTensorFactory
@@ -246,7 +260,7 @@ def snapshot(policy: Policy, directory: Path) -> Snapshot:
     if not any("exp_avg" in shard.state for shard in optimizer.shards()):
         optimizer.restore_adam(0)  # torch's Adam has no state before the first step
     state = _copied_state(policy)
-    state["progress"] = {"steps": policy.steps, "adam_steps": optimizer.adam_steps()}
+    state["progress"] = {"steps": policy.steps, "adam_steps": optimizer.adam_steps(), "base": policy.base}
     filesystem_async._results_queue = queue.Queue()  # or Megatron would start a process for a queue that we do not need
     sharded, common = save_preprocess(state)
     planner = FullyParallelSaveStrategyWrapper(_Planner(*BACKEND, thread_count=1), policy.topology.dp_cp_group)
@@ -261,16 +275,20 @@ def load(policy: Policy, directory: Path) -> None:
     """Restore what `snapshot` copied, at this layout. All ranks call it.
 
     Kinds of state that the checkpoint does not have get their initial values: the main parameters those of the weights,
-    Adam's moments zero, and the teacher those of the student. The reference stays as it is.
+    Adam's moments zero, and the teacher those of the student. The reference stays as it is. UserError for adapters of
+    another base model, for adapters where the run trains all weights, and the other way round.
     """
     refuse_objects(directory)
-    read_tensors(directory / COMMON)  # refuses a pickle that runs code, before the loader below could run it
+    common = read_tensors(directory / COMMON)  # refuses a pickle that runs code, before the loader below could run it
+    _refuse_other_weights(policy, directory, common)
     optimizer = policy.optimizer
     state = model_state(policy.model, policy.topology)
     entries = _entries(state)
     loaded = dist_checkpointing.load({"model": state}, str(directory))
     for piece, weights in zip(policy.model, loaded["model"], strict=True):
         missing, unexpected = unwrap(piece).load_state_dict(weights, strict=False)
+        adapted = has_adapters([piece])
+        missing = [name for name in missing if MARK in name or not adapted]  # the base is as it was loaded
         wrong = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
         assert not wrong, f"the checkpoint's weights do not fit the model: {wrong}"
     if not optimizer:
@@ -285,6 +303,22 @@ def load(policy: Policy, directory: Path) -> None:
     if "teacher" in policy.shadows and "teacher" not in kinds:
         policy.shadows["teacher"].update(1.0)
     optimizer.publish_main_to_model()
+
+
+def _refuse_other_weights(policy: Policy, directory: Path, common: dict[str, Any]) -> None:
+    adapted = has_adapters(policy.model)
+    if adapted != any(MARK in key for key in read_index(directory).state_dict_metadata):
+        holds, trains = ("all weights", "adapters") if adapted else ("adapters", "all weights (lora.rank = 0)")
+        raise UserError(
+            f"{directory} holds {holds}, and this run trains {trains}. Use the [lora] section that the checkpoint was "
+            "trained with, or start from the beginning in another run.output_dir"
+        )
+    base = common.get("progress", {}).get("base", "")
+    if adapted and base != policy.base:
+        raise UserError(
+            f"{directory} holds adapters of another base model: its weights have the checksum {base or 'unknown'}, and "
+            f"those of model.path {policy.base}. Set model.path and model.dtype to what the adapters were trained on"
+        )
 
 
 def _load_kind(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
-from megatron_srpo.config import Config, ModelConfig, ParallelConfig
+from megatron_srpo.config import Config, LoraConfig, ModelConfig, ParallelConfig
 from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families import HfConfig
 from megatron_srpo.mcore import cpu_shim, groups
@@ -33,8 +33,9 @@ META = DevicePath(torch.device("meta"), "fake", False, "Megatron Core's local la
 
 @contextmanager
 def _meta_model(
-    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, rank: int, world_size: int, seed: int = 0
-) -> Iterator[tuple[groups.Topology, list[torch.nn.Module]]]:
+    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, rank: int, world_size: int, seed: int = 0,
+    adapters: LoraConfig | None = None,
+) -> Iterator[tuple[groups.Topology, list[torch.nn.Module]]]:  # fmt: skip
     """The topology and the model of one rank, with process groups that only know their members."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -44,7 +45,7 @@ def _meta_model(
     try:
         topology = groups.initialize(parallel, META, seed=seed, timeout_minutes=1, control_backend="fake")
         with torch.device("meta"):
-            pieces = build_model(hf, model, parallel, topology, transformer_engine=False)
+            pieces = build_model(hf, model, parallel, topology, transformer_engine=False, adapters=adapters)
         yield topology, pieces
     finally:
         groups.shutdown()
@@ -84,13 +85,16 @@ def layout_size(parallel: ParallelConfig) -> int:
     return parallel.pipeline_model_parallel_size * math.lcm(parallel.tensor_model_parallel_size, experts)
 
 
-def rank_share(hf: HfConfig, parallel: ParallelConfig, rank: int) -> RankShare:
-    """What rank `rank` of the layout holds of the model that this config.json describes."""
+def rank_share(
+    hf: HfConfig, parallel: ParallelConfig, rank: int, *, adapters: LoraConfig | None = None
+) -> RankShare:  # fmt: skip
+    """What rank `rank` of the layout holds of the model that this config.json describes, or of its adapters alone."""
     # Weights are the same with and without sequence parallelism, and Megatron requires it for experts.
     parallel = parallel.model_copy(update={"sequence_parallel": parallel.tensor_model_parallel_size > 1})
     model = ModelConfig(path="", dtype="float32")
-    with _meta_model(hf, model, parallel, rank, layout_size(parallel)) as (topology, pieces):
+    with _meta_model(hf, model, parallel, rank, layout_size(parallel), adapters=adapters) as (topology, pieces):
         shards = model_shards(pieces, topology, hf["vocab_size"])
+        shards = shards.of_adapters() if shards.adapters else shards
         places = {id(entry.data): entry for entry in nested_values(model_state(pieces, topology))}
         written = {
             name: places[id(parameter)]
@@ -127,6 +131,7 @@ def distinct_ranks(config: Config, world_size: int) -> Iterator[tuple[int, int]]
 def meta_ranks(config: Config, hf: HfConfig, world_size: int) -> Iterator[MetaRank]:
     """Build each distinct rank of a job, one after the other."""
     for rank, stage in distinct_ranks(config, world_size):
-        with _meta_model(hf, config.model, config.parallel, rank, world_size, config.run.seed) as (topology, pieces):
+        given = (hf, config.model, config.parallel, rank, world_size, config.run.seed, config.lora)
+        with _meta_model(*given) as (topology, pieces):
             layers = [layer.layer_number - 1 for piece in pieces for layer in unwrap(piece).decoder.layers]
             yield MetaRank(rank, stage, layers, model_shards(pieces, topology, hf["vocab_size"]))

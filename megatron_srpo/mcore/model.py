@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -18,11 +19,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_srpo.config import ModelConfig, ParallelConfig
+from megatron_srpo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families import HfConfig, ModelShape, family_of
-from megatron_srpo.mcore import rotary
+from megatron_srpo.mcore import lora, rotary
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
@@ -81,8 +82,9 @@ def uneven_layout(layers: int, stages: int, pieces: int) -> list[list[str]] | No
 
 
 def transformer_config(
-    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool, transformer_engine: bool = False
-) -> TransformerConfig:
+    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, *, on_cuda: bool, transformer_engine: bool = False,
+    grouped_experts: bool = True,
+) -> TransformerConfig:  # fmt: skip
     """Megatron's configuration: the family's fields, and those that follow from our settings."""
     bf16 = model.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -122,7 +124,7 @@ def transformer_config(
         # Cosine and sine are multiplied by the factor, so that queries times keys are by its square.
         fields["softmax_scale"] = scaled_rotary(hf).attention_factor ** 2 / math.sqrt(shape.head_dim)
     if shape.experts:
-        fields["moe_grouped_gemm"] = transformer_engine
+        fields["moe_grouped_gemm"] = transformer_engine and grouped_experts
         fields["expert_model_parallel_size"] = parallel.expert_model_parallel_size
         fields["expert_tensor_parallel_size"] = parallel.expert_tensor_parallel_size
     fields.update(recompute_fields(model))
@@ -198,10 +200,12 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
 
 
 def build_model(
-    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool
-) -> list[torch.nn.Module]:
+    hf: HfConfig, model: ModelConfig, parallel: ParallelConfig, topology: Topology, *, transformer_engine: bool,
+    adapters: LoraConfig | None = None, seed: int = 0,
+) -> list[torch.nn.Module]:  # fmt: skip
     """This rank's GPTModel, in a Float16Module for bf16. Its weights are random: load weights into it. Under an
-    interleaved pipeline the result has several pieces, in order."""
+    interleaved pipeline the result has several pieces, in order. `adapters` with a rank above 0 adds new LoRA adapters,
+    which `seed` draws, and freezes all weights."""
     if model.fp8 != "off" and not transformer_engine:
         raise UserError(
             f'model.fp8 = "{model.fp8}" needs Transformer Engine on a GPU, which is not there: set it to "off", or see '
@@ -209,7 +213,12 @@ def build_model(
         )
     rotary.install()
     on_cuda = topology.device.type == "cuda"
-    config = transformer_config(hf, model, parallel, on_cuda=on_cuda, transformer_engine=transformer_engine)
+    adapters = adapters if adapters is not None and adapters.rank else None
+    # Grouped products of experts have no adapters: each expert then has layers of its own.
+    config = transformer_config(
+        hf, model, parallel, on_cuda=on_cuda, transformer_engine=transformer_engine,
+        grouped_experts=adapters is None or not adapters.experts,
+    )  # fmt: skip
     shape = ModelShape.from_hf(hf)
     positions: dict[str, Any] = dict(family_of(hf).model(shape))
     count = parallel.virtual_pipeline_model_parallel_size
@@ -234,6 +243,8 @@ def build_model(
             gpt.output_layer.__class__ = DeferredHead
         mark_experts(gpt)
         gpt.to(topology.device)
+        if adapters is not None:
+            lora.attach(gpt, adapters, topology, seed=seed)
         pieces.append(Float16Module(config, gpt) if config.bf16 else gpt)
     return pieces
 
@@ -248,19 +259,28 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 def model_shards(model: list[torch.nn.Module], topology: Topology, vocab_size: int) -> ModelShards:
     """The model as the bridge uses it: parameters by names with global layer and expert numbers."""
-    parameters = {}
+    parameters: dict[str, torch.Tensor] = {}
+    adapters: dict[str, torch.Tensor] = {}
+    merged: dict[str, Callable[[], torch.Tensor]] = {}
     for gpt in map(unwrap, model):
         first_expert = topology.ep_rank * (gpt.config.num_moe_experts or 0) // topology.ep_size
         global_number = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(gpt.decoder.layers)}
-        for name, parameter in gpt.named_parameters():
+
+        def globally(name: str, numbers: dict[str, str] = global_number, first: int = first_expert) -> str:
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
-                parts[2] = global_number[parts[2]]
+                parts[2] = numbers[parts[2]]
             if ".experts." in name:
-                parts = [_global_expert(part, before, first_expert) for before, part in pairwise(["", *parts])]
-            parameters[".".join(parts)] = parameter
+                parts = [_global_expert(part, before, first) for before, part in pairwise(["", *parts])]
+            return ".".join(parts)
+
+        for name, parameter in gpt.named_parameters():
+            (adapters if lora.MARK in name else parameters)[globally(name)] = parameter
+        merged |= {globally(name): make for name, make in lora.merged_weights(gpt).items()}
     return ModelShards(
         parameters=parameters,
+        adapters=adapters,
+        merged=merged,
         tp_rank=topology.tp_rank,
         tp_size=topology.tp_size,
         tp_group=topology.tp_group if topology.tp_size > 1 else None,

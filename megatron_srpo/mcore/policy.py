@@ -15,6 +15,7 @@ from megatron_srpo.core.metrics import Max, Mean, Metric, Metrics, Total
 from megatron_srpo.core.records import Padding
 from megatron_srpo.core.tensors import LossFunction, ModelShards, PackedBatch, ScoreFunction, StepStats
 from megatron_srpo.families import expert_count
+from megatron_srpo.mcore import lora
 from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
 from megatron_srpo.mcore.experts import chosen_experts, forget_experts, give_experts, router_metrics, set_balancing
 from megatron_srpo.mcore.groups import Topology
@@ -38,11 +39,12 @@ class Policy:
     """Student, teacher and reference in one model.
 
     `load_weights(shards)` fills the parameters (the bridge does it); it is called before the optimizer copies them.
+    With LoRA it fills the base weights, and the adapters if they do not start new, and returns the base's checksum.
     """
 
     def __init__(
         self, config: Config, hf_config: dict, topology: Topology, path: DevicePath,
-        load_weights: Callable[[ModelShards], None], *, total_steps: int, trainable: bool = True,
+        load_weights: Callable[[ModelShards], str | None], *, total_steps: int, trainable: bool = True,
     ) -> None:  # fmt: skip
         self.topology = topology
         self.total_steps = total_steps
@@ -52,9 +54,12 @@ class Policy:
         self._replays_engine = config.rollout.replay(expert_count(hf_config)) == "rollout"
         vocab = hf_config["vocab_size"]
         model = build_model(
-            hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine
-        )
-        load_weights(model_shards(model, topology, vocab))
+            hf_config, config.model, config.parallel, topology, transformer_engine=path.transformer_engine,
+            adapters=config.lora, seed=config.run.seed,
+        )  # fmt: skip
+        self._starts_as_base = config.lora.rank > 0 and not config.lora.path  # B is zero
+        self.base = load_weights(model_shards(model, topology, vocab)) or ""
+        """Checksum of the base weights with LoRA, else empty."""
         self.steps = 0  # optimizer steps asked for, skipped ones included
         self._moved = False  # whether a step of this iteration was taken
         self.optimizer = (
@@ -79,7 +84,7 @@ class Policy:
         needs = config.algorithm.needs
         mode = config.teacher.mode if needs.teacher else "live"
         names = ["teacher"] if mode in ("ema", "refresh") else []
-        if needs.reference or mode in ("frozen", "trust_region"):
+        if (needs.reference or mode in ("frozen", "trust_region")) and not self._starts_as_base:
             names.append("reference")
         return {name: WeightShadow(self.optimizer, offload=config.teacher.offload) for name in names}
 
@@ -98,11 +103,13 @@ class Policy:
     def weights(self, which: str) -> AbstractContextManager[None]:
         """Inside the block the model computes with the "student"'s, the "teacher"'s or the "reference"'s weights.
 
-        The reference is the initial model. The teacher is the moving average, the initial model ("frozen"), or the
-        student itself ("live" and "trust_region").
+        The reference is the initial model; with new adapters it is the model without them. The teacher is the moving
+        average, the initial model ("frozen"), or the student itself ("live" and "trust_region").
         """
         if which == "teacher" and self._teacher_config.mode == "frozen":
             which = "reference"
+        if which == "reference" and self._starts_as_base:
+            return lora.adapters_off(self.model)
         if which == "reference" or which in self.shadows:
             return self.shadows[which].active()
         return nullcontext()

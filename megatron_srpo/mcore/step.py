@@ -24,7 +24,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_srpo.core.metrics import Metrics
 from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction
-from megatron_srpo.mcore import rotary
+from megatron_srpo.mcore import lora, rotary
 from megatron_srpo.mcore.attention import SharedSeqParams
 from megatron_srpo.mcore.context import gather_parts, local_part
 from megatron_srpo.mcore.groups import Topology
@@ -33,6 +33,7 @@ from megatron_srpo.mcore.model import head_weight
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
     finalize_model_grads(model, None, **kwargs)
+    lora.sum_expert_gradients(model)
 
 
 def _copy(hidden: torch.Tensor) -> torch.Tensor:

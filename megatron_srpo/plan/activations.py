@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.layout import Layout, stage_layers
+from megatron_srpo.plan.parameters import adapted_projections
 
 LOGITS_MIB = 2048  # the default of train.logits_memory_mib
 
@@ -57,9 +58,11 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
         attend = w * (2 * q + 2 * k) + 4 * heads + (0 if arch.qk_norm else w * q)
     linear = w * arch.hidden / s
     attention = norm / s + linear + small + attend
+    # What each adapter has between its factors. Frozen products keep no input, but their adapters keep the same one.
+    adapters = w * layout.lora_rank * len(adapted_projections(arch, layout))
     return LayerBytes(
         attention=attention,
-        mlp=5 * w * arch.ffn / t + _expert_bytes(arch, layout) / s,
+        mlp=5 * w * arch.ffn / t + _expert_bytes(arch, layout) / s + adapters,
         mlp_input=norm / s + linear,
         checkpoint=linear,
     )
@@ -72,7 +75,8 @@ def _expert_bytes(arch: Architecture, layout: Layout) -> float:
         return 0.0
     w, copies = layout.dtype_bytes, arch.experts_per_token
     router = 5 * arch.experts + 28 * copies
-    return router + copies * (w * arch.hidden + 5 * w * arch.expert_ffn / layout.expert_tensor)
+    inner = 3 * w * layout.lora_rank if layout.lora_experts else 0
+    return router + copies * (w * arch.hidden + 5 * w * arch.expert_ffn / layout.expert_tensor + inner)
 
 
 def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, ids: int, logits_mib: int) -> float:

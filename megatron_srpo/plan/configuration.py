@@ -11,6 +11,7 @@ from megatron_srpo.algorithms.section import name_of
 from megatron_srpo.config import Config, contradictions, listed
 from megatron_srpo.config.check import teacher_prompt_length
 from megatron_srpo.config.load import to_toml_value
+from megatron_srpo.config.schema import PROJECTIONS
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.plan.layout import Layout
 from megatron_srpo.plan.workload import Workload
@@ -50,6 +51,7 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
             "recompute": layout.recompute,
             "recompute_layers": layout.recompute_layers,
         },
+        **({"lora": {"rank": layout.lora_rank, "targets": lora_targets(layout)}} if layout.lora_rank else {}),
         "parallel": parallel,
         "data": {"train": "runs/data/train.jsonl", "kind": "mcq", "max_prompt_length": workload.prompt_max},
         "rollout": rollout,
@@ -64,6 +66,17 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
             "offload_while_generating": layout.trainer_leaves,
         },
     }
+
+
+def lora_targets(layout: Layout) -> list[str]:
+    """lora.targets of the layout, in the words of the configuration where they fit."""
+    named = list(layout.lora_projections)
+    found = []
+    for word, names in PROJECTIONS.items():
+        if set(names) <= set(named):
+            found.append(word)
+            named = [name for name in named if name not in names]
+    return [*found, *named, *(["experts"] if layout.lora_experts else [])]
 
 
 def configuration(layout: Layout, workload: Workload, model_path: str, hf: Mapping[str, object]) -> Config:
@@ -105,6 +118,9 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         optimizer_on_host=config.optimizer.offload,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         dtype_bytes=2 if config.model.dtype == "bfloat16" else 4,
+        lora_rank=config.lora.rank,
+        lora_projections=config.lora.projections,
+        lora_experts=config.lora.experts,
     )
 
 

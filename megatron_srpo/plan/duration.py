@@ -24,7 +24,8 @@ from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
-from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, stage_parameters, state_bytes
+from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, state_bytes
+from megatron_srpo.plan.parameters import trained_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
@@ -125,9 +126,10 @@ def pass_seconds(
         if layout.recompute_layers:
             again *= min(1.0, layout.recompute_layers * layout.virtual / layers)
         talk = talk * (1 + again) + layer_collectives(arch, layout, machine, backward=True)
-        forward *= 3 + again
+        own = 2 if layout.lora_rank else 3  # frozen weights have no gradient to compute
+        forward *= own + again
         pieces = w * math.ceil(arch.vocab / layout.tensor) * tokens > logits_mib * 2**20
-        head *= 4 if pieces else 3
+        head *= own + pieces
         handover *= 2
     slots = rows + (layout.pipeline - 1) / layout.virtual
     inside = slots * layers * talk + slots * handover
@@ -136,7 +138,7 @@ def pass_seconds(
 
 def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> tuple[float, float, float]:
     """Seconds of one optimizer step: (reduce-scatter of fp32 gradients, gather of parameters, Adam)."""
-    part = stage_parameters(arch, layout, layout.pipeline - 1)
+    part = trained_parameters(arch, layout, layout.pipeline - 1)
     scatter = gather = 0.0
     for count, ranks in ((part.ordinary, layout.sharding), (part.experts, layout.expert_sharding)):
         if ranks > 1 and count:
@@ -152,7 +154,7 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
     """Seconds of swapping the teacher in and out again (mcore/shadow.py): slices are written and parameters gathered,
     both twice."""
-    part = stage_parameters(arch, layout, layout.pipeline - 1)
+    part = trained_parameters(arch, layout, layout.pipeline - 1)
     shard = part.whole / layout.sharding
     gather = (layout.sharding - 1) / layout.sharding * part.whole * layout.dtype_bytes
     # bf16 models read fp32 and write bf16; fp32 models exchange both. A slice in host memory comes over the host link.
@@ -292,7 +294,7 @@ def iteration_time(
     if workload.steps > 1:  # old log-probs for every mini-batch but the first
         old = Pass(workload.student_tokens * (workload.steps - 1) / workload.steps, workload.mean_context())
         lines["score"] += workload.steps * seconds_of(old)[0]
-    train_flops = 3 * students.tokens * forward_flops(arch, students.context)
+    train_flops = (2 if layout.lora_rank else 3) * students.tokens * forward_flops(arch, students.context)
     scoring = sum(p.tokens * forward_flops(arch, p.context) for p in (scored, taught))
     return TimePlan(
         lines, train_flops + scoring, train_flops, workload.student_tokens, rows, workload.steps * (talk + reduce)

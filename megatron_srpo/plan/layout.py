@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_srpo.config import LoraConfig
 from megatron_srpo.plan.architecture import Architecture
+
+LORA_DEFAULT = LoraConfig()
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Layout:
     optimizer_on_host: bool = False  # moments and fp32 main parameters are kept in host memory
     overlap_grad_reduce: bool = False  # gradients are reduced during the last backward pass
     dtype_bytes: int = 2  # of weights and activations
+    lora_rank: int = 0  # of LoRA adapters; 0 means that all weights are trained
+    lora_projections: tuple[str, ...] = LORA_DEFAULT.projections  # that have adapters, without those of experts
+    lora_experts: bool = False  # experts have adapters
 
     @property
     def training_gpus(self) -> int:
@@ -79,6 +85,7 @@ class Layout:
         where += ", in turns" if self.trainer_leaves else ""
         extras = [f"{self.recompute} recompute"] if self.recompute != "none" else []
         extras += ["shadow on host"] if self.shadow_on_host else []
+        extras += [f"LoRA of rank {self.lora_rank}"] if self.lora_rank else []
         extras += ["optimizer on host"] if self.optimizer_on_host else []
         return ", ".join([shown, *extras, f"engines TP{self.engine_tensor} {where}"])
 

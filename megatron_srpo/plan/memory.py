@@ -1,6 +1,7 @@
 """Predicts the memory of one GPU, part by part: what is always there, and what each phase of an iteration adds.
 
-weights      in the model's dtype, in Megatron DDP's parameter buffer
+weights      in the model's dtype, in Megatron DDP's parameter buffer; with LoRA also the adapters, and gradients,
+             optimizer, shadow and checkpoints are of adapters alone
 gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), complete on every data-parallel rank
 optimizer    fp32 main parameters (for bf16 models; those of fp32 models are views of the weights) and Adam's two
              moments, sharded over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020); with
@@ -16,7 +17,6 @@ checkpoint   saving: one whole fp32 parameter at a time. Loading: copies of the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from megatron_srpo.config import BUCKET_MIB
@@ -24,40 +24,13 @@ from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes, stage_activa
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
+from megatron_srpo.plan.parameters import stage_parameters, trained_parameters
 from megatron_srpo.plan.workload import Workload
 
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
 PHASES = ("generate", "swap", "score", "train", "publish", "save", "load")  # of a run, in which memory differs
 SWAPPED_BYTES = 2.0 * 4 * 2**22  # two fp32 pieces that a swap holds (mcore/shadow.py: EXCHANGED)
 BUCKET_BYTES = BUCKET_MIB["cuda"] * 2**20  # size of a gather bucket of a publish
-
-
-@dataclass(frozen=True)
-class StageParameters:
-    """Number of parameters of one rank: `ordinary` ones of all data-parallel ranks, and those of its experts."""
-
-    ordinary: int
-    experts: int
-
-    @property
-    def whole(self) -> int:
-        return self.ordinary + self.experts
-
-
-def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> StageParameters:
-    """Number of parameters of a rank of pipeline stage `stage` (from 0). Projections are split over tensor-parallel
-    ranks and experts over expert-parallel ranks; norms and routers are complete on each rank. The embedding is on the
-    first stage and, as the head, on the last."""
-    t, layers = layout.tensor, stage_layers(arch.layers, layout)[stage]
-    bias = (arch.query + 2 * arch.key if arch.qkv_bias else 0) // t
-    layer = (arch.attention_matrices + arch.mlp_matrices) // t + bias + arch.small_vectors + arch.experts * arch.hidden
-    vocabulary = math.ceil(arch.vocab / t) * arch.hidden
-    first, last = stage == 0, stage == layout.pipeline - 1
-    ordinary = layers * layer + (vocabulary if first else 0)
-    if last:
-        ordinary += arch.hidden + (0 if arch.tied and first else vocabulary)
-    experts = layers * arch.experts // layout.expert * (arch.expert_matrices // layout.expert_tensor)
-    return StageParameters(ordinary, experts)
 
 
 @dataclass(frozen=True)
@@ -86,7 +59,8 @@ def persistent_lines(
     arch: Architecture, layout: Layout, stage: int, *, shadows: int = 1, sharding: tuple[int, int] | None = None
 ) -> dict[str, float]:
     """Bytes of weights, gradients, optimizer and shadows (the EMA teacher, a reference policy) on a rank of a stage."""
-    part = stage_parameters(arch, layout, stage)
+    part = trained_parameters(arch, layout, stage)
+    held = stage_parameters(arch, layout, stage).whole + (part.whole if layout.lora_rank else 0)
     by, experts_by = sharding or (layout.sharding, layout.expert_sharding)
     shard = part.ordinary / by + part.experts / experts_by
     state = state_bytes(layout)
@@ -94,7 +68,7 @@ def persistent_lines(
     if layout.optimizer_on_host:  # a piece at a time (mcore/host_state.py); the embedding may be larger
         optimizer = min(optimizer, max(OPTIMIZER_PIECE, state * arch.vocab * arch.hidden / layout.tensor / by))
     return {
-        "weights": layout.dtype_bytes * part.whole,
+        "weights": layout.dtype_bytes * held,
         "gradients": 4.0 * part.whole,
         "optimizer": optimizer,
         "shadow": 0.0 if layout.shadow_on_host else 4.0 * shard * shadows,
@@ -109,7 +83,7 @@ def state_bytes(layout: Layout) -> int:
 def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
     """Host memory of a node for what is kept there all the time: the optimizer's state and the teacher's shadow."""
     each = state_bytes(layout) * layout.optimizer_on_host + 4 * layout.shadow_on_host
-    parts = (stage_parameters(arch, layout, stage) for stage in range(layout.pipeline))
+    parts = (trained_parameters(arch, layout, stage) for stage in range(layout.pipeline))
     fullest = max(part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in parts)
     return each * fullest * min(machine.node, layout.training_gpus)
 
@@ -138,11 +112,15 @@ def publish_bytes(arch: Architecture, layout: Layout) -> float:
 def saving_bytes(arch: Architecture, layout: Layout) -> float:
     """One whole fp32 parameter of this rank, which a save gathers from the data-parallel ranks."""
     largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn))
+    if layout.lora_rank:
+        largest = layout.lora_rank * max(arch.hidden, arch.query, arch.ffn, arch.expert_ffn)
     return 4.0 * largest / layout.tensor
 
 
 def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:
     """Copies of a rank's gate and up projections, in the model's dtype, when a checkpoint is loaded."""
+    if layout.lora_rank:
+        return 0.0  # the factors of gate and up are apart
     layers = stage_layers(arch.layers, layout)[stage]
     mlps = layers * arch.mlp_matrices / layout.tensor + stage_parameters(arch, layout, stage).experts
     return layout.dtype_bytes * mlps * 2 / 3
@@ -150,14 +128,14 @@ def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:
 
 def loading_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
     """Host memory of a node while its ranks load a checkpoint: whole fp32 tensors of one kind of state on each rank."""
-    fullest = max(stage_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
+    fullest = max(trained_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
     return 4.0 * fullest * min(machine.node, layout.training_gpus)
 
 
 def saving_host_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
     """Host memory of a node from a save until its files are written: every rank copies its weights, and the whole fp32
     tensors of the main parameters, both moments and every shadow (mcore/checkpoint.py), into pageable memory."""
-    fullest = max(stage_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
+    fullest = max(trained_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
     return (4.0 * (3 + shadows) + layout.dtype_bytes) * fullest * min(machine.node, layout.training_gpus)
 
 
@@ -199,7 +177,9 @@ def _phases(
         arch, layout, stage, layout.max_tokens, rows, path=path, ids=ids, logits_mib=logits_mib
     )
     scored = layout.max_tokens * layer_bytes(arch, layout, path=path).whole, head
-    if layout.overlap_grad_reduce and stage == layout.pipeline - 1:  # losses/linear.py: zeros for DDP
+    if (
+        layout.overlap_grad_reduce and not layout.lora_rank and stage == layout.pipeline - 1
+    ):  # losses/linear.py: zeros for DDP
         head += layout.dtype_bytes * arch.vocab * arch.hidden / layout.tensor
     engine: dict[str, float] = {}
     if layout.colocated:

@@ -8,7 +8,9 @@ from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.duration import forward_flops
 from megatron_srpo.plan.hardware import MACHINES
 
-BACKWARD = 2  # a backward pass takes twice the FLOPs of a forward pass; recomputation does not count
+# A backward pass takes twice the FLOPs of a forward pass, and as many if the weights are frozen, whose gradients nobody
+# computes. Recomputation does not count.
+BACKWARD, BACKWARD_FROZEN = 2, 1
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Meter:
     architecture: Architecture
     ranks: int
     device: str = ""
+    frozen: bool = False  # only LoRA adapters are trained
 
     @property
     def peak(self) -> float:
@@ -29,6 +32,8 @@ class Meter:
     def __call__(self, trained: float, scored: float, length: float, seconds: float) -> dict[str, float]:
         """Metrics of one iteration. `trained` and `scored` are tokens on all ranks (forward and backward, or forward
         only), `length` is the mean sequence length, `seconds` the duration."""
-        work = (trained * (1 + BACKWARD) + scored) * forward_flops(self.architecture, length)
+        work = (trained * (1 + (BACKWARD_FROZEN if self.frozen else BACKWARD)) + scored) * forward_flops(
+            self.architecture, length
+        )
         rate = work / seconds / self.ranks
         return {"perf/tflops_per_gpu": rate / 1e12} | ({"perf/mfu": rate / self.peak} if self.peak else {})

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_srpo.config import LoraConfig
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.duration import TimePlan, iteration_time, rows_of
 from megatron_srpo.plan.hardware import Machine
@@ -97,14 +98,15 @@ def evaluate(
 
 def search(
     arch: Architecture, gpus: int, machine: Machine, workload: Workload, *, show: int = 5, dtype_bytes: int = 2,
-    path: str = "te",
+    path: str = "te", lora: LoraConfig | None = None,
 ) -> Found:  # fmt: skip
-    """Search all layouts. The best ones come first, at most `show`, one for each way to split the model."""
+    """Search all layouts. The best ones come first, at most `show`, one for each way to split the model. With `lora`
+    only its adapters are trained."""
     excluded: Counter[str] = Counter()
     fitting: dict[tuple, Candidate] = {}
     missing: dict[tuple, Candidate] = {}
     tried = 0
-    for variants in layouts(arch, gpus, machine, workload, dtype_bytes):
+    for variants in layouts(arch, gpus, machine, workload, dtype_bytes, lora):
         for layout in variants:  # each needs less memory and more time than the one before: take the first that fits
             tried += 1
             problem = next(impossible(layout, arch), None)
@@ -145,10 +147,12 @@ def complexity(layout: Layout) -> int:
     return sum(size > 1 for size in sizes) + sum(switches)
 
 
-def fewest_gpus(arch: Architecture, gpus: int, machine: Machine, workload: Workload) -> Candidate | None:
+def fewest_gpus(
+    arch: Architecture, gpus: int, machine: Machine, workload: Workload, lora: LoraConfig | None = None
+) -> Candidate | None:
     """The layout on the smallest number of GPUs, gpus · 2, 4, … 64, on which something fits."""
     for factor in (2, 4, 8, 16, 32, 64):
-        found = search(arch, gpus * factor, machine, workload, show=1)
+        found = search(arch, gpus * factor, machine, workload, show=1, lora=lora)
         if found.best:
             return found.best[0]
     return None
@@ -161,8 +165,9 @@ def overshoot(candidate: Candidate) -> float:
 
 
 def layouts(
-    arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int
-) -> Iterator[list[Layout]]:
+    arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int,
+    lora: LoraConfig | None = None,
+) -> Iterator[list[Layout]]:  # fmt: skip
     """Every layout to try, in lists whose members differ only in what is recomputed or offloaded. Tensor parallelism
     stays inside a node, and a pipeline stage has at most four pieces."""
     for training, engine_gpus in [(gpus, 0), *((gpus - gpus // part, gpus // part) for part in SPLITS)]:
@@ -175,6 +180,10 @@ def layouts(
                 gpus, tensor, pipeline, virtual, context, expert, max_tokens=row, engine_gpus=engine_gpus,
                 dtype_bytes=dtype_bytes,
             )  # fmt: skip
+            if lora is not None:
+                base = dataclasses.replace(
+                    base, lora_rank=lora.rank, lora_projections=lora.projections, lora_experts=lora.experts
+                )
             base = dataclasses.replace(base, overlap_grad_reduce=base.sharding > 1)
             yield from _variants(base, machine)
 

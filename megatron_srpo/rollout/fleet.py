@@ -125,17 +125,19 @@ class Fleet(Generic[ServerT]):
     `limit` is the number of requests that one server works on at a time. `say` takes a line for the user.
     `needs_weights(server)` is called, in the loop's thread, when a server has come up with weights of another version
     than the wanted one. With `exact`, a response with a token of another version counts as a failure.
+    `folder_is_first`: a new server, which has the weights of its folder, has those of version 0.
     """
 
     def __init__(
         self, servers: Sequence[ServerT], *, limit: int, exact: bool, timeout_s: float, start_timeout_s: float,
         max_restarts: int, say: Callable[[str], None], needs_weights: Callable[[ServerT], None],
-        decode: Callable[[list[int]], str],
+        decode: Callable[[list[int]], str], folder_is_first: bool = True,
     ) -> None:  # fmt: skip
         self.servers = list(servers)
         self.version = 0  # the wanted one
         self.restarted = self.retried = 0
         self._limit, self._exact, self._timeout, self._start_timeout = limit, exact, timeout_s, start_timeout_s
+        self._folder_is_first = folder_is_first
         self._max_restarts, self._say, self._needs_weights, self._decode = max_restarts, say, needs_weights, decode
         self._pending: deque[Job] = deque()
         self._homes: dict[tuple[str, int], ServerT] = {}  # (salt of the call, prompt) → the server of its samples
@@ -217,7 +219,8 @@ class Fleet(Generic[ServerT]):
                 await asyncio.sleep(0.2)
         server.alive = True
         # A server that we did not start may have the weights of an earlier run; ours has just loaded the folder.
-        server.version = await server.client.weight_version() if process is None else 0
+        found = await server.client.weight_version() if process is None else 0
+        server.version = found if self._folder_is_first else None
 
     async def _watch(self, server: ServerT) -> None:
         """Check a server's process and health until it is given up."""

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, cast
 from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
-from megatron_srpo.config import BUCKET_MIB, Config, read_model_folder, save_resolved
+from megatron_srpo.config import (
+    BUCKET_MIB,
+    Config,
+    published_adapters,
+    read_model_folder,
+    save_resolved,
+    starts_with_publish,
+)
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.evaluation import chosen_prompts
@@ -55,14 +62,15 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
 
 
 def build_policy(config: Config, session: Session, *, trainable: bool) -> Policy:
-    """The model with the weights of model.path."""
-    from megatron_srpo.bridge import load_hf_weights
+    """The model with the weights of model.path, and with lora.rank the adapters of lora.path or new ones."""
+    from megatron_srpo.bridge import load_weights
     from megatron_srpo.config.check import optimizer_steps
     from megatron_srpo.mcore.policy import Policy
 
     return Policy(
         config, read_model_folder(config.model.path), session.topology, session.path,
-        partial(load_hf_weights, hf_dir=config.model.path), total_steps=optimizer_steps(config), trainable=trainable,
+        partial(load_weights, hf_dir=config.model.path, lora=config.lora), total_steps=optimizer_steps(config),
+        trainable=trainable,
     )  # fmt: skip
 
 
@@ -71,12 +79,13 @@ def bucket_bytes(config: Config, device: str) -> int:
     return (config.bridge.bucket_mib or BUCKET_MIB[device]) * 2**20
 
 
-def build_exporter(config: Config, policy: Policy) -> Exporter:
-    """The policy's weights in Hugging Face names."""
+def build_exporter(config: Config, policy: Policy, *, adapters: bool = False) -> Exporter:
+    """The policy's weights in Hugging Face names, adapters merged into them, or with `adapters` these alone."""
     from megatron_srpo.bridge import Exporter
 
     hf = read_model_folder(config.model.path)
-    return Exporter(policy.shards, hf, bucket_bytes=bucket_bytes(config, policy.topology.device.type))
+    shards = policy.shards.of_adapters() if adapters else policy.shards
+    return Exporter(shards, hf, bucket_bytes=bucket_bytes(config, policy.topology.device.type))
 
 
 def _evaluated_at_once(config: Config, ranks: int) -> int:
@@ -91,8 +100,9 @@ def _evaluated_at_once(config: Config, ranks: int) -> int:
 def build_parts(
     config: Config, session: Session, role: Role, scorer: Scorer, stop: StopRequest, watchdog: Watchdog,
     closing: ExitStack,
-) -> tuple[Components, Restored | None]:  # fmt: skip
-    """The parts of the loop, and the checkpoint that they go on from, if any."""
+) -> tuple[Components, Restored | None, Exporter]:  # fmt: skip
+    """The parts of the loop, the checkpoint that they go on from, if any, and the export that the run writes at its
+    end."""
     from megatron_srpo.checkpoints.saving import Checkpoints
     from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import checkpoint
@@ -105,7 +115,10 @@ def build_parts(
     policy = build_policy(config, session, trainable=True)
     hf = read_model_folder(config.model.path)
     architecture = Architecture.from_hf(hf)
-    exporter = build_exporter(config, policy)
+    # Of the model as it computes, or of the adapters alone: what is published, and what the run leaves behind.
+    kinds = published_adapters(config) is not None, config.writes_adapter
+    exporters = {alone: build_exporter(config, policy, adapters=alone) for alone in {*kinds}}
+    published, trained = (exporters[alone] for alone in kinds)
     store = Checkpoints(config, control, checkpoint, lambda text: role.log.message(text))
     restored = store.restore(policy)
     start, state = (restored.iteration, restored.state) if restored else (0, {})
@@ -117,8 +130,9 @@ def build_parts(
         closing.callback(engine.close)
         if config.rollout.sleep_while_training:
             engine.sleep()
-    if start or config.rollout.servers:  # external servers may still hold another run's weights
-        engine.publish(exporter, start)
+    # External servers may still hold another run's weights, and adapters are not in model.path.
+    if start or config.rollout.servers or starts_with_publish(config):
+        engine.publish(published, start)
     objective = Objective(config)
     if start < config.run.iterations:
         sample = control.share(lambda: probes(config, role.prompts("train")))
@@ -138,7 +152,7 @@ def build_parts(
         policy=policy,
         objective=objective,
         engine=engine,
-        weights=exporter,
+        weights=published,
         evaluate=Evaluator(
             config,
             engine,
@@ -151,7 +165,9 @@ def build_parts(
         store=cast(Store, store),  # generic in the policy, which mypy cannot match with a protocol
         log=role.log,
         timer=PhaseTimer(watchdog.phase),
-        meter=Meter(architecture, topology.world_size, device_name(topology.device)),
+        meter=Meter(
+            architecture, topology.world_size, device_name(topology.device), frozen=config.lora.rank > 0
+        ),  # fmt: skip
         should_stop=stop,
         skipped=SkippedSteps(config.train.max_skipped_steps, state.get("skipped_in_a_row", 0)),
         refresh=TeacherRefresh(config, state.get("teacher", {})),
@@ -159,4 +175,4 @@ def build_parts(
     )
     if restored:
         restored.restore_generators()
-    return parts, restored
+    return parts, restored, trained

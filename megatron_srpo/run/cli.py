@@ -220,6 +220,7 @@ def plan(
     teacher_prompt_max: Annotated[int, typer.Option(min=1, help="Tokens of the teacher's prompt.")] = 10240,
     distilled: Annotated[float, typer.Option(help="Share of samples that the teacher scores.")] = 0.3,
     iterations: Annotated[int, typer.Option(min=1, help="Of the run, for GPU-hours.")] = 475,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA adapters of this rank; 0: all weights.")] = 0,
     top: Annotated[int, typer.Option(min=1, help="Layouts that are shown.")] = 5,
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Of python -m benchmarks.calibrate.")] = None,
     write: Annotated[Path | None, typer.Option(metavar="CONFIG", help="Write the best layout's configuration.")] = None,
@@ -247,7 +248,10 @@ def plan(
         response_mean=response_mean, response_max=response_max, teacher_prompt_max=teacher_prompt_max,
         distilled=distilled, iterations=iterations,
     )  # fmt: skip
-    return planning.plan(model, gpus, gpu, workload, calibration=calibration, top=top, write=write, json_output=as_json)
+    return planning.plan(
+        model, gpus, gpu, workload, calibration=calibration, top=top, write=write, json_output=as_json,
+        lora_rank=lora_rank,
+    )  # fmt: skip
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, published_adapters, starts_with_publish
 from megatron_srpo.rewards.registry import unknown
 from megatron_srpo.rollout import RolloutEngine
 from megatron_srpo.run.roles import Driver, Role
@@ -66,6 +66,7 @@ def _one_turn_engine(config: Config, session: Session, role: Role) -> RolloutEng
         device=session.topology.device.type,
         tokenizer=config.model.tokenizer,
         verifier=Verifier(config.bridge.verify_every),
+        adapters=published_adapters(config),
     )
 
 
@@ -92,6 +93,7 @@ def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngin
         max_model_len=_longest(config), seed=config.run.seed, device=device.type, control=session.control,
         make_sender=make_sender, verifier=Verifier(config.bridge.verify_every),
         logs=Path(config.run.output_dir) / "engines", decode=role.decode, say=lambda text: role.log.message(text),
+        adapters=published_adapters(config), folder_is_first=not starts_with_publish(config),
     )  # fmt: skip
 
 

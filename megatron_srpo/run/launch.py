@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, published_adapters, starts_with_publish
 from megatron_srpo.core import exit_codes
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import UserError
@@ -62,7 +62,7 @@ def _train(config: Config, session: Session, closing: ExitStack, lock: OutputLoc
     watchdog = Watchdog(60 * config.run.watchdog_minutes, rank=session.topology.rank)
     closing.callback(watchdog.close)
     with watchdog.phase("start"):
-        parts, restored = build_parts(config, session, role, scorer, stop, watchdog, closing)
+        parts, restored, trained = build_parts(config, session, role, scorer, stop, watchdog, closing)
     if lock is not None:
         parts.should_stop = partial(_looking_after, lock, role.log.warn, stop)
     start, saved = (restored.iteration, restored.folder) if restored else (0, None)
@@ -73,10 +73,10 @@ def _train(config: Config, session: Session, closing: ExitStack, lock: OutputLoc
         done = trainer.run()
     except LastCheckpointLost as lost:
         with watchdog.phase("export"):
-            raise UserError(f"{lost} {_rescue_weights(config, control, parts.weights, trainer.iteration)}") from lost
+            raise UserError(f"{lost} {_rescue_weights(config, control, trained, trainer.iteration)}") from lost
     if done:
         with watchdog.phase("export"):
-            _write_hf(config, parts.weights, folder, is_driver=control.is_driver)
+            _write_hf(config, trained, folder, is_driver=control.is_driver)
     role.log.message(_ending(config, done, start, folder, parts.store.last or saved))
     requeue = control.any(stop.requeue)
     return exit_codes.DONE if done else exit_codes.REQUEUE if requeue else exit_codes.STOPPED
@@ -89,10 +89,12 @@ def _looking_after(lock: OutputLock, warn: Callable[[str], None], stop: StopRequ
 
 
 def _write_hf(config: Config, weights: Weights, target: Path, *, is_driver: bool) -> None:
-    """Every rank drains the export; rank 0 writes the folder."""
-    from megatron_srpo.bridge import write_hf_folder
+    """Every rank drains the export; rank 0 writes the folder of the model, or of the adapter."""
+    from megatron_srpo.bridge import write_adapter_folder, write_hf_folder
 
-    if is_driver:
+    if is_driver and config.writes_adapter:
+        write_adapter_folder(weights, target, config.lora, config.model.path)
+    elif is_driver:
         write_hf_folder(
             weights, config.model.path, target, dtype=config.model.dtype, tokenizer=config.model.tokenizer
         )  # fmt: skip
@@ -162,7 +164,8 @@ def measure(config: Config, *, checkpoint: Path | None, split: str, responses: P
         untrained = config.rollout.model_copy(update={"routing_replay": "off"})  # nobody asks for experts
         engine = build_engine(config.model_copy(update={"rollout": untrained}), session, role)
         closing.callback(engine.close)
-        if folder is not None or config.rollout.servers:  # external servers may still hold another run's weights
+        # External servers may still hold another run's weights, and adapters are not in model.path.
+        if folder is not None or config.rollout.servers or starts_with_publish(config):
             engine.publish(_evaluated_weights(config, session, folder), 1)
         prompts, chosen = chosen_prompts(control.share(lambda: role.prompts(split)), config.eval, split)
         role.log.message(chosen)
@@ -192,4 +195,4 @@ def _evaluated_weights(config: Config, session: Session, folder: Path | None) ->
     policy = build_policy(config, session, trainable=False)
     if folder is not None:
         checkpoint.load(policy, folder)
-    return build_exporter(config, policy)
+    return build_exporter(config, policy, adapters=published_adapters(config) is not None)

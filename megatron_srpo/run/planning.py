@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_srpo.config import LoraConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.json_types import read_weight_map
 from megatron_srpo.plan import (
@@ -34,7 +35,7 @@ Tensors = dict[str, tuple[int, ...]]  # exported tensors of a stage: Hugging Fac
 
 def plan(
     model: str, gpus: int, gpu: str, workload: Workload, *, calibration: Path | None, top: int, write: Path | None,
-    json_output: bool,
+    json_output: bool, lora_rank: int = 0,
 ) -> int:  # fmt: skip
     """Search, print, and write the best layout's configuration. Returns 0, or 1 if no layout fits."""
     arch, hf = read_architecture(model)
@@ -44,13 +45,14 @@ def plan(
         raise UserError(f"plan: --write {write}: expected a file's name in a folder that exists")
     if write is not None and write.exists():
         raise UserError(f"plan: {write} exists and is not replaced: remove it, or --write another")
-    found = search(arch, gpus, machine, workload, show=top)
+    lora = LoraConfig(rank=lora_rank, targets=["attention"] if arch.experts else ["attention", "mlp"])
+    found = search(arch, gpus, machine, workload, show=top, lora=lora)
     if json_output:
         print(json.dumps(as_json(found, arch, machine, workload), indent=1))
     else:
         show(found, arch, machine, workload, _console())
     if not json_output:
-        for line in _advice(found, arch, gpus, machine, workload):
+        for line in _advice(found, arch, gpus, machine, workload, lora):
             print(line)
     if not found.best:
         return 1
@@ -72,23 +74,25 @@ def plan(
     return 0
 
 
-def _advice(found: Found, arch: Architecture, gpus: int, machine: Machine, workload: Workload) -> Iterator[str]:
+def _advice(
+    found: Found, arch: Architecture, gpus: int, machine: Machine, workload: Workload, lora: LoraConfig
+) -> Iterator[str]:
     """What would fit if nothing does, and whether half of the GPUs would be enough."""
     if not found.best:
-        fits = fewest_gpus(arch, gpus, machine, workload)
+        fits = fewest_gpus(arch, gpus, machine, workload, lora)
         if fits is not None:
             yield f"It fits on {fits.layout.gpus} GPUs: {fits.layout.name()}, {fits.step_seconds:.0f} s an iteration."
         shorter = dataclasses.replace(
             workload, response_max=workload.response_max // 2, teacher_prompt_max=workload.teacher_prompt_max // 2,
             response_mean=min(workload.response_mean, workload.response_max // 2),
         )  # fmt: skip
-        if search(arch, gpus, machine, shorter, show=1).best:
+        if search(arch, gpus, machine, shorter, show=1, lora=lora).best:
             yield (
                 f"On {gpus} GPUs it fits with --response-max {shorter.response_max} --teacher-prompt-max "
                 f"{shorter.teacher_prompt_max}."
             )
         return
-    half = search(arch, gpus // 2, machine, workload, show=1).best if gpus >= 2 else []
+    half = search(arch, gpus // 2, machine, workload, show=1, lora=lora).best if gpus >= 2 else []
     if half and half[0].step_seconds < ENOUGH * found.best[0].step_seconds:
         yield (
             f"{gpus // 2} GPUs are enough: an iteration takes {half[0].step_seconds:.1f} s there, and "
@@ -165,13 +169,14 @@ def check(files: Sequence[Path], gpus: int, overrides: list[str], model: str | N
     for built in meta_ranks(config, hf, gpus):
         found = stage_inventory(built.shards, hf)
         count = sum(parameter.numel() for parameter in built.shards.parameters.values())
+        trained = sum(factor.numel() for factor in built.shards.adapters.values()) if config.lora.rank else count
         if stages.setdefault(built.stage, found.tensors) != found.tensors:
             raise UserError(f"plan: two ranks of pipeline stage {built.stage} would export different tensors")
         if len(layers) == built.stage:
             layers.append(built.layers)
         table.add_row(
-            str(built.rank), str(built.stage), _span(built.layers), f"{count:,}", f"{4 * count / 2**20:,.0f}",
-            f"{itemsize * count / 2**20:,.0f}", f"{sent / 2**20:,.1f}", str(len(found.buckets)),
+            str(built.rank), str(built.stage), _span(built.layers), f"{count:,}", f"{4 * trained / 2**20:,.0f}",
+            f"{itemsize * trained / 2**20:,.0f}", f"{sent / 2**20:,.1f}", str(len(found.buckets)),
             f"{max(found.buckets) / 2**20:,.0f}",
         )  # fmt: skip
     console.print(table)

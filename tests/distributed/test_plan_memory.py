@@ -7,6 +7,7 @@ import pytest
 
 from megatron_srpo.plan.activations import stage_activations
 from megatron_srpo.plan.architecture import read_architecture
+from megatron_srpo.plan.configuration import lora_targets
 from megatron_srpo.plan.layout import Layout
 from megatron_srpo.plan.memory import persistent_lines
 from tests.distributed_harness import run_distributed
@@ -23,6 +24,7 @@ LAYOUTS = {
     "pp2 vpp2 dp2, full recompute": (Layout(4, 1, 2, 2, recompute="full"), "float32"),
     "cp2 dp2 bf16, selective recompute": (Layout(4, context=2, recompute="selective"), "bfloat16"),
 }
+Q_AND_O = ("q_proj", "o_proj")
 MORE = {
     "dp4": (Layout(4), "float32"),
     "dp4 bf16": (Layout(4), "bfloat16"),
@@ -39,6 +41,16 @@ MORE = {
 }
 
 
+LORA = {
+    "tp2 pp2": (Layout(4, 2, 2, lora_rank=16), "float32"),
+    "tp2 dp2 bf16": (Layout(4, 2, lora_rank=16), "bfloat16"),
+    "dp4, full recompute": (Layout(4, recompute="full", lora_rank=16), "float32"),
+    "cp2 dp2 bf16": (Layout(4, context=2, lora_rank=16), "bfloat16"),
+}
+MOE_LORA = {
+    "ep2": (Layout(4, expert=2, lora_rank=16, lora_projections=Q_AND_O, lora_experts=True), "float32"),
+    "tp2 ep4 bf16": (Layout(4, 2, expert=4, lora_rank=16, lora_projections=Q_AND_O), "bfloat16"),
+}
 MOE = {  # how evenly tokens spread over expert-parallel ranks is not the planner's to know
     "dp4": (Layout(4), "float32"),
     "dp4 bf16": (Layout(4), "bfloat16"),
@@ -53,6 +65,7 @@ def measure_all(model, layouts):
         name: measured(
             model,
             {
+                "lora": {"rank": layout.lora_rank, "targets": lora_targets(layout)},
                 "model": {"dtype": dtype, "recompute": layout.recompute, "recompute_layers": layout.recompute_layers},
                 "parallel": {
                     "tensor_model_parallel_size": layout.tensor,
@@ -110,4 +123,9 @@ def test_predicted_memory_is_what_ranks_hold_in_other_families(tmp_path, family,
 @pytest.mark.slow
 def test_predicted_memory_is_what_ranks_hold_with_experts(tmp_path):
     experts = {"experts": 8, "experts_per_token": 2, "expert_ffn": 96}
-    compare(make_tiny_model(tmp_path / "model", "qwen3_moe", tied=False, **SIZES, **experts), MOE)
+    compare(make_tiny_model(tmp_path / "model", "qwen3_moe", tied=False, **SIZES, **experts), MOE | MOE_LORA)
+
+
+@pytest.mark.slow
+def test_predicted_memory_is_what_ranks_hold_with_adapters(model):
+    compare(model, LORA)

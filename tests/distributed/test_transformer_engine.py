@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from tests import transformer_engine_on_cpu as emulation
+from tests.distributed import test_lora, test_lora_state
+from tests.distributed.test_lora import qwen3_moe  # noqa: F401  # a fixture
 from tests.distributed.test_policy import LAYOUTS, VOCAB, check_close, swap_bf16, train_and_report
 from tests.distributed_harness import run_distributed
+from tests.lora_reference import make_adapter
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -87,3 +90,45 @@ def test_two_ranks_equal_the_local_layers(engine, local, layout, tmp_path):
 def test_a_bf16_student_is_back_bit_for_bit(engine, tmp_path, layout):
     model = make_tiny_model(tmp_path / "model", "qwen3", tied=True, vocab=VOCAB, layers=2, dtype=torch.bfloat16)
     run_distributed(on_transformer_engine, 2, engine, swap_bf16, model, LAYOUTS[layout], fresh=True)
+
+
+@pytest.mark.parametrize("layout", ["serial", "tp2 sp", "tp2", "pp2 interleaved", "cp2"])
+def test_adapters_on_transformer_engines_layers_equal_peft(engine, adapted, layout):
+    model, adapter = adapted
+    arguments = (test_lora.one_step, model, adapter, layout, test_lora.ALL, {})
+    ranks = test_lora.LAYOUTS[layout][0]
+    found, calls = run_distributed(on_transformer_engine, ranks, engine, *arguments, fresh=True)[0]
+    test_lora.check_step(found, test_lora.reference_step(model, adapter), bound=1e-4)  # 5.4e-5 was seen
+    assert {"norm and linear", "linear", "adam"} <= calls.keys()
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A model with biases, and an adapter on it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    model = make_tiny_model(folder / "model", "qwen2", tied=False, vocab=VOCAB, layers=4)
+    return model, make_adapter(model, folder / "adapter", targets=test_lora.ALL)
+
+
+@pytest.mark.parametrize("layout", ["moe ep2", "moe tp2 sp", "moe etp2", "moe ep2 tp2 sp"])
+def test_adapters_of_experts_on_transformer_engines_layers_equal_float64(engine, qwen3_moe, layout):  # noqa: F811
+    """The experts' products are not grouped then."""
+    model, adapter, tensors = qwen3_moe
+    arguments = (test_lora.one_step, model, adapter, layout, test_lora.EVERYTHING, {})
+    ranks = test_lora.LAYOUTS[layout][0]
+    found, calls = run_distributed(on_transformer_engine, ranks, engine, *arguments, fresh=True)[0]
+    test_lora.check_step(found, test_lora.chain_rule(model, tensors, 8 / 4))
+    assert "grouped" not in calls and "permute" in calls
+
+
+def test_adapters_on_transformer_engines_layers_are_kept(engine, adapted, tmp_path):
+    """And a checkpoint of theirs is that of the local layers."""
+    model, _ = adapted
+    start = (test_lora_state.train_and_report, model)
+    expected = run_distributed(*start[:1], 1, *start[1:], {}, tmp_path / "local", test_lora.ALL)[0]
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    arguments = (*start, parallel, tmp_path / "theirs", test_lora.ALL, tmp_path / "local")
+    for found, _ in run_distributed(on_transformer_engine, 2, engine, *arguments, fresh=True):
+        assert found["base"] == expected["base"] and test_lora_state.equal(found["drawn"], expected["drawn"])
+        for name, value in expected["trained"].items():
+            torch.testing.assert_close(found["resharded"][name], value, rtol=0, atol=2e-4, msg=name)

@@ -397,7 +397,8 @@ def test_another_data_order_is_refused_unless_its_reset_is_named(tmp_path):
 def test_every_key_has_a_class_and_only_these_are_not_free_to_change():
     kinds = {key: kind_of(key) for key in config_fields()}
     assert {key for key, kind in kinds.items() if kind in ("fixed", "reset")} == {
-        "algorithm.name", "run.seed", "data.shuffle", "teacher.mode"
+        "algorithm.name", "run.seed", "data.shuffle", "teacher.mode",
+            "lora.rank", "lora.alpha", "lora.rslora", "lora.targets",
     }  # fmt: skip
     assert kinds["optimizer.lr"] == kinds["parallel.tensor_model_parallel_size"] == kinds["model.dtype"] == "told"
     assert kinds["observe.wandb"] == kinds["checkpoint.keep"] == kinds["run.name"] == "quiet"

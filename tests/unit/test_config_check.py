@@ -74,6 +74,15 @@ def test_a_sound_configuration_passes_all_checks():
 @pytest.mark.parametrize(
     ("changes", "key", "cure"),
     [
+        ({"lora__path": "somewhere"}, 'lora.path = "somewhere": lora.rank is 0', "set lora.rank"),
+        ({"lora__rank": 8, "lora__path": "nowhere"}, 'lora.path = "nowhere"', "name the folder of a peft adapter"),
+        ({"lora__rank": 8, "lora__targets": []}, "lora.targets = []", '["attention", "mlp"]'),
+        ({"lora__rank": 8, "model__fp8": "hybrid"}, 'model.fp8 = "hybrid"', "lora.rank = 0"),
+        (
+            {"lora__rank": 8, "lora__dropout": 0.1, "lora__targets": ["experts"]},
+            "lora.dropout = 0.1",
+            'remove "experts"',
+        ),
         ({"train__prompts_per_mini_batch": 5}, "train.prompts_per_mini_batch = 5", "1, 2, 4, 8, 16, 32"),
         ({"train__prompts_per_mini_batch": 64}, "train.prompts_per_mini_batch = 64", "0 for the whole batch"),
         ({"rollout__n_samples_per_prompt": 1}, "rollout.n_samples_per_prompt = 1", "sample at least 2"),
@@ -566,3 +575,11 @@ def test_settings_of_environments_that_cannot_be_meant_are_refused():
 def test_replaying_experts_for_the_teacher_needs_experts():
     with pytest.raises(ConfigError, match=r"teacher.routing_replay = true: the model has no experts"):
         check(configured(teacher__routing_replay=True), QWEN3_8B)
+
+
+def test_adapters_need_projections_that_the_model_has():
+    assert "the model has no experts" in told(QWEN3_8B, lora__rank=8, lora__targets=["attention", "experts"])
+    assert 'write "experts"' in told(QWEN3_30B_A3B, lora__rank=8)
+    for targets in (["attention"], ["attention", "experts"]):
+        assert "lora" not in told(QWEN3_30B_A3B, lora__rank=8, lora__targets=targets)
+    assert "lora" not in told(QWEN3_8B, lora__rank=8) + told(QWEN3_8B, lora__targets=["experts"])

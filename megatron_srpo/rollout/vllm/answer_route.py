@@ -8,12 +8,16 @@ from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateReque
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
+from megatron_srpo.rollout.vllm.adapter_loader import ADAPTER, adapter_request
 from megatron_srpo.rollout.vllm.answers import MEDIA_TYPE, ROUTE, pack_answer
 
 
 @with_cancellation  # a client that goes away aborts its request
 async def generate(request: GenerateRequest, raw_request: Request) -> Response:
-    """vLLM's /inference/v1/generate for one response, packed by `pack_answer`."""
+    """vLLM's /inference/v1/generate for one response, packed by `pack_answer`. The model `ADAPTER` is the one with the
+    adapters of the last publish."""
+    if request.model == ADAPTER:
+        raw_request.app.state.openai_serving_models.lora_requests.setdefault(ADAPTER, adapter_request())
     answer = await raw_request.app.state.serving_tokens.serve_tokens(request, raw_request)
     if isinstance(answer, ErrorResponse):
         return JSONResponse(content=answer.model_dump(), status_code=answer.error.code)

@@ -27,14 +27,15 @@ NO_EXPERTS = (
 
 
 class VllmClient(HttpClient):
-    """HTTP to one vLLM server. `shape` is its model's; requests for the experts of tokens need it."""
+    """HTTP to one vLLM server. `shape` is its model's; requests for the experts of tokens need it. `model` names what
+    answers: the server's model, or its published adapters."""
 
     def __init__(
         self, url: str, token: str, *, request_timeout_s: float, control_timeout_s: float,
-        shape: ModelShape | None = None,
+        shape: ModelShape | None = None, model: str = MODEL_NAME,
     ) -> None:  # fmt: skip
         super().__init__(url, token, request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s)
-        self._shape = shape
+        self._shape, self._model = shape, model
 
     async def health(self, timeout: float) -> None:
         await self.call("GET", "/health", timeout=timeout)
@@ -56,7 +57,7 @@ class VllmClient(HttpClient):
     ) -> Rollout | None:
         """One response, or None when the server aborted it."""
         body = {
-            "model": MODEL_NAME,
+            "model": self._model,
             "token_ids": request.token_ids,
             "cache_salt": salt,
             "sampling_params": {

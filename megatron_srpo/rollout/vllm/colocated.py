@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_srpo.bridge import Verifier
 from megatron_srpo.bridge.verify import Report
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config import LoraConfig, RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.balance import split_requests
 from megatron_srpo.rollout.engine import (
@@ -25,6 +25,7 @@ from megatron_srpo.rollout.engine import (
     check_lengths,
     decode_inside,
 )
+from megatron_srpo.rollout.vllm.adapter_loader import adapter_request
 from megatron_srpo.rollout.vllm.environment import shared_memory_name, unlink_blocks
 from megatron_srpo.rollout.vllm.expert_records import expert_record
 from megatron_srpo.rollout.vllm.process_state import preserved_generators
@@ -42,13 +43,14 @@ class ColocatedEngine:
 
     Making one is collective. Without a torch.distributed world it is a single engine in this process. `control_group`
     is a gloo group over all ranks, which carries token ids, log-probs and text. `device` is "cpu" or "cuda".
-    `tokenizer` is the tokenizer's folder if it is not `hf_dir`. Call prepare_environment first.
+    `tokenizer` is the tokenizer's folder if it is not `hf_dir`. `adapters`: what publishes bring, if not whole models;
+    publish before the first generation then. Call prepare_environment first.
     """
 
     def __init__(
         self, *, hf_dir: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
         control_group: dist.ProcessGroup | None = None, device: str = "cpu", tokenizer: str = "",
-        verifier: Verifier | None = None,
+        verifier: Verifier | None = None, adapters: LoraConfig | None = None,
     ) -> None:  # fmt: skip
         self._control, self._device, self._max_model_len = control_group, device, max_model_len
         self._owns_world = not dist.is_initialized()
@@ -64,11 +66,11 @@ class ColocatedEngine:
                 f"rollout.tensor_parallel_size = {size} does not divide the {world} rank(s): every engine is a group "
                 "of that many. Choose a divisor, or start another number of processes."
             )
-        check_model(str(hf_dir), rollout, max_model_len, device)
+        check_model(str(hf_dir), rollout, max_model_len, device, adapters)
         self._engines, self._engine, self._is_leader = world // size, self._rank // size, self._rank % size == 0
         name = shared_memory_name(self._pids(world)[self._engine * size])
         settings = EngineSettings(
-            str(hf_dir), str(tokenizer or hf_dir), dtype, rollout, max_model_len, seed, device, name
+            str(hf_dir), str(tokenizer or hf_dir), dtype, rollout, max_model_len, seed, device, name, adapters
         )
         self._shape = model_shape(str(hf_dir))
         self._engine_llm: LLM | None = start_engine(settings)
@@ -81,6 +83,7 @@ class ColocatedEngine:
         self._added = 0  # requests so far
         self._dropped = False  # whether the engine sleeps without its weights
         self._verifier = verifier or Verifier(0)
+        self._adapters, self._adapter = adapters, adapter_request() if adapters is not None else None
         self.weight_version = 0
 
     def _pids(self, world: int) -> list[int]:
@@ -186,7 +189,9 @@ class ColocatedEngine:
             )  # fmt: skip
             self._added += 1
             asked[str(self._added)] = request
-            self._llm.llm_engine.add_request(str(self._added), {"prompt_token_ids": request.token_ids}, parameters)
+            self._llm.llm_engine.add_request(
+                str(self._added), {"prompt_token_ids": request.token_ids}, parameters, lora_request=self._adapter
+            )
 
     def _step(self, asked: dict[str, GenerateRequest], sampling: SamplingSettings) -> list[Rollout]:
         """The responses that one step of vLLM completes."""
@@ -240,7 +245,7 @@ class ColocatedEngine:
         self._wake("weights")
         verify = self._verifier.begin()
         items = self._verifier.record(weights) if verify else iter(weights)
-        reports = self._llm.collective_rpc("publish_weights", args=(items, verify))
+        reports = self._llm.collective_rpc("publish_weights", args=(items, verify, self._adapters))
         if verify:
             self._compare(reports[0])
         self._reset_cache()
@@ -271,8 +276,9 @@ class ColocatedEngine:
         """See RolloutEngine. The cache is dropped, and the weights move to the host (vLLM's level 1) or are dropped as
         well (level 2), which saves two copies of them and the host's memory. On a CPU nothing happens."""
         if self._device == "cuda" and not self._asleep:
-            self._llm.sleep(level=2 if publish_next else 1)
-            self._asleep, self._dropped = set(SLEEPERS), publish_next
+            drop = publish_next and self._adapters is None  # a publish of adapters does not bring the base weights
+            self._llm.sleep(level=2 if drop else 1)
+            self._asleep, self._dropped = set(SLEEPERS), drop
 
     def _wake(self, *parts: str) -> None:
         """Give these parts their memory back, if they sleep."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, published_adapters
 from megatron_srpo.core import loopback
 from megatron_srpo.core.environment import inherited
 from megatron_srpo.rollout.engine import RolloutError
@@ -216,11 +216,12 @@ def become_server(config: Config, max_model_len: int, device: str, host: str, po
             "this server"
         )
     check_address(host, port)
-    check_model(config.model.path, config.rollout, max_model_len, device)
+    check_model(config.model.path, config.rollout, max_model_len, device, published_adapters(config))
     tokenizer = config.model.tokenizer or config.model.path
     settings = EngineSettings(
-        config.model.path, tokenizer, config.model.dtype, config.rollout, max_model_len, config.run.seed, device
-    )
+        config.model.path, tokenizer, config.model.dtype, config.rollout, max_model_len, config.run.seed, device,
+        adapters=published_adapters(config),
+    )  # fmt: skip
     devices, threads = os.environ.get("CUDA_VISIBLE_DEVICES"), None
     if device == "cpu":
         devices, threads = None, max(1, len(os.sched_getaffinity(0)) // config.rollout.tensor_parallel_size)

@@ -28,7 +28,7 @@ import torch
 
 from megatron_srpo.bridge import Verifier
 from megatron_srpo.bridge.weight_stream import GroupAddress, Sender, Streams, sender_of
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config import LoraConfig, RolloutConfig
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout.engine import (
     Control,
@@ -41,7 +41,8 @@ from megatron_srpo.rollout.engine import (
 )
 from megatron_srpo.rollout.fleet import Fleet, Server
 from megatron_srpo.rollout.http import ServerError, UnacceptableRequest, results_or_errors
-from megatron_srpo.rollout.vllm.client import VllmClient
+from megatron_srpo.rollout.vllm.adapter_loader import ADAPTER
+from megatron_srpo.rollout.vllm.client import MODEL_NAME, VllmClient
 from megatron_srpo.rollout.vllm.server_process import VllmServerProcess, server_environment, visible_devices
 from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, model_shape
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
@@ -147,7 +148,9 @@ class ServersEngine:
     """Rank 0's RolloutEngine, whose engines are HTTP servers that it starts unless rollout.servers names running ones.
 
     Making one is collective. `make_sender(host)` makes this end of the weight streams to servers on that host. `logs`
-    is a folder. `decode` turns response ids into text, and `say` takes a line for the user.
+    is a folder. `decode` turns response ids into text, and `say` takes a line for the user. `adapters`: what publishes
+    bring, if not whole models. `folder_is_first`: whether the weights of `hf_dir` are those of version 0; a new server
+    else needs a publish before it answers.
     """
 
     _sender: Sender
@@ -156,11 +159,14 @@ class ServersEngine:
     def __init__(
         self, *, hf_dir: str, tokenizer: str, dtype: str, rollout: RolloutConfig, max_model_len: int, seed: int,
         device: str, control: Control, make_sender: Callable[[str], Sender], verifier: Verifier, logs: Path,
-        decode: Callable[[list[int]], str], say: Callable[[str], None],
+        decode: Callable[[list[int]], str], say: Callable[[str], None], adapters: LoraConfig | None = None,
+        folder_is_first: bool = True,
     ) -> None:  # fmt: skip
         self._rollout, self._control, self._max_model_len = rollout, control, max_model_len
-        self._verifier, self._verify = verifier, False
-        self._settings = EngineSettings(hf_dir, tokenizer or hf_dir, dtype, rollout, max_model_len, seed, device)
+        self._verifier, self._verify, self._folder_is_first = verifier, False, folder_is_first
+        self._settings = EngineSettings(
+            hf_dir, tokenizer or hf_dir, dtype, rollout, max_model_len, seed, device, adapters=adapters
+        )
         self._shape = model_shape(hf_dir)
         # Servers that need weights, and None when all answers of a call have come.
         self._events: queue.SimpleQueue[VllmServer | None] = queue.SimpleQueue()
@@ -179,14 +185,15 @@ class ServersEngine:
     ) -> None:  # fmt: skip
         """Start the servers, or find those that run already."""
         rollout = self._rollout
-        check_model(self._settings.hf_dir, rollout, self._max_model_len, self._settings.device)
+        settings = self._settings
+        check_model(settings.hf_dir, rollout, self._max_model_len, settings.device, settings.adapters)
         servers = self._running_servers() if rollout.servers else self._own_servers(logs)
         self._sender = make_sender(host_of(rollout.servers[0]) if rollout.servers else rollout.server_host)
         self._fleet = Fleet(
             servers, limit=rollout.max_num_seqs, exact=rollout.max_staleness == 0,
             timeout_s=rollout.server_timeout_seconds, start_timeout_s=rollout.server_start_seconds,
             max_restarts=rollout.max_server_restarts, say=say, needs_weights=self._events.put,
-            decode=partial(decode_inside, self._shape.vocab, decode),
+            decode=partial(decode_inside, self._shape.vocab, decode), folder_is_first=self._folder_is_first,
         )  # fmt: skip
         try:
             self._fleet.run(self._fleet.bring_up())
@@ -198,6 +205,7 @@ class ServersEngine:
         return VllmClient(
             url, token, request_timeout_s=self._rollout.request_timeout_seconds,
             control_timeout_s=self._rollout.server_timeout_seconds, shape=self._shape,
+            model=MODEL_NAME if self._settings.adapters is None else ADAPTER,
         )  # fmt: skip
 
     def _running_servers(self) -> list[VllmServer]:
@@ -369,7 +377,9 @@ class ServersEngine:
                 self._lose(server, f"its workers did not join for the weights: {error}")
         self._call_all(transfer.servers, lambda server: server.client.call("POST", "/start_weight_update"))
         transfer.servers = [server for server in transfer.servers if server.alive and self._has_joined(server)]
-        body = {"update_info": {"report": transfer.key, "verify": self._verify}}
+        adapters = self._settings.adapters
+        section = None if adapters is None else adapters.model_dump()
+        body = {"update_info": {"report": transfer.key, "verify": self._verify, "adapters": section}}
         timeout = self._rollout.request_timeout_seconds
         shares: Shares = {}
         for server in transfer.servers:

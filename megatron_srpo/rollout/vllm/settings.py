@@ -7,22 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_srpo.bridge import BridgeError, read_config
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config import LoraConfig, RolloutConfig
 from megatron_srpo.config.check import CPU_HEAD_DIMS
 from megatron_srpo.families import ModelShape
 from megatron_srpo.rollout.engine import RolloutError
+from megatron_srpo.rollout.vllm.adapter_loader import adapter_arguments
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable
 # By name, because the module imports vLLM, which the trainer of servers does not.
 RECORDING_WORKER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingCPUWorker"
 RECORDING_SCHEDULER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingScheduler"
-Arguments = dict[str, "str | int | float | bool | dict[str, str]"]
+Arguments = dict[str, "str | int | float | bool | dict[str, str] | list[str]"]
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The settings of one engine. `shared_memory` names its blocks (tensor-parallel engines on CPUs)."""
+    """The settings of one engine. `shared_memory` names its blocks (tensor-parallel engines on CPUs). `adapters`: those
+    that it serves on the weights of its folder; None if publishes bring whole models."""
 
     hf_dir: str
     tokenizer: str
@@ -32,6 +34,7 @@ class EngineSettings:
     seed: int
     device: str
     shared_memory: str = ""
+    adapters: LoraConfig | None = None
 
     @property
     def records_experts(self) -> bool:
@@ -44,7 +47,9 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device: str) -> None:
+def check_model(
+    hf_dir: str, rollout: RolloutConfig, max_model_len: int, device: str, adapters: LoraConfig | None = None
+) -> None:  # fmt: skip
     """Refuse a model that vLLM would refuse deep inside its start. Raises RolloutError."""
     try:
         shape = ModelShape.from_hf(read_config(hf_dir))
@@ -55,6 +60,11 @@ def check_model(hf_dir: str, rollout: RolloutConfig, max_model_len: int, device:
         raise RolloutError(
             f"the model in {hf_dir} has head_dim {shape.head_dim}: on a CPU, vLLM takes "
             f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model, or a GPU."
+        )
+    if device == "cpu" and adapters is not None and shape.experts:
+        raise RolloutError(
+            'lora.publish = "adapter": on a CPU, vLLM serves no adapters for models with experts. Set it to "auto" or '
+            '"merged".'
         )
     heads, groups, ffn = shape.heads, shape.groups, shape.ffn
     if heads % size or ffn % size or (groups % size and size % groups):
@@ -112,6 +122,8 @@ def engine_arguments(settings: EngineSettings) -> Arguments:
         arguments["kv_cache_memory_bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+    if settings.adapters is not None:
+        arguments |= adapter_arguments(settings.adapters)
     if settings.records_experts and cpu:
         # Compiled code would not call the recorder.
         arguments |= {"worker_cls": RECORDING_WORKER, "scheduler_cls": RECORDING_SCHEDULER, "enforce_eager": True}
@@ -125,7 +137,9 @@ def command_line(arguments: Mapping[str, object]) -> list[str]:
     options = []
     for name, value in arguments.items():
         option = name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, list):
+            options += [f"--{option}", *map(str, value)]
+        elif isinstance(value, bool):
             options.append(f"--{option}" if value else f"--no-{option}")
         else:
             options.append(f"--{option}={value}")

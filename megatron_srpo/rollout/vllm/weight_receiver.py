@@ -21,7 +21,9 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from megatron_srpo.bridge.weight_stream import Group, GroupAddress, WorkerReport, receive_stream
-from megatron_srpo.rollout.vllm.weight_loader import WeightLoader
+from megatron_srpo.config import LoraConfig
+from megatron_srpo.rollout.vllm.adapter_loader import AdapterLoader
+from megatron_srpo.rollout.vllm.loaders import AnyLoader, make_loader
 
 
 @dataclass
@@ -37,6 +39,7 @@ class PublishInfo(WeightTransferUpdateInfo):
 
     report: str
     verify: bool = False
+    adapters: Mapping[str, Any] | None = None  # the [lora] section if the publish has adapters alone
 
 
 class WeightReceiver(WeightTransferEngine[JoinInfo, PublishInfo]):
@@ -46,7 +49,7 @@ class WeightReceiver(WeightTransferEngine[JoinInfo, PublishInfo]):
     init_info_cls, update_info_cls = JoinInfo, PublishInfo
     supports_draft_weight_update = False
     _group: Group | None = None
-    _loader: WeightLoader | None = None
+    _loader: AnyLoader | None = None
 
     @property
     def _rank(self) -> int:
@@ -70,7 +73,7 @@ class WeightReceiver(WeightTransferEngine[JoinInfo, PublishInfo]):
         this worker."""
         assert self._group is not None, "start_weight_update before init_weight_transfer_engine"
         if self._loader is None:
-            self._loader = WeightLoader(self.model, self.vllm_config)
+            self._loader = self._make_loader(update_info.adapters)
         stream, error = receive_stream(self._group, self.device), None
         report: WorkerReport
         try:
@@ -86,6 +89,13 @@ class WeightReceiver(WeightTransferEngine[JoinInfo, PublishInfo]):
         self._group.report(f"{update_info.report}/{self._rank}", json.dumps(report))
         if error is not None:
             raise error
+
+    def _make_loader(self, adapters: Mapping[str, Any] | None) -> AnyLoader:
+        settings = None if adapters is None else LoraConfig.model_validate(adapters)
+        loader = make_loader(self.model, self.vllm_config, settings)
+        if isinstance(loader, AdapterLoader):
+            loader.outlive_reset()
+        return loader
 
     def finish_weight_update(self) -> None: ...
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_srpo.bridge.verify import Report
+from megatron_srpo.config import LoraConfig
 from megatron_srpo.core import loopback
-from megatron_srpo.rollout.vllm.weight_loader import WeightLoader
+from megatron_srpo.rollout.vllm.loaders import AnyLoader, make_loader
 
 # A worker imports this module before it joins its process group.
 if os.environ.get("VLLM_HOST_IP") == loopback.ADDRESS:
@@ -33,13 +34,15 @@ class PublishExtension:
 
     vllm_config: VllmConfig  # these two are the worker's
     model_runner: GPUModelRunner
-    _weight_loader: WeightLoader | None = None
+    _weight_loader: AnyLoader | None = None
 
-    def publish_weights(self, items: Iterable[tuple[str, torch.Tensor]], verify: bool = False) -> Report | None:
-        """Load a whole publish from an iterator of (Hugging Face name, full tensor), without copies. Returns the
-        checksums if `verify` is set. Raises what WeightLoader raises."""
+    def publish_weights(
+        self, items: Iterable[tuple[str, torch.Tensor]], verify: bool = False, adapters: LoraConfig | None = None
+    ) -> Report | None:
+        """Load a whole publish from an iterator of (Hugging Face name, full tensor), without copies; of `adapters`, the
+        factors alone. Returns the checksums if `verify` is set. Raises what the loader raises."""
         if self._weight_loader is None:
-            self._weight_loader = WeightLoader(self.model_runner.get_model(), self.vllm_config)
+            self._weight_loader = make_loader(self.model_runner.get_model(), self.vllm_config, adapters)
         self._weight_loader.begin(verify=verify)
         self._weight_loader.load(items)
         self._weight_loader.finish()
