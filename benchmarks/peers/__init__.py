@@ -1,0 +1,1 @@
+"""Comparisons with other trainers on equal work."""
