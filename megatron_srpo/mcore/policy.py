@@ -35,6 +35,13 @@ def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1
     return Padding(sequence, math.lcm(sequence, cp * tp * tokens), rows, shares and cp == 1)
 
 
+def may_share_prompts(config: Config, *, experts: int, transformer_engine: bool) -> bool:
+    """Whether samples of a row may share their prompt. A shared prompt would have one dropout mask, and one vote in the
+    balance of experts. Transformer Engine's attention knows no shared prompts."""
+    drops = config.model.attention_dropout or config.model.hidden_dropout or config.lora.dropout
+    return config.train.share_prompts and not (drops or experts or transformer_engine)
+
+
 class Policy:
     """Student, teacher and reference in one model.
 
@@ -74,10 +81,9 @@ class Policy:
         self._host_offload = HostOffload(topology.device)
         # 8-bit products want token counts in multiples of 16.
         tokens = 1 if config.model.fp8 == "off" else 16
-        # A shared prompt would have one dropout mask and one vote in the balance of experts. Transformer Engine's
-        # attention knows no shared prompts.
-        alone = config.model.attention_dropout or config.model.hidden_dropout or self.runner.config.num_moe_experts
-        shares = config.train.share_prompts and not alone and not path.transformer_engine
+        shares = may_share_prompts(
+            config, experts=expert_count(hf_config), transformer_engine=path.transformer_engine
+        )  # fmt: skip
         self.padding = row_padding(topology, config.parallel, tokens=tokens, shares=shares)
 
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:

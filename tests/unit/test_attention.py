@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 
+from megatron_srpo.config import Config
 from megatron_srpo.mcore import cpu_shim
 
 cpu_shim.install()
 
 from megatron_srpo.mcore.attention import length_groups, packed_causal_attention  # noqa: E402
+from megatron_srpo.mcore.policy import may_share_prompts  # noqa: E402
 
 
 def reference(query, key, value, bounds, scale):
@@ -81,3 +83,22 @@ def test_length_groups_bound_the_padding_and_lose_no_sequence():
     for group in groups:
         longest, shortest = max(lengths[i] for i in group), min(lengths[i] for i in group)
         assert longest <= 64 or longest <= 1.25 * shortest
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"model": {"hidden_dropout": 0.1}}, {}),
+        ({"model": {"attention_dropout": 0.1}}, {}),
+        ({"lora": {"rank": 4, "dropout": 0.1}}, {}),
+        ({"train": {"share_prompts": False}}, {}),
+        ({}, {"experts": 8}),
+        ({}, {"transformer_engine": True}),
+    ],
+)
+def test_prompts_are_shared_only_where_it_changes_nothing(changes, options):
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}}
+    assert may_share_prompts(Config(**tree), experts=0, transformer_engine=False)
+    for section, keys in changes.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    assert not may_share_prompts(Config(**tree), **{"experts": 0, "transformer_engine": False, **options})
