@@ -117,9 +117,10 @@ def trl(work: Work, folder: Path) -> list[float]:
     """CPU-seconds of each step, the first included. They contain the handing over of rollouts and rewards, which is
     small."""
     from datasets import Dataset
-    from tests.tiny_models import tiny_tokenizer
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+
+    from tests.tiny_models import tiny_tokenizer
 
     prompts, responses = work.tokens()
 
@@ -193,7 +194,7 @@ def main(
     table = Table(
         "prompt : response", "TRL CPU s", "ours, unshared ÷ TRL", "ours ÷ TRL", "TRL MiB", "ours, unshared", "ours"
     )
-    sizes = dict(hidden=hidden, layers=layers, vocabulary=vocabulary, prompts=prompts, samples=samples)
+    sizes = {"hidden": hidden, "layers": layers, "vocabulary": vocabulary, "prompts": prompts, "samples": samples}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     for name in case or CASES:
         found: dict[str, list[dict[str, float]]] = {one: [] for one in FORMS}

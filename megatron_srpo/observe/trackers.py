@@ -51,8 +51,7 @@ class TensorBoard:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # so that the last steps of a killed run are shown too
+            self._writer.add_scalar(name, value, step)  # on disk within flush_secs, also if the run is killed later
 
     def close(self) -> None:
         self._writer.close()

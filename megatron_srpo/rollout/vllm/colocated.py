@@ -81,6 +81,7 @@ class ColocatedEngine:
         self._asleep: set[str] = set()  # of SLEEPERS
         self._half_published = False
         self._added = 0  # requests so far
+        self._cache_is_empty = False
         self._dropped = False  # whether the engine sleeps without its weights
         self._verifier = verifier or Verifier(0)
         self._adapters, self._adapter = adapters, adapter_request() if adapters is not None else None
@@ -263,11 +264,14 @@ class ColocatedEngine:
 
     def _forget(self) -> None:
         """Cache entries of an earlier call would change roundings, and a resumed run has no earlier call."""
-        self._reset_cache()
+        if not self._cache_is_empty:  # a publish has just reset it
+            self._reset_cache()
+        self._cache_is_empty = False
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use and cannot be reset: requests are still running")
+        self._cache_is_empty = True
 
     def metrics(self) -> dict[str, float]:
         return {}
