@@ -117,7 +117,7 @@ class Converted:
         return [f"{count}: {reason} (first {self.places[reason]})" for reason, count in self.skipped.most_common(most)]
 
 
-def as_json(value: Any, name: str) -> Any:
+def as_json(value: object, name: str) -> Any:
     """A value of a table as JSON: dates and times in ISO form, decimal numbers and UUIDs as text. Raises Skip for what
     has no JSON form, such as bytes and NaN."""
     if value is None or isinstance(value, str | bool | int):
@@ -285,7 +285,7 @@ def mapped_rows(
     return convert
 
 
-def _row(kind: str, dataset: str, system: str | None, prompt: Any, answer: Any) -> dict[str, Any]:
+def _row(kind: str, dataset: str, system: str | None, prompt: object, answer: object) -> dict[str, Any]:
     return {"kind": kind, "dataset": dataset, "system": system, "prompt": prompt, "answer": answer}
 
 

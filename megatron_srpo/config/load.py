@@ -242,7 +242,7 @@ def _apply(given: dict[str, Any], key: str, text: str) -> str | None:
     return None
 
 
-def _value(text: str, annotation: Any) -> Any:
+def _value(text: str, annotation: object) -> Any:
     """`text` as a TOML literal, or as it stands where it is none, or where the key wants text and it reads as another
     type (a run may be named 17)."""
     try:
@@ -255,14 +255,15 @@ def _value(text: str, annotation: Any) -> Any:
     return text if str in types and type(parsed["value"]) not in types else parsed["value"]
 
 
-def _plain_types(annotation: Any) -> set[type]:
+def _plain_types(annotation: object) -> set[type]:
     """The Python types that a key accepts."""
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
         return set().union(*(_plain_types(part) for part in get_args(annotation)))
     if origin is Literal:
         return {type(value) for value in get_args(annotation)}
-    return {origin or annotation}
+    plain = origin or annotation
+    return {plain} if isinstance(plain, type) else set()
 
 
 # ---- explaining ------------------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def expected(field: FieldInfo) -> str:
     return f"{words} {' and '.join(bounds)}".strip()
 
 
-def _type_in_words(annotation: Any) -> str:
+def _type_in_words(annotation: object) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join(_type_in_words(part) for part in arguments)
@@ -345,14 +346,15 @@ def _type_in_words(annotation: Any) -> str:
         return elements.get(arguments[0]) or f"a list with some of {_choices(arguments[0])}"
     if origin is dict:
         return "a table of strings" if arguments[1] is str else "a table"
-    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[annotation]
+    words: dict[object, str] = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+    return words[annotation]
 
 
-def _choices(annotation: Any) -> str:
+def _choices(annotation: object) -> str:
     return ", ".join(json.dumps(value) for value in get_args(annotation))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = to_toml_value(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
@@ -377,7 +379,7 @@ def save_resolved(config: Config, path: str | Path) -> None:
     atomic_write(path, header + to_toml(config))
 
 
-def to_toml_value(value: Any) -> str:
+def to_toml_value(value: object) -> str:
     """A value as a TOML literal on one line; tables inline."""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -176,7 +176,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Equality of JSON values: true is not 1."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other

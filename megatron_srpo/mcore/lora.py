@@ -42,6 +42,7 @@ from megatron_srpo.mcore.groups import Topology
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 FUSED = {  # Megatron's layer → the projections that it computes, in order
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
@@ -236,7 +237,7 @@ def _expert_group() -> dist.ProcessGroup:
     return parallel_state.get_expert_tensor_parallel_group()
 
 
-def _global_name(name: str, topology: Topology, config: Any) -> str:
+def _global_name(name: str, topology: Topology, config: TransformerConfig) -> str:
     """The layer's name with the global number of its expert."""
     head, found, tail = name.partition(".local_experts.")
     if not found:
@@ -246,7 +247,7 @@ def _global_name(name: str, topology: Topology, config: Any) -> str:
     return f"{head}{found}{int(number) + first}.{rest}"
 
 
-def _widths(leaf: str, rows: int, config: Any, size: int) -> tuple[dict[str, int], int]:
+def _widths(leaf: str, rows: int, config: TransformerConfig, size: int) -> tuple[dict[str, int], int]:
     """The output rows of every projection of a layer on this rank, and the number of groups of rows."""
     if leaf == "linear_qkv":
         groups = config.num_query_groups // size

@@ -95,7 +95,7 @@ def _require_positions(parameters: Sequence[Parameter]) -> None:
 
 
 def _by_name(kind: str, function: Callable, names: Sequence[str]) -> RewardFunction:
-    def score(response: str, answer: Any, metadata: dict[str, Any]) -> Any:
+    def score(response: str, answer: object, metadata: dict[str, Any]) -> Any:
         values = {
             "response": response,
             "answer": answer,
@@ -120,7 +120,7 @@ def _columnwise(function: Callable, parameters: Sequence[Parameter]) -> RewardFu
     takes_all = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
     wanted = {parameter.name for parameter in parameters} - {"completions"}
 
-    def score(response: str, answer: Any, metadata: dict[str, Any]) -> Any:
+    def score(response: str, answer: object, metadata: dict[str, Any]) -> Any:
         columns = dict.fromkeys(ANSWER_COLUMNS, answer) | metadata
         missing = sorted(required - columns.keys())
         if missing:
