@@ -11,7 +11,8 @@ head         hidden states, logits and log-probs of the last stage
 engine …     the share of a colocated vLLM: weights, KV cache, its own activations
 publish      two gathered buckets, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
 checkpoint   saving: one whole fp32 parameter at a time. Loading: copies of the gate and up projections, which Megatron
-             stores apart; fp32 state goes through the host, one kind at a time (mcore/checkpoint.py)
+             stores apart; fp32 state goes through the host, one kind at a time (mcore/checkpoint.py).
+             What both copy to the host is counted by node (saving_host_bytes, loading_host_bytes)
 """
 
 from __future__ import annotations
@@ -149,16 +150,27 @@ def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:
 
 
 def loading_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Host memory of a node while its ranks load a checkpoint: whole fp32 tensors of one kind of state on each rank."""
-    fullest = max(stage_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
-    return 4.0 * fullest * min(machine.node, layout.training_gpus)
+    """Host memory of a node while its ranks load a checkpoint: the whole fp32 tensors, of one kind of state, of the
+    parameters that a rank has a slice of. The first and the last slice of a rank may be parts of large tensors."""
+    stages = [stage_parameters(arch, layout, stage) for stage in range(layout.pipeline)]
+    shares = [part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in stages]
+    whole = max(part.whole for part in stages)
+    most = min(4.0 * whole, 4.0 * max(shares) + 2 * saving_bytes(arch, layout))
+    return most * min(machine.node, layout.training_gpus)
 
 
 def saving_host_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
-    """Host memory of a node from a save until its files are written: every rank copies its weights, and the whole fp32
-    tensors of the main parameters, both moments and every shadow (mcore/checkpoint.py), into pageable memory."""
-    fullest = max(stage_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
-    return (4.0 * (3 + shadows) + layout.dtype_bytes) * fullest * min(machine.node, layout.training_gpus)
+    """Host memory of a node from a save until its files are written: every rank copies the chunks that it writes of
+    weights, main parameters, both moments and every shadow (mcore/checkpoint_copies.py), into pageable memory.
+
+    Megatron distributes the chunks over all data-parallel ranks, the largest ones first. A rank gets its share, or
+    one of the largest chunks where these are larger than a share.
+    """
+    stages = [stage_parameters(arch, layout, stage) for stage in range(layout.pipeline)]
+    shares = [part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in stages]
+    share = (4.0 * (3 + shadows) + layout.dtype_bytes) * max(shares)
+    uneven = layout.sharding > 1
+    return max(share, saving_bytes(arch, layout) if uneven else 0.0) * min(machine.node, layout.training_gpus)
 
 
 def training_memory(
