@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 from megatron_srpo.config import BUCKET_MIB
 from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes, stage_activations
@@ -49,16 +50,31 @@ def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> StagePar
     """Number of parameters of a rank of pipeline stage `stage` (from 0). Projections are split over tensor-parallel
     ranks and experts over expert-parallel ranks; norms and routers are complete on each rank. The embedding is on the
     first stage and, as the head, on the last."""
-    t, layers = layout.tensor, stage_layers(arch.layers, layout)[stage]
+    layers = stage_layers(arch.layers, layout)[stage]
+    first, last = stage == 0, stage == layout.pipeline - 1
+    return _stage_parameters(arch, layout.tensor, layout.expert, layout.expert_tensor, layers, first, last)
+
+
+@cache  # a search asks millions of times, and there are few answers
+def _stage_parameters(
+    arch: Architecture, t: int, expert: int, expert_tensor: int, layers: int, first: bool, last: bool
+) -> StageParameters:
     bias = (arch.query + 2 * arch.key if arch.qkv_bias else 0) // t
     layer = (arch.attention_matrices + arch.mlp_matrices) // t + bias + arch.small_vectors + arch.experts * arch.hidden
     vocabulary = math.ceil(arch.vocab / t) * arch.hidden
-    first, last = stage == 0, stage == layout.pipeline - 1
     ordinary = layers * layer + (vocabulary if first else 0)
     if last:
         ordinary += arch.hidden + (0 if arch.tied and first else vocabulary)
-    experts = layers * arch.experts // layout.expert * (arch.expert_matrices // layout.expert_tensor)
+    experts = layers * arch.experts // expert * (arch.expert_matrices // expert_tensor)
     return StageParameters(ordinary, experts)
+
+
+def fullest_stage(arch: Architecture, layout: Layout) -> tuple[int, float]:
+    """Parameters of a rank of the largest pipeline stage: all of them, and its optimizer's share of them."""
+    stages = {0, stage_layers(arch.layers, layout).index(max(stage_layers(arch.layers, layout))), layout.pipeline - 1}
+    parts = [stage_parameters(arch, layout, stage) for stage in stages]
+    shares = [part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in parts]
+    return max(part.whole for part in parts), max(shares)
 
 
 @dataclass(frozen=True)
@@ -110,9 +126,7 @@ def state_bytes(layout: Layout) -> int:
 def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
     """Host memory of a node for what is kept there all the time: the optimizer's state and the teacher's shadow."""
     each = state_bytes(layout) * layout.optimizer_on_host + 4 * layout.shadow_on_host
-    parts = (stage_parameters(arch, layout, stage) for stage in range(layout.pipeline))
-    fullest = max(part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in parts)
-    return each * fullest * min(machine.node, layout.training_gpus)
+    return each * fullest_stage(arch, layout)[1] * min(machine.node, layout.training_gpus)
 
 
 def engine_weights(arch: Architecture, layout: Layout) -> float:
@@ -152,10 +166,8 @@ def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:
 def loading_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
     """Host memory of a node while its ranks load a checkpoint: the whole fp32 tensors, of one kind of state, of the
     parameters that a rank has a slice of. The first and the last slice of a rank may be parts of large tensors."""
-    stages = [stage_parameters(arch, layout, stage) for stage in range(layout.pipeline)]
-    shares = [part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in stages]
-    whole = max(part.whole for part in stages)
-    most = min(4.0 * whole, 4.0 * max(shares) + 2 * saving_bytes(arch, layout))
+    whole, share = fullest_stage(arch, layout)
+    most = min(4.0 * whole, 4.0 * share + 2 * saving_bytes(arch, layout))
     return most * min(machine.node, layout.training_gpus)
 
 
@@ -166,9 +178,7 @@ def saving_host_bytes(arch: Architecture, layout: Layout, machine: Machine, *, s
     Megatron distributes the chunks over all data-parallel ranks, the largest ones first. A rank gets its share, or
     one of the largest chunks where these are larger than a share.
     """
-    stages = [stage_parameters(arch, layout, stage) for stage in range(layout.pipeline)]
-    shares = [part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in stages]
-    share = (4.0 * (3 + shadows) + layout.dtype_bytes) * max(shares)
+    share = (4.0 * (3 + shadows) + layout.dtype_bytes) * fullest_stage(arch, layout)[1]
     uneven = layout.sharding > 1
     return max(share, saving_bytes(arch, layout) if uneven else 0.0) * min(machine.node, layout.training_gpus)
 
