@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from threading import Event
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -28,9 +24,9 @@ from megatron_srpo.bridge.weight_stream import (
     sender_of,
     unpack,
 )
+from tests.fake_nccl import PATIENCE, FakeNccl
 
 CPU = torch.device("cpu")
-PATIENCE = 30
 
 
 def items() -> list[tuple[str, torch.Tensor]]:
@@ -68,35 +64,6 @@ def test_a_large_tensor_is_sent_without_a_copy():
     (_, large) = items()[2]
     _, flat = next(iter(pack([("large", large)])))
     assert flat.data_ptr() == large.data_ptr()
-
-
-class FakeNccl:
-    """A group with the manners of torch's NCCL groups, over gloo: ranks connect in the first operation, and wait()
-    returns at once and never raises."""
-
-    class Options:
-        _timeout = None
-
-    aborted: ClassVar[list[FakeNccl]] = []
-
-    def __init__(self, store, rank, size, options):
-        assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == "1", "its watchdog would end the process"
-        self._given, self._gloo = (store, rank, size), None
-
-    def _connected(self):
-        if self._gloo is None:
-            gloo = dist.ProcessGroupGloo._Options()
-            gloo._timeout, gloo._threads = timedelta(seconds=PATIENCE), 2
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            self._gloo = dist.ProcessGroupGloo(*self._given, gloo)
-        return self._gloo
-
-    def broadcast(self, tensors, options):
-        work = self._connected().broadcast(tensors, options)
-        return SimpleNamespace(is_completed=lambda: work.is_completed() and work.is_success(), wait=lambda: None)
-
-    def abort(self):
-        self.aborted.append(self)
 
 
 @pytest.fixture(params=[("gloo", PATIENCE), ("nccl", PATIENCE)], ids=["gloo", "nccl"])
