@@ -6,6 +6,7 @@ import itertools
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from threading import Event
 
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_srpo.bridge import BridgeError
 from megatron_srpo.bridge import weight_stream as module
+from megatron_srpo.bridge.bounded_nccl import BoundedNccl
 from megatron_srpo.bridge.weight_stream import (
     Group,
     Sender,
@@ -241,3 +243,16 @@ def test_each_rank_sends_to_its_own_engines_and_a_lost_engine_of_one_rank_distur
         workers["d"].result().report("publish/0", '{"checksums": null}')  # rank 0 hears of all engines
         assert driver.report("d", "publish", 0) == {"checksums": None} and not driver.has_group("d")
     assert (driver.send([], iter(items())), Streams(CPU).send([], iter(items()))) == ({}, {})
+
+
+@pytest.mark.skipif(not dist.is_nccl_available() or torch.cuda.is_available(), reason="needs torch for CUDA and no GPU")
+def test_torchs_own_nccl_group_takes_what_ours_gives_it():
+    """The one thing that FakeNccl cannot say: the names and arguments of the real class."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=5)
+    assert options._timeout == timedelta(seconds=5)
+    assert {"broadcast", "abort"} <= set(dir(dist.ProcessGroupNCCL))
+    with pytest.raises(ValueError, match="no GPUs found"):  # after it has taken the arguments
+        BoundedNccl(dist.HashStore(), 0, 1, timedelta(seconds=5), CPU)
+    with pytest.raises(TypeError):
+        dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, "no options")
