@@ -142,7 +142,8 @@ def _samples(
         whole = len(sequences) == 1  # then the arrays are shared, not copied
         ids = rollout.token_ids if whole else rollout.token_ids[begin:end]
         trained = rollout.trained if whole else rollout.trained[begin:end]
-        here = done, done + int(np.count_nonzero(trained))  # its share of the attempt's trained tokens
+        count = len(logprobs) if whole else int(np.count_nonzero(trained))
+        here = done, done + count  # its share of the attempt's trained tokens
         turns = _turns_in(rollout, here)
         key, own = (None, None) if context is None else (context.token_ids.tobytes(), context.token_ids)
         begin_ids = prompts[None] if own is None else prompts.setdefault(key, own)

@@ -136,10 +136,9 @@ class Rollout:
     @property
     def finite(self) -> bool:
         """Whether the engine gave a finite log-prob for every trained token."""
-        logprobs = self.trained_logprobs
         with np.errstate(over="ignore", invalid="ignore"):
-            total = logprobs.sum()  # one pass; it is not finite if a value is not, and rarely if all are
-        return bool(np.isfinite(total) or np.isfinite(logprobs).all())
+            total = np.asarray(self.logprobs, dtype=np.float32).sum()  # one pass; rarely infinite if all are finite
+        return bool(np.isfinite(total) or np.isfinite(self.trained_logprobs).all())
 
     @property
     def sequences(self) -> list[tuple[Context | None, int, int]]:
