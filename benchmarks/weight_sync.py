@@ -141,6 +141,22 @@ def seconds(repeats: int, *actions: Callable[[], Any]) -> list[float]:
     return [statistics.median(times) for times in taken]
 
 
+def cpu_seconds(action: Callable[[], Any], times: int) -> float:
+    """CPU-seconds of one call, of this process and of all that it has started (the servers)."""
+    import psutil
+
+    me = psutil.Process()
+
+    def spent() -> float:
+        tree = [me, *me.children(recursive=True)]
+        return sum(used.user + used.system for used in (process.cpu_times() for process in tree))
+
+    before = spent()
+    for _ in range(times):
+        action()
+    return (spent() - before) / times
+
+
 def floor_of(shards: Any, total: int) -> Callable[[], None]:
     """The least that the trainer's layout forces, into memory that is there already."""
     import torch
@@ -255,10 +271,15 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
     with open_session(config) as session:
         import torch
 
-        control, role = session.control, Follower(config)  # no data, no log
+        control = session.control
         hf = read_model_folder(config.model.path)
         policy = build_policy(config, session, trainable=False)
-        engine = Memory() if options.placement == "none" else engines.build_engine(config, session, role)
+        if options.placement == "none":
+            engine = Memory()
+        elif options.placement == "servers" and control.is_driver:
+            engine = engines.start_servers(config, session, str, print)
+        else:
+            engine = engines.build_engine(config, session, Follower(config))  # no data, no log
         shards = policy.shards.of_adapters() if options.lora else policy.shards
         total = sum(t.nbytes for _, t in Exporter(shards, hf).items())
         torch.set_num_threads(1)
@@ -271,6 +292,7 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
                 actions.append(pack)
             floor, taken, *packing = seconds(options.repeats, *actions)
             (export,) = seconds(options.repeats, lambda exporter=exporter: [None for _ in exporter])
+            spent = cpu_seconds(lambda exporter=exporter: engine.publish(exporter, 2), options.repeats)
             del exporter, actions  # and the buckets' memory with it
             if options.placement == "servers":
                 engine._weights = ()  # it holds them for a server that is started again
@@ -279,7 +301,7 @@ def measure(options: argparse.Namespace, config_file: str) -> None:
             if options.placement == "servers":
                 floor = added_floor(control, total, options, floor)
             if control.is_driver:
-                say_result(options, mib, total, taken, export, floor, sum(packing), memory_used.extra)
+                say_result(options, mib, total, taken, export, floor, sum(packing), memory_used.extra, spent)
         engine.close()
 
 
@@ -304,6 +326,7 @@ def say_result(
     floor: float,
     packing: float,
     extra: int,
+    spent: float,
 ) -> None:
     result = {
         "placement": options.placement, "size": options.model.name if options.model else options.size,
@@ -312,6 +335,7 @@ def say_result(
         "mib": total / 2**20, "publish_ms": 1e3 * taken, "export_ms": 1e3 * export, "floor_ms": 1e3 * floor,
         "packing_ms": 1e3 * packing, "ratio": taken / floor, "beyond_1.5_floor_ms": 1e3 * (taken - 1.5 * floor),
         "beyond_1.5_floor_and_packing_ms": 1e3 * (taken - 1.5 * (floor + packing)), "extra_mib": extra / 2**20,
+        "publish_cpu_ms": 1e3 * spent,
     }  # fmt: skip
     print("RESULT", json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}), flush=True)
 

@@ -7,6 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class _Held:
@@ -105,3 +108,28 @@ def measured(model: Any, settings: dict, rows: int, tokens: int) -> dict[str, An
 
     parallel_state.destroy_model_parallel()
     return result
+
+
+class HostPeak(TorchDispatchMode):
+    """Inside the block it counts the bytes of tensors that operations make in host memory: `peak` is the largest sum
+    that was alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage.device.type == "cpu" and storage.nbytes() and storage.data_ptr() not in given:
+                self._alive = [(other, size) for other, size in self._alive if not other.expired()]
+                self._alive.append((StorageWeakRef(storage), storage.nbytes()))
+                self.peak = max(self.peak, sum(size for _, size in self._alive))
+        return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]

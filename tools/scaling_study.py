@@ -180,9 +180,10 @@ def main(
         write_lines(lines, out / "table.csv")
         print(f"{line['model']}, {line['gpus']} GPUs, {line['response_mean']} tokens: {line.get('layout')}", flush=True)
     notes = assumptions(machine_of(gpu), workload_of(prompts or 32, lines[0]["response_mean"], iterations))
-    million = driver_seconds(Workload(prompts=125_000, samples=8))
+    dense, _ = read_architecture("Qwen3-8B")
+    million = driver_seconds(dense, Workload(prompts=125_000, samples=8))
     text = markdown(lines) + "\n" + "\n".join(f"- {note}" for note in notes)
-    text += f"\n- driver at 10⁶ rollouts an iteration, by its measured slopes: {million:.0f} s\n"
+    text += f"\n- driver at 10⁶ rollouts an iteration of a dense model, by its measured slopes: {million:.0f} s\n"
     for point in points:
         where = f"{point['model']} on {point['gpus']} {point['gpu']}"
         text += f"- measured: {where}, {point['seconds']} s ({point['source']})\n"

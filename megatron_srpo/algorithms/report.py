@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,11 +32,12 @@ class RoutingReport:
     nonfinite: list[str] = field(default_factory=list)  # attempts left out as the engine's log-probs are not finite
     failed: list[str] = field(default_factory=list)  # attempts whose reward could not be had, and why
 
-    def add(self, group: Group) -> None:
-        """Count one routed group."""
+    def add(self, group: Group, left_out: Container[int]) -> None:
+        """Count one routed group. `left_out`: the numbers of its attempts that may not be in the loss, among them all
+        whose log-probs are not finite."""
         self.groups.append(group)
-        for attempt, sample in zip(group.attempts, group.first_samples, strict=True):
-            if not np.isfinite(attempt.rollout.trained_logprobs).all():
+        for number, (attempt, sample) in enumerate(zip(group.attempts, group.first_samples, strict=True)):
+            if number in left_out and not attempt.rollout.finite:
                 self.nonfinite.append(f"{sample.uid} sample {sample.sample}")
             if attempt.reward.error is not None:
                 self.failed.append(f"{sample.uid} sample {sample.sample}: {attempt.reward.error}")

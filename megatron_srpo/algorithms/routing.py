@@ -41,7 +41,8 @@ def route(
         for attempt in group.attempts:
             attempt.teachable = teachers.can_teach(attempt)
         report.available += sum(attempt.teachable for attempt in group.attempts)
-        credits, taught = _credits(group, algorithm, teachers, report)
+        left_out = [_left_out(attempt.rollout, algorithm) for attempt in group.attempts]
+        credits, taught = _credits(group, algorithm, teachers, report, [not reason for reason in left_out])
         # Samples that begin alike share one array, and the prompt's place in a packed row (batching/rows.py).
         prompts = {None: array("i", group.prompt.token_ids)}  # type: dict[bytes | None, array[int]]
         group.samples = [
@@ -50,8 +51,9 @@ def route(
             for sample in _samples(attempt, group.prompt.uid, prompts, credits[i], taught.get(i, []), algorithm)
         ]
         for i, attempt in enumerate(group.attempts):
-            attempt.why = _why(attempt, algorithm, taught.get(i, []), could_teach=teachers.can_teach(attempt))
-        report.add(group)
+            could_teach = teachers.can_teach(attempt)
+            attempt.why = _why(attempt, algorithm, taught.get(i, []), left_out[i], could_teach=could_teach)
+        report.add(group, {i for i, reason in enumerate(left_out) if reason})
     algorithm.balance(groups)
     return report
 
@@ -70,13 +72,14 @@ def _left_out(rollout: Rollout, algorithm: Algorithm) -> str:
         return "cut at environment.max_turns" if turns else "cut at rollout.max_response_length"
     if rollout.stale:
         return "older than rollout.max_staleness"
-    return "" if np.isfinite(rollout.trained_logprobs).all() else "log-probs are not finite"
+    return "" if rollout.finite else "log-probs are not finite"
 
 
-def _why(attempt: Attempt, algorithm: Algorithm, shown: Sequence[Sequence[Shown]], *, could_teach: bool) -> str:
+def _why(
+    attempt: Attempt, algorithm: Algorithm, shown: Sequence[Sequence[Shown]], left_out: str, *, could_teach: bool
+) -> str:
     """Why it has its branch. `could_teach`: there was something to show a teacher, whether or not it fitted."""
     outcome = "correct" if attempt.correct else "wrong"
-    left_out = _left_out(attempt.rollout, algorithm)
     if left_out:
         return f"{outcome}, left out: {left_out}"
     if shown:
@@ -98,11 +101,11 @@ def _require_finite(group: Group) -> None:
 
 
 def _credits(
-    group: Group, algorithm: Algorithm, teachers: GroupTeachers, report: RoutingReport
+    group: Group, algorithm: Algorithm, teachers: GroupTeachers, report: RoutingReport, counts: Sequence[bool]
 ) -> tuple[list[Credit], Taught]:
-    """The algorithm's credit, once every attempt that it teaches has a teacher prompt."""
+    """The algorithm's credit, once every attempt that it teaches has a teacher prompt. `counts`: whether each attempt
+    may be in the loss."""
     taught: Taught = {}
-    counts = [may_count(attempt.rollout, algorithm) for attempt in group.attempts]
     while True:
         credits = [
             credit if counted else Credit({}, credit.advantage)
@@ -114,7 +117,7 @@ def _credits(
         for i in missing:
             attempt = group.attempts[i]
             assert attempt.teachable, f"algorithm {algorithm.name} teaches an attempt that has no teacher"
-            shown = [teachers.prompt(attempt), *([teachers.contrast(attempt)] if algorithm.needs.contrast else [])]
+            shown = [teachers.prompt(attempt), *([teachers.contrast(attempt)] if teachers.contrasts else [])]
             whole = [None if one is None else teachers.shown_in(one, attempt.rollout) for one in shown]
             fitting = [prompts for prompts in whole if prompts is not None]
             attempt.teachable = len(fitting) == len(shown)
@@ -139,7 +142,8 @@ def _samples(
         whole = len(sequences) == 1  # then the arrays are shared, not copied
         ids = rollout.token_ids if whole else rollout.token_ids[begin:end]
         trained = rollout.trained if whole else rollout.trained[begin:end]
-        here = done, done + int(np.count_nonzero(trained))  # its share of the attempt's trained tokens
+        count = len(logprobs) if whole else int(np.count_nonzero(trained))
+        here = done, done + count  # its share of the attempt's trained tokens
         turns = _turns_in(rollout, here)
         key, own = (None, None) if context is None else (context.token_ids.tobytes(), context.token_ids)
         begin_ids = prompts[None] if own is None else prompts.setdefault(key, own)

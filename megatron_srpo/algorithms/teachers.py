@@ -167,6 +167,7 @@ class GroupTeachers:
         }
         self._sources = {name: known[name] for name in settings.sources}
         self._contrast = Siblings(group, settings, seed, correct=False) if settings.needs.contrast else None
+        self.contrasts = self._contrast is not None  # the method also shows a wrong answer
         self._plain: dict[bytes | None, array[int]] = {}  # prompts without a demonstration
         self._built: dict[tuple[str | None, str | None, bytes | None], TeacherPromptLike | None] = {}
 

@@ -59,10 +59,10 @@ def cost(indices: Sequence[int], samples: Sequence[Sample], padding: Padding) ->
 
 def _stream_cost(indices: Sequence[int], samples: Sequence[Sample], padding: Padding, stream: StreamName) -> float:
     """Work for a pass over one stream of these samples; what they share costs once."""
-    streams = [samples[i].stream(stream) for i in indices]
-    whole = sum(_sequence_cost(len(found)) for found in streams)
-    if not padding.shares or len(streams) < 2:
+    whole = sum([_sequence_cost(samples[i].length_of(stream)) for i in indices])
+    if not padding.shares or len(indices) < 2:
         return whole
+    streams = [samples[i].stream(stream) for i in indices]
     shared = Counter(id(found.prompt_ids) for found in streams)
     prompts = {id(found.prompt_ids): len(found.prompt_ids) for found in streams}
     return whole - sum((users - 1) * _sequence_cost(prompts[prompt]) for prompt, users in shared.items())
@@ -149,8 +149,8 @@ class _Packer:
             distill_tokens=sum(samples[i].distilled for i in counted),
             responses=sum(samples[i].length > 0 and samples[i].part == 0 for i in counted),
             forwarded={
-                "student": self._forwarded(student, "student"),
-                "teacher": self._forwarded(teacher, "teacher"),
+                "student": self._forwarded(student),
+                "teacher": self._forwarded(teacher),
                 "distilled": self._forwarded(teacher, "student"),
                 "contrast": self._forwarded(teacher, "contrast"),
             },
@@ -189,7 +189,7 @@ class _Packer:
 
         units: list[list[int]] = []
         for family in self._families(indices, stream).values():
-            units += _cut(sorted(family, key=lambda i: (-len(samples[i].stream(stream)), i)), room, self._budget)
+            units += _cut(sorted(family, key=lambda i: (-samples[i].length_of(stream), i)), room, self._budget)
         sizes = [room(unit) for unit in units]
         bins = [
             [i for unit in row for i in units[unit]]
@@ -201,9 +201,12 @@ class _Packer:
     def _tokens(self, indices: Sequence[int], stream: StreamName) -> int:
         return tokens_of(indices, self._samples, padding=Padding(shares=self._padding.shares), stream=stream)
 
-    def _forwarded(self, ranks: list[list[Row]], stream: StreamName) -> tuple[int, int]:
-        """(rows, tokens without padding) of a pass over all ranks' rows."""
+    def _forwarded(self, ranks: list[list[Row]], stream: StreamName | None = None) -> tuple[int, int]:
+        """(rows, tokens without padding) of a pass over all ranks' rows; with `stream` it is not the one that the rows
+        were made for."""
         rows = [row for rank in ranks for row in rank]
+        if stream is None:
+            return len(rows), sum(row.tokens for row in rows)
         if stream == "contrast" and not self._contrasts:
             return len(rows), 0
         return len(rows), sum(self._tokens(row.samples, stream) for row in rows)
@@ -283,5 +286,8 @@ def _efficiency(mini_batches: Sequence[MiniBatchPlan], samples: Sequence[Sample]
         for stream, ranks in streams:
             for rows in filter(None, ranks):
                 useful += sum(row.tokens for row in rows)
-                computed += sum(row_lengths(rows, samples, padding=padding, stream=stream))
+                if padding.sequence == padding.row == padding.rows == 1:  # the same, at a fraction of the cost
+                    computed += sum(padded_length(row.tokens, 1) for row in rows)
+                else:
+                    computed += sum(row_lengths(rows, samples, padding=padding, stream=stream))
     return useful / computed if computed else 1.0

@@ -34,7 +34,7 @@ FOR_EVERY_SAMPLE = ("logprob", "reference_logprob")  # scores that only a pass o
 
 def padded_length(tokens: int, multiple: int) -> int:
     """The next multiple, and at least one."""
-    return max(1, math.ceil(tokens / multiple)) * multiple
+    return max(1, -(-tokens // multiple)) * multiple
 
 
 def row_lengths(
@@ -63,7 +63,8 @@ def tokens_of(
 ) -> int:
     """Positions that these samples take in one row, without the padding at its end."""
     if not padding.shares:  # the same, at a fraction of the cost
-        return sum(padded_length(len(samples[index].stream(stream)), padding.sequence) for index in indices)
+        lengths = [samples[index].length_of(stream) for index in indices]
+        return sum([padded_length(length, padding.sequence) for length in lengths])
     return sum(sequence.length for sequence in _sequences(indices, samples, padding, stream))
 
 

@@ -134,6 +134,13 @@ class Rollout:
         return logprobs if self.trained.all() else logprobs[self.trained]
 
     @property
+    def finite(self) -> bool:
+        """Whether the engine gave a finite log-prob for every trained token."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.asarray(self.logprobs, dtype=np.float32).sum()  # one pass; rarely infinite if all are finite
+        return bool(np.isfinite(total) or np.isfinite(self.trained_logprobs).all())
+
+    @property
     def sequences(self) -> list[tuple[Context | None, int, int]]:
         """What each sequence's tokens follow, None for the prompt of the data, and the indices at which they begin and
         end."""
@@ -358,6 +365,13 @@ class Sample:
     @cached_property
     def contrast_length(self) -> int:
         return 0 if self.contrast is None else len(self.contrast)
+
+    def length_of(self, which: StreamName) -> int:
+        """Tokens of one of its streams, which must exist. Planning asks often: each length is computed once."""
+        if which == "student":
+            return self.student_length
+        self.stream(which)
+        return self.teacher_length if which == "teacher" else self.contrast_length
 
     def stream(self, which: StreamName) -> Stream:
         """One of its streams, which must exist."""

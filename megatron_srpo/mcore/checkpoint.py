@@ -1,23 +1,17 @@
 """Checkpoints of model, optimizer and shadows in Megatron's sharded format, which any other layout can read.
 
-The optimizer's flat slices are stored for each parameter with the parameter's own sharding (in "model space"): the fp32
-main parameter, Adam's two moments, and every shadow. One mechanism serves all of them. It also avoids a bug of
-Megatron's own optimizer checkpoint without Transformer Engine and Apex: there all parameters share one step counter.
-
 With LoRA a checkpoint holds the adapters alone, and the checksum of the base weights that they belong to.
 
-Saving has three steps, and training continues during the second: `snapshot` (collective) copies to host memory and
-plans which rank writes what, `Snapshot.write` writes this rank's files from any thread, and `Snapshot.write_index`
+Saving has three steps, and training continues during the second: `snapshot` (collective) plans which rank writes what
+and copies that to host memory, `Snapshot.write` writes this rank's files from any thread, and `Snapshot.write_index`
 runs on rank 0.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import queue
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +19,29 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.mcore import generators
-from megatron_srpo.mcore.experts import is_expert
-from megatron_srpo.mcore.groups import Topology
+from megatron_srpo.mcore.checkpoint_copies import filled, placeholder
+from megatron_srpo.mcore.checkpoint_state import (
+    MOMENTS,
+    PREFIX,
+    Entries,
+    Slice,
+    entries_of,
+    kind_state,
+    kinds,
+    model_state,
+    optimizer_of,
+    parameters,
+    slices,
+)
 from megatron_srpo.mcore.lora import MARK, has_adapters
 from megatron_srpo.mcore.model import unwrap
-from megatron_srpo.mcore.optimizer import ParameterShard, ShardedOptimizer
 from megatron_srpo.mcore.policy import Policy
 from megatron_srpo.mcore.safe_files import read_index, read_tensors, refuse_objects
 
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
 
 BACKEND = ("torch_dist", 1)
 COMMON = "common.pt"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_PREFIX = "optimizer."
 # Megatron Core 0.19 plans for the writer of another package (nvidia-resiliency-ext), unless told to use its own.
 _SAVE = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
 _OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in _SAVE else {}
@@ -63,17 +63,13 @@ def needed(policy: Policy) -> set[str]:
 
     The reference is not needed: without it the reference is the initial model, as loaded.
     """
-    return _kinds(policy) - {"reference"}
-
-
-def _kinds(policy: Policy) -> set[str]:
-    return {"main", *_MOMENTS, *policy.shadows}
+    return kinds(policy) - {"reference"}
 
 
 def stored(directory: Path) -> set[str]:
     """The kinds of state that a checkpoint holds."""
     keys = read_index(directory).state_dict_metadata
-    return {key.removeprefix(_PREFIX).partition(".")[0] for key in keys if key.startswith(_PREFIX)}
+    return {key.removeprefix(PREFIX).partition(".")[0] for key in keys if key.startswith(PREFIX)}
 
 
 def layout(policy: Policy) -> dict[str, int]:
@@ -95,101 +91,6 @@ def _generators_file() -> str:
     return f"rng_{dist.get_rank():05d}.pt"
 
 
-# ---- the state ----------------------------------------------------------------------------------------------------
-
-
-def _optimizer(policy: Policy) -> ShardedOptimizer:
-    assert policy.optimizer is not None, "only a trainable policy has state to save"
-    return policy.optimizer
-
-
-def _parameters(policy: Policy) -> Iterator[torch.nn.Parameter]:
-    """The parameters that a checkpoint holds: those that are trained."""
-    for piece in policy.model:
-        yield from (parameter for parameter in unwrap(piece).parameters() if parameter.requires_grad)
-
-
-def _slices(policy: Policy) -> dict[str, list[tuple[ParameterShard, torch.Tensor]]]:
-    """This rank's slices and the tensors that hold them, by kind of state."""
-    shards = list(_optimizer(policy).shards())
-    kinds = {"main": [(shard, shard.main) for shard in shards]}
-    for moment in _MOMENTS:
-        kinds[moment] = [(shard, shard.state[moment]) for shard in shards]
-    for name, shadow in policy.shadows.items():
-        kinds[name] = list(zip(shards, shadow.slices, strict=True))
-    return kinds
-
-
-def _gathered(
-    policy: Policy, held: list[tuple[ParameterShard, torch.Tensor]]
-) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Every parameter of the model with the whole fp32 tensor, in host memory, of whose slices `held` are this rank's.
-    The device holds one whole tensor at a time."""
-    mine = {shard.parameter: (shard, tensor) for shard, tensor in held}
-    for parameter in _parameters(policy):
-        tensor = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        if parameter in mine:
-            shard, values = mine[parameter]
-            with _optimizer(policy).present(values):
-                tensor.view(-1)[shard.start : shard.stop] = values.detach()
-        group = policy.topology.expert_dp_group if is_expert(parameter) else policy.topology.dp_cp_group
-        if group is not None and group.size() > 1:
-            dist.all_reduce(tensor, group=group)
-        yield parameter, tensor.cpu()
-
-
-def model_state(model: list[torch.nn.Module], topology: Topology) -> list[dict[str, Any]]:
-    """Megatron's sharded state dict of every piece, without Transformer Engine's FP8 scales, which are pickles. With
-    LoRA it has the adapters only."""
-    metadata = {"dp_cp_group": topology.dp_cp_group, "singleton_local_shards": False}
-    pieces = [unwrap(piece).sharded_state_dict(metadata=metadata) for piece in model]
-    adapted = has_adapters(model)
-    return [
-        {
-            key: entry
-            for key, entry in piece.items()
-            if not isinstance(entry, ShardedObject) and (MARK in key or not adapted)
-        }
-        for piece in pieces
-    ]
-
-
-Entries = dict[torch.Tensor, Any]  # by model parameter: Megatron's ShardedTensor or ShardedTensorFactory
-
-
-def _entries(state: list[dict[str, Any]]) -> Entries:
-    """The entries of a `model_state`."""
-    sharded, _ = extract_sharded_tensors_and_factories(state)
-    return {entry.data: entry for entry in nested_values(sharded)}
-
-
-def _kind_state(
-    kind: str, whole: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], entries: Entries
-) -> dict[str, Any]:
-    """The sharded state dict of one kind of state, by index of the parameter. `whole` has the parameters in the model's
-    order, with the tensor to write or to fill."""
-    state = {}
-    for index, (parameter, tensor) in enumerate(whole):
-        entry = entries[parameter]
-        replaced: dict[str, Any] = {"key": f"{_PREFIX}{kind}.{entry.key}", "data": tensor}
-        if not isinstance(entry, ShardedTensorFactory):
-            replaced["dtype"] = torch.float32
-        state[str(index)] = dataclasses.replace(entry, **replaced)
-    return state
-
-
-def _copied_state(policy: Policy) -> dict[str, Any]:
-    """The sharded state dict of the model and of all kinds of state. All tensors are copies in host memory, which later
-    training does not change."""
-    state: dict[str, Any] = {"model": model_state(policy.model, policy.topology)}
-    entries = _entries(state["model"])
-    for kind, held in _slices(policy).items():
-        state[kind] = _kind_state(kind, _gathered(policy, held), entries)
-    for entry in entries.values():
-        entry.data = entry.data.detach().to("cpu", copy=True)
-    return state
-
-
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +105,7 @@ class _Planner(TorchDistSaveShardedStrategy):
 
 
 class Snapshot:
-    """The state of one moment, in host memory."""
+    """What this rank writes of the state of one moment, in host memory."""
 
     def __init__(
         self, directory: Path, writer: FileSystemWriterAsync, index: Metadata, common: dict[str, Any] | None
@@ -256,15 +157,22 @@ def _written(transforms: list[_StorageWriterTransforms], bucket: WriteBucket) ->
 def snapshot(policy: Policy, directory: Path) -> Snapshot:
     """Copy the current state of model, optimizer, shadows and generators, to be written into `directory`, which exists
     and is empty. All ranks call it."""
-    optimizer = _optimizer(policy)
+    optimizer = optimizer_of(policy)
     if not any("exp_avg" in shard.state for shard in optimizer.shards()):
         optimizer.restore_adam(0)  # torch's Adam has no state before the first step
-    state = _copied_state(policy)
+    model = model_state(policy.model, policy.topology)
+    entries = entries_of(model)
+    planned = [(parameter, placeholder(parameter, torch.float32)) for parameter in parameters(policy)]
+    state: dict[str, Any] = {"model": model}
+    state |= {kind: kind_state(kind, planned, entries) for kind in slices(policy)}
+    for entry in entries.values():
+        entry.data = placeholder(entry.data)
     state["progress"] = {"steps": policy.steps, "adam_steps": optimizer.adam_steps(), "base": policy.base}
     filesystem_async._results_queue = queue.Queue()  # or Megatron would start a process for a queue that we do not need
     sharded, common = save_preprocess(state)
     planner = FullyParallelSaveStrategyWrapper(_Planner(*BACKEND, thread_count=1), policy.topology.dp_cp_group)
     writer, index = planner.async_save(sharded, str(directory), **_OWN_WRITER)
+    writer.write_buckets = filled(policy, writer.write_buckets or [], entries)
     return Snapshot(directory, writer, index, common if policy.topology.is_driver else None)
 
 
@@ -283,7 +191,7 @@ def load(policy: Policy, directory: Path) -> None:
     _refuse_other_weights(policy, directory, common)
     optimizer = policy.optimizer
     state = model_state(policy.model, policy.topology)
-    entries = _entries(state)
+    entries = entries_of(state)
     loaded = dist_checkpointing.load({"model": state}, str(directory))
     for piece, weights in zip(policy.model, loaded["model"], strict=True):
         missing, unexpected = unwrap(piece).load_state_dict(weights, strict=False)
@@ -293,14 +201,14 @@ def load(policy: Policy, directory: Path) -> None:
         assert not wrong, f"the checkpoint's weights do not fit the model: {wrong}"
     if not optimizer:
         return
-    kinds, progress = _kinds(policy) & stored(directory), loaded["progress"]
+    found, progress = kinds(policy) & stored(directory), loaded["progress"]
     policy.steps = progress["steps"]
-    optimizer.restore_adam(progress["adam_steps"] if set(_MOMENTS) <= kinds else 0)
+    optimizer.restore_adam(progress["adam_steps"] if set(MOMENTS) <= found else 0)
     optimizer.reload_main_from_model()
-    for kind, held in _slices(policy).items():
-        if kind in kinds:
+    for kind, held in slices(policy).items():
+        if kind in found:
             _load_kind(policy, directory, kind, held, entries)
-    if "teacher" in policy.shadows and "teacher" not in kinds:
+    if "teacher" in policy.shadows and "teacher" not in found:
         policy.shadows["teacher"].update(1.0)
     optimizer.publish_main_to_model()
 
@@ -321,18 +229,18 @@ def _refuse_other_weights(policy: Policy, directory: Path, common: dict[str, Any
         )
 
 
-def _load_kind(
-    policy: Policy, directory: Path, kind: str, held: list[tuple[ParameterShard, torch.Tensor]], entries: Entries
-) -> None:
-    """Read the whole tensors of one kind of state into host memory, and copy this rank's slices out of them.
+def _load_kind(policy: Policy, directory: Path, kind: str, held: list[Slice], entries: Entries) -> None:
+    """Read one kind of state into host memory, and copy this rank's slices out of it. Only parameters of which this
+    rank has a slice are read, whole.
 
     A device that holds the weights, the gradients and the optimizer often has no room for them, and the host is spared
     by taking one kind at a time.
     """
-    parameters = list(_parameters(policy))
-    whole = [(parameter, torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")) for parameter in parameters]
-    loaded = dist_checkpointing.load({kind: _kind_state(kind, whole, entries)}, str(directory))[kind]
-    by_parameter = {parameters[int(index)]: tensor for index, tensor in loaded.items()}
-    for shard, target in held:
-        with _optimizer(policy).present(target):
-            target.detach().copy_(by_parameter[shard.parameter].reshape(-1)[shard.start : shard.stop])
+    order = [shard.parameter for shard, _ in held]
+    whole = [(parameter, torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")) for parameter in order]
+    wanted = {kind: kind_state(kind, whole, entries)}
+    # Together the ranks do not ask for every copy of every chunk, which Megatron would take for a fault.
+    loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False).get(kind, {})
+    for index, (shard, target) in enumerate(held):
+        with optimizer_of(policy).present(target):
+            target.detach().copy_(loaded[str(index)].reshape(-1)[shard.start : shard.stop])

@@ -24,7 +24,7 @@ from megatron_srpo.config import Config, LoraConfig, ModelConfig, ParallelConfig
 from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families import HfConfig
 from megatron_srpo.mcore import cpu_shim, groups
-from megatron_srpo.mcore.checkpoint import model_state
+from megatron_srpo.mcore.checkpoint_state import model_state
 from megatron_srpo.mcore.device import DevicePath
 from megatron_srpo.mcore.model import build_model, model_shards, unwrap
 

@@ -46,7 +46,8 @@ def read_parcel(box: memoryview) -> Any:
 
 def _write(box: io.BytesIO, part: memoryview) -> None:
     box.write(part)
-    box.write(bytes(_aligned(part.nbytes) - part.nbytes))
+    if gap := -part.nbytes % ALIGNMENT:
+        box.write(bytes(gap))
 
 
 def _aligned(size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_srpo.config import LoraConfig
 from megatron_srpo.plan.architecture import Architecture
@@ -93,13 +94,15 @@ class Layout:
 def stage_layers(layers: int, layout: Layout) -> list[int]:
     """Number of layers of each pipeline stage. If the layers do not divide evenly, pieces in the middle get one more,
     then the first piece, then the last, which has the LM head (mcore/model.py::uneven_layout)."""
-    pieces = layout.pipeline * layout.virtual
+    return list(_stage_layers(layers, layout.pipeline, layout.virtual))
+
+
+@cache  # a search asks millions of times, and there are few answers
+def _stage_layers(layers: int, pipeline: int, virtual: int) -> tuple[int, ...]:
+    pieces = pipeline * virtual
     each, more = divmod(layers, pieces)
     extra = [*range(1, pieces - 1), 0, pieces - 1][:more]
-    return [
-        sum(each + (piece in extra) for piece in range(stage, pieces, layout.pipeline))
-        for stage in range(layout.pipeline)
-    ]
+    return tuple(sum(each + (piece in extra) for piece in range(stage, pieces, pipeline)) for stage in range(pipeline))
 
 
 def impossible(layout: Layout, arch: Architecture) -> Iterator[str]:

@@ -12,7 +12,8 @@ head         hidden states, logits and log-probs of the last stage
 engine …     the share of a colocated vLLM: weights, KV cache, its own activations
 publish      two gathered buckets, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
 checkpoint   saving: one whole fp32 parameter at a time. Loading: copies of the gate and up projections, which Megatron
-             stores apart; fp32 state goes through the host, one kind at a time (mcore/checkpoint.py)
+             stores apart; fp32 state goes through the host, one kind at a time (mcore/checkpoint.py).
+             What both copy to the host is counted by node (saving_host_bytes, loading_host_bytes)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes, stage_activa
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
-from megatron_srpo.plan.parameters import stage_parameters, trained_parameters
+from megatron_srpo.plan.parameters import fullest_stage, stage_parameters, trained_parameters
 from megatron_srpo.plan.workload import Workload
 
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
@@ -83,9 +84,7 @@ def state_bytes(layout: Layout) -> int:
 def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
     """Host memory of a node for what is kept there all the time: the optimizer's state and the teacher's shadow."""
     each = state_bytes(layout) * layout.optimizer_on_host + 4 * layout.shadow_on_host
-    parts = (trained_parameters(arch, layout, stage) for stage in range(layout.pipeline))
-    fullest = max(part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in parts)
-    return each * fullest * min(machine.node, layout.training_gpus)
+    return each * fullest_stage(arch, layout)[1] * min(machine.node, layout.training_gpus)
 
 
 def engine_weights(arch: Architecture, layout: Layout) -> float:
@@ -127,16 +126,23 @@ def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:
 
 
 def loading_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Host memory of a node while its ranks load a checkpoint: whole fp32 tensors of one kind of state on each rank."""
-    fullest = max(trained_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
-    return 4.0 * fullest * min(machine.node, layout.training_gpus)
+    """Host memory of a node while its ranks load a checkpoint: the whole fp32 tensors, of one kind of state, of the
+    parameters that a rank has a slice of. The first and the last slice of a rank may be parts of large tensors."""
+    whole, share = fullest_stage(arch, layout)
+    most = min(4.0 * whole, 4.0 * share + 2 * saving_bytes(arch, layout))
+    return most * min(machine.node, layout.training_gpus)
 
 
 def saving_host_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
-    """Host memory of a node from a save until its files are written: every rank copies its weights, and the whole fp32
-    tensors of the main parameters, both moments and every shadow (mcore/checkpoint.py), into pageable memory."""
-    fullest = max(trained_parameters(arch, layout, stage).whole for stage in range(layout.pipeline))
-    return (4.0 * (3 + shadows) + layout.dtype_bytes) * fullest * min(machine.node, layout.training_gpus)
+    """Host memory of a node from a save until its files are written: every rank copies the chunks that it writes of
+    weights, main parameters, both moments and every shadow (mcore/checkpoint_copies.py), into pageable memory.
+
+    Megatron distributes the chunks over all data-parallel ranks, the largest ones first. A rank gets its share, or
+    one of the largest chunks where these are larger than a share.
+    """
+    share = (4.0 * (3 + shadows) + layout.dtype_bytes) * fullest_stage(arch, layout)[1]
+    uneven = layout.sharding > 1
+    return max(share, saving_bytes(arch, layout) if uneven else 0.0) * min(machine.node, layout.training_gpus)
 
 
 def training_memory(

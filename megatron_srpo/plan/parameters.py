@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.layout import Layout, stage_layers
@@ -25,15 +26,22 @@ def stage_parameters(arch: Architecture, layout: Layout, stage: int) -> StagePar
     """Number of parameters of a rank of pipeline stage `stage` (from 0), without adapters. Projections are split over
     tensor-parallel ranks and experts over expert-parallel ranks; norms and routers are complete on each rank. The
     embedding is on the first stage and, as the head, on the last."""
-    t, layers = layout.tensor, stage_layers(arch.layers, layout)[stage]
+    layers = stage_layers(arch.layers, layout)[stage]
+    first, last = stage == 0, stage == layout.pipeline - 1
+    return _stage_parameters(arch, layout.tensor, layout.expert, layout.expert_tensor, layers, first, last)
+
+
+@cache  # a search asks millions of times, and there are few answers
+def _stage_parameters(
+    arch: Architecture, t: int, expert: int, expert_tensor: int, layers: int, first: bool, last: bool
+) -> StageParameters:
     bias = (arch.query + 2 * arch.key if arch.qkv_bias else 0) // t
     layer = (arch.attention_matrices + arch.mlp_matrices) // t + bias + arch.small_vectors + arch.experts * arch.hidden
     vocabulary = math.ceil(arch.vocab / t) * arch.hidden
-    first, last = stage == 0, stage == layout.pipeline - 1
     ordinary = layers * layer + (vocabulary if first else 0)
     if last:
         ordinary += arch.hidden + (0 if arch.tied and first else vocabulary)
-    experts = layers * arch.experts // layout.expert * (arch.expert_matrices // layout.expert_tensor)
+    experts = layers * arch.experts // expert * (arch.expert_matrices // expert_tensor)
     return StageParameters(ordinary, experts)
 
 
@@ -50,6 +58,14 @@ def adapter_parameters(arch: Architecture, layout: Layout, stage: int) -> StageP
 def trained_parameters(arch: Architecture, layout: Layout, stage: int) -> StageParameters:
     """What has gradients, optimizer state and a place in the teacher's average: the adapters, or else all weights."""
     return (adapter_parameters if layout.lora_rank else stage_parameters)(arch, layout, stage)
+
+
+def fullest_stage(arch: Architecture, layout: Layout) -> tuple[int, float]:
+    """Trained parameters of a rank of the largest pipeline stage: all of them, and its optimizer's share of them."""
+    stages = {0, stage_layers(arch.layers, layout).index(max(stage_layers(arch.layers, layout))), layout.pipeline - 1}
+    parts = [trained_parameters(arch, layout, stage) for stage in stages]
+    shares = [part.ordinary / layout.sharding + part.experts / layout.expert_sharding for part in parts]
+    return max(part.whole for part in parts), max(shares)
 
 
 MLP = ("gate_proj", "up_proj", "down_proj")

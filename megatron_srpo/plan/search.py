@@ -104,27 +104,36 @@ def search(
     only its adapters are trained."""
     excluded: Counter[str] = Counter()
     fitting: dict[tuple, Candidate] = {}
-    missing: dict[tuple, Candidate] = {}
+    missing: dict[tuple, tuple[float, list[Layout]]] = {}
     tried = 0
     for variants in layouts(arch, gpus, machine, workload, dtype_bytes, lora):
-        for layout in variants:  # each needs less memory and more time than the one before: take the first that fits
+        first, last = variants[0], variants[-1]
+        problem = next(impossible(first, arch), None)
+        if problem is not None:
             tried += 1
-            problem = next(impossible(layout, arch), None)
-            if problem is not None:
-                excluded[problem] += 1
+            excluded[problem] += 1
+            continue
+        cut = (first.tensor, first.pipeline, first.context, first.expert)
+        smallest = evaluate(arch, last, machine, workload, path=path)
+        if smallest.time is None:  # then none of them fits
+            tried += len(variants)
+            if cut not in missing or overshoot(smallest) < missing[cut][0]:
+                missing[cut] = overshoot(smallest), variants
+            continue
+        for layout in variants:  # the fastest first: take the first that fits
+            tried += 1
+            candidate = smallest if layout is last else evaluate(arch, layout, machine, workload, path=path)
+            if candidate.time is not None:
+                if cut not in fitting or candidate.step_seconds < fitting[cut].step_seconds:
+                    fitting[cut] = candidate
                 break
-            candidate = evaluate(arch, layout, machine, workload, path=path)
-            cut = (layout.tensor, layout.pipeline, layout.context, layout.expert)
-            if candidate.time is None:
-                known = missing.get(cut)
-                if known is None or overshoot(candidate) < overshoot(known):
-                    missing[cut] = candidate
-                continue
-            if cut not in fitting or candidate.step_seconds < fitting[cut].step_seconds:
-                fitting[cut] = candidate
-            break
     best = _simplest_first(sorted(fitting.values(), key=lambda c: c.step_seconds))[:show]
-    misfits = sorted((c for cut, c in missing.items() if cut not in fitting), key=overshoot)
+    nearest = [
+        min((evaluate(arch, layout, machine, workload, path=path) for layout in variants), key=overshoot)
+        for cut, (_, variants) in missing.items()
+        if cut not in fitting
+    ]
+    misfits = sorted(nearest, key=overshoot)
     return Found(best, misfits, excluded, tried)
 
 
@@ -168,8 +177,9 @@ def layouts(
     arch: Architecture, gpus: int, machine: Machine, workload: Workload, dtype_bytes: int,
     lora: LoraConfig | None = None,
 ) -> Iterator[list[Layout]]:  # fmt: skip
-    """Every layout to try, in lists whose members differ only in what is recomputed or offloaded. Tensor parallelism
-    stays inside a node, and a pipeline stage has at most four pieces."""
+    """Every layout to try, in lists whose members differ only in what is recomputed or offloaded: the last one does all
+    of it, and needs the least memory. Tensor parallelism stays inside a node, and a pipeline stage has at most four
+    pieces."""
     for training, engine_gpus in [(gpus, 0), *((gpus - gpus // part, gpus // part) for part in SPLITS)]:
         if training < 1 or (engine_gpus == 0 and training != gpus):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,12 +76,22 @@ def _longest(config: Config) -> int:
 
 
 def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngine:
-    from megatron_srpo.bridge import Verifier
-    from megatron_srpo.bridge.weight_stream import Sender, local_address
-    from megatron_srpo.rollout import ServersEngine, ServersFollower
+    from megatron_srpo.rollout import ServersFollower
 
     if not isinstance(role, Driver):
         return ServersFollower(session.control, _longest(config), session.topology.device)
+    return start_servers(config, session, role.decode, lambda text: role.log.message(text))
+
+
+def start_servers(
+    config: Config, session: Session, decode: Callable[[list[int]], str], say: Callable[[str], None]
+) -> RolloutEngine:
+    """(rank 0) The engine that starts the configuration's vLLM servers, or connects to them. The other ranks make a
+    ServersFollower at the same time."""
+    from megatron_srpo.bridge import Verifier
+    from megatron_srpo.bridge.weight_stream import Sender, local_address
+    from megatron_srpo.rollout import ServersEngine
+
     rollout, device = config.rollout, session.topology.device
     cuda = device.type == "cuda"
     backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"
@@ -92,7 +103,7 @@ def _server_engine(config: Config, session: Session, role: Role) -> RolloutEngin
         hf_dir=config.model.path, tokenizer=config.model.tokenizer, dtype=config.model.dtype, rollout=rollout,
         max_model_len=_longest(config), seed=config.run.seed, device=device.type, control=session.control,
         make_sender=make_sender, verifier=Verifier(config.bridge.verify_every),
-        logs=Path(config.run.output_dir) / "engines", decode=role.decode, say=lambda text: role.log.message(text),
+        logs=Path(config.run.output_dir) / "engines", decode=decode, say=say,
         adapters=published_adapters(config), folder_is_first=not starts_with_publish(config),
     )  # fmt: skip
 

@@ -17,8 +17,8 @@ class FusedAdam(torch.optim.Optimizer):
     """Keeps the state of Transformer Engine's and Apex's fused Adam: it counts steps in the group, from its first step
     on, skips groups without parameters, and creates the moments in a parameter's first step."""
 
-    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode):
-        assert adam_w_mode
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode, capturable=False):
+        assert adam_w_mode and not capturable  # Megatron Core 0.19 says that it needs no CUDA graph
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
 
     @torch.no_grad()

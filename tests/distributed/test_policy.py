@@ -118,7 +118,8 @@ def returns_from_the_host(policy):
 
 
 def load_watched(policy, folder):
-    """Load a checkpoint; whole fp32 tensors of one kind of state are in memory at a time, and on the host."""
+    """Load a checkpoint; whole fp32 tensors of one kind of state are in memory at a time, and on the host, and only of
+    parameters of which this rank has a slice."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
@@ -126,15 +127,17 @@ def load_watched(policy, folder):
 
     real, kinds, previous = dist_checkpointing.load, [], []
 
-    def watched(state, *where):
+    own = {id(shard.parameter) for shard in policy.optimizer.shards()}
+
+    def watched(state, *where, **how):
         (kind,) = state
         assert not any(tensor() is not None for tensor in previous), f"{kinds[-1]} is still in memory beside {kind}"
         kinds.append(kind)
         if kind != "model":
             tensors = [entry.data for entry in nested_values(state)]
-            assert all(tensor.device.type == "cpu" for tensor in tensors)
+            assert all(tensor.device.type == "cpu" for tensor in tensors) and len(tensors) == len(own)
             previous[:] = [weakref.ref(tensor) for tensor in tensors]
-        return real(state, *where)
+        return real(state, *where, **how)
 
     with patch.object(dist_checkpointing, "load", watched):
         checkpoint.load(policy, folder)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from threading import Event
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_srpo.bridge import BridgeError
 from megatron_srpo.bridge import weight_stream as module
+from megatron_srpo.bridge.bounded_nccl import BoundedNccl
 from megatron_srpo.bridge.weight_stream import (
     Group,
     Sender,
@@ -28,9 +26,9 @@ from megatron_srpo.bridge.weight_stream import (
     sender_of,
     unpack,
 )
+from tests.fake_nccl import PATIENCE, FakeNccl
 
 CPU = torch.device("cpu")
-PATIENCE = 30
 
 
 def items() -> list[tuple[str, torch.Tensor]]:
@@ -68,35 +66,6 @@ def test_a_large_tensor_is_sent_without_a_copy():
     (_, large) = items()[2]
     _, flat = next(iter(pack([("large", large)])))
     assert flat.data_ptr() == large.data_ptr()
-
-
-class FakeNccl:
-    """A group with the manners of torch's NCCL groups, over gloo: ranks connect in the first operation, and wait()
-    returns at once and never raises."""
-
-    class Options:
-        _timeout = None
-
-    aborted: ClassVar[list[FakeNccl]] = []
-
-    def __init__(self, store, rank, size, options):
-        assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == "1", "its watchdog would end the process"
-        self._given, self._gloo = (store, rank, size), None
-
-    def _connected(self):
-        if self._gloo is None:
-            gloo = dist.ProcessGroupGloo._Options()
-            gloo._timeout, gloo._threads = timedelta(seconds=PATIENCE), 2
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            self._gloo = dist.ProcessGroupGloo(*self._given, gloo)
-        return self._gloo
-
-    def broadcast(self, tensors, options):
-        work = self._connected().broadcast(tensors, options)
-        return SimpleNamespace(is_completed=lambda: work.is_completed() and work.is_success(), wait=lambda: None)
-
-    def abort(self):
-        self.aborted.append(self)
 
 
 @pytest.fixture(params=[("gloo", PATIENCE), ("nccl", PATIENCE)], ids=["gloo", "nccl"])
@@ -274,3 +243,16 @@ def test_each_rank_sends_to_its_own_engines_and_a_lost_engine_of_one_rank_distur
         workers["d"].result().report("publish/0", '{"checksums": null}')  # rank 0 hears of all engines
         assert driver.report("d", "publish", 0) == {"checksums": None} and not driver.has_group("d")
     assert (driver.send([], iter(items())), Streams(CPU).send([], iter(items()))) == ({}, {})
+
+
+@pytest.mark.skipif(not dist.is_nccl_available() or torch.cuda.is_available(), reason="needs torch for CUDA and no GPU")
+def test_torchs_own_nccl_group_takes_what_ours_gives_it():
+    """The one thing that FakeNccl cannot say: the names and arguments of the real class."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=5)
+    assert options._timeout == timedelta(seconds=5)
+    assert {"broadcast", "abort"} <= set(dir(dist.ProcessGroupNCCL))
+    with pytest.raises(ValueError, match="no GPUs found"):  # after it has taken the arguments
+        BoundedNccl(dist.HashStore(), 0, 1, timedelta(seconds=5), CPU)
+    with pytest.raises(TypeError):
+        dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, "no options")
