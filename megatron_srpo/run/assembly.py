@@ -155,9 +155,7 @@ def build_parts(
         store=cast(Store, store),  # generic in the policy, which mypy cannot match with a protocol
         log=role.log,
         timer=PhaseTimer(watchdog.phase),
-        meter=Meter(
-            architecture, topology.world_size, device_name(topology.device), frozen=config.lora.rank > 0
-        ),  # fmt: skip
+        meter=Meter(architecture, topology.world_size, device_name(topology.device), frozen=config.lora.rank > 0),
         should_stop=stop,
         skipped=SkippedSteps(config.train.max_skipped_steps, state.get("skipped_in_a_row", 0)),
         refresh=TeacherRefresh(config, state.get("teacher", {})),
