@@ -1,6 +1,6 @@
 """What the teacher's weights cost: the swap in and out, the EMA update, and the memory of both.
 
-    python -m benchmarks.teacher_swap [--hidden 512] [--layers 8] [--dtype bfloat16] [--offload]
+    python -m benchmarks.teacher_swap [--hidden 512] [--layers 8] [--dtype bfloat16] [--offload] [--lora-rank 16]
     torchrun --nproc-per-node 2 -m benchmarks.teacher_swap --tp 2
 
 The model is a random Qwen3 of that size. Ratios are to one plain copy of this rank's fp32 slices, timed in turns with
@@ -27,7 +27,7 @@ import typer
 
 from benchmarks.losses import _peak, _reset_peak
 from benchmarks.step import machine
-from megatron_srpo.bridge import load_hf_weights, read_config
+from megatron_srpo.bridge import load_weights, read_config
 from megatron_srpo.config import Config
 from megatron_srpo.mcore import groups
 from megatron_srpo.mcore.device import choose_device
@@ -52,7 +52,7 @@ def _policy(config: Config, topology: groups.Topology, path: object, **sizes: ob
         if topology.is_driver:
             _random_model(Path(scratch), **sizes)
         dist.barrier(group=topology.control_group)
-        load = partial(load_hf_weights, hf_dir=folder[0])
+        load = partial(load_weights, hf_dir=folder[0], lora=config.lora)
         policy = Policy(config, read_config(folder[0]), topology, path, load, total_steps=1)
         dist.barrier(group=topology.control_group)  # the driver removes the folder
     return policy
@@ -81,6 +81,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="of the model; the shadow is fp32")] = "bfloat16",
     tp: Annotated[int, typer.Option(help="tensor parallel size; the other ranks are data parallel")] = 1,
     offload: Annotated[bool, typer.Option(help="the shadow in host memory")] = False,
+    lora_rank: Annotated[int, typer.Option(help="of adapters, which alone are trained; 0: all weights")] = 0,
     repeats: Annotated[int, typer.Option()] = 9,
 ) -> None:
     """Print bytes, seconds and ratios on rank 0."""
@@ -88,7 +89,7 @@ def main(
     path = choose_device("auto", groups.local_rank())
     config = Config(
         model={"path": "random", "dtype": dtype}, data={"train": "unused"}, teacher={"offload": offload},
-        parallel={"tensor_model_parallel_size": tp},
+        parallel={"tensor_model_parallel_size": tp}, lora={"rank": lora_rank},
     )  # fmt: skip
     topology = groups.initialize(config.parallel, path, seed=0, timeout_minutes=10)
     policy = _policy(config, topology, path, hidden=hidden, layers=layers, vocabulary=vocabulary, dtype=dtype)

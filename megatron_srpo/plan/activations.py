@@ -44,9 +44,10 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
     if path in ("local", "gpu"):
         # On a CPU torch's RMSNorm saves its fp32 input, the fp32 normalised value and one number a row; the fused norm
         # saves its input and that number. The norm of the keys saves a view, which keeps the whole QKV product alive.
-        fused = path == "gpu"
-        norm = (w if fused else 8) * arch.hidden + 4
-        kept = w * (2 * q + 2 * k) if fused else (8 if w == 2 else 12) * (q + k)
+        # A frozen norm saves no normalised value.
+        fused, frozen = path == "gpu", 4 if layout.lora_rank else 0
+        norm = (w if fused else 8 - frozen) * arch.hidden + 4
+        kept = w * (2 * q + 2 * k) if fused else ((8 if w == 2 else 12) - frozen) * (q + k)
         small = kept + 4 * (heads + groups) if arch.qk_norm else 0.0
         attend = padding * (w * (2 * q + 2 * k) + 4 * heads + 9) + 8
         if layout.context > 1:  # keys and values of the whole row, and the mask against its longest sequence

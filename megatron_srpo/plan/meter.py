@@ -32,8 +32,7 @@ class Meter:
     def __call__(self, trained: float, scored: float, length: float, seconds: float) -> dict[str, float]:
         """Metrics of one iteration. `trained` and `scored` are tokens on all ranks (forward and backward, or forward
         only), `length` is the mean sequence length, `seconds` the duration."""
-        work = (trained * (1 + (BACKWARD_FROZEN if self.frozen else BACKWARD)) + scored) * forward_flops(
-            self.architecture, length
-        )
+        backward = BACKWARD_FROZEN if self.frozen else BACKWARD
+        work = (trained * (1 + backward) + scored) * forward_flops(self.architecture, length)
         rate = work / seconds / self.ranks
         return {"perf/tflops_per_gpu": rate / 1e12} | ({"perf/mfu": rate / self.peak} if self.peak else {})

@@ -187,3 +187,36 @@ def test_a_checkpoint_becomes_an_adapter_or_a_merged_model(given, request, tmp_p
         ids = torch.arange(1, 25)[None]
         expected = load(tmp_path / "merged")(ids).logits
         torch.testing.assert_close(adapted(ids).logits, expected, rtol=0, atol=5e-5)
+
+
+def save_both(model, folder):
+    """A checkpoint of adapters and one of all weights."""
+    from megatron_srpo.mcore import groups
+
+    save(make_policy(model, None, {}), folder / "adapters")
+    groups.parallel_state.destroy_model_parallel()
+    save(make_policy(model, None, {}, lora={"rank": 0}), folder / "all")
+
+
+def refused(other, folder):
+    """Why each of them is not loaded into a run on another base model, and into one of the other kind."""
+    from megatron_srpo.mcore import checkpoint, groups
+
+    reasons = []
+    for lora, kind in (({}, "adapters"), ({}, "all"), ({"rank": 0}, "adapters")):
+        policy = make_policy(other, None, {}, lora=lora)
+        try:
+            checkpoint.load(policy, folder / kind)
+        except UserError as error:
+            reasons.append(str(error))
+        groups.parallel_state.destroy_model_parallel()
+    return reasons
+
+
+def test_other_weights_are_refused(tmp_path):
+    model, other = (make_tiny_model(tmp_path / str(seed), vocab=VOCAB, seed=seed) for seed in (0, 1))
+    run_distributed(save_both, 1, model, tmp_path)
+    ((base, everything, adapters),) = run_distributed(refused, 1, other, tmp_path)
+    assert "holds adapters of another base model: its weights have the checksum float32:" in base
+    assert "holds all weights, and this run trains adapters" in everything
+    assert "holds adapters, and this run trains all weights (lora.rank = 0)" in adapters

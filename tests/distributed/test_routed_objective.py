@@ -18,6 +18,7 @@ from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.config import Config
 from megatron_srpo.core.records import Attempt, Batch, Group, History, Prompt, Reward, Rollout, Row, Stream
 from tests.distributed_harness import run_distributed
+from tests.lora_reference import load_adapted, make_adapter
 from tests.routed_reference import Reference, count_choices, hub_names, load, put_weights, stream_logprobs
 from tests.tiny_models import make_tiny_model
 
@@ -98,6 +99,7 @@ class Layout:
     recompute: str = "none"
     recompute_layers: int = 0
     dtype: str = "float32"
+    lora: bool = False  # adapters are trained: see lora_models
 
     @property
     def ranks(self):
@@ -141,7 +143,22 @@ MOE_LAYOUTS = {
     "moe cp2 ep2": Layout(cp=2, ep=2),
     "moe bf16 ep2 tp2 sp": Layout(tp=2, sp=True, ep=2, dtype="bfloat16"),
 }
-LAYOUTS |= MOE_LAYOUTS
+LORA_LAYOUTS = {
+    "lora serial": Layout(lora=True),
+    "lora tp2 sp, recompute": Layout(tp=2, sp=True, recompute="full", lora=True),
+    "lora tp2 dp2": Layout(tp=2, dp=2, overlap=True, lora=True),
+    "lora pp2 interleaved": Layout(pp=2, pieces=2, lora=True),
+    "lora cp2 pp2": Layout(cp=2, pp=2, lora=True),
+}
+LORA_VARIANTS = [
+    "srpo",
+    "srpo in two steps",
+    "sdpo two steps, forward",
+    "grpo",
+    "srpo in two steps, trust region",
+    "rlsd in two steps",
+]
+LAYOUTS |= MOE_LAYOUTS | LORA_LAYOUTS
 MOE_VARIANTS = [
     "srpo",
     "srpo in two steps, tool answers",
@@ -149,6 +166,7 @@ MOE_VARIANTS = [
     "sdpo full vocabulary, trust region",
     *REPLAYS,
 ]
+LORA = {"rank": 4, "alpha": 8.0, "path": "its own"}  # the reference is then a copy of the first adapter
 # Float32 passes against float64 ones; a gradient error is measured against the largest entry of its tensor's kind.
 METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 # bf16 (8 bits of mantissa): the gradient's error (root of its sum of squares) is at most this multiple of the one that
@@ -169,6 +187,7 @@ def make_config(model, variant, layout="serial"):
     return Config(
         model={"path": str(model), "dtype": cut.dtype, "recompute": cut.recompute,
                "recompute_layers": cut.recompute_layers},
+        lora=LORA if cut.lora else {},
         data={"train": "unused"}, algorithm=algorithm,
         optimizer={"lr": 1e-2, "clip_grad": 0.5},
         rollout={"temperature": temperature, "routing_replay": replayed(variant)},
@@ -287,16 +306,16 @@ def gradients(policy, hf_config):
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.mcore.experts import is_expert
 
-    topology = policy.topology
-    mine = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in policy.shards.parameters.items()}
-    by_parameter = {id(p): mine[name] for name, p in policy.shards.parameters.items()}
+    topology, shards = policy.topology, policy.shards.of_adapters() if policy.shards.adapters else policy.shards
+    mine = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in shards.parameters.items()}
+    by_parameter = {id(p): mine[name] for name, p in shards.parameters.items()}
     for shard in policy.optimizer.shards():  # the gradient is whole only where the optimizer will use it
         part = slice(shard.start, shard.stop)
         by_parameter[id(shard.parameter)].view(-1)[part] = shard.parameter.main_grad.view(-1)[part]
     for name, value in mine.items():
-        expert = is_expert(policy.shards.parameters[name])
+        expert = is_expert(shards.parameters[name])
         dist.all_reduce(value, group=topology.expert_dp_group if expert else topology.dp_cp_group)
-    exporter = Exporter(dataclasses.replace(policy.shards, parameters=mine), hf_config)
+    exporter = Exporter(dataclasses.replace(shards, parameters=mine), hf_config)
     return {name: value.to("cpu", copy=True) for name, value in exporter.items()}
 
 
@@ -325,10 +344,11 @@ def run_variants(variants, layout, student, teacher, groups_of):
     for variant in variants:
         config = make_config(student, variant, layout)
         _, budget, prompts, _ = VARIANTS[variant]
+        load = put_adapter if LAYOUTS[layout].lora else load_hf_weights
         policy = Policy(
-            config, hf_config, topology, path, lambda shards: load_hf_weights(shards, teacher), total_steps=10
+            config, hf_config, topology, path, lambda shards, load=load: load(shards, teacher), total_steps=10
         )
-        load_hf_weights(policy.shards, student)  # the shadows keep the teacher's weights
+        load(policy.shards, student)  # the shadows keep the teacher's weights
         policy.optimizer.reload_main_from_model()
         objective = Objective(config)
         if "in pieces" in variant:
@@ -362,6 +382,8 @@ def run_variants(variants, layout, student, teacher, groups_of):
         results[variant] = []
         for whole, mini in zip(plan.mini_batches, share.mini_batches, strict=True):
             before = {name: value.to("cpu", copy=True) for name, value in exporter.items()}
+            adapters = dict(Exporter(policy.shards.of_adapters(), hf_config)) if policy.shards.adapters else {}
+            adapters = {name: value.to("cpu", copy=True) for name, value in adapters.items()}
             stats = passes.train_step(mini)
             indices = sorted(i for rows in whole.student for row in rows for i in row.samples)
             results[variant].append(
@@ -371,12 +393,22 @@ def run_variants(variants, layout, student, teacher, groups_of):
                     "responses": mini.responses,
                     "chosen": chosen,
                     "weights": before,
+                    "adapters": adapters,
                     "metrics": {name: float(metric) for name, metric in stats.metrics.items()},
                     "norm": stats.grad_norm,
                     **seen,
                 }
             )
     return results if topology.rank == 0 else None
+
+
+def put_adapter(shards, folder):
+    """Load the base model, and the adapter that makes `folder`'s model of it."""
+    from megatron_srpo.bridge import load_adapter, load_hf_weights, read_config
+    from megatron_srpo.config import LoraConfig
+
+    load_hf_weights(shards, folder.parent / "base")
+    load_adapter(shards, read_config(folder), folder.parent / f"{folder.name}_adapter", LoraConfig(**LORA))
 
 
 def chosen_ids(samples, scores):
@@ -423,7 +455,35 @@ def make_models(tmp_path_factory, family, dtype):
     ]
 
 
-DENSE = [*(("qwen3", name) for name in LAYOUTS if name not in MOE_LAYOUTS), ("llama", "tp2 sp pp2")]
+@pytest.fixture(scope="module")
+def lora_models(tmp_path_factory):
+    """Student and teacher: one base model with two adapters, merged for the reference."""
+    from megatron_srpo.bridge import write_hf_folder
+
+    folder = tmp_path_factory.mktemp("lora")
+    base = make_tiny_model(folder / "base", "qwen3", tied=True, vocab=VOCAB, kv_heads=4, layers=4)
+    for seed, name in enumerate(("student", "teacher")):
+        adapter = make_adapter(base, folder / f"{name}_adapter", targets=["attention", "mlp"], seed=seed)
+        merged = load_adapted(base, adapter).merge_and_unload().float()
+        write_hf_folder(((n, p) for n, p in merged.named_parameters()), base, folder / name)
+    return folder / "student", folder / "teacher"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LORA_LAYOUTS)
+def test_a_routed_step_of_adapters_equals_float64(lora_models, layout):
+    student, teacher = lora_models
+    groups_of = {variant: make_groups(student, variant) for variant in LORA_VARIANTS}
+    ranks = LAYOUTS[layout].ranks
+    found = run_distributed(run_variants, ranks, LORA_VARIANTS, layout, student, teacher, groups_of)[0]
+    for variant in LORA_VARIANTS:
+        check_steps(found[variant], list(itertools.chain(*groups_of[variant])), student, teacher, variant, layout)
+
+
+DENSE = [
+    *(("qwen3", name) for name in LAYOUTS if name not in MOE_LAYOUTS | LORA_LAYOUTS),
+    ("llama", "tp2 sp pp2"),
+]
 # What another layout of the default suite contains too; the interleaved schedule is in test_policy.
 LONG = {
     "tp2",
@@ -494,6 +554,7 @@ def check_steps(steps, samples, student, teacher, variant, layout):
         where = f"{layout}, {variant}, step {number}"
         given = (step, samples, student, teacher, variant, number)
         metrics, expected = expected_step(*given, torch.float64)
+        expected = of_factors(expected, step["adapters"]) if step["adapters"] else expected
         logged = {n: v for n, v in step["metrics"].items() if n != "actor/lr" and not n.startswith("perf/")}
         routed = {name: logged.pop(name) for name in list(logged) if name.startswith("moe/")}
         expected_routed = {name: value for name, value in metrics.items() if name.startswith("moe/")}
@@ -533,6 +594,17 @@ def check_steps(steps, samples, student, teacher, variant, layout):
             error = float((step["gradients"][name].double() - value).abs().max())
             assert error <= GRADIENT_BOUND * largest + 1e-12, f"{where}, {name}: off by {error} of {largest}"
         assert step["norm"] == pytest.approx(length(expected), rel=1e-4, abs=1e-9), where
+
+
+def of_factors(expected, adapters):
+    """The gradients of an adapter's factors from those of the merged weights: with W + s·B·A they are s·Bᵀ·G and
+    s·G·Aᵀ."""
+    scale, found = LORA["alpha"] / LORA["rank"], {}
+    for name in [name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")]:
+        a, b = (adapters[f"{name}.lora_{factor}.weight"].double() for factor in "AB")
+        found[f"{name}.lora_A.weight"] = scale * b.T @ expected[f"{name}.weight"]
+        found[f"{name}.lora_B.weight"] = scale * expected[f"{name}.weight"] @ a.T
+    return found
 
 
 first_steps = {}  # of the reference: every layout starts from the same weights

@@ -20,6 +20,7 @@ from megatron_srpo.plan.duration import (
 )
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
+from megatron_srpo.plan.parameters import adapter_parameters
 from megatron_srpo.plan.search import complexity, evaluate
 from megatron_srpo.run import cli
 from megatron_srpo.run.planning import _engine_nodes
@@ -52,6 +53,33 @@ def test_the_ranks_of_a_model_have_its_parameters_and_their_own_norms(name, tens
     experts = sum(part.experts for part in parts)
     found = tensor * sum(part.ordinary for part in parts) - (tensor - 1) * everywhere - copies + experts
     assert found == arch.parameters
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.1-8B-Instruct"])
+def test_adapters_have_the_factors_of_every_projection_of_transformers_own_model(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arch, hf = read_architecture(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
+    shapes = [module.weight.shape for name, module in model.named_modules() if name.endswith("_proj")]
+    assert adapter_parameters(arch, Layout(1, lora_rank=16), 0).whole == sum(16 * (a + b) for a, b in shapes)
+    parts = [adapter_parameters(arch, Layout(4, 2, 2, lora_rank=16), stage) for stage in range(2)]
+    split = sum(16 * (a + b) for a, b in shapes) - arch.layers * 16 * 7 * arch.hidden  # the factors that TP splits
+    assert 2 * sum(part.whole for part in parts) == split + 2 * arch.layers * 16 * 7 * arch.hidden
+
+
+def test_adapters_need_no_offload_where_all_weights_do():
+    arch, _ = read_architecture("Qwen3-32B")
+    layout = Layout(8, 8, recompute="full", engine_tensor=4, engine_memory=0.55)
+    workload = dataclasses.replace(SMALL, teacher_prompt_max=10240, response_max=8192)
+    assert not evaluate(arch, layout, H100, workload).memory.fits
+    adapters = dataclasses.replace(layout, lora_rank=32)
+    found = evaluate(arch, adapters, H100, workload)
+    assert found.memory.fits and "LoRA of rank 32" in adapters.name()
+    lines = persistent_lines(arch, adapters, 0)
+    trained = adapter_parameters(arch, adapters, 0).whole
+    assert lines["gradients"] == 4 * trained and lines["optimizer"] == 12 * trained and lines["shadow"] == 4 * trained
 
 
 def test_found_layouts_fit_are_sorted_and_can_be():

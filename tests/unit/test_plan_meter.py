@@ -17,6 +17,8 @@ def test_flops_are_those_of_every_product_of_the_model():
     forward = 2 * matrices + attention
     found = Meter(Architecture.from_hf(HF), ranks=4)(trained=100, scored=50, length=6, seconds=2)
     assert found == {"perf/tflops_per_gpu": pytest.approx((3 * 100 + 50) * forward / 2 / 4 / 1e12)}
+    found = Meter(Architecture.from_hf(HF), ranks=4, frozen=True)(trained=100, scored=50, length=6, seconds=2)
+    assert found == {"perf/tflops_per_gpu": pytest.approx((2 * 100 + 50) * forward / 2 / 4 / 1e12)}
 
 
 @pytest.mark.parametrize(

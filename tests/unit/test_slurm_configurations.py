@@ -16,6 +16,7 @@ from tests.unit.test_paper_settings import PAPER, value_of
 
 ROOT = Path(__file__).parents[2]
 MODELS = {name.removeprefix("Qwen3-").lower().replace("-", "_"): name for name in SHIPPED}
+MODELS["32b_lora"] = "Qwen3-32B"
 SIZES = sorted(path.stem.removeprefix("srpo_qwen3_") for path in (ROOT / "slurm").glob("srpo_*.sh"))
 
 
