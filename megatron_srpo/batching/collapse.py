@@ -124,7 +124,7 @@ class CollapseAlarm:
             helps.append('teacher.mode = "refresh" or "frozen"')
         elif teacher.mode == "refresh" and teacher.refresh_when == "always":
             helps.append('teacher.refresh_when = "improved"')
-        if getattr(algorithm, "distill_iterations", None) == 0:
+        if not getattr(algorithm, "distill_iterations", 1) and not getattr(algorithm, "distill_patience", 1):
             helps.append(f"algorithm.distill_iterations (fewer than {iteration}: reinforce afterwards)")
         return f"What helps: {'; '.join(helps or ['a reward that looks at more than the final answer'])}."
 

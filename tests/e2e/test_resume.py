@@ -24,6 +24,8 @@ OVERRIDES = (
     "--observe.wandb=true",
     "--checkpoint.keep=9",
     "--checkpoint.every=3",
+    "--algorithm.distill_patience=2",  # hands over within the run, also between two checkpoints
+    "--algorithm.distill_decay=2",
     *DROPOUT,
 )
 
