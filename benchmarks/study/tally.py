@@ -2,7 +2,10 @@
 
 `4+3-7-2+9` → `+3=7-7=0-2=8+9=7#d`: each step is written with its result modulo 10, and the letter is the last result
 modulo the number of letters. The model may stop after any step and take the result that it has. That is a guess, right
-as often as chance has it. A correct short answer teaches like any other, so short answers can spread
+as often as chance has it.
+
+Whoever is shown a solution knows the letter and may leave steps out, as language models do. So the teacher prefers
+shorter answers than the student, and the student that follows it loses what made its answers right
 (docs/algorithms.md, "When responses collapse").
 """
 
@@ -23,14 +26,16 @@ class Tally:
     """A table gives each fact its own wrong result and its own probability of it, as in the worksheet.
 
     The warm start answers plain prompts by that table, `whole_share` of them with all steps, the others with fewer. It
-    follows a demonstration, right or wrong: where the demonstration has ended, it ends as well.
+    takes the letter of a demonstration, right or wrong, and leaves out steps of `skip_share` of them. Where the
+    demonstration has ended, it ends as well.
     """
 
-    steps: int = 5
+    steps: int = 4
     letters: int = 4
     least_error: float = 0.05
-    most_error: float = 0.35
-    whole_share: float = 0.6
+    most_error: float = 0.3
+    whole_share: float = 0.8
+    skip_share: float = 0.4
     shown_share: float = 0.5  # of the prompts, once `shown_from` of the warm start is over
     shown_from: float = 0.35
     own_share: float = 0.4  # of the shown demonstrations that are followed after some steps of the model's own
@@ -101,6 +106,9 @@ class Tally:
         if not shows:
             return Example(self.plain(held_in), written)
         prompt = self.shown(held_in, written)
+        steps = (len(written) - 2) // 4
+        if steps and rng.random() < self.skip_share:
+            return Example(prompt, written[: 4 * rng.randrange(steps)] + written[-2:])
         if rng.random() >= self.own_share:
             return Example(prompt, written)
         own, _ = self._written(held_in, rng.randrange(1, self.steps + 1), rng)
