@@ -66,7 +66,7 @@ def finished(case: Case) -> dict[str, Any] | None:
 
 def keep(case: Case, metrics: Path, whole_cpu_seconds: float) -> dict[str, Any]:
     """Write the result of a run that is done. `whole_cpu_seconds`: of its process, with the start and evaluations."""
-    result = {
+    facts = {
         "task": case.task,
         "method": case.method,
         "seed": case.seed,
@@ -74,15 +74,23 @@ def keep(case: Case, metrics: Path, whole_cpu_seconds: float) -> dict[str, Any]:
         "keys": dict(case.keys),
         "request": case.request,
         "whole_cpu_seconds": round(whole_cpu_seconds, 1),
+    }
+    return keep_as(case.file, facts, metrics)
+
+
+def keep_as(file: Path, facts: Mapping[str, Any], metrics: Path) -> dict[str, Any]:
+    """Write a result with these facts and the curves of metrics.jsonl; one line for each key."""
+    result = {
+        **facts,
         **curves(metrics),
         "versions": {name: version(name) for name in PACKAGES} | {"megatron_srpo": revision()},
         "machine": machine(),
     }
     lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
-    case.file.parent.mkdir(parents=True, exist_ok=True)
-    partial = case.file.with_suffix(".partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    partial.replace(case.file)
+    partial.replace(file)
     return result
 
 
