@@ -1,6 +1,7 @@
 """The study: every method on three small tasks, over seeds, at equal budgets (docs/evidence.md has what it found).
 
     python -m benchmarks.study              continues where it was; Ctrl-C stops it with a checkpoint
+    python -m benchmarks.study collapse     the same, the experiment on collapse alone
     python -m benchmarks.study table        writes the tables of what is finished
     python -m benchmarks.study status       says how many runs are finished of how many
 
@@ -16,7 +17,16 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.study.methods import GRID, METHODS, SELECTION_SEED, Method
+from benchmarks.study.methods import (
+    COLLAPSE_METHODS,
+    COLLAPSE_RATE,
+    COLLAPSE_TASK,
+    GRID,
+    MAIN_SEEDS,
+    METHODS,
+    SELECTION_SEED,
+    Method,
+)
 from benchmarks.study.results import Case, finished
 from benchmarks.study.tasks import TASKS
 
@@ -46,6 +56,17 @@ def chosen_rate(task: str, method: Method) -> float | None:
     return max(GRID, key=lambda lr: (sum(scores[lr]) / len(scores[lr]), -lr))
 
 
+def collapse_cases() -> list[Case]:
+    """The experiment on collapse, seed by seed."""
+    methods = [METHODS[name] for name in COLLAPSE_METHODS]
+    return [
+        case_of(COLLAPSE_TASK, method, seed, COLLAPSE_RATE)
+        for seed in range(MAIN_SEEDS)
+        for method in methods
+        if seed < method.seeds
+    ]
+
+
 def cases_of(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Case]:
     """What has to run, as far as it is known now: main methods first, seed by seed, so that an early stop leaves all
     methods equally far."""
@@ -66,7 +87,7 @@ def cases_of(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> Iterat
 
 
 def total_of(tasks: Sequence[str], methods: Sequence[str]) -> tuple[int, int]:
-    """(finished, all) runs of the study, those of the grids included."""
+    """(finished, all) runs of the comparison, those of the grids included."""
     done = total = 0
     for task in tasks:
         for method in (METHODS[name] for name in methods):
@@ -86,11 +107,13 @@ def run(options: argparse.Namespace) -> int:
     began, prepared = time.monotonic(), {}
     failed: set[Path] = set()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for task in options.tasks:
+    for task in [COLLAPSE_TASK] if options.what == "collapse" else options.tasks:
         prepared[task] = TASKS[task].prepare(CACHE)
     runner = Runner()
     while time.monotonic() - began < 60 * options.minutes:
-        cases = cases_of(options.tasks, options.methods, options.seeds)
+        cases: Iterator[Case] | list[Case] = cases_of(options.tasks, options.methods, options.seeds)
+        if options.what == "collapse":
+            cases = [case for case in collapse_cases() if case.seed < options.seeds and case.method in options.methods]
         case = next((case for case in cases if case.file not in failed and finished(case) is None), None)
         if case is None:
             break
@@ -114,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="study", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("what", nargs="?", default="run", choices=("run", "table", "status"))
+    parser.add_argument("what", nargs="?", default="run", choices=("run", "collapse", "table", "status"))
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated, of: %(default)s")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of: %(default)s")
     parser.add_argument("--seeds", type=int, default=sys.maxsize, help="no more seeds of a method than this, for now")
@@ -126,10 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(TASKS)}, or of {', '.join(METHODS)}")
     os.chdir(ROOT)
-    if options.what == "run":
+    if options.what in ("run", "collapse"):
         return run(options)
     done, total = total_of(options.tasks, options.methods)
-    print(f"{done} of {total} runs are finished")
+    print(f"{done} of {total} runs of the comparison are finished")
+    apart = [finished(case) is not None for case in collapse_cases()]
+    print(f"{sum(apart)} of {len(apart)} runs of the experiment on collapse are finished")
     if options.what == "table":
         from benchmarks.study.table import write_tables
 

@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 GRID = (1e-4, 2e-4, 5e-4)
 SELECTION_SEED = 100
 MAIN_SEEDS, OTHER_SEEDS = 8, 5
+# The experiment on collapse: the task whose answers can shrink, with one rate for all methods, so that what differs
+# between SRPO and a guard is the guard.
+COLLAPSE_TASK, COLLAPSE_RATE = "tally", 2e-4
+COLLAPSE_METHODS = (
+    "grpo", "srpo", "sdpo", "srpo-longest", "srpo-refresh", "srpo-handover", "srpo-floor", "srpo-median",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.collapse import Collapse, collapse_of
-from benchmarks.study.methods import METHODS
+from benchmarks.study.methods import COLLAPSE_METHODS, COLLAPSE_RATE, COLLAPSE_TASK, METHODS
 from benchmarks.study.results import RESULTS, Case, finished
 from benchmarks.study.statistics import holm, paired_p
 from megatron_srpo.observe.curves import Interval
@@ -114,6 +114,17 @@ def load(tasks: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, di
     return found
 
 
+def collapse_runs() -> dict[str, dict[int, Any]]:
+    """The finished runs of the experiment on collapse, by method and seed."""
+    from benchmarks.study.__main__ import collapse_cases
+
+    found: dict[str, dict[int, Any]] = {name: {} for name in COLLAPSE_METHODS}
+    for case in collapse_cases():
+        if (result := finished(case)) is not None:
+            found[case.method][case.seed] = result
+    return found
+
+
 def write_tables(tasks: Sequence[str], methods: Sequence[str]) -> list[Path]:
     """tables.md and tables.json beside the results; returns their paths."""
     results = load(tasks, methods)
@@ -122,6 +133,12 @@ def write_tables(tasks: Sequence[str], methods: Sequence[str]) -> list[Path]:
     for task in tasks:
         if any(results[task].values()):
             text += [f"## {task}", _accuracies(task, results[task], compared), _collapses(results[task])]
+    apart = collapse_runs()
+    if any(apart.values()):
+        found = {measure.title: compare({COLLAPSE_TASK: apart}, measure) for measure in MEASURES}
+        compared |= {f"collapse, {title}": rows for title, rows in found.items()}
+        title = f"## Collapse: {COLLAPSE_TASK}, with the rate {COLLAPSE_RATE:g} for all methods"
+        text += [title, _accuracies(COLLAPSE_TASK, apart, found), _collapses(apart)]
     markdown, numbers = RESULTS / "tables.md", RESULTS / "tables.json"
     markdown.write_text("\n\n".join(text) + "\n")
     rows = {title: [vars(one) | {"verdict": one.verdict} for one in found] for title, found in compared.items()}

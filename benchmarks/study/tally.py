@@ -35,7 +35,7 @@ class Tally:
     least_error: float = 0.05
     most_error: float = 0.3
     whole_share: float = 0.8
-    skip_share: float = 0.6
+    skip_share: float = 0.4
     shown_share: float = 0.5  # of the prompts, once `shown_from` of the warm start is over
     shown_from: float = 0.35
     own_share: float = 0.4  # of the shown demonstrations that are followed after some steps of the model's own

@@ -52,7 +52,7 @@ TASKS = {
     task.name: task
     for task in (
         StudyTask("worksheet", Worksheet(), WARM_START, 200),
-        StudyTask("tally", Tally(), replace(WARM_START, steps=2000), 160, kind="tally"),
+        StudyTask("tally", Tally(), replace(WARM_START, steps=1200), 200, kind="tally"),
         # Nine of ten groups are all wrong at first; the data has the right worksheets.
         StudyTask("hard", Worksheet(least_error=0.4, most_error=0.85), WARM_START, 160),
     )
