@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_srpo.algorithms.history import NoHistories
 from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching.handover import GAP, Handover
+from megatron_srpo.batching.source import DriverSource
 from megatron_srpo.config import Config
+from megatron_srpo.core.records import Padding
+from tests.unit.test_dynamic_sampling import MIXED, batch
 
 
 def config_of(**keys):
@@ -41,6 +47,23 @@ def test_a_gap_that_keeps_falling_and_one_that_is_noisy_around_a_fall_go_on():
 def test_iterations_without_a_gap_are_not_counted():
     handover = Handover(config_of(distill_patience=2), {})
     assert watch(handover, [2, 2, None, math.nan, None, 2, None, 2])[-2:] == [None, 8]
+
+
+def test_routing_follows_the_handover_that_the_trainer_feeds():
+    config = config_of(distill_patience=2)
+    handover = Handover(config, {})
+    source = DriverSource(
+        config, None, None, None, lambda *lesson: SimpleNamespace(ids=array("i", [1, 2]), truncated=False),
+        NoHistories(), None, dp_size=1, padding=Padding(), engine_metrics=dict, handover=handover,
+    )  # fmt: skip
+    found = []
+    for iteration in range(5):
+        (group,) = batch(MIXED)
+        source._route([group], iteration)
+        found.append(dict(group.samples[1].weights))
+        handover.watch(iteration, {GAP: 1.0})
+    assert handover.since == 4
+    assert found == [{"distill": 1.0}] * 4 + [{"policy": 1.0}]
 
 
 def test_without_patience_nothing_is_watched_logged_or_saved():
