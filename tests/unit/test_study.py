@@ -119,3 +119,21 @@ def test_a_tally_is_right_by_its_letter_alone_and_its_answers_follow_what_is_sho
         example = task.warm_start_example(rng, question, 0.9)
         assert (example.prompt.partition("A")[2] + example.target).count("#") == 1
         assert set(example.prompt + example.target) <= set(task.characters)
+
+
+def test_the_sums_of_the_real_model_are_scored_and_their_test_questions_are_in_no_train_row(tmp_path, monkeypatch):
+    from benchmarks.study import smollm2
+    from megatron_srpo.rewards.registry import resolve
+
+    monkeypatch.setattr(smollm2, "DATA", tmp_path)
+    smollm2.place_data()
+    train, test = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("train.jsonl", "test.jsonl")
+    )
+    assert len(test) == 200 and len(train) > 3000
+    assert not {row["prompt"][-1]["content"] for row in train} & {row["prompt"][-1]["content"] for row in test}
+    score = resolve("reasoning_gym")
+    for row in test[:5]:
+        assert score(f"<answer>{row['answer']}</answer>", row["answer"], row).score == 1
+        assert score("<answer>x</answer>", row["answer"], row).score < 0.5

@@ -12,8 +12,8 @@ from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching import plan_batch, share_of
 from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps, consecutive_skips, explain_skip
-from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.batching.handover import Handover
+from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
