@@ -131,7 +131,7 @@ def test_the_sums_of_the_real_model_are_scored_and_their_test_questions_are_in_n
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("train.jsonl", "test.jsonl")
     )
-    assert len(test) == 200 and len(train) > 3000
+    assert len(test) == 200 and len(train) > 2000
     assert not {row["prompt"][-1]["content"] for row in train} & {row["prompt"][-1]["content"] for row in test}
     score = resolve("reasoning_gym")
     for row in test[:5]:
