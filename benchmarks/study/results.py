@@ -65,7 +65,8 @@ def finished(case: Case) -> dict[str, Any] | None:
 
 
 def keep(case: Case, metrics: Path, whole_cpu_seconds: float) -> dict[str, Any]:
-    """Write the result of a run that is done. `whole_cpu_seconds`: of its process, with the start and evaluations."""
+    """Write the result of a run that is done. `whole_cpu_seconds`: of its process (of the last one, if it
+    was interrupted), with the start and evaluations."""
     facts = {
         "task": case.task,
         "method": case.method,

@@ -6,6 +6,7 @@ after its imports: nothing has been computed, no process group and no engine exi
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.results import CONFIG, Case, keep
+from megatron_srpo.run.stopping import PR_SET_PDEATHSIG
 
 RUNS = Path("runs/study")
 PRELOADED = (
@@ -73,6 +75,7 @@ def _train(case: Case, keys: Mapping[str, object], log: Path) -> int:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(out, stream)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # if the study is killed, the run saves and stops
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     try:

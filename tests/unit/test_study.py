@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,8 @@ from benchmarks.study.tally import Tally
 from benchmarks.study.tasks import TASKS
 from megatron_srpo import api
 from megatron_srpo.observe.report import STUDENT_T
+
+RESULTS = Path(__file__).parents[2] / results.RESULTS
 
 
 def test_p_values_agree_with_the_table_of_students_t():
@@ -65,6 +68,14 @@ def test_a_collapse_is_short_responses_or_accuracy_that_stays_lost_and_an_alarm_
     assert (lost.lost, lost.alarm, lost.collapsed, lost.in_time) == (60, 19, True, True)
     late = collapse_of(result_of([0.5, 0.2, 0.1], traced={"response_length/mean": [20.0] * 40}))
     assert (late.lost, late.alarm, late.in_time) == (20, None, False)
+
+
+def test_the_alarm_came_in_time_in_the_runs_that_collapsed_and_hardly_ever_in_others():
+    found = [collapse_of(json.loads(file.read_text())) for file in sorted(RESULTS.glob("*/*/*.json"))]
+    collapsed = [one for one in found if one.collapsed]
+    healthy = [one for one in found if not one.collapsed]
+    assert len(collapsed) >= 10 and sum(one.in_time for one in collapsed) >= 0.9 * len(collapsed)
+    assert len(healthy) >= 10 and sum(one.alarm is not None for one in healthy) <= 0.05 * len(healthy)
 
 
 def write(case, accuracies):
