@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.results import RESULTS, keep_as
+from examples.tiny.launch import Interrupted, TrainingFailed, run_training, train_command
 from examples.tiny.task import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,11 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="smollm2", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of: %(default)s")
-    parser.add_argument("--iterations", type=int, help="stop each run here for now, with a checkpoint")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
-    from megatron_srpo import api
-
     place_data()
     began = time.monotonic()
     for seed in range(SEEDS):
@@ -86,16 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             if time.monotonic() - began > 60 * options.minutes:
                 return 0
-            changes = {**METHODS[method], "run.seed": seed, "run.output_dir": str(folder)}
-            if options.iterations:
-                changes["run.iterations"] = options.iterations
-            config = api.load(CONFIG, changes)
-            code = api.spawn(config, ranks=1)
-            if code:
-                return code
-            if not options.iterations:
-                facts = {"task": "smollm2", "method": method, "seed": seed, "lr": METHODS[method]["optimizer.lr"]}
-                keep_as(file, facts, folder / "metrics.jsonl")
+            changes = {**METHODS[method], "run.seed": seed, "run.output_dir": folder}
+            try:
+                run_training(train_command(CONFIG, 1, changes), folder / "log.txt")
+            except Interrupted:
+                print("stopped; the same command goes on where it was")
+                return 130
+            except TrainingFailed as failed:
+                print(f"smollm2: {failed}", file=sys.stderr)
+                return failed.status
+            facts = {"task": "smollm2", "method": method, "seed": seed, "lr": METHODS[method]["optimizer.lr"]}
+            keep_as(file, facts, folder / "metrics.jsonl")
     return 0
 
 
