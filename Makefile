@@ -5,6 +5,7 @@
 #   make test   [WORKERS=2] [ARGS="-k losses"]           runs the default tests
 #   make test-slurm [ARGS="-k crash"]                    runs the tests on a real Slurm, which it starts on this machine
 #   make quickstart [ALGORITHM=srpo|grpo|sdpo|mix] [SEED=0] [ARGS="--run.iterations 20"]
+#   make study      [ARGS="--minutes 60"]                continues the study of all algorithms on three small tasks
 #   make compare    [SEEDS=3] [JOBS=1]                   compares four algorithms over several seeds in one figure
 #
 # Paths are relative, so a checkout in a folder with a space in its name works.
@@ -28,7 +29,7 @@ VENV_PYTHON := .venv/bin/python
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheelhouse test test-slow test-gpu-versions test-gpu test-slurm quickstart compare soak lint format doctor
+.PHONY: help setup wheelhouse test test-slow test-gpu-versions test-gpu test-slurm quickstart compare study soak lint format doctor
 
 help:  ## list all targets
 	@echo "megatron_srpo. Start with: make quickstart"
@@ -72,6 +73,10 @@ quickstart: setup  ## train and evaluate a tiny model in minutes (ALGORITHM=srpo
 
 compare: setup  ## compare GRPO, SDPO, SRPO and mix over several seeds (SEEDS=3, JOBS=1)
 	@$(VENV_PYTHON) -m examples.worksheet.compare --seeds '$(SEEDS)' --jobs '$(JOBS)' $(ARGS)
+
+study: setup  ## continue the study of all algorithms on three small tasks, then write its tables (ARGS="--minutes 60")
+	@$(VENV_PYTHON) -m benchmarks.study run $(ARGS)
+	@$(VENV_PYTHON) -m benchmarks.study table
 
 doctor: setup  ## print what is installed, which device will be used, and what is missing
 	@$(VENV_PYTHON) -m megatron_srpo doctor

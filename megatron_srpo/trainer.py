@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps, explain_skip
+from megatron_srpo.batching.handover import Handover
 from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import Config
@@ -58,6 +59,7 @@ class Components:
     should_stop: Callable[[], bool]  # this rank was asked to stop
     skipped: SkippedSteps
     refresh: TeacherRefresh
+    handover: Handover
     collapse: CollapseAlarm
 
 
@@ -91,8 +93,10 @@ class Trainer:
                 parts.policy.end_iteration(refresh_teacher=parts.refresh.due(batch.metrics))
             with parts.timer.phase("publish"):
                 parts.engine.publish(parts.weights, self.iteration + 1)
-            self.iteration += 1
             metrics = batch.metrics | step_metrics(steps, parts.policy.steps) | parts.refresh.metrics()
+            parts.handover.watch(self.iteration, metrics)
+            metrics |= parts.handover.metrics()
+            self.iteration += 1
             metrics |= speed_metrics(metrics, passes.forwarded, parts.timer.seconds(), parts.meter)
             parts.skipped.count(steps, metrics)
             if evaluated and (self.iteration % evaluated == 0 or self.iteration == total):
@@ -145,5 +149,6 @@ class Trainer:
             "observer": parts.log.state_dict(),
             "skipped_in_a_row": parts.skipped.in_a_row,
             "teacher": parts.refresh.state_dict(),
+            "handover": parts.handover.state_dict(),
             "collapse": parts.collapse.state_dict(),
         }

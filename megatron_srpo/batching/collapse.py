@@ -1,9 +1,13 @@
 """The alarm for collapsing responses: short correct answers teach the model to answer shorter still.
 
 Each watched metric is compared with its own history: the mean of the newest WINDOW iterations against the highest such
-mean before. Responses collapse if their length has fallen below `train.collapse_share` of that, or below EARLY_LENGTH
-while an entropy has fallen below LOW_ENTROPY. Entropies alone are no alarm, because they fall in every run that learns.
+mean before. Responses collapse
 
+- if their length has fallen below `train.collapse_share` of that,
+- or below EARLY_LENGTH, while an entropy has fallen below LOW_ENTROPY or the reward below LOW_REWARD,
+- or if they no longer end: the share that is not cut has fallen below EARLY_ENDED, and the reward below LOW_REWARD.
+
+Entropies alone are no alarm, because they fall in every run that learns. Neither is the reward alone, which is noisy.
 Correct responses must have become shorter too. A model that learns to end its answers makes its responses shorter, and
 that is no collapse. Every rank decides the same from the same metrics.
 """
@@ -18,14 +22,17 @@ from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import Log, State
 
 WINDOW = 10  # iterations
-EARLY_LENGTH, LOW_ENTROPY = 0.75, 0.25
+EARLY_LENGTH, EARLY_ENDED, LOW_ENTROPY, LOW_REWARD = 0.75, 0.8, 0.25, 0.75
 LENGTH, CORRECT_LENGTH = "response_length/mean", "srpo/response_length_correct"
+REWARD, TRUNCATED = "critic/score/mean", "response_length/clip_ratio"
 TEACHER_ENTROPY, FIRST_TOKEN_ENTROPY = "srpo/teacher_entropy", "actor/first_token_entropy"
 WATCHED = {
     LENGTH: ("response length", "tokens"),
     CORRECT_LENGTH: ("length of correct responses", "tokens"),
     TEACHER_ENTROPY: ("teacher entropy", "nats"),
     FIRST_TOKEN_ENTROPY: ("entropy of the first token", "nats"),
+    REWARD: ("reward", ""),
+    TRUNCATED: ("share of responses that end", ""),  # 1 − the metric, so that it falls like the others
 }
 SUGGESTED_MIN_LENGTH = 0.8
 
@@ -88,20 +95,22 @@ class CollapseAlarm:
         if self._histories[CORRECT_LENGTH].recent and LENGTH in found:
             found.setdefault(CORRECT_LENGTH, found[LENGTH])  # no response is correct any more
         for name, value in found.items():
-            self._histories[name].add(float(value))
+            self._histories[name].add(1 - float(value) if name == TRUNCATED else float(value))
 
     def _collapses(self) -> bool:
         length, correct = self._histories[LENGTH].share, self._histories[CORRECT_LENGTH]
         length = max(length, correct.share) if correct.recent else length
         entropies = (self._histories[name].share for name in (TEACHER_ENTROPY, FIRST_TOKEN_ENTROPY))
-        early = length < EARLY_LENGTH and any(share < LOW_ENTROPY for share in entropies)
-        return early or length < self._config.train.collapse_share
+        worse = self._histories[REWARD].share < LOW_REWARD
+        early = length < EARLY_LENGTH and (worse or any(share < LOW_ENTROPY for share in entropies))
+        endless = worse and self._histories[TRUNCATED].share < EARLY_ENDED
+        return early or endless or length < self._config.train.collapse_share
 
     def _fallen(self) -> str:
-        low = max(EARLY_LENGTH, self._config.train.collapse_share)
+        low = max(EARLY_ENDED, self._config.train.collapse_share)
         fallen = [
-            f"{WATCHED[name][0]} {_short(history.highest)} → {_short(history.mean)} {WATCHED[name][1]} "
-            f"({history.share:.0%})"
+            " ".join([WATCHED[name][0], _short(history.highest), "→", _short(history.mean), *WATCHED[name][1].split()])
+            + f" ({history.share:.0%})"
             for name, history in self._histories.items()
             if history.share < low
         ]
@@ -124,7 +133,7 @@ class CollapseAlarm:
             helps.append('teacher.mode = "refresh" or "frozen"')
         elif teacher.mode == "refresh" and teacher.refresh_when == "always":
             helps.append('teacher.refresh_when = "improved"')
-        if getattr(algorithm, "distill_iterations", None) == 0:
+        if not getattr(algorithm, "distill_iterations", 1) and not getattr(algorithm, "distill_patience", 1):
             helps.append(f"algorithm.distill_iterations (fewer than {iteration}: reinforce afterwards)")
         return f"What helps: {'; '.join(helps or ['a reward that looks at more than the final answer'])}."
 

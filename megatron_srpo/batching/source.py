@@ -18,6 +18,7 @@ from megatron_srpo.algorithms.report import RoutingReport
 from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.teachers import TeacherPromptFunction
 from megatron_srpo.batching.diagnosis import shortened
+from megatron_srpo.batching.handover import Handover
 from megatron_srpo.batching.plan import plan_batch, share_of
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
@@ -51,12 +52,13 @@ class DriverSource:
     def __init__(
         self, config: Config, control: RoleControl, generate: Generator, loader: Loader,
         teacher_prompt: TeacherPromptFunction, histories: Histories, log: Log, *, dp_size: int, padding: Padding,
-        engine_metrics: Callable[[], dict[str, float]], experts: bool = False,
+        engine_metrics: Callable[[], dict[str, float]], experts: bool = False, handover: Handover | None = None,
     ) -> None:  # fmt: skip
         self._config, self._control, self._generate, self._loader = config, control, generate, loader
         self._teacher_prompt, self._histories, self._log = teacher_prompt, histories, log
         self._dp_size, self._padding, self._engine_metrics = dp_size, padding, engine_metrics
         self._experts = experts
+        self._handover = handover or Handover(config, {})
 
     def next_batch(self, iteration: int, timer: Timer) -> Batch:
         """This rank's share of an iteration."""
@@ -93,6 +95,8 @@ class DriverSource:
         if self._experts:
             require_experts(groups)
         self._histories.give(groups, iteration)
+        for group in groups:
+            group.handed_over = self._handover.since
         report = route(
             groups, self._config.algorithm, seed=self._config.run.seed, iteration=iteration,
             teacher_prompt=self._teacher_prompt, feedback_with_solution=self._config.teacher.feedback_with_solution,

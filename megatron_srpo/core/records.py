@@ -202,6 +202,7 @@ class Group:
     """What routing made of the attempts, in their order: one for each, and several for an episode of several
     sequences."""
     iteration: int = 0  # of the run, counted from 0; routing sets it
+    handed_over: int | None = None  # the first iteration after distillation handed over; None: it has not
     history: History = History()  # only for an algorithm that needs it
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps
+from megatron_srpo.batching.handover import Handover
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import (
     BUCKET_MIB,
@@ -144,7 +145,10 @@ def build_parts(
     if config.eval.every:
         role.log.message(chosen)
     control.share(lambda: role.open_log(start, state.get("observer", {})))
-    source = role.source(control, engine, scorer, start=start, dp_size=topology.dp_size, padding=policy.padding)
+    handover = Handover(config, state.get("handover", {}))
+    source = role.source(
+        control, engine, scorer, start=start, dp_size=topology.dp_size, padding=policy.padding, handover=handover
+    )
     parts = Components(
         config=config,
         control=control,
@@ -169,6 +173,7 @@ def build_parts(
         should_stop=stop,
         skipped=SkippedSteps(config.train.max_skipped_steps, state.get("skipped_in_a_row", 0)),
         refresh=TeacherRefresh(config, state.get("teacher", {})),
+        handover=handover,
         collapse=CollapseAlarm(config, state.get("collapse", {})),
     )
     if restored:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, cast
 
 from megatron_srpo.algorithms.history import Histories, NoHistories, PromptHistories
+from megatron_srpo.batching.handover import Handover
 from megatron_srpo.batching.source import DriverSource, FollowerSource
 from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import Log, RoleControl, Scorer, Source, State
@@ -50,9 +51,10 @@ class Role(Protocol):
         """Open the log, which continues at iteration `start` with the `state` that it had there."""
 
     def source(
-        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
-    ) -> Source:
-        """Where iterations from `start` on come from."""
+        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int,
+        padding: Padding, handover: Handover,
+    ) -> Source:  # fmt: skip
+        """Where iterations from `start` on come from. The trainer tells `handover` what it sees."""
 
     def close(self) -> None:
         """Close the log."""
@@ -105,8 +107,9 @@ class Driver:
         return self._prompting.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def source(
-        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
-    ) -> DriverSource:
+        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int,
+        padding: Padding, handover: Handover,
+    ) -> DriverSource:  # fmt: skip
         config, requests, sampling = self._config, _requests(self._config), _sampling(self._config)
         loader: PromptLoader | Prefetcher
         generating: RolloutEngine | Prefetcher = engine
@@ -119,7 +122,7 @@ class Driver:
         return DriverSource(
             config, control, GroupGenerator(generating, scorer, requests, sampling), loader,
             self._prompting.teacher_prompt, self._histories, self.log, dp_size=dp_size, padding=padding,
-            engine_metrics=generating.metrics, experts=sampling.experts,
+            engine_metrics=generating.metrics, experts=sampling.experts, handover=handover,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -147,8 +150,9 @@ class Follower:
     def open_log(self, start: int, state: State) -> None: ...
 
     def source(
-        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int, padding: Padding
-    ) -> FollowerSource:
+        self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int,
+        padding: Padding, handover: Handover,
+    ) -> FollowerSource:  # fmt: skip
         generate = GroupGenerator(engine, scorer, _requests(self._config), _sampling(self._config))
         return FollowerSource(control, generate)
 

@@ -28,20 +28,28 @@ class Session:
     control: Control
 
 
-@contextmanager
-def open_session(config: Config) -> Iterator[Session]:
-    """Inside the block this rank is in its process groups, and vLLM may be imported."""
+def prepare_libraries(config: Config) -> DevicePath:
+    """Choose the device and set the environment of the libraries; afterwards vLLM may be imported."""
     _quiet()  # before the libraries are imported
     if loopback.is_one_machine():
         loopback.confine(nccl=_all_engines_are_here(config))
     from megatron_srpo.mcore import groups
-    from megatron_srpo.mcore.control import Control
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rollout import prepare_environment
 
-    allow_open_files(int(os.environ.get("WORLD_SIZE", "1")))
     path = choose_device(config.run.device, groups.local_rank())
     prepare_environment(path.device.type)  # before vLLM is imported
+    return path
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Inside the block this rank is in its process groups, and vLLM may be imported."""
+    path = prepare_libraries(config)
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.control import Control
+
+    allow_open_files(int(os.environ.get("WORLD_SIZE", "1")))
     topology = groups.initialize(
         config.parallel, path, seed=config.run.seed, timeout_minutes=config.run.control_timeout_minutes
     )

@@ -12,12 +12,13 @@ class PhaseTimer:
 
     def __init__(self, watch: Callable[[str], AbstractContextManager[None]]) -> None:
         self._watch, self._iteration = watch, 0
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._seconds: dict[str, float] = {}
 
     def restart(self, iteration: int) -> None:
         """Begin iteration number `iteration`, counted from 1."""
         self._iteration, self._started, self._seconds = iteration, time.perf_counter(), {}
+        self._cpu_started = time.process_time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -30,5 +31,6 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, and those of the whole iteration so far as "step"."""
-        return {**self._seconds, "step": time.perf_counter() - self._started}
+        """Seconds by phase, those of the whole iteration so far as "step", and this process's CPU seconds as "cpu"."""
+        whole = {"step": time.perf_counter() - self._started, "cpu": time.process_time() - self._cpu_started}
+        return {**self._seconds, **whole}

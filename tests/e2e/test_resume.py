@@ -24,6 +24,8 @@ OVERRIDES = (
     "--observe.wandb=true",
     "--checkpoint.keep=9",
     "--checkpoint.every=3",
+    "--algorithm.distill_patience=2",  # hands over within the run, also between two checkpoints
+    "--algorithm.distill_decay=2",
     *DROPOUT,
 )
 
@@ -79,6 +81,8 @@ def test_a_run_killed_at_a_random_moment_and_started_again_equals_the_straight_o
     output = tiny_run.train(config, *OVERRIDES, ranks=RANKS)
     assert "going on from" in output, f"killed after iteration {moment}:\n{output}"
     assert tiny_run.records(tmp_path / "out") == tiny_run.records(straight / "out"), f"killed after iteration {moment}"
+    handed_over = [line["srpo/handed_over"] for line in tiny_run.records(tmp_path / "out")]
+    assert handed_over[0] == 0 and handed_over[-1] == 1, handed_over
     exported = [(folder / "out/hf/model.safetensors").read_bytes() for folder in (straight, tmp_path)]
     assert exported[0] == exported[1]
     for mine, theirs in zip(

@@ -85,6 +85,22 @@ def test_a_smaller_fall_together_with_an_entropy_is_an_early_alarm():
     assert watch([{**one, "actor/first_token_entropy": 2.0} for one in series]) == ([], [])
 
 
+def test_a_smaller_fall_together_with_the_reward_is_an_early_alarm():
+    series = [seen(100, 100, **{"critic/score/mean": 0.6})] * 10 + [seen(60, 60, **{"critic/score/mean": 0.2})] * 10
+    (warning,), _ = watch(series)
+    assert warning.startswith("iteration 17: ") and "reward 0.6 → 0.32 (53%)" in warning
+    assert watch([{**one, "critic/score/mean": 0.6} for one in series]) == ([], [])
+
+
+def test_responses_that_stop_ending_are_an_alarm_only_if_the_reward_falls_too():
+    healthy = seen(100, 100, **{"critic/score/mean": 0.6, "response_length/clip_ratio": 0.0})
+    endless = seen(105, 100, **{"critic/score/mean": 0.1, "response_length/clip_ratio": 0.6})
+    (warning,), _ = watch([healthy] * 10 + [endless] * 5)
+    assert "share of responses that end 1 → 0.76 (76%)" in warning and "reward 0.6 → 0.4" in warning
+    assert watch([healthy] * 10 + [{**endless, "critic/score/mean": 0.6}] * 10) == ([], [])  # it thinks longer
+    assert watch([healthy] * 10 + [{**endless, "response_length/clip_ratio": 0.0}] * 10) == ([], [])
+
+
 def test_responses_of_which_none_is_correct_any_more_are_still_watched():
     (warning,), _ = watch([seen(400, 400)] * 10 + [seen(20)] * 8)
     assert warning.startswith("iteration 16: ")

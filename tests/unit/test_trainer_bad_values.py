@@ -12,6 +12,7 @@ from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching import plan_batch, share_of
 from megatron_srpo.batching.collapse import CollapseAlarm
 from megatron_srpo.batching.diagnosis import SkippedSteps, consecutive_skips, explain_skip
+from megatron_srpo.batching.handover import Handover
 from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.batching.teacher_refresh import TeacherRefresh
 from megatron_srpo.config import Config
@@ -83,7 +84,7 @@ class Run:
                 objective=SimpleNamespace(passes=list), engine=SimpleNamespace(publish=lambda *values: None),
                 store=SimpleNamespace(poll=lambda: None, save=self._save), timer=PhaseTimer(Watchdog(0).phase),
                 meter=lambda *values: {}, skipped=SkippedSteps(config.train.max_skipped_steps),
-                refresh=TeacherRefresh(config, {}), collapse=CollapseAlarm(config, {}),
+                refresh=TeacherRefresh(config, {}), handover=Handover(config, {}), collapse=CollapseAlarm(config, {}),
             )
         )  # fmt: skip
 
