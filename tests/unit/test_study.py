@@ -75,7 +75,7 @@ def test_the_alarm_came_in_time_in_the_runs_that_collapsed_and_hardly_ever_in_ot
     collapsed = [one for one in found if one.collapsed]
     healthy = [one for one in found if not one.collapsed]
     assert len(collapsed) >= 10 and sum(one.in_time for one in collapsed) >= 0.9 * len(collapsed)
-    assert len(healthy) >= 10 and sum(one.alarm is not None for one in healthy) <= 0.05 * len(healthy)
+    assert len(healthy) >= 10 and sum(one.alarm is not None for one in healthy) <= 0.1 * len(healthy)
 
 
 def write(case, accuracies):
