@@ -53,7 +53,7 @@ TASKS = {
     for task in (
         StudyTask("worksheet", Worksheet(), WARM_START, 200),
         StudyTask("tally", Tally(), replace(WARM_START, steps=1200), 200, kind="tally"),
-        # Nine of ten groups are all wrong at first; the data has the right worksheets.
+        # An answer is right with a probability of about 0.375⁴, so most groups are all wrong at first.
         StudyTask("hard", Worksheet(least_error=0.4, most_error=0.85), WARM_START, 160),
     )
 }
