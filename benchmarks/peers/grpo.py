@@ -5,7 +5,8 @@
 
 A case is PROMPT:RESPONSE in tokens; all prompts and all responses have that length, so neither side pads. Nothing is
 generated: both get the same made-up tokens, half of the responses are right. A step is one forward and backward pass
-over all samples and one AdamW update, in fp32 on one thread; TRL runs all samples in one batch, the fastest that fits.
+over all samples and one AdamW update, in fp32 on one thread. TRL pads the samples of a forward pass (--trl-batch); ours
+packs rows of 4,096 tokens.
 Each form runs in a process of its own, in turns: ours with and without shared prompts, and TRL.
 """
 
@@ -52,6 +53,7 @@ class Work:
     samples: int
     prompt: int
     response: int
+    batch: int  # TRL's samples in one forward pass; 0: all
 
     def tokens(self) -> tuple[list[list[int]], list[list[list[int]]]]:
         """The prompts, and each one's responses."""
@@ -147,10 +149,12 @@ def trl(work: Work, folder: Path) -> list[float]:
         def on_step_end(self, *given: Any, **named: Any) -> None:
             self.seconds.append(time.process_time() - self.started)
 
-    clock, batch = Clock(), work.prompts * work.samples
+    clock, whole = Clock(), work.prompts * work.samples
+    batch = work.batch or whole
     with tempfile.TemporaryDirectory() as scratch:
         settings = GRPOConfig(
             output_dir=scratch, use_cpu=True, bf16=False, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=whole // batch,
             num_generations=work.samples, max_steps=STEPS + 1, max_completion_length=work.response,
             gradient_checkpointing=False, beta=0.0, learning_rate=1e-6, report_to="none", save_strategy="no",
             logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, scale_rewards="none",
@@ -181,12 +185,13 @@ def main(
     prompts: int = 8,
     samples: int = 8,
     repeats: int = 3,
+    trl_batch: Annotated[int, typer.Option(help="TRL's samples in one forward pass. 0: all.")] = 0,
     case: Annotated[list[str] | None, typer.Option(help="PROMPT:RESPONSE, may be repeated.")] = None,
     form: Annotated[str, typer.Option(hidden=True, help="Measure this form here.")] = "",
 ) -> None:
     if form:
         prompt, response = map(int, (case or CASES)[0].split(":"))
-        work = Work(hidden, layers, vocabulary, prompts, samples, prompt, response)
+        work = Work(hidden, layers, vocabulary, prompts, samples, prompt, response, trl_batch)
         print("RESULT", json.dumps(measure(work, form)))
         return
     if importlib.util.find_spec("trl") is None:
@@ -194,7 +199,14 @@ def main(
     table = Table(
         "prompt : response", "TRL CPU s", "ours, unshared ÷ TRL", "ours ÷ TRL", "TRL MiB", "ours, unshared", "ours"
     )
-    sizes = {"hidden": hidden, "layers": layers, "vocabulary": vocabulary, "prompts": prompts, "samples": samples}
+    sizes = {
+        "hidden": hidden,
+        "layers": layers,
+        "vocabulary": vocabulary,
+        "prompts": prompts,
+        "samples": samples,
+        "trl-batch": trl_batch,
+    }
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     for name in case or CASES:
         found: dict[str, list[dict[str, float]]] = {one: [] for one in FORMS}

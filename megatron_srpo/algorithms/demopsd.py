@@ -25,7 +25,7 @@ class DemoPsd(Srpo):
     damping_max: float = Field(0.15, ge=0, le=1)
     """Largest share α_max of a distilled token's weight that a large divergence takes away."""
     damping_rate: float = Field(50.0, ge=0)
-    """Rate β at which the share grows with the Jensen–Shannon divergence in nats. The paper uses 25 to 100."""
+    """Rate at which the share grows with the Jensen–Shannon divergence in nats. The paper uses 25 to 100."""
 
     def token_weights(self, divergence: Tensor) -> Tensor:
         return 1 - 2 * self.damping_max * ((self.damping_rate * divergence).sigmoid() - 0.5)

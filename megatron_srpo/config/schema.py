@@ -255,7 +255,7 @@ class RolloutConfig(Section):
     """Backend that sends weights to the servers. "auto" takes NCCL on GPUs and gloo on CPUs."""
     in_flight: Literal["finish", "pause", "abort"] = "finish"
     """What a publish does with running requests. "finish" waits for them, "pause" continues them with the new weights,
-    "abort" asks for them again."""
+    "abort" cancels and resends them."""
     max_staleness: int = Field(0, ge=0)
     """Number of batches that servers may generate ahead of the training. A sample is then at most this many publishes
     older than the policy it trains. 0 is exact on-policy training."""
@@ -288,8 +288,7 @@ class TeacherConfig(Section):
     logits are (1 − μ) · initial + μ · current."""
     update_every: Literal["step", "iteration"] = "step"
     """When the "ema" teacher is updated: after each optimizer step, or once after the last one of an iteration, as in
-    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. train.score_every decides when it
-    is asked."""
+    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. train.score_every decides when it scores."""
     refresh_every: int = Field(10, ge=1)
     """Number of iterations between two refreshes of a "refresh" teacher."""
     refresh_when: Literal["always", "improved"] = "always"
@@ -422,8 +421,8 @@ class TrainConfig(Section):
     """Stop with a checkpoint after this many optimizer steps in a row without a finite gradient. 0 never stops."""
     collapse_share: float = Field(0.5, ge=0, lt=1)
     """Warn that responses collapse if the mean length of all and of correct responses over 10 iterations falls below
-    this share of its highest value so far, or below 0.75 of it while the entropy of the teacher or of the first token
-    falls below 0.25 of its own. 0 switches it off."""
+    this share of its highest value so far. docs/algorithms.md lists further conditions of this warning. 0 switches it
+    off."""
     stop_on_collapse: bool = False
     """Stop with a checkpoint at this warning."""
     moe_aux_loss_coef: float = Field(0.0, ge=0)

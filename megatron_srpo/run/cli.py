@@ -156,7 +156,8 @@ def check(
     context: typer.Context,
     config: ConfigFiles,
     gpus: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Training GPUs, for the memory; one copy of the model.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="GPUs of the memory prediction. Default: one copy of the model."),
     ] = None,
     gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, b200, gb200, h20, a100.")] = "h100",
 ) -> int:
@@ -285,7 +286,7 @@ def checkpoints(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or its checkpoints folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
     prune: Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the newest N whole (and --best).")] = None,
-    best: Annotated[str, typer.Option(metavar="METRIC", help='Name the best by a metric; "-name": the least.')] = "",
+    best: Annotated[str, typer.Option(metavar="METRIC", help='Metric of the best; "-name": lower is better.')] = "",
 ) -> int:
     """List a run's checkpoints, verify them, or remove old ones. The exit code is 1 if --verify finds damage."""
     from megatron_srpo.checkpoints import listing

@@ -75,7 +75,7 @@ def routing_note(config: Config, hf: HfConfig) -> str | None:
             f"{shape.expert_bytes} bytes per token travel with the responses. rollout_corr/experts_differ is the share "
             "of tokens for which the trainer alone would choose others"
         )
-    later = ", except that later optimizer steps use what the old log-probs were scored with"
+    later = ", except that later optimizer steps use the experts of the old log-prob pass"
     return (
         f'note: rollout.routing_replay = "{config.rollout.routing_replay}": the model has experts, and trainer and '
         "rollout engine choose them independently"
