@@ -288,7 +288,8 @@ class TeacherConfig(Section):
     logits are (1 − μ) · initial + μ · current."""
     update_every: Literal["step", "iteration"] = "step"
     """When the "ema" teacher is updated: after each optimizer step, or once after the last one of an iteration, as in
-    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. train.score_every decides when it scores."""
+    SDPO's code. They differ only if train.prompts_per_mini_batch makes several steps. train.score_every decides when it
+    scores."""
     refresh_every: int = Field(10, ge=1)
     """Number of iterations between two refreshes of a "refresh" teacher."""
     refresh_when: Literal["always", "improved"] = "always"
