@@ -45,8 +45,8 @@ class Algorithm(Section):
     clip_ratio_high: float = Field(0.28, ge=0)
     """Upper clip ε_high of the policy loss: the importance ratio is clipped at 1 + ε_high."""
     dual_clip: float = Field(0.0, ge=0)
-    """Dual clip of the policy loss: if the advantage A is negative, the loss is at most −dual_clip · A. Must be above 1; 3
-    is usual. 0 switches it off."""
+    """Dual clip of the policy loss: if the advantage A is negative, the loss is at most −dual_clip · A. Must be above
+    1; 3 is usual. 0 switches it off."""
     importance_ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of the policy loss. "token" takes one ratio per token, "sequence" the geometric mean over the
     response (GSPO's ratio). For "sequence" set both clips near 4e-4. GSPO's objective also needs loss_aggregation =
