@@ -5,9 +5,8 @@
        └────────────── metrics · eval · checkpoint · next iteration ◄────────────────────────┘
 
 Every rank runs it. Rank 0 alone draws prompts, routes and plans, inside its `source`; every rank gets the samples and
-rows of its data-parallel rank. Everything that computes with the model is done by all ranks together. What each line
-waits for: `source.next_batch` for the slowest engine, then for rank 0; `score` and `train_step` for the slowest
-data-parallel rank; `publish` for the engines.
+rows of its data-parallel rank. `source.next_batch` waits for the slowest engine and for rank 0, `score` and `train_step`
+wait for the slowest data-parallel rank, `publish` for the engines.
 """
 
 from __future__ import annotations
@@ -71,12 +70,10 @@ class Trainer:
         self.iteration = start_iteration
 
     def run(self) -> bool:
-        """Train; True when all iterations are done, False when stopped early. A checkpoint is written either way,
-        unless there is nothing to save: stopped before the first iteration."""
+        """Train. True when all iterations are done, False when stopped early; saved either way if one is done."""
         parts, total, evaluated = self.parts, self.config.run.iterations, self.config.eval.every
         if self.iteration == 0 and evaluated:
-            found = self._evaluate()
-            if found:
+            if found := self._evaluate():
                 parts.log.log(0, found)
             if parts.control.any(parts.should_stop()):
                 return False
@@ -94,8 +91,7 @@ class Trainer:
             with parts.timer.phase("publish"):
                 parts.engine.publish(parts.weights, self.iteration + 1)
             metrics = batch.metrics | step_metrics(steps, parts.policy.steps) | parts.refresh.metrics()
-            parts.handover.watch(self.iteration, metrics)
-            metrics |= parts.handover.metrics()
+            metrics |= parts.handover.watch(self.iteration, metrics)
             self.iteration += 1
             metrics |= speed_metrics(metrics, passes.forwarded, parts.timer.seconds(), parts.meter)
             parts.skipped.count(steps, metrics)
@@ -103,8 +99,7 @@ class Trainer:
                 with parts.timer.phase("eval"):
                     metrics |= self._evaluate()
             parts.log.log(self.iteration, metrics)
-            collapsed = parts.collapse.watch(self.iteration, metrics, parts.log)
-            problem = parts.skipped.reason_to_stop(metrics) or collapsed
+            problem = parts.collapse.watch(self.iteration, metrics, parts.log) or parts.skipped.reason_to_stop(metrics)
             stop = parts.control.any(parts.should_stop()) or bool(problem)
             self._save(metrics, last=stop or self.iteration == total)
             if problem:

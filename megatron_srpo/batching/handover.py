@@ -28,12 +28,18 @@ class Handover:
         self.since = None if since is None else int(str(since))
         """The first iteration, counted from 0, after distillation has done its work. None: it still goes on."""
 
-    def watch(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of the iteration number `iteration`, counted from 0. A gap that is missing or not finite is left
-        out."""
+    def watch(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Look at the metrics of the iteration number `iteration`, counted from 0. Returns whether distillation has
+        handed over, as a metric; without algorithm.distill_patience it is empty. A gap that is missing or not finite is
+        left out."""
         gap = float(metrics.get(GAP, math.nan))
-        if not self._patience or self.since is not None or not math.isfinite(gap):
-            return
+        if not self._patience:
+            return {}
+        if self.since is None and math.isfinite(gap):
+            self._add(iteration, gap)
+        return {"srpo/handed_over": float(self.since is not None)}
+
+    def _add(self, iteration: int, gap: float) -> None:
         self._recent = [*self._recent, gap][-self._patience :]
         if len(self._recent) < self._patience:
             return
@@ -42,10 +48,6 @@ class Handover:
         self._lowest = min(self._lowest, mean)
         if self._waited == self._patience:
             self.since = iteration + 1
-
-    def metrics(self) -> dict[str, float]:
-        """Whether distillation has handed over; only with algorithm.distill_patience."""
-        return {"srpo/handed_over": float(self.since is not None)} if self._patience else {}
 
     def state_dict(self) -> State:
         """Where a resumed run goes on."""

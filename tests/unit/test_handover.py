@@ -35,7 +35,7 @@ def test_it_hands_over_when_the_mean_gap_has_had_no_new_lowest_value_for_as_many
     handover = Handover(config_of(distill_patience=3), {})
     # means of three from the third on: 8, 7, 6 (lowest), 6, 6.3, 6.7 (third without a lower one, iteration 7)
     assert watch(handover, [9, 8, 7, 6, 5, 7, 7, 6]) == [None] * 7 + [8]
-    assert handover.metrics() == {"srpo/handed_over": 1.0}
+    assert handover.watch(99, {}) == {"srpo/handed_over": 1.0}
 
 
 def test_a_gap_that_keeps_falling_and_one_that_is_noisy_around_a_fall_go_on():
@@ -70,7 +70,7 @@ def test_without_patience_nothing_is_watched_logged_or_saved():
     for keys in ({}, {"name": "grpo"}, {"name": "sdpo"}):
         handover = Handover(config_of(**keys), {})
         assert watch(handover, [1.0] * 50)[-1] is None
-        assert handover.metrics() == {} and handover.state_dict() == {}
+        assert handover.watch(99, {}) == {} and handover.state_dict() == {}
 
 
 def test_a_checkpoint_keeps_it_at_every_point():

@@ -195,3 +195,7 @@ def test_few_parameters_have_the_type_any():
         if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "Any"
     ]
     assert len(found) < 30, "\n".join(found)
+
+
+def test_the_loop_is_short_enough_to_be_read_at_once():
+    assert (ROOT / "trainer.py").read_text(encoding="utf-8").count("\n") < 150
