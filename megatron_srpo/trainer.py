@@ -5,8 +5,8 @@
        └────────────── metrics · eval · checkpoint · next iteration ◄────────────────────────┘
 
 Every rank runs it. Rank 0 alone draws prompts, routes and plans, inside its `source`; every rank gets the samples and
-rows of its data-parallel rank. `source.next_batch` waits for the slowest engine and for rank 0, `score` and `train_step`
-wait for the slowest data-parallel rank, `publish` for the engines.
+rows of its data-parallel rank. `source.next_batch` waits for the slowest engine and for rank 0, `score` and
+`train_step` wait for the slowest data-parallel rank, `publish` for the engines.
 """
 
 from __future__ import annotations
