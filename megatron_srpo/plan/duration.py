@@ -25,7 +25,7 @@ from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, state_bytes
-from megatron_srpo.plan.parameters import trained_parameters
+from megatron_srpo.plan.parameters import published_adapters, trained_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
@@ -167,8 +167,10 @@ def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
 
 def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
     """Seconds of a publish: broadcast over stages and gather over tensor-parallel (and expert-parallel) ranks, bucket
-    after bucket, then copies into the engine. Every training rank receives the whole model."""
-    whole, t = layout.dtype_bytes * arch.parameters, layout.tensor
+    after bucket, then copies into the engine. Every training rank receives all that is published: the whole model, or
+    LoRA adapters alone."""
+    adapters, adapter_tensors = published_adapters(arch, layout)
+    whole, t = layout.dtype_bytes * (adapters or arch.parameters), layout.tensor
     experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
     ordinary, split = whole - experts, layout.expert * layout.expert_tensor
     seconds = 0.0
@@ -180,8 +182,9 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
     if not layout.colocated:  # each training rank sends one copy to each of its servers (weight_stream.sender_of)
         servers = layout.engine_gpus // layout.engine_tensor
         seconds += -(-servers // layout.training_gpus) * whole / machine.link_rate(layout.gpus)
-    tensors = arch.layers * (9 + 3 * arch.experts)
-    return seconds + 2 * engine_weights(arch, layout) / machine.memory_rate + tensors * 2 * machine.latency
+    tensors = adapter_tensors or arch.layers * (9 + 3 * arch.experts)
+    loaded = whole if adapters else engine_weights(arch, layout)
+    return seconds + 2 * loaded / machine.memory_rate + tensors * 2 * machine.latency
 
 
 @functools.lru_cache(4096)

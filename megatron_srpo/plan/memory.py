@@ -25,7 +25,7 @@ from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes, stage_activa
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
-from megatron_srpo.plan.parameters import fullest_stage, stage_parameters, trained_parameters
+from megatron_srpo.plan.parameters import fullest_stage, published_adapters, stage_parameters, trained_parameters
 from megatron_srpo.plan.workload import Workload
 
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
@@ -105,6 +105,9 @@ def publish_bytes(arch: Architecture, layout: Layout) -> float:
         return 0.0
     largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn)) * layout.dtype_bytes
     gathered = max(BUCKET_BYTES, largest) + BUCKET_BYTES
+    if adapters := published_adapters(arch, layout)[0]:
+        largest = layout.lora_rank * max(arch.hidden, arch.ffn, arch.query) * layout.dtype_bytes
+        gathered = min(2 * BUCKET_BYTES, adapters * layout.dtype_bytes)
     return gathered * (1 + 1 / layout.tensor) + largest
 
 

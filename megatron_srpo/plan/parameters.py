@@ -60,6 +60,15 @@ def trained_parameters(arch: Architecture, layout: Layout, stage: int) -> StageP
     return (adapter_parameters if layout.lora_rank else stage_parameters)(arch, layout, stage)
 
 
+def published_adapters(arch: Architecture, layout: Layout) -> tuple[int, int]:
+    """(numbers, tensors) of a publish of adapters alone (LoraConfig.published); (0, 0) if it has whole models."""
+    if not layout.lora_rank or arch.experts:
+        return 0, 0
+    names = adapted_projections(arch, layout)
+    one = sum(_factors(arch, arch.ffn, 1)[name] for name in names)
+    return layout.lora_rank * arch.layers * one, 2 * arch.layers * len(names)
+
+
 def fullest_stage(arch: Architecture, layout: Layout) -> tuple[int, float]:
     """Trained parameters of a rank of the largest pipeline stage: all of them, and its optimizer's share of them."""
     stages = {0, stage_layers(arch.layers, layout).index(max(stage_layers(arch.layers, layout))), layout.pipeline - 1}

@@ -20,7 +20,7 @@ from megatron_srpo.plan.duration import (
 )
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
-from megatron_srpo.plan.parameters import adapter_parameters
+from megatron_srpo.plan.parameters import adapter_parameters, published_adapters
 from megatron_srpo.plan.search import complexity, evaluate
 from megatron_srpo.run import cli
 from megatron_srpo.run.planning import _engine_nodes
@@ -64,6 +64,8 @@ def test_adapters_have_the_factors_of_every_projection_of_transformers_own_model
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
     shapes = [module.weight.shape for name, module in model.named_modules() if name.endswith("_proj")]
     assert adapter_parameters(arch, Layout(1, lora_rank=16), 0).whole == sum(16 * (a + b) for a, b in shapes)
+    published = sum(16 * (a + b) for a, b in shapes), 2 * len(shapes)
+    assert published_adapters(arch, Layout(4, 2, 2, lora_rank=16)) == published
     parts = [adapter_parameters(arch, Layout(4, 2, 2, lora_rank=16), stage) for stage in range(2)]
     split = sum(16 * (a + b) for a, b in shapes) - arch.layers * 16 * 7 * arch.hidden  # the factors that TP splits
     assert 2 * sum(part.whole for part in parts) == split + 2 * arch.layers * 16 * 7 * arch.hidden
@@ -79,6 +81,8 @@ def test_adapters_need_no_offload_where_all_weights_do():
     assert found.memory.fits and "LoRA of rank 32" in adapters.name()
     lines = persistent_lines(arch, adapters, 0)
     trained = adapter_parameters(arch, adapters, 0).whole
+    whole, alone = (publish_seconds(arch, one, H100) for one in (layout, adapters))
+    assert 0 < alone < 0.25 * whole  # most of it is the latency of 896 factors
     assert lines["gradients"] == 4 * trained and lines["optimizer"] == 12 * trained and lines["shadow"] == 4 * trained
 
 
