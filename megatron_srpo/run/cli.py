@@ -46,7 +46,7 @@ TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set this variable to see tracebacks of 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names the file from which torchrun's report takes its text
 # Rank 0 prints an error at once, and torchrun then ends the other ranks. Another rank that failed waits this long
 # before it prints, so that the same error is printed once.
-SPEAK_AFTER_SECONDS = 5.0
+SPEAK_AFTER_SECONDS = 10.0
 # Texts of gloo and NCCL after another rank has ended.
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Connection refused|ncclRemoteError|remote process exited")
 
