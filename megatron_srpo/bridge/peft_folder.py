@@ -124,6 +124,20 @@ def check_adapter_config(folder: str | Path, settings: LoraConfig) -> None:
         )
 
 
+def check_adapter(folder: str | Path, hf_config: HfConfig, settings: LoraConfig) -> None:
+    """Raise BridgeError unless an adapter has the [lora] section's rank, scale and projections on this model. It reads
+    headers only."""
+    check_adapter_config(folder, settings)
+    table = weight_table(hf_config, hf_config["vocab_size"])
+    files = AdapterFiles(folder)
+    with files:
+        _check_names(files, table, settings)
+        for name in files.names:
+            shape = shape_of(files.source(name))
+            if shape[0 if name.endswith("lora_A.weight") else 1] != settings.rank:
+                raise BridgeError(f"{name} in {folder} has shape {list(shape)}, and lora.rank = {settings.rank}.")
+
+
 class AdapterFiles(WeightFolder):
     """The tensors of an adapter folder by peft's names without their prefix."""
 
@@ -191,4 +205,9 @@ def _read(shards: ModelShards, table: WeightTable, files: AdapterFiles, name: st
                 f"{mapped.hf_names[0]} in {files.folder} has shape {list(shape_of(source))}, and {list(want)} fits "
                 "model.path and lora.rank: the adapter is of another model or rank."
             )
-    return mapped.rule.to_shard(sources, rank, size)
+    shard = mapped.rule.to_shard(sources, rank, size)
+    if not torch.isfinite(shard).all():
+        raise BridgeError(
+            f"{mapped.hf_names[0]} in {files.folder} has values that are not finite: the adapter is broken."
+        )
+    return shard

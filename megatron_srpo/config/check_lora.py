@@ -45,6 +45,11 @@ def lora_target_problems(lora: LoraConfig, shape: ModelShape) -> Iterator[str]:
         return
     if lora.experts and not shape.experts:
         yield 'lora.targets: "experts" is named, and the model has no experts; remove it'
+    if lora.rank > shape.hidden:
+        yield (
+            f"lora.rank = {lora.rank}: is above the model's hidden size, {shape.hidden}, so that adapters would be "
+            "larger than the weights; lower it"
+        )
     dense = [name for name in ("mlp", *PROJECTIONS["mlp"]) if name in lora.targets]
     if dense and shape.experts and all(shape.expert_layers):
         yield (

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_srpo.algorithms.section import BY_NAME, DEFAULT, foreign_keys, known_fields, users_of
 from megatron_srpo.config.check import listed
-from megatron_srpo.config.schema import Config
+from megatron_srpo.config.schema import Config, LoraConfig
 from megatron_srpo.core.atomic import atomic_write
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.section import Section
@@ -133,7 +133,21 @@ def load_config(
 
 
 def _without_effect(given: dict[str, Any]) -> list[str]:
-    """A line about settings of other algorithms, which may stand in the same file. Defaults are not worth one."""
+    """A line about settings of other algorithms, which may stand in the same file, and about settings of adapters that
+    are not trained. Defaults are not worth one."""
+    return [*_of_other_algorithms(given), *_of_no_adapters(given)]
+
+
+def _of_no_adapters(given: dict[str, Any]) -> list[str]:
+    section = given.get("lora", {})
+    fields = LoraConfig.model_fields
+    keys = [key for key in section if key not in ("rank", "export") and section[key] != fields[key].default]
+    if section.get("rank") or not keys:
+        return []
+    return [f"note: lora.rank = 0 trains all weights, without lora.{', '.join(keys)}: no effect"]
+
+
+def _of_other_algorithms(given: dict[str, Any]) -> list[str]:
     section = given.get(ALGORITHM, {})
     keys = [key for key in foreign_keys(section) if section[key] != known_fields()[key].default]
     if not keys:

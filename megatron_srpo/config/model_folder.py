@@ -30,6 +30,11 @@ def read_model_folder(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         inside = sorted(found.parent.name for found in folder.glob("*/config.json"))
         hint = f"; there is one in its folder {inside[0]}" if inside else ""
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{given}: is a peft adapter, not a model. Name its base model, and the adapter with lora.path (and "
+                "its lora.rank, lora.alpha and lora.targets)."
+            ) from None
         raise ConfigError(f"{given}: has no config.json. Expected a Hugging Face model folder{hint}.") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}). Fetch the model again.") from None

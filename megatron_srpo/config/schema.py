@@ -104,6 +104,11 @@ class LoraConfig(Section):
     above 512. "adapter" works for adapters on the attention of models with experts too, on GPUs, but not for adapters
     on experts."""
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_target(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
     @property
     def scale(self) -> float:
         """The factor of B · A."""

@@ -61,13 +61,13 @@ def converted(out: Path, convert: Callable[[Tell | None], Report], *, dry_run: b
         report = convert(None)
         if leads():
             print(*report.lines, sep="\n")
-            print(f"dry run: {report.tensors} tensors, {_mb(report.nbytes)}; nothing was written")
+            print(f"dry run: {report.tensors} {report.what}, {_mb(report.nbytes)}; nothing was written")
         return 0
     with _progress(out.name) as tell:
         report = convert(tell)
     if leads():
         print(
-            f"{out}: {report.tensors} tensors, {_mb(report.nbytes)}, in {time.perf_counter() - start:.1f} s\n"
+            f"{out}: {report.tensors} {report.what}, {_mb(report.nbytes)}, in {time.perf_counter() - start:.1f} s\n"
             f"peak host memory {_mb(report.peak)} above the start of the conversion; one layer and the largest tensor "
             f"are {_mb(report.bound)}"
         )

@@ -22,6 +22,7 @@ class Report:
     """A conversion in numbers; sizes in bytes, of Megatron's whole parameters."""
 
     tensors: int = 0
+    what: str = "tensors"  # that `tensors` counts
     nbytes: int = 0
     largest: int = 0  # parameter
     layers: dict[str, int] = field(default_factory=dict)  # by number

@@ -91,6 +91,7 @@ def _convert_adapters(
     if verify_against and not merge:
         raise UserError(f"--verify-against: {folder} holds adapters, which are compared with --merge only")
     report = model.report
+    report.what = "factors of adapters" + (" merged into their base model" if merge else "")
     if dry_run:
         report.lines = [model.line(name) for name in model.groups]
         return report

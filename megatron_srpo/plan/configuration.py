@@ -58,7 +58,8 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
         "algorithm": {"name": name_of(teacher=True), "distillation_topk": workload.topk}
         if workload.distilled > 0
         else {"name": name_of(teacher=False)},
-        "optimizer": {"offload": layout.optimizer_on_host},
+        # docs/lora.md: adapters need 10 to 20 times the rate of all weights.
+        "optimizer": {"offload": layout.optimizer_on_host} | ({"lr": 5e-5} if layout.lora_rank else {}),
         "teacher": {"max_prompt_length": workload.teacher_prompt_max, "offload": layout.shadow_on_host},
         "train": {
             "prompts_per_mini_batch": -(-workload.prompts // workload.steps),

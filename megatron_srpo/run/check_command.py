@@ -74,6 +74,10 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
     from megatron_srpo.run.prompting import Prompting
 
     problems: list[str] = []
+    if config.lora.path:
+        from megatron_srpo.bridge.peft_folder import check_adapter
+
+        check_adapter(config.lora.path, read_model_folder(config.model.path), config.lora)
     prompting = Prompting(config)
     prompts = prompting.prompts("train", say)
     _say_lengths(config, prompts, say)

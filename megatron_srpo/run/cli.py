@@ -239,8 +239,11 @@ def plan(
     from megatron_srpo.run import planning
 
     if check:
-        if write is not None or as_json:
-            raise UserError("plan: --check prints a table; --write and --json belong to a search")
+        if write is not None or as_json or lora_rank:
+            raise UserError(
+                "plan: --check prints a table of the configuration as it is; --write, --json and --lora-rank belong to "
+                "a search"
+            )
         return planning.check(check, gpus, list(context.obj), model)
     if model is None:
         raise UserError("plan: expected MODEL (a Hugging Face folder, or a name like Qwen3-8B), or --check CONFIG")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_srpo.config import Config, published_adapters, starts_with_publish
+from megatron_srpo.config import Config, LoraConfig, published_adapters, starts_with_publish
 from megatron_srpo.core import exit_codes
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import UserError
@@ -133,7 +133,7 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
             f"to go on, or start again: checkpoint.resume = false. The trained model is in {folder}"
         )
     if done:
-        return f"done: the trained model is in {folder}"
+        return f"done: the trained {'adapter' if config.writes_adapter else 'model'} is in {folder}"
     if saved is None:
         return "stopped before the first iteration: there is nothing to save"
     return f"stopped; last checkpoint: {saved} (the same command goes on from it)"
@@ -161,6 +161,7 @@ def measure(config: Config, *, checkpoint: Path | None, split: str, responses: P
         role = _open_role(config, session, (split,), closing)
         scorer = build_scorer(config, session, role, closing)
         folder = control.share(lambda: checkpoints.whole(checkpoint) if checkpoint else None)
+        control.share(lambda: _require_same_adapters(config, folder))
         untrained = config.rollout.model_copy(update={"routing_replay": "off"})  # nobody asks for experts
         engine = build_engine(config.model_copy(update={"rollout": untrained}), session, role)
         closing.callback(engine.close)
@@ -174,6 +175,25 @@ def measure(config: Config, *, checkpoint: Path | None, split: str, responses: P
         if control.is_driver:
             role.log.message(f"the responses are in {responses}")
     return metrics
+
+
+def _require_same_adapters(config: Config, folder: Path | None) -> None:
+    """UserError if a checkpoint was trained with another [lora] section, with which its weights would be others."""
+    from megatron_srpo.conversion.adapters import stored_lora
+
+    if folder is None:
+        return
+    theirs = stored_lora(folder) or LoraConfig()
+    different = [
+        f"lora.{key} = {value!r} (here {mine!r})"
+        for key in ("rank", "alpha", "rslora", "targets")
+        if (value := getattr(theirs, key)) != (mine := getattr(config.lora, key)) and (theirs.rank or key == "rank")
+    ]
+    if different:
+        raise UserError(
+            f"{folder} was trained with {', '.join(different)}: evaluate it with the same [lora] section, for example "
+            "with config.toml of its run"
+        )
 
 
 def _write_responses(file: Path, groups: Sequence[Group]) -> None:

@@ -358,3 +358,15 @@ def test_every_example_loads():
     assert len(examples) >= 2
     for file in examples:
         assert isinstance(load_config(file), Config)
+
+
+def test_settings_of_adapters_that_are_not_trained_are_told(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\npath = "m"\n[data]\ntrain = "t"\n[lora]\nalpha = 8.0\nexport = "merged"\n')
+    told = []
+    load_config(file, [], tell=told.append)
+    assert told == ["note: lora.rank = 0 trains all weights, without lora.alpha: no effect"]
+    told.clear()
+    load_config(file, ["--lora.rank", "4"], tell=told.append)
+    load_config(file, ["--lora.alpha", "32.0"], tell=told.append)
+    assert told == []

@@ -583,3 +583,13 @@ def test_adapters_need_projections_that_the_model_has():
     for targets in (["attention"], ["attention", "experts"]):
         assert "lora" not in told(QWEN3_30B_A3B, lora__rank=8, lora__targets=targets)
     assert "lora" not in told(QWEN3_8B, lora__rank=8) + told(QWEN3_8B, lora__targets=["experts"])
+
+
+def test_adapters_larger_than_the_weights_are_refused_and_one_target_needs_no_list():
+    assert "lora.rank = 5000: is above the model's hidden size, 4096" in told(QWEN3_8B, lora__rank=5000)
+    assert configured(lora__rank=8, lora__targets="attention").lora.targets == ["attention"]
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "is a peft adapter, not a model. Name its base model" in refused(tmp_path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_srpo.config import Config
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.run import launch
 
 ALONE = SimpleNamespace(share=lambda compute: compute(), is_driver=True)
@@ -39,3 +41,26 @@ def test_weights_that_no_checkpoint_holds_are_exported_to_the_first_folder_that_
         )
     else:
         assert told == f"The weights of iteration {iteration} are in {tried[-1]}, without the optimizer's state."
+
+
+@pytest.mark.parametrize(
+    ("stored", "mine", "complaint"),
+    [
+        ({"rank": 8}, {"rank": 8, "alpha": 1.0}, r"lora.alpha = 32.0 \(here 1.0\)"),
+        ({"rank": 8}, {"rank": 4}, r"lora.rank = 8 \(here 4\)"),
+        ({"rank": 8}, {"rank": 8, "rslora": True}, r"lora.rslora = False \(here True\)"),
+        ({"rank": 8}, {"rank": 8, "targets": ["q_proj"]}, "lora.targets"),
+        ({"rank": 8}, {}, r"lora.rank = 8 \(here 0\)"),
+        ({}, {"rank": 8}, r"lora.rank = 0 \(here 8\): evaluate it with the same"),
+        ({}, {}, ""),
+        ({"rank": 8}, {"rank": 8, "publish": "merged", "dropout": 0.1}, ""),
+    ],
+)
+def test_a_checkpoint_is_evaluated_with_the_adapters_that_it_was_trained_with(tmp_path, stored, mine, complaint):
+    (tmp_path / "config.json").write_text(json.dumps({"lora": stored}))
+    config = Config(model={"path": "m"}, data={"train": "t"}, lora=mine)
+    if not complaint:
+        launch._require_same_adapters(config, tmp_path)
+        return
+    with pytest.raises(UserError, match=complaint):
+        launch._require_same_adapters(config, tmp_path)

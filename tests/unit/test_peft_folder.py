@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_srpo.bridge import BridgeError, base_checksum, load_adapter, load_hf_weights, read_config, weight_table
-from megatron_srpo.bridge.peft_folder import write_adapter_folder
+from megatron_srpo.bridge.peft_folder import check_adapter, write_adapter_folder
 from megatron_srpo.config import LoraConfig
 from tests.lora_reference import adapter_tensors, load_adapted, make_adapter
 from tests.tiny_models import make_tiny_model
@@ -157,3 +157,26 @@ def test_the_checksum_tells_base_models_apart(model, tmp_path):
         first.copy_(second)
         second.copy_(held)
     assert base_checksum(shards, hf) != found[0]
+
+
+def test_an_adapter_is_checked_by_its_headers_alone(model, adapter):
+    hf, file = read_config(model), adapter / "adapter_model.safetensors"
+    check_adapter(adapter, hf, SETTINGS)
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    save_file(tensors | {name: tensors[name][:, :1].contiguous()}, file)
+    with pytest.raises(BridgeError, match=r"q_proj.lora_B.weight in .* has shape .*, and lora.rank = "):
+        check_adapter(adapter, hf, SETTINGS)
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(BridgeError, match="lacks"):
+        check_adapter(adapter, hf, SETTINGS)
+
+
+def test_an_adapter_with_values_that_are_not_finite_is_refused(model, adapter):
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"][0, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(BridgeError, match=r"q_proj.lora_A.weight in .* has values that are not finite"):
+        load_adapter(adapted_shards(model), read_config(model), adapter, SETTINGS)

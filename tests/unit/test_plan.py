@@ -295,6 +295,7 @@ def test_memory_is_what_the_driver_reports_and_a_proposal_leaves_room():
         (["plan", "Qwen3-8B", "--steps", "64"], "expected a divisor"),
         (["plan", "Qwen3-8B", "--write", "absent/run.toml"], "a folder that exists"),
         (["plan", "Qwen3-8B", "--check", "run.toml", "--json"], "belong to a search"),
+        (["plan", "Qwen3-8B", "--check", "run.toml", "--lora-rank", "8"], "belong to a search"),
         (["plan", "Qwen3-8B", "--response-max", "40000"], "the model has 40960 positions"),
         (["plan", "Qwen3-8B", "--response-mean", "9000"], "above its maximum"),
         (["plan", "Qwen3-8B", "--calibration", "absent.json"], "python -m benchmarks.calibrate"),
