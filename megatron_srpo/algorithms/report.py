@@ -10,7 +10,6 @@ import numpy as np
 
 from megatron_srpo.core.records import Attempt, Group, Sample
 
-
 BRANCHES = ("grpo", "sdpo", "mix", "guided", "out")  # what `branch` may return
 
 

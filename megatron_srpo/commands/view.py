@@ -21,10 +21,10 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from megatron_srpo.algorithms.report import BRANCHES
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.text import visible
 from megatron_srpo.observe.observer import ROLLOUTS_FILE
+from megatron_srpo.observe.rollouts import BRANCHES
 from megatron_srpo.run.cli import run_tool
 
 T = TypeVar("T")

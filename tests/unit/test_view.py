@@ -6,11 +6,11 @@ import types
 
 import pytest
 
-from megatron_srpo.algorithms.report import BRANCHES, branch
+from megatron_srpo.algorithms.report import branch
 from megatron_srpo.commands.view import main
 from megatron_srpo.config import Config
 from megatron_srpo.observe import Observer
-from megatron_srpo.observe.rollouts import evaluated_record
+from megatron_srpo.observe.rollouts import BRANCHES, evaluated_record
 from tests.unit.test_observe_rollouts import routed
 
 
