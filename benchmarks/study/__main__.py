@@ -1,6 +1,7 @@
 """The study: every method on three small tasks, over seeds, at equal budgets (docs/evidence.md has what it found).
 
-    python -m benchmarks.study              continues where it was; Ctrl-C stops it with a checkpoint
+    python -m benchmarks.study              continues where it was; Ctrl-C stops it with a checkpoint (a warm start
+                                            has none and begins again)
     python -m benchmarks.study collapse     the same, the experiment on collapse alone
     python -m benchmarks.study table        writes the tables of what is finished
     python -m benchmarks.study status       says how many runs are finished of how many
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ from benchmarks.study.methods import (
     SELECTION_SEED,
     Method,
 )
+from benchmarks.study.options import at_least_one
 from benchmarks.study.results import Case, finished
 from benchmarks.study.tasks import TASKS
 
@@ -101,27 +104,41 @@ def total_of(tasks: Sequence[str], methods: Sequence[str]) -> tuple[int, int]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run cases until none is left, or until options.minutes are over."""
-    from benchmarks.study.runner import Runner, Stopped
+    """Run cases until none is left, or until options.minutes are over. Returns 130 if Ctrl-C or SIGTERM stopped it."""
+    from benchmarks.study.runner import Stopped
 
-    began, prepared = time.monotonic(), {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is going on has handlers of its own
+    try:
+        return _run(options)
+    except (KeyboardInterrupt, Stopped):
+        print("stopped; the same command goes on where it was (a warm start begins again)", flush=True)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from benchmarks.study.runner import Runner
+
+    end = time.monotonic() + 60 * options.minutes
+    prepared: dict[str, dict[str, object]] = {}
     failed: set[Path] = set()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for task in [COLLAPSE_TASK] if options.what == "collapse" else options.tasks:
+        if time.monotonic() >= end:
+            return 0
         prepared[task] = TASKS[task].prepare(CACHE)
+    if time.monotonic() >= end:
+        return 0
     runner = Runner()
-    while time.monotonic() - began < 60 * options.minutes:
+    while time.monotonic() < end:
         cases: Iterator[Case] | list[Case] = cases_of(options.tasks, options.methods, options.seeds)
         if options.what == "collapse":
             cases = [case for case in collapse_cases() if case.seed < options.seeds and case.method in options.methods]
         case = next((case for case in cases if case.file not in failed and finished(case) is None), None)
         if case is None:
             break
-        try:
-            result, log = runner.run(case, prepared[case.task])
-        except Stopped:
-            print("stopped; the same command goes on where it was")
-            return 130
+        result, log = runner.run(case, prepared[case.task])
         if result is None:
             failed.add(case.file)
             print(f"{case.task} {case.name}: failed, its messages are in {log}", flush=True)
@@ -140,8 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", nargs="?", default="run", choices=("run", "collapse", "table", "status"))
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated, of: %(default)s")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of: %(default)s")
-    parser.add_argument("--seeds", type=int, default=sys.maxsize, help="no more seeds of a method than this, for now")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
+    parser.add_argument(
+        "--seeds", type=at_least_one(int), default=sys.maxsize, help="no more seeds of a method, for now"
+    )
+    parser.add_argument(
+        "--minutes", type=at_least_one(float), default=float("inf"), help="start nothing after this many minutes"
+    )
     options = parser.parse_args(arguments)
     options.tasks, options.methods = options.tasks.split(","), options.methods.split(",")
     unknown = [name for name in options.tasks if name not in TASKS]
@@ -156,9 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     apart = [finished(case) is not None for case in collapse_cases()]
     print(f"{sum(apart)} of {len(apart)} runs of the experiment on collapse are finished")
     if options.what == "table":
-        from benchmarks.study.table import write_tables
+        from benchmarks.study.table import FewerRuns, write_tables
 
-        print("\n".join(map(str, write_tables(options.tasks, options.methods))))
+        try:
+            print("\n".join(map(str, write_tables(options.tasks, options.methods))))
+        except FewerRuns as error:
+            print(f"study: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

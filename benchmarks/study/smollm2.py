@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.options import at_least_one
 from benchmarks.study.results import RESULTS, keep_as
 from examples.tiny.launch import Interrupted, TrainingFailed, run_training, train_command
 from examples.tiny.task import write_rows
@@ -70,7 +71,9 @@ def place_data() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="smollm2", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
+    parser.add_argument(
+        "--minutes", type=at_least_one(float), default=float("inf"), help="start no run after this many minutes"
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of: %(default)s")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)

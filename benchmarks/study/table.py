@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ REFERENCE = "srpo"
 LEVEL = 0.05
 UNKNOWN = Interval(math.nan, math.nan)
 Results = Mapping[int, Mapping[str, Any]]  # by seed
+
+
+class FewerRuns(Exception):
+    """The tables that are there count more runs than were found. str() says how many."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,20 @@ def collapse_runs() -> dict[str, dict[int, Any]]:
 
 
 def write_tables(tasks: Sequence[str], methods: Sequence[str]) -> list[Path]:
-    """tables.md and tables.json beside the results; returns their paths."""
+    """tables.md and tables.json beside the results; returns their paths. FewerRuns if that would lose runs."""
     results = load(tasks, methods)
     compared = {measure.title: compare(results, measure) for measure in MEASURES}
     apart = collapse_runs()
-    text = [_header([*results.values(), apart])]
+    runs = _distinct([*results.values(), apart])
+    markdown, numbers = RESULTS / "tables.md", RESULTS / "tables.json"
+    there = re.search(r"^(\d+) runs, ", markdown.read_text(), re.MULTILINE) if markdown.exists() else None
+    if there and len(runs) < int(there[1]):
+        raise FewerRuns(
+            f"{markdown} counts {there[1]} runs, and only {len(runs)} finished ones were found for these tasks and "
+            f"methods in {RESULTS}; the tables were not written. Leave out --tasks and --methods, bring the missing "
+            f"results back, or delete {markdown} if its runs are to be given up"
+        )
+    text = [_header(runs)]
     for task in tasks:
         if any(results[task].values()):
             text += [f"## {task}", _accuracies(task, results[task], compared), _collapses(results[task])]
@@ -139,7 +153,6 @@ def write_tables(tasks: Sequence[str], methods: Sequence[str]) -> list[Path]:
         compared |= {f"collapse, {title}": rows for title, rows in found.items()}
         title = f"## Collapse: {COLLAPSE_TASK}, with the rate {COLLAPSE_RATE:g} for all methods"
         text += [title, _accuracies(COLLAPSE_TASK, apart, found), _collapses(apart)]
-    markdown, numbers = RESULTS / "tables.md", RESULTS / "tables.json"
     markdown.write_text("\n\n".join(text) + "\n")
     rows = {title: [vars(one) | {"verdict": one.verdict} for one in found] for title, found in compared.items()}
     numbers.write_text(json.dumps(rows, indent=1).replace("NaN", "null") + "\n")
@@ -147,9 +160,13 @@ def write_tables(tasks: Sequence[str], methods: Sequence[str]) -> list[Path]:
     return [markdown, numbers]
 
 
-def _header(results: Sequence[Mapping[str, Results]]) -> str:
+def _distinct(results: Sequence[Mapping[str, Results]]) -> list[Mapping[str, Any]]:
+    """All runs; one that is in both experiments counts once."""
     found = [run for methods in results for seeds in methods.values() for run in seeds.values()]
-    runs = list({(run["task"], run["method"], run["seed"], run["lr"]): run for run in found}.values())
+    return list({(run["task"], run["method"], run["seed"], run["lr"]): run for run in found}.values())
+
+
+def _header(runs: Sequence[Mapping[str, Any]]) -> str:
     facts = {f"{name} {value}" for run in runs for name, value in run["versions"].items() if name != "megatron_srpo"}
     return "\n".join(
         [

@@ -10,6 +10,8 @@ import numpy as np
 
 from megatron_srpo.core.records import Attempt, Group, Sample
 
+BRANCHES = ("grpo", "sdpo", "mix", "guided", "out")  # what `branch` may return
+
 
 def branch(sample: Sample) -> str:
     """In words: "grpo", "sdpo", "mix" of both, "guided" (the teacher weighs the tokens of the policy gradient), or

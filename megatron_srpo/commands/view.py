@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -23,6 +24,7 @@ from rich.text import Text
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.text import visible
 from megatron_srpo.observe.observer import ROLLOUTS_FILE
+from megatron_srpo.observe.rollouts import BRANCHES
 from megatron_srpo.run.cli import run_tool
 
 T = TypeVar("T")
@@ -78,9 +80,10 @@ def view(
     uid: Annotated[str | None, typer.Option(metavar="UID", help="Only this row, for example train:17.")] = None,
     kind: Annotated[str | None, typer.Option(metavar="KIND", help="Only rows of this kind.")] = None,
     branch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only responses of this branch: grpo, sdpo, mix, guided or out.")
+        str | None, typer.Option(metavar="NAME", help=f"Only responses of this branch: {', '.join(BRANCHES)}.")
     ] = None,
-    correct: Annotated[bool | None, typer.Option("--correct/--wrong", help="Only these responses.")] = None,
+    correct: Annotated[bool, typer.Option("--correct", help="Only correct responses.")] = False,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only wrong responses.")] = False,
     prompts: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many prompts are shown, those with texts first.")
     ] = 1,
@@ -90,12 +93,19 @@ def view(
     teacher: Annotated[bool, typer.Option("--teacher", help="Show the teacher's prompts too.")] = False,
 ) -> int:
     """Show prompts, responses, rewards, and which loss trained each response and why."""
+    if correct and wrong:
+        raise UserError("view: --correct and --wrong together leave no response: expected one of them; leave out both")
+    if branch is not None and branch not in BRANCHES:
+        raise UserError(f"view: --branch {branch}: expected one of {', '.join(BRANCHES)}")
     file, records = _read(run, iteration)
+    if teacher and not any(any(record.teacher_prompts or ()) for record in records):
+        print(f"view: {file} has no teacher's prompts, so --teacher shows nothing more", file=sys.stderr)
+    outcome = True if correct else False if wrong else None
     wanted = [
         (record, chosen)
         for record in records
         if uid in (None, record.uid) and kind in (None, record.kind)
-        for chosen in [_responses(record, branch, correct)]
+        for chosen in [_responses(record, branch, outcome)]
         if chosen
     ]
     wanted.sort(key=lambda pair: pair[0].responses is None)  # those with texts first
@@ -117,18 +127,25 @@ def _read(run: Path, iteration: int | None) -> tuple[str, list[Record]]:
         raise UserError(f"view: expected a run's folder with {ROLLOUTS_FILE}, or a file that eval has written: {run}")
     found, steps = "", []
     evaluated: list[Record] = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            begin = STEP.match(line)
-            if begin is None:
-                evaluated += _parsed(line, f"line {number} of {file}")
-            elif line.endswith("\n"):  # else a run is writing it
-                steps.append(int(begin[1]))
-                found = line if iteration in (None, steps[-1]) else found
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                begin = STEP.match(line)
+                if begin is None:
+                    evaluated += _parsed(line, f"line {number} of {file}")
+                elif line.endswith("\n"):  # else a run is writing it
+                    steps.append(int(begin[1]))
+                    found = line if iteration in (None, steps[-1]) else found
+    except UnicodeDecodeError:
+        raise UserError(
+            f"view: {file} is no text: expected a run's {ROLLOUTS_FILE}, or a file that eval has written"
+        ) from None
     if evaluated and not steps:
         if iteration is not None:
             raise UserError(f"view: {file} is of an evaluation, which has no iterations: leave out --iteration")
         return str(file), evaluated
+    if not found and file.stat().st_size == 0 and file.name != ROLLOUTS_FILE:
+        raise UserError(f"view: {file} is empty: expected a file that eval has written; run eval again")
     if not found:
         have = f"it has iterations {steps[0]} to {steps[-1]}" if steps else "no iteration is finished yet"
         raise UserError(f"view: {file} has nothing to show{f' of iteration {iteration}' if iteration else ''}: {have}")

@@ -112,6 +112,11 @@ def _batches(config: Config) -> Iterator[str]:
             f"choose one of {_some(_divisors(batch))}, or 0 for the whole batch"
         )
     algorithm = config.algorithm
+    if config.teacher.feedback_with_solution and algorithm.teaching and "feedback" not in algorithm.teaching.sources:
+        yield (
+            "teacher.feedback_with_solution = true: no feedback is shown to the teacher; set algorithm.use_feedback = "
+            'true (or add "feedback" to algorithm.teachers), or set this to false'
+        )
     if algorithm.teaching is not None and "solution" in algorithm.teaching.sources and not config.data.solution_key:
         yield (
             'algorithm.teachers: "solution" needs a worked solution in the data, and data.solution_key is empty; name '
@@ -201,6 +206,13 @@ def _environments(config: Config) -> Iterator[str]:
             yield f"environment.variables: {name!r} is not the name of a variable; name it alone, without its value"
     if not settings.classes:
         return
+    for kind, reference in settings.classes.items():
+        attempts = settings.arguments.get(kind, {}).get("attempts", 1)
+        if reference == "python" and isinstance(attempts, int) and attempts > settings.max_turns:
+            yield (
+                f"environment.arguments.{kind}.attempts = {attempts}: an episode is cut after environment.max_turns = "
+                f"{settings.max_turns} turns, and each attempt is one; lower it, or raise environment.max_turns"
+            )
     if settings.max_turn_tokens > config.rollout.max_response_length:
         yield (
             f"environment.max_turn_tokens = {settings.max_turn_tokens}: is above rollout.max_response_length = "

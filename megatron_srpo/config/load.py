@@ -127,7 +127,7 @@ def load_config(
         raise ConfigError(
             listed(" + ".join([*map(str, paths), *(["the command line"] if overrides else [])]), problems)
         )
-    for note in _without_effect(given):
+    for note in [*_without_effect(given), *_idle_teacher_keys(config)]:
         tell(note)
     return config
 
@@ -157,6 +157,32 @@ def _of_other_algorithms(given: dict[str, Any]) -> list[str]:
         f"note: algorithm.name = {json.dumps(section.get('name', DEFAULT))} does not use algorithm.{', '.join(keys)} "
         f"({', '.join(users)} would): no effect"
     ]
+
+
+def _idle_teacher_keys(config: Config) -> list[str]:
+    """A line about settings of other modes of the teacher, as above."""
+    teacher = config.teacher
+    users = {
+        "update_rate": ("ema", "trust_region"),
+        "update_every": ("ema",),
+        "refresh_every": ("refresh",),
+        "refresh_when": ("refresh",),
+        "refresh_min_length": ("refresh",),
+    }
+    defaults = type(teacher).model_fields
+    idle = [
+        key
+        for key, modes in users.items()
+        if getattr(teacher, key) != defaults[key].default and teacher.mode not in modes
+    ]
+    notes = []
+    if idle and config.algorithm.needs.teacher:
+        modes = [mode for mode in get_args(defaults["mode"].annotation) if any(mode in users[key] for key in idle)]
+        notes.append(
+            f"note: teacher.mode = {json.dumps(teacher.mode)} does not use teacher.{', '.join(idle)} "
+            f"({', '.join(modes)} would): no effect"
+        )
+    return notes
 
 
 def _read_files(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -17,6 +17,18 @@ PREFIXES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_
 SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
+def unset_variables(key: str, named: Sequence[str]) -> list[str]:
+    """A line about the variables that the setting `key` names and this process does not have; none if it has all."""
+    unset = [name for name in named if name not in os.environ]
+    if not unset:
+        return []
+    several = len(unset) > 1
+    return [
+        f"{key}: {', '.join(unset)} {'are' if several else 'is'} not set in this process, so nothing is passed on; "
+        f"export {'them' if several else 'it'} where the run starts, or leave {'them' if several else 'it'} out"
+    ]
+
+
 def inherited(named: Sequence[str] = (), prefixes: Iterable[str] = ()) -> dict[str, str]:
     """The variables of this process that a helper inherits: those above, those whose name begins with one of
     `prefixes`, and those that the user has `named`. Names that look like a secret are inherited only if they are

@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_srpo.config import Config
+from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Episode, Experts, Prompt, Reward, Rollout
 from megatron_srpo.data import Chat, Conversation, DataError
@@ -40,6 +41,8 @@ class EpisodeRunner:
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
         self.pool = self._run(self._open(say))
+        for line in unset_variables("environment.variables", config.environment.variables):
+            say(line)
         self._run(self.pool.begin())
 
     async def _open(self, say: Callable[[str], None]) -> EnvironmentPool:

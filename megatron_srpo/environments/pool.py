@@ -145,7 +145,8 @@ class EnvironmentPool:
                 env=inherited(self._config.variables) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
         self._control = ours
-        ours.send(encode_setup(self._setup))
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, which `_hear` finds out
+            ours.send(encode_setup(self._setup))
         ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._hear)
 
@@ -193,7 +194,14 @@ class EnvironmentPool:
             self._failed_starts += 1
             wrong: Exception = ProgramLost()
             if self._failed_starts >= FAILED_STARTS:
-                wrong = UserError("the program of the environments ended while it imported environment.classes")
+                wrong = UserError(
+                    f"{self._program_name()} ended at once, or while it imported environment.classes"
+                    + (
+                        "; is it a Python, and of a version that has these packages?"
+                        if self._config.interpreter
+                        else ""
+                    )
+                )
             ready.set_exception(wrong)
         else:
             self._say("the program in which environments run was lost; it is started again, and its episodes with it")

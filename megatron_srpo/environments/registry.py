@@ -38,9 +38,18 @@ def checked(environment: type[Environment], arguments: Mapping[str, Any], name: 
     try:
         environment(**arguments)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}" for one in error.errors()]
+        wrong = [_wrong(one) for one in error.errors()]
         known = ", ".join(list(inspect.signature(environment.__init__).parameters)[1:])
         raise UserError(f'arguments of a "{name}" environment: {"; ".join(wrong)} (it takes {known})') from None
+
+
+def _wrong(one: Mapping[str, Any]) -> str:
+    """One error of pydantic's in words. The `input` of a missing argument is all arguments, so it is not shown."""
+    argument = ".".join(map(str, one["loc"]))
+    missing = str(one["type"]).startswith("missing")
+    if missing:
+        return f'the argument "{argument}" is missing; give it in environment.arguments'
+    return f"{argument} = {one['input']!r}: {one['msg']}"
 
 
 def load_object(reference: str, what: str) -> object:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from pydantic import JsonValue
 
+from megatron_srpo.algorithms.report import BRANCHES as BRANCHES  # for readers of the file
 from megatron_srpo.algorithms.report import branch
 from megatron_srpo.core.records import Group, Rollout, Sample
 

@@ -19,6 +19,7 @@ from megatron_srpo.config import (
     save_resolved,
     starts_with_publish,
 )
+from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.evaluation import chosen_prompts
@@ -54,6 +55,8 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
     def build() -> Scorer:
         if topology.rank % size:
             return IdleScorer(control)
+        for line in unset_variables("reward.environment", config.reward.environment):
+            role.log.warn(line)
         pool = closing.enter_context(RewardPool(config.reward.model_copy(update={"workers": workers}), kinds))
         return PoolScorer(
             pool, control, threshold=config.algorithm.success_reward_threshold, leads=control.is_driver

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_srpo.algorithms.base import SelfTeaching
 from megatron_srpo.config import Config, listed, read_model_folder
+from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.records import Prompt, Reward
 from megatron_srpo.core.text import visible
@@ -92,6 +93,8 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
 
         readings, found = first_readings(config, prompting.tokenizer, prompting.chat_options, prompts, say)
         problems += found
+    for line in unset_variables("reward.environment", config.reward.environment):
+        say(f"\nwarning: {line}")
     reward = config.reward.model_copy(update={"workers": 1})
     with RewardPool(reward, {kind for kind in kinds if unknown(kind, config.reward.functions) is None}) as pool:
         for kind, group in kinds.items():

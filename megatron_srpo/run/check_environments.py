@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_srpo.config import Config
+from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.records import Prompt
 from megatron_srpo.data import Chat
 from megatron_srpo.data.tokenizer import Tokenizer
@@ -26,6 +27,9 @@ def first_readings(
     chat = Chat(tokenizer, options, config.environment.history)
     readings: dict[str, list[int]] = {}
     problems: list[str] = []
+
+    for line in unset_variables("environment.variables", config.environment.variables):
+        say(f"\nwarning: {line}")
 
     async def begin_all() -> None:
         pool = EnvironmentPool(config.environment, problems.append)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config, published_adapters, starts_with_publish
+from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.rewards.registry import unknown
 from megatron_srpo.rollout import RolloutEngine
 from megatron_srpo.run.roles import Driver, Role
@@ -94,6 +96,8 @@ def start_servers(
 
     rollout, device = config.rollout, session.topology.device
     cuda = device.type == "cuda"
+    for line in [] if rollout.servers else unset_variables("rollout.server_environment", rollout.server_environment):
+        say(f"warning: {line}")
     backend = rollout.weight_transfer if rollout.weight_transfer != "auto" else "nccl" if cuda else "gloo"
 
     def make_sender(host: str) -> Sender:
@@ -113,4 +117,6 @@ def serve(config: Config, host: str, port: int) -> None:
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rollout import become_server
 
+    for line in unset_variables("rollout.server_environment", config.rollout.server_environment):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     become_server(config, _longest(config), choose_device(config.run.device, 0).device.type, host, port)

@@ -39,6 +39,7 @@ def config(tmp_path):
     (tmp_path / "digits.py").write_text(ENVIRONMENT)
     text = file.read_text().replace("max_response_length = 4", "max_response_length = 200")
     text = text.replace("max_tokens_per_gpu = 128", "max_tokens_per_gpu = 700")
+    text = text.replace("{question}{solution}", "{question}{solution}{feedback}")
     file.write_text(text.replace("[algorithm]", "[algorithm]\nuse_feedback = true") + EXTRA.format(folder=tmp_path))
     return file
 

@@ -57,6 +57,12 @@ def test_check_shows_prompts_teacher_prompts_rewards_and_memory_and_finds_no_pro
     assert not (tmp_path / "out").exists()
 
 
+def test_check_tells_of_variables_that_are_not_set(checked):
+    rows = [row("2 + 2?", "4", "exact"), row("2 + 3?", "5", "exact")]
+    code, out, _ = checked(rows, "--reward.environment", '["NO_SUCH_VARIABLE"]')
+    assert code == exit_codes.DONE and out.count("warning: reward.environment: NO_SUCH_VARIABLE is not set") == 1
+
+
 @pytest.mark.parametrize(
     ("judge", "problems"),
     [

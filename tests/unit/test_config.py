@@ -191,6 +191,26 @@ def test_a_value_from_the_command_line_is_told_apart_from_the_files(tmp_path):
     assert [line.endswith("(from the command line)") for line in told[1:]] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--teacher.refresh_every", "3"], ['"ema" does not use teacher.refresh_every (refresh would): no effect']),
+        (
+            ["--teacher.mode", "live", "--teacher.update_rate", "0.1", "--teacher.refresh_when", "improved"],
+            ['"live" does not use teacher.update_rate, refresh_when (ema, refresh, trust_region would): no effect'],
+        ),
+        (["--teacher.mode", "trust_region", "--teacher.update_rate", "0.1"], []),
+        (["--teacher.mode", "frozen", "--teacher.update_rate", "0.05"], []),
+        (["--teacher.mode", "refresh", "--teacher.refresh_every", "3"], []),
+        (["--algorithm.name", "grpo", "--teacher.refresh_every", "3"], []),
+    ],
+)
+def test_keys_of_another_mode_of_the_teacher_are_told_once(minimal, overrides, expected):
+    told = []
+    load_config(minimal, overrides, tell=told.append)
+    assert told == [f"note: teacher.mode = {text}" for text in expected]
+
+
 def test_a_missing_file_names_its_neighbours(minimal):
     told = message(minimal.with_name("rum.toml"))
     assert "rum.toml: no such file" in told and "run.toml" in told

@@ -572,6 +572,28 @@ def test_settings_of_environments_that_cannot_be_meant_are_refused():
             check(configured(**settings, **{f"environment__{key}": value}))
 
 
+def test_attempts_beyond_the_turns_of_an_episode_are_refused():
+    def of(kind, attempts, turns):
+        return told(
+            environment__classes={"code": kind}, environment__arguments={"code": {"attempts": attempts}},
+            environment__max_turns=turns,
+        )  # fmt: skip
+
+    assert "environment.arguments.code.attempts = 4: an episode is cut after environment.max_turns = 3" in of(
+        "python", 4, 3
+    )
+    assert of("python", 3, 3) == of("mine.py:Mine", 4, 3) == of("python", "many", 3) == ""
+
+
+def test_feedback_beside_a_solution_needs_feedback():
+    both = {"teacher__feedback_with_solution": True}
+    for name in ("srpo", "sdpo"):
+        assert "teacher.feedback_with_solution = true" in told(algorithm__name=name, **both)
+        assert told(algorithm__name=name, algorithm__use_feedback=True, **both) == ""
+    assert told(algorithm__name="sdpo", algorithm__teachers=["sibling", "feedback"], **both) == ""
+    assert told(algorithm__name="grpo", **both) == ""  # it has no teacher; the file may serve several methods
+
+
 def test_replaying_experts_for_the_teacher_needs_experts():
     with pytest.raises(ConfigError, match=r"teacher.routing_replay = true: the model has no experts"):
         check(configured(teacher__routing_replay=True), QWEN3_8B)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 
-from megatron_srpo.config import EnvironmentConfig
+import pytest
+
+from megatron_srpo.config import Config, EnvironmentConfig
+from megatron_srpo.core.environment import unset_variables
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task
+from megatron_srpo.environments.episodes import EpisodeRunner
 from megatron_srpo.environments.pool import EnvironmentPool
 
 ECHO = """
@@ -40,3 +46,59 @@ def test_hundreds_of_episodes_run_at_once(tmp_path):
 
     assert asyncio.run(all_of_them()) == [float(number) for number in range(400)]
     assert said == []
+
+
+def refusal(**settings):
+    """Why the program of the environments cannot begin."""
+
+    async def begin():
+        with closing(EnvironmentPool(EnvironmentConfig(**settings), [].append)) as pool:
+            await pool.begin()
+
+    with pytest.raises(UserError) as caught:
+        asyncio.run(begin())
+    return str(caught.value)
+
+
+def test_an_interpreter_that_is_no_python_is_told():
+    text = refusal(classes={"row": "tools"}, interpreter="/bin/ls")
+    assert 'environment.interpreter = "/bin/ls" ended at once' in text and "is it a Python" in text
+
+
+def test_a_missing_argument_is_told_by_its_name():
+    text = refusal(classes={"row": "tools"})
+    assert 'the argument "functions" is missing; give it in environment.arguments (it takes functions, parser' in text
+    assert "object at" not in text
+    assert "max_calls = 'x'" in refusal(
+        classes={"row": "tools"}, arguments={"row": {"functions": ["a"], "max_calls": "x"}}
+    )
+
+
+def test_variables_that_do_not_exist_are_named(monkeypatch):
+    monkeypatch.setenv("SET", "")
+    for name in ("UNSET", "GONE"):
+        monkeypatch.delenv(name, raising=False)
+    (line,) = unset_variables("environment.variables", ["SET", "UNSET", "GONE"])
+    assert line.startswith("environment.variables: UNSET, GONE are not set")
+    assert unset_variables("environment.variables", ["SET"]) == []
+
+
+def test_a_run_is_told_once_of_variables_that_do_not_exist(tmp_path, monkeypatch):
+    monkeypatch.delenv("UNSET", raising=False)
+    (tmp_path / "echo.py").write_text(ECHO)
+    settings = {"classes": {"row": f"{tmp_path}/echo.py:Echo"}, "variables": ["UNSET"]}
+    said = []
+    config = Config(model={"path": "m"}, data={"train": "t"}, environment=settings)
+    with closing(EpisodeRunner(config, None, set(), said.append)):  # no episode needs the chat
+        assert len(said) == 1 and said[0].startswith("environment.variables: UNSET is not set")
+
+
+def test_a_server_that_is_started_by_itself_tells_of_variables_that_do_not_exist(monkeypatch, capsys):
+    import megatron_srpo.rollout
+    from megatron_srpo.run import engines
+
+    monkeypatch.delenv("UNSET", raising=False)
+    monkeypatch.setattr(megatron_srpo.rollout, "become_server", lambda *settings: None)
+    config = Config(model={"path": "m"}, data={"train": "t"}, rollout={"server_environment": ["UNSET"]})
+    engines.serve(config, "127.0.0.1", 8000)
+    assert "warning: rollout.server_environment: UNSET is not set" in capsys.readouterr().err

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,59 @@ def test_the_rate_is_chosen_on_the_grid_alone_and_finished_runs_are_left_out(tmp
     assert results.finished(cases[3]) and study.total_of(["tally"], ["grpo"]) == (4, 11)
     changed = results.Case("tally", "grpo", 0, GRID[1], {**cases[3].keys, "run.iterations": 7})
     assert results.finished(changed) is None  # another definition is another run
+
+
+class Preparation:
+    """Stands for a task whose warm start is still to be made."""
+
+    def __init__(self, act):
+        self.act, self.begun = act, 0
+
+    def prepare(self, folder):
+        self.begun += 1
+        self.act()
+        return {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_warm_start_stops_the_study_with_one_line(monkeypatch, capsys, number):
+    task, before = Preparation(lambda: os.kill(os.getpid(), number)), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(study.TASKS, "tally", task)
+    for count in (1, 2):  # the next call begins it again
+        assert study.main(["--tasks", "tally"]) == 130 and task.begun == count
+        told = capsys.readouterr()
+        assert told.out.count("\n") == 1 and told.out.startswith("stopped;") and told.err == ""
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_warm_start_begins_when_the_minutes_are_over(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+    first, second = Preparation(lambda: now.append(now.pop() + 61)), Preparation(lambda: None)
+    monkeypatch.setitem(study.TASKS, "worksheet", first)
+    monkeypatch.setitem(study.TASKS, "tally", second)
+    assert study.main(["--tasks", "worksheet,tally", "--minutes", "1"]) == 0
+    assert (first.begun, second.begun) == (1, 0)
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--seeds"])
+@pytest.mark.parametrize("value", ["0", "-3", "x", "nan"])
+def test_numbers_below_one_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["status", option, value])
+    assert f"argument {option}: expected a" in capsys.readouterr().err
+
+
+def test_tables_that_count_more_runs_are_not_replaced(tmp_path, monkeypatch, capsys):
+    for module in (results, table):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    for name in ("tables.md", "tables.json"):
+        (tmp_path / name).write_text("# Tables\n\n26 runs, 0.2 CPU hours; x.\n")
+    assert study.main(["table"]) == 2
+    assert "counts 26 runs, and only 0 finished ones were found" in capsys.readouterr().err
+    assert "26 runs" in (tmp_path / "tables.md").read_text() and "26 runs" in (tmp_path / "tables.json").read_text()
+    (tmp_path / "tables.md").unlink()
+    assert study.main(["table"]) == 0 and "0 runs" in (tmp_path / "tables.md").read_text()
 
 
 def test_guards_use_the_rate_of_srpo(tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 """The command `view` shows what rollouts.jsonl and an evaluation's file say."""
 
+import itertools
 import json
+import types
 
 import pytest
 
+from megatron_srpo.algorithms.report import branch
 from megatron_srpo.commands.view import main
 from megatron_srpo.config import Config
 from megatron_srpo.observe import Observer
-from megatron_srpo.observe.rollouts import evaluated_record
+from megatron_srpo.observe.rollouts import BRANCHES, evaluated_record
 from tests.unit.test_observe_rollouts import routed
 
 
@@ -64,7 +67,9 @@ def test_long_texts_keep_their_end_and_control_characters_are_escaped(tmp_path, 
     [
         (["--iteration", "9"], "nothing to show of iteration 9: it has iterations 1 to 2"),
         (["--kind", "mcq"], "none of the 2 prompts of iteration 2"),
-        (["--branch", "none"], "Branches: grpo, sdpo."),
+        (["--branch", "guided"], "Branches: grpo, sdpo."),
+        (["--branch", "none"], "--branch none: expected one of grpo, sdpo, mix, guided, out"),
+        (["--correct", "--wrong"], "expected one of them"),
     ],
 )
 def test_what_is_not_there_is_one_message(run, capsys, arguments, expected):
@@ -81,3 +86,25 @@ def test_files_that_are_something_else_are_refused(tmp_path, capsys):
     (tmp_path / "rollouts.jsonl").write_text('{"step": 1, "groups": [')
     assert main([str(tmp_path)]) == 2
     assert "no iteration is finished yet" in capsys.readouterr().err
+    (tmp_path / "weights.bin").write_bytes(b"\x80\xff\x00")
+    assert main([str(tmp_path / "weights.bin")]) == 2
+    assert "weights.bin is no text: expected" in capsys.readouterr().err
+    (tmp_path / "test.jsonl").write_text("")
+    assert main([str(tmp_path / "test.jsonl")]) == 2
+    assert "test.jsonl is empty" in capsys.readouterr().err
+
+
+def test_an_evaluation_has_no_teacher_and_says_so_once(tmp_path, capsys):
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(evaluated_record(group)) + "\n" for group in routed([[1, 0], [0, 1]])))
+    assert main([str(file), "--teacher"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and "has no teacher's prompts" in told.err and "response 0" in told.out
+
+
+def test_every_branch_that_a_sample_may_have_is_known():
+    found = set()
+    for count in range(4):
+        for terms in itertools.combinations(("policy", "guided", "distill"), count):
+            found.add(branch(types.SimpleNamespace(weights=dict.fromkeys(terms, 1.0))))
+    assert found == set(BRANCHES)
