@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shared_prompts import made_up
+from benchmarks.shared_prompts import made_up, timed_step
 from benchmarks.step import machine
 from benchmarks.weight_sync import SIZES, make_model, memory
 
@@ -39,11 +38,8 @@ LENGTHS = 64, 64  # tokens of a prompt and of a response
 def measure(size: str, rank: int) -> dict[str, float]:
     """One form, in this process."""
     from megatron_srpo.batching import plan_batch, share_of
-    from megatron_srpo.batching.passes import BatchPasses
     from megatron_srpo.bridge import load_weights, read_config
     from megatron_srpo.config import Config
-    from megatron_srpo.core.records import Batch
-    from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
@@ -68,13 +64,7 @@ def measure(size: str, rank: int) -> dict[str, float]:
     mine, share = share_of([sample for group in routed for sample in group], plan, 0)
 
     def step() -> float:
-        objective = Objective(config)
-        passes, started = BatchPasses(Batch(mine, share, {}), policy, objective), time.process_time()
-        for scoring in objective.passes():
-            passes.run(scoring)
-        for mini in share.mini_batches:
-            passes.train_step(mini)
-        return time.process_time() - started
+        return timed_step(config, policy, mine, share)[1]
 
     step()  # Adam's moments exist afterwards
     ctypes.CDLL(None).malloc_trim(0)

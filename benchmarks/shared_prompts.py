@@ -32,10 +32,11 @@ from megatron_srpo.algorithms.routing import route
 from megatron_srpo.batching import plan_batch, share_of
 from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import Attempt, Batch, Group, Prompt, Reward, Rollout, Sample
+from megatron_srpo.core.records import Attempt, Batch, BatchPlan, Group, Prompt, Reward, Rollout, Sample
 from megatron_srpo.losses.objective import Objective
 from megatron_srpo.mcore import groups
 from megatron_srpo.mcore.device import choose_device
+from megatron_srpo.mcore.policy import Policy
 from megatron_srpo.run.cli import run_alone
 
 CASES = ("240:16", "64:64", "32:256")  # 15:1, 1:1, 1:8
@@ -66,6 +67,18 @@ def made_up(
 
     route(made, config.algorithm, seed=0, iteration=1, teacher_prompt=teacher_prompt)
     return [group.samples for group in made]
+
+
+def timed_step(config: Config, policy: Policy, mine: list[Sample], share: BatchPlan) -> tuple[int, float]:
+    """Tokens and CPU-seconds of the scoring passes and the optimizer steps of one batch on one rank."""
+    objective = Objective(config)
+    passes, started = BatchPasses(Batch(mine, share, {}), policy, objective), time.process_time()
+    for scoring in objective.passes():
+        passes.run(scoring)
+    for mini in share.mini_batches:
+        passes.train_step(mini)
+    spent = time.process_time() - started
+    return sum(count for key, count in passes.forwarded.items() if key.endswith("_tokens")), spent
 
 
 def main(
@@ -99,15 +112,7 @@ def main(
                 policy.padding = dataclasses.replace(policy.padding, shares=shares)
                 plan = plan_batch(routed, dp_size=1, max_tokens=4096, padding=policy.padding, drop_zero_gradient=True)
                 mine, share = share_of(flat, plan, 0)
-                objective = Objective(config)
-                passes = BatchPasses(Batch(mine, share, {}), policy, objective)
-                started = time.process_time()
-                for scoring in objective.passes():
-                    passes.run(scoring)
-                for mini in share.mini_batches:
-                    passes.train_step(mini)
-                tokens = sum(count for key, count in passes.forwarded.items() if key.endswith("_tokens"))
-                found[shares].append((tokens, time.process_time() - started))
+                found[shares].append(timed_step(config, policy, mine, share))
         tokens = {shares: runs[0][0] for shares, runs in found.items()}
         seconds = {shares: statistics.median(spent for _, spent in runs[1:]) for shares, runs in found.items()}
         table.add_row(

@@ -32,7 +32,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shared_prompts import CASES
+from benchmarks.shared_prompts import CASES, timed_step
 from benchmarks.step import machine
 from benchmarks.teacher_swap import _random_model
 from benchmarks.weight_sync import memory
@@ -69,11 +69,9 @@ def ours(work: Work, folder: Path, *, shares: bool) -> list[float]:
 
     from megatron_srpo.algorithms.routing import route
     from megatron_srpo.batching import plan_batch, share_of
-    from megatron_srpo.batching.passes import BatchPasses
     from megatron_srpo.bridge import load_weights, read_config
     from megatron_srpo.config import Config
-    from megatron_srpo.core.records import Attempt, Batch, Group, Prompt, Reward, Rollout
-    from megatron_srpo.losses.objective import Objective
+    from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
@@ -105,13 +103,7 @@ def ours(work: Work, folder: Path, *, shares: bool) -> list[float]:
     for _ in range(STEPS + 1):
         plan = plan_batch(samples, dp_size=1, max_tokens=4096, padding=policy.padding, drop_zero_gradient=True)
         mine, share = share_of([sample for group in samples for sample in group], plan, 0)
-        objective = Objective(config)
-        passes, started = BatchPasses(Batch(mine, share, {}), policy, objective), time.process_time()
-        for scoring in objective.passes():
-            passes.run(scoring)
-        for mini in share.mini_batches:
-            passes.train_step(mini)
-        seconds.append(time.process_time() - started)
+        seconds.append(timed_step(config, policy, mine, share)[1])
     return seconds
 
 

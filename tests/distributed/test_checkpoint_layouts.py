@@ -10,6 +10,7 @@ import torch
 from megatron_srpo.core.metrics import Mean
 from tests.distributed.test_policy import _policy, _rows, logprobs
 from tests.distributed_harness import run_distributed
+from tests.saved_policy import save_policy
 from tests.tiny_models import make_tiny_model
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -43,18 +44,11 @@ def _step_and_report(policy, model: Path) -> dict:
 
 def _before(model: Path, parallel: dict, folder: Path) -> dict:
     """Three steps, a checkpoint, one more step."""
-    from megatron_srpo.mcore import checkpoint
 
     policy = _policy(model, parallel)
     for _ in range(3):
         policy.train_step(_rows(policy.topology.dp_rank, policy.topology.dp_size), loss)
-    snapshot = checkpoint.snapshot(policy, folder)
-    snapshot.write()
-    results = [None] * policy.topology.world_size
-    torch.distributed.all_gather_object(results, snapshot.results, group=policy.topology.control_group)
-    if policy.topology.is_driver:
-        snapshot.write_index(results)
-    torch.distributed.barrier()
+    save_policy(policy, folder)
     return _step_and_report(policy, model)
 
 

@@ -14,6 +14,7 @@ from tests.distributed_harness import run_distributed
 from tests.fresh_process import fresh_process
 from tests.lora_reference import load_adapted, read_folder
 from tests.routed_reference import load
+from tests.saved_policy import save_policy
 from tests.tiny_models import make_tiny_model
 
 SLOW = pytest.mark.slow
@@ -30,16 +31,8 @@ MOE_LAYOUTS = {
 
 
 def save(policy, folder: Path) -> None:
-    from megatron_srpo.mcore import checkpoint
-
     folder.mkdir(exist_ok=True)
-    snapshot = checkpoint.snapshot(policy, folder)
-    snapshot.write()
-    results = [None] * policy.topology.world_size
-    torch.distributed.all_gather_object(results, snapshot.results, group=policy.topology.control_group)
-    if policy.topology.is_driver:
-        snapshot.write_index(results)
-    torch.distributed.barrier()
+    save_policy(policy, folder)
 
 
 def copies(policy) -> dict[str, torch.Tensor]:

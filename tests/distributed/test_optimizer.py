@@ -7,6 +7,7 @@ import torch
 
 from tests.distributed.test_policy import _policy, _rows, logprobs
 from tests.distributed_harness import run_distributed
+from tests.saved_policy import save_policy
 from tests.tiny_models import make_tiny_model
 
 VOCAB = 101
@@ -70,18 +71,11 @@ def _fused_policy(model, **sections):
 
 
 def _save(policy, folder):
-    from megatron_srpo.mcore import checkpoint
 
     if policy.topology.is_driver:
         folder.mkdir()
     torch.distributed.barrier()
-    snapshot = checkpoint.snapshot(policy, folder)
-    snapshot.write()
-    results = [None] * policy.topology.world_size
-    torch.distributed.all_gather_object(results, snapshot.results, group=policy.topology.control_group)
-    if policy.topology.is_driver:
-        snapshot.write_index(results)
-    torch.distributed.barrier()
+    save_policy(policy, folder)
 
 
 def straight(model, folder):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed_harness import run_distributed
+from tests.saved_policy import write_snapshot
 from tests.tiny_models import make_tiny_model
 
 LAYOUTS = {  # on two ranks
@@ -184,12 +185,7 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
     scratch.mkdir(exist_ok=True)
     snapshot = checkpoint.snapshot(policy, scratch)
     policy.train_step(rows, loss)  # what comes after the snapshot is not in it
-    snapshot.write()
-    results = [None] * policy.topology.world_size
-    torch.distributed.all_gather_object(results, snapshot.results, group=policy.topology.control_group)
-    if policy.topology.is_driver:
-        snapshot.write_index(results)
-    torch.distributed.barrier()
+    write_snapshot(policy, snapshot)
     with policy.weights("teacher"):
         straight = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     final = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
