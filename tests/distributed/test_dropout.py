@@ -15,20 +15,17 @@ LAYOUTS = {
 }
 
 
-def _train(model, parallel, path, topology, *, seed, dropout=0.2, recompute="none"):
-    """This rank's parameters after two steps."""
+def _two_steps(path, topology, seed, **sections):
+    """A policy after two steps."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_srpo.bridge import load_hf_weights, read_config
+    from megatron_srpo.bridge import load_weights, read_config
     from megatron_srpo.config import Config
     from megatron_srpo.mcore.policy import Policy
 
-    settings = {"hidden_dropout": dropout, "attention_dropout": dropout, "recompute": recompute}
-    config = Config(
-        model={"path": str(model), "dtype": "float32", **settings}, data={"train": "unused"},
-        optimizer={"lr": 1e-3}, parallel=parallel,
-    )  # fmt: skip
-    load = partial(load_hf_weights, hf_dir=model)
+    config = Config(data={"train": "unused"}, **sections)
+    model = config.model.path
+    load = partial(load_weights, hf_dir=model, lora=config.lora)
     policy = Policy(config, read_config(model), topology, path, load, total_steps=2)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -37,7 +34,21 @@ def _train(model, parallel, path, topology, *, seed, dropout=0.2, recompute="non
 
     for _ in range(2):
         policy.train_step(_rows(0, 1), loss)
-    return {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
+    return policy
+
+
+def _copies(tensors):
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def _train(model, parallel, path, topology, *, seed, dropout=0.2, recompute="none"):
+    """This rank's parameters after two steps."""
+    settings = {"hidden_dropout": dropout, "attention_dropout": dropout, "recompute": recompute}
+    policy = _two_steps(
+        path, topology, seed, model={"path": str(model), "dtype": "float32", **settings}, optimizer={"lr": 1e-3},
+        parallel=parallel,
+    )  # fmt: skip
+    return _copies(policy.shards.parameters)
 
 
 def _runs(model, parallel, train=_train):
@@ -73,26 +84,11 @@ def test_dropout_is_reproducible(tmp_path, layout):
 
 def _adapted(model, parallel, path, topology, *, seed, dropout=0.2, recompute="none"):
     """This rank's adapters after two steps."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from megatron_srpo.bridge import load_weights, read_config
-    from megatron_srpo.config import Config
-    from megatron_srpo.mcore.policy import Policy
-
-    config = Config(
-        model={"path": str(model), "dtype": "float32", "recompute": recompute}, data={"train": "unused"},
+    policy = _two_steps(
+        path, topology, seed, model={"path": str(model), "dtype": "float32", "recompute": recompute},
         lora={"rank": 4, "dropout": dropout}, optimizer={"lr": 1e-2}, parallel=parallel,
     )  # fmt: skip
-    load = partial(load_weights, hf_dir=model, lora=config.lora)
-    policy = Policy(config, read_config(model), topology, path, load, total_steps=2)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-    def loss(given, row):
-        return -logprobs(given, row).sum() / 96, {}
-
-    for _ in range(2):
-        policy.train_step(_rows(0, 1), loss)
-    return {name: value.detach().clone() for name, value in policy.shards.adapters.items()}
+    return _copies(policy.shards.adapters)
 
 
 @pytest.mark.slow
