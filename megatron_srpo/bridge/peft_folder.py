@@ -97,7 +97,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise BridgeError(f"{path} is not valid JSON ({error}): fetch the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise BridgeError(f'{path}: expected an adapter of peft_type "LORA".')
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise BridgeError(f'{path}: peft_type = {kind!r}; expected "LORA".')
     problems = [f"{key} = {value!r}" for key, value in config.items() if key not in HARMLESS and value]
     if config.get("bias", "none") != "none":
         problems.append(f"bias = {config['bias']!r}")

@@ -36,7 +36,8 @@ def lora_problems(config: Config) -> Iterator[str]:
         what = "adapters on experts (lora.targets)" if lora.experts else f"lora.rank = {lora.rank}, above 512"
         yield f'lora.publish = "adapter": the engines cannot serve {what}; set it to "auto" or "merged"'
     if lora.path and not (Path(lora.path) / "adapter_config.json").is_file():
-        yield f'lora.path = "{lora.path}": has no adapter_config.json; name the folder of a peft adapter'
+        what = "has no adapter_config.json" if Path(lora.path).is_dir() else "no such folder"
+        yield f'lora.path = "{lora.path}": {what}; name the folder of a peft adapter'
 
 
 def lora_target_problems(lora: LoraConfig, shape: ModelShape) -> Iterator[str]:

@@ -141,7 +141,7 @@ def _without_effect(given: dict[str, Any]) -> list[str]:
 def _of_no_adapters(given: dict[str, Any]) -> list[str]:
     section = given.get("lora", {})
     fields = LoraConfig.model_fields
-    keys = [key for key in section if key not in ("rank", "export") and section[key] != fields[key].default]
+    keys = [key for key in section if key not in ("rank", "path", "export") and section[key] != fields[key].default]
     if section.get("rank") or not keys:
         return []
     return [f"note: lora.rank = 0 trains all weights, without lora.{', '.join(keys)}: no effect"]

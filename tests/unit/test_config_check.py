@@ -612,6 +612,11 @@ def test_adapters_larger_than_the_weights_are_refused_and_one_target_needs_no_li
     assert configured(lora__rank=8, lora__targets="attention").lora.targets == ["attention"]
 
 
+def test_a_folder_that_is_no_adapter_is_told(tmp_path):
+    assert "has no adapter_config.json" in told(lora__rank=4, lora__path=str(tmp_path))
+    assert "no such folder" in told(lora__rank=4, lora__path=str(tmp_path / "absent"))
+
+
 def test_an_adapter_is_not_taken_for_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "is a peft adapter, not a model. Name its base model" in refused(tmp_path)

@@ -92,7 +92,7 @@ REFUSED = {
     "some layers": ({"layers_to_transform": [0]}, "layers_to_transform"),
     "another base": ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
     "what nobody knows yet": ({"use_newest": True}, "use_newest = True"),
-    "another method": ({"peft_type": "IA3"}, 'peft_type "LORA"'),
+    "another method": ({"peft_type": "IA3"}, "peft_type = 'IA3'; expected \"LORA\""),
     "another rank": ({"r": 8}, r"the adapter has lora.rank = 8 \(this run: 4\)"),
     "another alpha": ({"lora_alpha": 16}, "lora.alpha = 16"),
     "another scale": ({"use_rslora": True}, "lora.rslora = True"),
