@@ -76,11 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of: %(default)s")
     options = parser.parse_args(arguments)
+    methods = options.methods.split(",")
+    if unknown := [name for name in methods if name not in METHODS]:
+        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
     os.chdir(ROOT)
     place_data()
     began = time.monotonic()
     for seed in range(SEEDS):
-        for method in options.methods.split(","):
+        for method in methods:
             folder = Path(f"runs/study/smollm2/{method}-{seed}")
             file = RESULTS / "smollm2" / f"{method}-seed{seed}.json"
             if file.exists():

@@ -89,7 +89,8 @@ def show_summary(console: Console, run: Path, summary: dict[str, object]) -> Non
     for name, key in (("sampled, T = 1", "accuracy"), ("greedy", "greedy_accuracy")):
         table.add_row(name, f"{summary[f'{key}_before']:.3f}", f"{summary[f'{key}_after']:.3f}")
     console.print(table)
-    console.print(f"{summary['iterations']} iterations, {summary['seconds']:.0f} s in all. In {run}/:", highlight=False)
+    since = f" since iteration {summary['continued_from']}" if summary["continued_from"] else " in all"
+    console.print(f"{summary['iterations']} iterations, {summary['seconds']:.0f} s{since}. In {run}/:", highlight=False)
     for name, what in (
         ("curves.png", "reward, SDPO share, teacher entropy, response length, mismatch"),
         ("metrics.jsonl", "every number of every iteration"),
@@ -114,6 +115,7 @@ def quickstart(options: Options, console: Console) -> None:
     said = open_run(run, request_of(CONFIG, **choices))
     if said:
         console.print(f"  {said}", highlight=False)
+    earlier = max((int(step.name[5:]) for step in run.glob("checkpoints/step_*")), default=0)
     overrides = place_inputs(run, model, task, TRAIN_ROWS, TEST_ROWS)
     rows = [json.loads(line) for line in Path(overrides["data.test"]).read_text().splitlines()]
     before, warmed = accuracies(run / "warm_start", rows), time.monotonic()
@@ -135,6 +137,7 @@ def quickstart(options: Options, console: Console) -> None:
         "greedy_accuracy_after": after["greedy"],
         "test_questions": len(rows),
         "iterations": last_iteration(run / "metrics.jsonl"),
+        "continued_from": earlier,  # the seconds are those of the iterations after it
         "seconds": round(time.monotonic() - started, 1),
         "warm_start_seconds": round(warmed - started, 1),
         "training_seconds": round(trained - warmed, 1),

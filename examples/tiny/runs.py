@@ -10,6 +10,7 @@ from pathlib import Path
 
 from examples.tiny.task import Task, write_splits
 from examples.tiny.warm_start import WarmStart, warm_started_model
+from megatron_srpo.core.atomic import set_aside
 from megatron_srpo.core.errors import UserError
 
 REQUEST, SUMMARY = "request.json", "summary.json"
@@ -23,8 +24,8 @@ def request_of(config: Path, **choices: object) -> dict[str, object]:
 def open_run(folder: Path, request: dict[str, object]) -> str:
     """Makes `folder` ready for `request`; returns what became of an earlier run there, in words, or "".
 
-    The same request, interrupted after a checkpoint: continued. Anything else of ours: moved to `FOLDER.previous`,
-    replacing what is there, or removed when it has no checkpoint. A folder that is not ours: ValueError.
+    The same request, interrupted after a checkpoint: continued. Anything else of ours: moved to
+    `FOLDER.previous.N`, or removed when it has no checkpoint. A folder that is not ours: ValueError.
     """
     said = ""
     if folder.exists() and any(folder.iterdir()):
@@ -36,10 +37,7 @@ def open_run(folder: Path, request: dict[str, object]) -> str:
         if started and not is_finished(folder) and read_request(folder) == request:
             return "continuing the interrupted run"
         if started:
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-            said = f"the earlier run is now {previous}"
+            said = f"the earlier run is now {set_aside(folder)}"
         else:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

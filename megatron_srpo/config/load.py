@@ -82,8 +82,9 @@ def nearest_key(key: str) -> str | None:
     name for it, then by spelling."""
     keys = list(config_fields())
     leaf = key.rpartition(".")[2].replace("-", "_")
-    if leaf in OTHER_NAMES:
-        return OTHER_NAMES[leaf]
+    others = difflib.get_close_matches(leaf, OTHER_NAMES, n=1, cutoff=0.9)
+    if others:
+        return OTHER_NAMES[others[0]]
     same = [known for known in keys if known.rpartition(".")[2] == leaf]
     for pool in (same, keys):
         found = difflib.get_close_matches(key, pool, n=1, cutoff=0.0 if pool is same else 0.6)
@@ -176,7 +177,18 @@ def _idle_teacher_keys(config: Config) -> list[str]:
         if getattr(teacher, key) != defaults[key].default and teacher.mode not in modes
     ]
     notes = []
-    if idle and config.algorithm.needs.teacher:
+    if not config.algorithm.needs.teacher:
+        return notes
+    if (
+        teacher.mode == "refresh"
+        and teacher.refresh_when == "always"
+        and "refresh_min_length" in teacher.model_fields_set
+    ):
+        notes.append(
+            'note: teacher.mode = "refresh" with refresh_when = "always" does not use teacher.refresh_min_length '
+            '("improved" would): no effect'
+        )
+    if idle:
         modes = [mode for mode in get_args(defaults["mode"].annotation) if any(mode in users[key] for key in idle)]
         notes.append(
             f"note: teacher.mode = {json.dumps(teacher.mode)} does not use teacher.{', '.join(idle)} "

@@ -148,6 +148,13 @@ class Prompting:
             )
 
         yield from self._unseen_marks({prompt.kind for prompt in prompts})
+        unknown = self.tokenizer.unk_token_id
+        unread = [prompt for prompt in prompts if unknown is not None and unknown in prompt.token_ids]
+        if unread:
+            yield (
+                f"{len(unread)} {split} prompts have characters that the tokenizer does not know, the first of them "
+                f"{unread[0].source}: the model reads {self.tokenizer.unk_token} in their place"
+            )
 
     def _unseen_marks(self, kinds: set[str]) -> Iterator[str]:
         """A warning where rewards look for a special token: their text is decoded without them."""

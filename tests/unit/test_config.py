@@ -125,6 +125,7 @@ def test_a_wrong_value_is_told_with_what_was_expected(minimal, override, expecte
         ("run.output-dir", "run.output_dir"),
         ("actor.clip_ratio_high", "algorithm.clip_ratio_high"),
         ("optimizer.learning_rate", "optimizer.lr"),
+        ("train.learning_rat", "optimizer.lr"),
         ("num_generations", "rollout.n_samples_per_prompt"),
     ],
 )
@@ -202,6 +203,13 @@ def test_a_value_from_the_command_line_is_told_apart_from_the_files(tmp_path):
         (["--teacher.mode", "trust_region", "--teacher.update_rate", "0.1"], []),
         (["--teacher.mode", "frozen", "--teacher.update_rate", "0.05"], []),
         (["--teacher.mode", "refresh", "--teacher.refresh_every", "3"], []),
+        (
+            ["--teacher.mode", "refresh", "--teacher.refresh_min_length", "0.5"],
+            [
+                '"refresh" with refresh_when = "always" does not use teacher.refresh_min_length ("improved" would): no '
+                "effect"
+            ],
+        ),
         (["--algorithm.name", "grpo", "--teacher.refresh_every", "3"], []),
     ],
 )

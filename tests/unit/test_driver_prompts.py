@@ -70,6 +70,14 @@ def test_a_batch_that_repeats_prompts_and_a_system_message_that_is_dropped_are_t
     assert len(said) == 1
 
 
+def test_characters_that_the_tokenizer_does_not_know_are_told(prompting):
+    said = []
+    prompting([{"prompt": "a"}, {"prompt": "b\u2603\u2603"}], rollout={"rollout_batch_size": 2}).prompts(
+        "train", said.append
+    )
+    assert "1 train prompts have characters that the tokenizer does not know" in said[1] and "rows.jsonl:2" in said[1]
+
+
 SHORT = {"data": {"max_prompt_length": 32}, "rollout": {"max_response_length": 8, "rollout_batch_size": 1}}
 
 

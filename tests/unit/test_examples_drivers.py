@@ -48,8 +48,8 @@ def test_another_or_a_finished_run_is_moved_aside(tmp_path, finished):
     if finished:
         (tmp_path / "run/summary.json").write_text("{}")
     asked = REQUEST if finished else {"algorithm": "grpo", "seed": 0}
-    assert "run.previous" in open_run(tmp_path / "run", asked)
-    assert (tmp_path / "run.previous/checkpoints/step_00000020").exists()
+    assert "run.previous.1" in open_run(tmp_path / "run", asked)
+    assert (tmp_path / "run.previous.1/checkpoints/step_00000020").exists()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["request.json"]
 
 
@@ -57,7 +57,7 @@ def test_a_run_that_never_reached_a_checkpoint_starts_over(tmp_path):
     open_run(tmp_path / "run", REQUEST)
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     assert open_run(tmp_path / "run", REQUEST) == ""
-    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run.previous").exists()
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run.previous.1").exists()
 
 
 def test_a_folder_of_someone_else_is_never_touched(tmp_path):
