@@ -383,11 +383,15 @@ class Checkpoints(Generic[Policy]):
     def _restore_generators(self, found: Path, manifest: folders.Manifest, policy: Policy) -> None:
         """Restore every rank's random generators. With another layout they keep their fresh seeds, and a message says
         so."""
-        if manifest["layout"] != self._storage.layout(policy):
+        layout, now = manifest["layout"], self._storage.layout(policy)
+        if layout != now:
             if self._control.is_driver:
+                changed = ", ".join(
+                    f"{name} {layout.get(name)} → {size}" for name, size in now.items() if layout.get(name) != size
+                )
                 self._say(
-                    f"  changed since: layout {manifest['layout']} → {self._storage.layout(policy)}: the random "
-                    "generators are seeded again (only dropout draws from them), results agree to rounding"
+                    f"  changed since: layout ({changed}): the random generators are seeded again (only dropout draws "
+                    "from them), results agree to rounding"
                 )
             return
         missing = self._control.any(not self._storage.load_generators(found))
