@@ -380,7 +380,7 @@ def test_missing_generators_are_refused_at_the_same_layout_and_told_at_another(t
     checkpoints(tmp_path, storage, checkpoint={"allow_reset": ["rng"]}).restore(["x"]).restore_generators()
     storage.layout = lambda policy: {"world": 2}
     checkpoints(tmp_path, storage, said).restore(["x"]).restore_generators()
-    assert "{'world': 1} → {'world': 2}" in said[-1] and "seeded again" in said[-1]
+    assert "layout (world 1 → 2)" in said[-1] and "seeded again" in said[-1]
 
 
 def test_another_data_order_is_refused_unless_its_reset_is_named(tmp_path):
