@@ -89,7 +89,13 @@ def tables(runs: Sequence[Run]) -> str:
         budgets = list(_budgets(mine))
         parts += [f"## Best accuracy within {hours} h\n\n{_accuracy_table(mine, model, hours)}" for hours in budgets]
         parts.append(f"## Seconds of an iteration\n\n{_seconds_table(mine, model, budgets)}")
-    return "\n\n".join([*parts, *NOTES]) + "\n"
+    without = ", ".join(str(run.folder) for run in runs if run.best(math.inf) is None)
+    told = (
+        [f"No evaluation, and so no accuracy, has: {without}. eval.every and data.test ask for evaluations."]
+        if without
+        else []
+    )
+    return "\n\n".join([*parts, *told, *NOTES]) + "\n"
 
 
 def write_report(runs: Sequence[Run], folder: Path, axis: str) -> list[Path]:

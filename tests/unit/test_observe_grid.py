@@ -84,6 +84,13 @@ def test_runs_of_another_task_get_no_tables_of_hours_that_they_did_not_run_and_n
     assert rows_of(text, "Best accuracy within 1 h")["srpo"] == ["20.0*"] and "first 5 h" not in text
 
 
+def test_runs_without_an_evaluation_are_named(tmp_path):
+    evaluated, without = (made_run(tmp_path / name, accuracy=[0.1, 0.2]) for name in "ab")
+    (without / "metrics.jsonl").write_text('{"step": 1, "timing_s/step": 1.0}\n')
+    told = tables([read_run(evaluated), read_run(without)]).split("No evaluation, and so no accuracy, has: ")[1]
+    assert told.startswith(f"{without}. ") and "No evaluation" not in tables([read_run(evaluated)])
+
+
 def test_the_mean_needs_all_five_benchmarks(tmp_path):
     names = published.BENCHMARKS
     folders = [
