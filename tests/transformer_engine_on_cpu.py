@@ -312,16 +312,48 @@ def _replace_modules() -> None:
         CALLS["norm"] += 1
         return rms(inp, self.weight, self.eps)
 
+    def bottom_right(
+        query: Any,
+        key: Any,
+        value: Any,
+        bounds: Any,
+        key_bounds: Any,
+        longest: int,
+        longest_key: int,
+        scale: Any,
+        shift: int,
+    ) -> Any:
+        """Each sequence's queries see its keys so that the last one sees all. [T, heads, d] → [T, heads·d]."""
+        parts = []
+        for i in range(len(bounds) - 1):
+            q = query[bounds[i] : bounds[i + 1]].transpose(0, 1)
+            k, v = (x[key_bounds[i] : key_bounds[i + 1]].transpose(0, 1) for x in (key, value))
+            assert q.size(1) <= longest and k.size(1) <= longest_key
+            mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool).tril(
+                k.size(1) - q.size(1) + (shift if k.size(1) > q.size(1) else 0)
+            )
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.size(0) != k.size(0)
+            )
+            parts.append(mixed.transpose(0, 1).flatten(1))
+        return torch.cat(parts)
+
     real = inspect.signature(te.DotProductAttention.forward)
 
     def attention(self: Any, *given: Any, **named: Any) -> Any:
         CALLS["attention"] += 1
         found = real.bind(self, *given, **named).arguments  # an argument that TE does not have is an error
-        assert found["qkv_format"] == "thd" and found["attn_mask_type"] == "padding_causal", found
+        assert found["qkv_format"] == "thd", found
         cu = found["cu_seqlens_q"]
-        assert cu.dtype == torch.int32 and torch.equal(cu, found["cu_seqlens_kv"])
         packed = (found["query_layer"], found["key_layer"], found["value_layer"], cu)
         scale = self.softmax_scale if hasattr(self, "softmax_scale") else None
+        if found["attn_mask_type"].startswith("padding_causal_bottom_right"):
+            CALLS["attention behind prompts"] += 1
+            most = found["max_seqlen_q"], found["max_seqlen_kv"]
+            shift = -1 if found["attn_mask_type"].endswith("shifted") else 0
+            return bottom_right(*packed, found["cu_seqlens_kv"], *most, scale, shift)
+        assert found["attn_mask_type"] == "padding_causal", found
+        assert cu.dtype == torch.int32 and torch.equal(cu, found["cu_seqlens_kv"])
         if self.cp_group is not None and torch.distributed.get_world_size(self.cp_group) > 1:
             out = context_parallel_attention(*packed, self.cp_group, scale=scale, dropout=0.0)
         else:

@@ -50,6 +50,7 @@ def route(
             for i, attempt in enumerate(group.attempts)
             for sample in _samples(attempt, group.prompt.uid, prompts, credits[i], taught.get(i, []), algorithm)
         ]
+        _compare_experts(group.samples)
         for i, attempt in enumerate(group.attempts):
             could_teach = teachers.can_teach(attempt)
             attempt.why = _why(attempt, algorithm, taught.get(i, []), left_out[i], could_teach=could_teach)
@@ -165,6 +166,24 @@ def _samples(
             experts=rollout.experts_of(part),
         )
         done, turn = here[1], turn + len(turns)
+
+
+def _compare_experts(samples: Sequence[Sample]) -> None:
+    """Set `same_experts` of a group's samples. The engine may have computed a prompt's last tokens once per sample, in
+    batches of other sizes, and rounding decides between near equals."""
+    by_prompt: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_prompt.setdefault(id(sample.student.prompt_ids), []).append(sample)
+    for mine in by_prompt.values():
+        known = [sample.experts[: len(sample.student.prompt_ids) - 1] for sample in mine if sample.experts is not None]
+        if not known:
+            continue
+        least = min(map(len, known)) if len(known) == len(mine) else 0
+        for other in known[1:]:
+            same = (known[0][:least] == other[:least]).all(axis=(1, 2))
+            least = least if same.all() else int(same.argmin())
+        for sample in mine:
+            sample.same_experts = least
 
 
 def _turns_in(rollout: Rollout, tokens: tuple[int, int]) -> tuple[int, ...]:

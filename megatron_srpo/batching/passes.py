@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_srpo.batching.rows import pack_rows, predicting_positions, sequence_spans
+from megatron_srpo.batching.rows import pack_rows, predicting_positions, token_positions
 from megatron_srpo.core.protocols import Objective, Policy, ScoringPass
 from megatron_srpo.core.records import Batch, Experts, MiniBatchPlan, Row, StreamName
 from megatron_srpo.core.tensors import Scores, StepStats
@@ -55,8 +55,8 @@ class BatchPasses:
         chosen: list[torch.Tensor] = []
         results = self._policy.score(packed, scoring.score, **({"chosen": chosen} if scoring.records else {}))
         for row, found in zip(rows, chosen, strict=False):
-            for index, span in sequence_spans(row, self.samples, padding=padding, stream=stream):
-                self.experts[index] = found[span].numpy()
+            for index, at in token_positions(row, self.samples, padding=padding, stream=stream):
+                self.experts[index] = found[at].numpy()
         for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
             for index, at in predicting_positions(row, self.samples, padding=padding, stream=stream):
                 for name, values in result.items():

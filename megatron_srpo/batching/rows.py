@@ -8,6 +8,9 @@ response, stays with each sample, so that every position predicts one token at m
 
     row       │ prompt but its last token │ last, response 0 │ last, response 1 │ … │
 
+What is shared ends earlier where the engine has used other experts for the same prompt token, and under context
+parallelism at a multiple of what a sequence is padded to.
+
 Shapes: T tokens of a row, R trained tokens of a sample, K top-k, v vocabulary shard. Under context parallelism every
 sequence is filled up to a multiple as well (`Padding`).
 """
@@ -86,15 +89,20 @@ def pack_rows(
     return packed
 
 
-def sequence_spans(
+def token_positions(
     row: Row, samples: Sequence[Sample], *, padding: Padding = NO_PADDING, stream: StreamName = "student"
-) -> list[tuple[int, slice]]:
-    """(sample index, positions of its sequence without padding) for every sample of the row, in order."""
-    assert not padding.shares, "a sample that shares its prompt has no sequence of its own"
-    return [
-        (sequence.sample, slice(sequence.start, sequence.start + sequence.tokens))
-        for sequence in _sequences(row.samples, samples, padding, stream)
-    ]
+) -> list[tuple[int, Tensor]]:
+    """(sample index, [L] positions of all its tokens) for every sample of the row, in order. The tokens of a shared
+    prompt belong to several samples."""
+    sequences = _sequences(row.samples, samples, padding, stream)
+    found = []
+    for sequence in sequences:
+        if sequence.is_sample:
+            before = sequences[sequence.prefix].start if sequence.skipped else 0
+            shared = torch.arange(before, before + sequence.skipped)
+            own = torch.arange(sequence.start, sequence.start + sequence.tokens)
+            found.append((sequence.sample, torch.cat([shared, own])))
+    return found
 
 
 def _experts(
@@ -105,19 +113,15 @@ def _experts(
     known = [found for index in row.samples if (found := experts[index]) is not None]
     if not known:
         return None
-    assert not padding.shares, "the samples of a prompt may have other experts for its tokens"
     result = np.full((total, *known[0].shape[1:]), -1, dtype=np.int16)
-    for index, span in sequence_spans(row, samples, padding=padding, stream=stream):
-        found = experts[index]
+    for index, positions in token_positions(row, samples, padding=padding, stream=stream):
+        found, sample = experts[index], samples[index]
         if found is None:
             continue
-        if stream == "student":
-            result[span.start : span.start + len(found)] = found
-        else:
-            sample = samples[index]
-            start = span.start + len(sample.stream(stream).prompt_ids)
-            own = found[len(sample.student.prompt_ids) :]
-            result[start : start + len(own)] = own
+        if stream != "student":
+            positions = positions[len(sample.stream(stream).prompt_ids) :]
+            found = found[len(sample.student.prompt_ids) :]
+        result[positions[: len(found)].numpy()] = found
     return torch.from_numpy(result)
 
 
@@ -151,6 +155,9 @@ def _sequences(
     start = 0
     for index, found in zip(indices, streams, strict=True):
         prompt, before = id(found.prompt_ids), len(found.prompt_ids) - 1
+        same = samples[index].same_experts if stream == "student" else None
+        before = before if same is None else min(before, same)
+        before -= before % padding.sequence  # so that a shared prompt has no padding, which responses would see
         shares = users[prompt] > 1 and before >= SHORTEST_SHARED
         if shares and prompt not in shared:
             shared[prompt] = len(result)

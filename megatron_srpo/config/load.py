@@ -176,7 +176,7 @@ def _idle_teacher_keys(config: Config) -> list[str]:
         for key, modes in users.items()
         if getattr(teacher, key) != defaults[key].default and teacher.mode not in modes
     ]
-    notes = []
+    notes: list[str] = []
     if not config.algorithm.needs.teacher:
         return notes
     if (

@@ -321,6 +321,8 @@ class Sample:
     teacher_sample: int | None = None  # the sibling that teaches; None: another source, or no teacher
     contrast: Stream | None = None  # the same behind a prompt that shows a wrong answer; Needs.contrast alone
     experts: Experts | None = field(default=None, compare=False)  # of the student's tokens: Rollout.experts
+    # How many first tokens of the prompt have the same experts in all samples that have this prompt; None: all.
+    same_experts: int | None = field(default=None, compare=False)
     part: int = 0  # which sequence of its attempt it is; parts share the attempt's credit, and count as one response
     attempt_length: int | None = None  # trained tokens of the whole attempt; None: `length`
     turns: tuple[int, ...] = ()  # trained tokens of each turn in it; () for one turn

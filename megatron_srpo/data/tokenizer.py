@@ -19,6 +19,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     eos_token_id: int | None
     unk_token: str | None
+    unk_token_id: int | None
 
     @property
     def all_special_tokens(self) -> list[str]: ...

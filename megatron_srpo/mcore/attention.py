@@ -11,7 +11,7 @@ A sequence may go on behind another one of the row, its prefix: the prompt that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -58,13 +58,9 @@ def packed_causal_attention(
     """
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    branches = [index for index, prefix in enumerate(prefixes) if prefix >= 0]
     grouped_query = query.size(1) != key.size(1)
     output = query.new_zeros(query.size(0), query.size(1), value.size(2))
-    roots = list(lengths)
-    for index in branches:
-        roots[index] = 0
-    for group in length_groups(roots):
+    for group in length_groups(_without_branches(lengths, prefixes)):
         longest = lengths[group[0]]
         starts = torch.tensor([bounds[i] for i in group], device=query.device)
         sizes = torch.tensor([lengths[i] for i in group], device=query.device)
@@ -77,26 +73,37 @@ def packed_causal_attention(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=grouped_query
         )
         output = output.index_put((positions[valid],), mixed.transpose(1, 2)[valid])
-    before = [lengths[prefixes[index]] for index in branches]
-    for alike in length_groups(before):
+    for group in _branches(lengths, prefixes):
+        at, mixed = _branch_attention(
+            query, key, value, bounds, group, [prefixes[i] for i in group], scale=scale, dropout=dropout
+        )
+        output = output.index_put((at,), mixed)
+    return output
+
+
+def _branches(lengths: list[int], prefixes: Sequence[int]) -> Iterator[list[int]]:
+    """The sequences that have a prefix, in groups whose own lengths and whose prefixes' lengths are similar."""
+    branches = [index for index, prefix in enumerate(prefixes) if prefix >= 0]
+    for alike in length_groups([lengths[prefixes[index]] for index in branches]):
         members = [branches[i] for i in alike]
         for group in length_groups([lengths[index] for index in members]):
-            chosen = [members[i] for i in group]
-            at, mixed = _branch_attention(
-                query, key, value, bounds, chosen, [prefixes[i] for i in chosen], scale=scale, dropout=dropout
-            )
-            output = output.index_put((at,), mixed)
-    return output
+            yield [members[i] for i in group]
+
+
+def _without_branches(lengths: list[int], prefixes: Sequence[int]) -> list[int]:
+    """The lengths, 0 for the sequences that have a prefix."""
+    return [0 if prefixes and prefixes[index] >= 0 else length for index, length in enumerate(lengths)]
 
 
 def _branch_attention(
     query: Tensor, key: Tensor, value: Tensor, bounds: list[int], branches: list[int], prefixes: list[int], *,
-    scale: float | None, dropout: float,
+    scale: float | None, dropout: float, rank: int = 0, size: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of B sequences of similar length behind their prefixes: (positions [N] of their tokens, [N, heads, d]).
 
     The keys are those of the prefix, padded on the left to P, and the sequence's own, padded on the right to L; the
-    mask is [B, L, P + L] booleans. Hidden states of a prefix are not copied, keys and values are.
+    mask is [B, L, P + L] booleans. Hidden states of a prefix are not copied, keys and values are. The queries are those
+    of a context-parallel rank, L / `size` of a sequence; keys and values are the whole row's, in its order.
     """
     device = query.device
     starts, sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, branches))
@@ -105,23 +112,32 @@ def _branch_attention(
     prefix_starts, prefix_sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, families))
     longest, before = int(sizes.max()), int(prefix_sizes.max())
     steps, places = torch.arange(longest, device=device), torch.arange(before, device=device)
-    valid = steps < sizes  # [B, L]
+    mine = steps[: longest // size]
+    valid = mine < sizes // size  # [B, L / size]
+    asking = starts // size + torch.minimum(mine, sizes // size - 1)  # [B, L / size], in this rank's part
     own = starts + torch.minimum(steps, sizes - 1)  # [B, L]
     shift = before - prefix_sizes  # padding on the left
     shared = prefix_starts + (places - shift).clamp(min=0)  # [families, P]
     seen = torch.cat(
         [
-            (places >= shift[family])[:, None, :].expand(-1, longest, -1),
-            (steps[None, :] <= steps[:, None]).expand(len(branches), -1, -1),
+            (places >= shift[family])[:, None, :].expand(-1, len(mine), -1),
+            steps <= _in_sequence(mine, sizes, rank, size)[:, :, None],
         ],
         dim=2,
-    )  # [B, L, P + L]
+    )  # [B, L / size, P + L]
     k, v = (torch.cat([x[shared][family], x[own]], dim=1).transpose(1, 2) for x in (key, value))
     mixed = F.scaled_dot_product_attention(
-        query[own].transpose(1, 2), k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale,
+        query[asking].transpose(1, 2), k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale,
         enable_gqa=query.size(1) != key.size(1),
     )  # fmt: skip
-    return own[valid], mixed.transpose(1, 2)[valid]
+    return asking[valid], mixed.transpose(1, 2)[valid]
+
+
+def _in_sequence(mine: Tensor, sizes: Tensor, rank: int, ranks: int) -> Tensor:
+    """[B, L / ranks] place in its whole sequence of each token that a context-parallel rank has of it: two of 2 · ranks
+    chunks. sizes [B, 1]."""
+    chunk = sizes // (2 * ranks)
+    return torch.where(mine < chunk, mine + rank * chunk, mine - chunk + (2 * ranks - 1 - rank) * chunk)
 
 
 def _spans(bounds: list[int], sequences: list[int]) -> tuple[list[int], list[int]]:
@@ -138,6 +154,7 @@ def context_parallel_attention(
     *,
     scale: float | None,
     dropout: float,
+    prefixes: Sequence[int] = (),
 ) -> Tensor:
     """`packed_causal_attention` of a row that is spread over the ranks of `group` (order: mcore/context.py).
 
@@ -151,14 +168,13 @@ def context_parallel_attention(
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     output = query.new_zeros(query.size(0), query.size(1), value.size(2))
-    for members in length_groups(lengths):
+    for members in length_groups(_without_branches(lengths, prefixes)):
         longest = lengths[members[0]]
         starts = torch.tensor([bounds[i] for i in members], device=query.device)[:, None]
         sizes = torch.tensor([lengths[i] for i in members], device=query.device)[:, None]
         steps = torch.arange(longest, device=query.device)[None, :]
         mine = steps[:, : longest // size]
-        chunk = sizes // (2 * size)
-        seen = torch.where(mine < chunk, mine + rank * chunk, mine - chunk + (2 * size - 1 - rank) * chunk)
+        seen = _in_sequence(mine, sizes, rank, size)
         mask = steps[:, None, :] <= seen[:, :, None]  # [B, L/CP, L]
         valid = mine < sizes // size
         own = starts // size + torch.minimum(mine, sizes // size - 1)
@@ -168,14 +184,42 @@ def context_parallel_attention(
             q, k, v, attn_mask=mask[:, None], dropout_p=dropout, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
         output = output.index_put((own[valid],), mixed.transpose(1, 2)[valid])
+    for alike in _branches(lengths, prefixes):
+        at, mixed = _branch_attention(
+            query, key, value, bounds, alike, [prefixes[i] for i in alike], scale=scale, dropout=dropout, rank=rank,
+            size=size,
+        )  # fmt: skip
+        output = output.index_put((at,), mixed)
     return output
 
 
 @dataclass
 class SharedSeqParams(PackedSeqParams):
-    """Megatron's description of a packed row, and which sequences go on behind which others."""
+    """Megatron's description of a packed row, and which sequences go on behind which others.
+
+    `max_seqlen_q` and `max_seqlen_kv` count a sequence's prefix too, because rotary embeddings need as many positions.
+    """
 
     prefixes: tuple[int, ...] = ()
+    keys: Tensor | None = None
+    """[T_kv] int64: the positions in the row of the keys that each sequence sees, its prefix first, one sequence after
+    the other."""
+    key_bounds: Tensor | None = None  # [S+1] int32: where the keys of each sequence begin
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, prefixes: tuple[int, ...]) -> SharedSeqParams:
+        """cu_seqlens [S+1] int32 and prefixes of PackedBatch; both new tensors are on its device."""
+        bounds = cu_seqlens.tolist()
+        parts = []
+        for own, prefix in enumerate(prefixes):
+            parts += [torch.arange(bounds[i], bounds[i + 1]) for i in ((prefix, own) if prefix >= 0 else (own,))]
+        sizes = [bounds[i + 1] - bounds[i] for i in range(len(prefixes))]
+        seen = [size + (sizes[prefix] if prefix >= 0 else 0) for size, prefix in zip(sizes, prefixes, strict=True)]
+        key_bounds = torch.tensor([0, *itertools.accumulate(seen)], dtype=torch.int32)
+        return cls(
+            "thd", cu_seqlens, cu_seqlens, None, None, max(seen), max(seen), prefixes=prefixes,
+            keys=torch.cat(parts).to(cu_seqlens.device), key_bounds=key_bounds.to(cu_seqlens.device),
+        )  # fmt: skip
 
 
 def prefixes_of(params: PackedSeqParams) -> tuple[int, ...]:
@@ -207,10 +251,10 @@ class PackedAttention(MegatronModule):
         # parallelism Megatron has switched to it for the whole layer already.
         own = nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
         with own:
+            prefixes = prefixes_of(packed_seq_params)
             if self.config.context_parallel_size > 1:
                 group = parallel_state.get_context_parallel_group()
-                mixed = context_parallel_attention(*given, group, scale=scale, dropout=dropout)
+                mixed = context_parallel_attention(*given, group, scale=scale, dropout=dropout, prefixes=prefixes)
             else:
-                prefixes = prefixes_of(packed_seq_params)
                 mixed = packed_causal_attention(*given, scale=scale, dropout=dropout, prefixes=prefixes)
         return mixed.reshape(mixed.size(0), -1)

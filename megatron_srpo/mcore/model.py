@@ -179,6 +179,9 @@ def _transformer_engine_layer(config: TransformerConfig, *, experts: bool) -> Mo
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=count, moe_grouped_gemm=config.moe_grouped_gemm and experts, qk_layernorm=config.qk_layernorm
     )
+    from megatron_srpo.mcore.te_attention import SharedPromptAttention
+
+    layer.submodules.self_attention.submodules.core_attention = SharedPromptAttention
     if experts:
         layer.submodules.mlp = expert_layer_mlp(config, transformer_engine=True)
     return layer

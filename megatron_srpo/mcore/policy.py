@@ -27,19 +27,19 @@ from megatron_srpo.mcore.step import PipelineRunner
 
 
 def row_padding(topology: Topology, parallel: ParallelConfig, *, tokens: int = 1, shares: bool = False) -> Padding:
-    """What the layout asks of packed sequences and rows; a rank's part of a row is a multiple of `tokens`. Without
-    context parallelism prompts may be shared."""
+    """What the layout asks of packed sequences and rows; a rank's part of a row is a multiple of `tokens`."""
     cp, tp = topology.cp_size, topology.tp_size if parallel.sequence_parallel else 1
     sequence = 2 * cp if cp > 1 else 1
     rows = topology.pp_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
-    return Padding(sequence, math.lcm(sequence, cp * tp * tokens), rows, shares and cp == 1)
+    return Padding(sequence, math.lcm(sequence, cp * tp * tokens), rows, shares)
 
 
-def may_share_prompts(config: Config, *, experts: int, transformer_engine: bool) -> bool:
+def may_share_prompts(config: Config, *, transformer_engine: bool) -> bool:
     """Whether samples of a row may share their prompt. A shared prompt would have one dropout mask, and one vote in the
-    balance of experts. Transformer Engine's attention knows no shared prompts."""
+    balance of experts. Transformer Engine's context parallelism knows no shared prompts."""
     drops = config.model.attention_dropout or config.model.hidden_dropout or config.lora.dropout
-    return config.train.share_prompts and not (drops or experts or transformer_engine)
+    apart = transformer_engine and config.parallel.context_parallel_size > 1
+    return config.train.share_prompts and not (drops or config.train.moe_aux_loss_coef or apart)
 
 
 class Policy:
@@ -81,10 +81,13 @@ class Policy:
         self._host_offload = HostOffload(topology.device)
         # 8-bit products want token counts in multiples of 16.
         tokens = 1 if config.model.fp8 == "off" else 16
-        shares = may_share_prompts(
-            config, experts=expert_count(hf_config), transformer_engine=path.transformer_engine
-        )  # fmt: skip
+        shares = may_share_prompts(config, transformer_engine=path.transformer_engine)
         self.padding = row_padding(topology, config.parallel, tokens=tokens, shares=shares)
+        if self.padding.shares and path.transformer_engine:
+            from megatron_srpo.mcore.te_attention import SharedPromptAttention, verify
+
+            layers = [module for piece in model for module in piece.modules()]
+            verify(next(layer for layer in layers if isinstance(layer, SharedPromptAttention)), topology.device)
 
     def _build_shadows(self, config: Config) -> dict[str, WeightShadow]:
         needs = config.algorithm.needs

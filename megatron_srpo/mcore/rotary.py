@@ -1,4 +1,5 @@
-"""Rotary embedding of packed rows in one pass, used without Transformer Engine.
+"""Rotary embedding of packed rows in one pass, used without Transformer Engine. With it, it is used for rows whose
+samples share prompts: their sequences begin at other positions than 0, which Transformer Engine's kernel does not know.
 
 Megatron's own one goes through the sequences of a row one after the other, in every layer, for queries and keys. Here
 the cosines and sines of all tokens of a row are made once, and all layers use them. Values and gradients are the same,
@@ -55,14 +56,16 @@ def apply_rotary(
 
     t [T, heads, d] of this rank, freqs [longest sequence, 1, 1, rotated part of d], cu_seqlens [S+1] of the whole row.
     """
-    ours = cu_seqlens is not None and not (config.apply_rope_fusion or config.rotary_interleaved or any(more.values()))
+    fused = config.apply_rope_fusion and (cu_seqlens is None or _starts(cu_seqlens) is None)
+    ours = cu_seqlens is not None and not (fused or config.rotary_interleaved or any(more.values()))
     if not ours or config.multi_latent_attention or t.device.type == "meta":
         return _megatrons(t, freqs, config, cu_seqlens=cu_seqlens, mscale=mscale, cp_group=cp_group, **more)
     assert cu_seqlens is not None and cp_group is not None, "Megatron's attention gives both"
-    row = _row(t, freqs, cu_seqlens, mscale, cp_group.rank(), cp_group.size())
-    rotated, rest = t[..., : row.cos.size(-1)], t[..., row.cos.size(-1) :]
+    working = t.float() if config.apply_rope_fusion else t  # Transformer Engine's kernel rotates in float32
+    row = _row(working, freqs, cu_seqlens, mscale, cp_group.rank(), cp_group.size())
+    rotated, rest = working[..., : row.cos.size(-1)], t[..., row.cos.size(-1) :]
     first, second = rotated.chunk(2, dim=-1)
-    result = rotated * row.cos + torch.cat((-second, first), dim=-1) * row.sin
+    result = (rotated * row.cos + torch.cat((-second, first), dim=-1) * row.sin).to(t.dtype)
     return torch.cat((result, rest), dim=-1) if rest.size(-1) else result
 
 

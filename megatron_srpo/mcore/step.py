@@ -48,10 +48,8 @@ def packed_params(row: PackedBatch) -> PackedSeqParams:
         longest = int(lengths.max())
         return PackedSeqParams("thd", row.cu_seqlens, row.cu_seqlens, None, None, longest, longest)
     prefixes = torch.tensor(row.prefixes, device=lengths.device)
-    starts = torch.where(prefixes >= 0, lengths[prefixes], 0)
-    longest = int((starts + lengths).max())
-    rotary.set_starts(row.cu_seqlens, starts)
-    return SharedSeqParams("thd", row.cu_seqlens, row.cu_seqlens, None, None, longest, longest, prefixes=row.prefixes)
+    rotary.set_starts(row.cu_seqlens, torch.where(prefixes >= 0, lengths[prefixes], 0))
+    return SharedSeqParams.of(row.cu_seqlens, row.prefixes)
 
 
 class PipelineRunner:

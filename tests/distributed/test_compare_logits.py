@@ -156,6 +156,7 @@ def test_a_value_that_is_no_number_is_never_agreement(model, process, tmp_path):
 
 @pytest.mark.slow
 def test_vllm_agrees_and_a_fault_in_it_is_traced_to_its_layer(model, tmp_path):
+    pytest.importorskip("vllm")
     from megatron_srpo.comparison.engine import engine_traces
     from megatron_srpo.comparison.reference import reference_traces
     from megatron_srpo.comparison.trace import HEAD, compare
@@ -191,6 +192,7 @@ def test_scaled_rotary_embeddings_agree_within_and_beyond_the_original_length(pr
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), [("mistral", "linear"), ("llama", "llama3"), ("qwen3", "yarn")])
 def test_vllm_reads_scaled_rotary_embeddings_as_transformers_does(process, tmp_path, family, kind):
+    pytest.importorskip("vllm")
     folder = make_tiny_model(tmp_path / "hf", family, rope=SCALED[kind], max_positions=128)  # 4 × 32 for YaRN
     long = ",".join(str(5 + i % 90) for i in range(100))
     arguments = ["--hf", str(folder), "--token-ids", "5,6,7", "--token-ids", long]

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_srpo.core.errors import UserError
 from tests import transformer_engine_on_cpu as emulation
 from tests.distributed import test_lora, test_lora_state
+from tests.distributed import test_routed_objective as routed
 from tests.distributed.test_lora import qwen3_moe  # noqa: F401  # a fixture
 from tests.distributed.test_policy import LAYOUTS, VOCAB, check_close, swap_bf16, train_and_report
 from tests.distributed_harness import run_distributed
@@ -70,6 +72,46 @@ def test_one_rank_trains_saves_and_resumes_with_the_fused_adam_as_without(engine
     if family == "qwen3_moe":
         wanted |= {"grouped", "permute"}
     assert wanted <= calls.keys() and calls["adam step"] == 4  # the fused Adam counts on from the checkpoint
+
+
+SHARED = ["srpo", "srpo in two steps", "grpo"]
+
+
+@pytest.mark.parametrize("layout", ["serial", "tp2 sp, recompute half", "tp2 sp pp2"])
+def test_samples_share_their_prompts_and_the_routed_step_equals_float64(engine, tmp_path_factory, layout):
+    student, teacher = routed.make_models(tmp_path_factory, "qwen3", "float32")
+    groups_of = {variant: routed.make_groups(student, variant) for variant in SHARED}
+    arguments = (routed.run_variants, SHARED, layout, student, teacher, groups_of)
+    ranks = routed.LAYOUTS[layout].ranks
+    found, calls = run_distributed(on_transformer_engine, ranks, engine, *arguments, fresh=True)[0]
+    assert calls["attention behind prompts"]
+    for variant in SHARED:
+        samples = [sample for group in groups_of[variant] for sample in group]
+        routed.check_steps(found[variant], samples, student, teacher, variant, layout)
+
+
+def with_another_mask(student):
+    """The policy on a machine whose kernel shows a response the wrong end of its prompt."""
+    from megatron_srpo.bridge import load_hf_weights, read_config
+    from megatron_srpo.mcore import groups, te_attention
+    from megatron_srpo.mcore.device import choose_device
+    from megatron_srpo.mcore.policy import Policy
+
+    config, path = routed.make_config(student, "srpo"), choose_device("auto", 0)
+    topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)
+
+    def make(load=lambda shards: load_hf_weights(shards, student)):
+        return Policy(config, read_config(student), topology, path, load, total_steps=1)
+
+    assert make().padding.shares
+    te_attention.MASK = "padding_causal_bottom_right, shifted"
+    with pytest.raises(UserError, match=r"off by .*Set train.share_prompts = false"):
+        make()
+
+
+def test_a_kernel_that_computes_shared_prompts_otherwise_is_noticed_at_the_start(engine, tmp_path_factory):
+    student, _ = routed.make_models(tmp_path_factory, "qwen3", "float32")
+    run_distributed(on_transformer_engine, 1, engine, with_another_mask, student, fresh=True)
 
 
 @pytest.mark.parametrize("layout", sorted({**LAYOUTS, **EXPERT_LAYOUTS}))

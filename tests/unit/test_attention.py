@@ -92,13 +92,14 @@ def test_length_groups_bound_the_padding_and_lose_no_sequence():
         ({"model": {"attention_dropout": 0.1}}, {}),
         ({"lora": {"rank": 4, "dropout": 0.1}}, {}),
         ({"train": {"share_prompts": False}}, {}),
-        ({}, {"experts": 8}),
-        ({}, {"transformer_engine": True}),
+        ({"train": {"moe_aux_loss_coef": 0.001}}, {}),
+        ({"parallel": {"context_parallel_size": 2}}, {"transformer_engine": True}),
     ],
 )
 def test_prompts_are_shared_only_where_it_changes_nothing(changes, options):
     tree = {"model": {"path": "m"}, "data": {"train": "t"}}
-    assert may_share_prompts(Config(**tree), experts=0, transformer_engine=False)
+    assert may_share_prompts(Config(**tree), transformer_engine=False)
+    assert may_share_prompts(Config(**tree), transformer_engine=True)
     for section, keys in changes.items():
         tree[section] = {**tree.get(section, {}), **keys}
-    assert not may_share_prompts(Config(**tree), **{"experts": 0, "transformer_engine": False, **options})
+    assert not may_share_prompts(Config(**tree), **{"transformer_engine": False, **options})

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_srpo.batching.rows import pack_rows, sequence_spans
+from megatron_srpo.algorithms.routing import route
+from megatron_srpo.algorithms.section import algorithm
+from megatron_srpo.batching.rows import pack_rows, token_positions
 from megatron_srpo.batching.source import require_experts
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.errors import UserError
@@ -163,20 +165,42 @@ def test_every_token_of_a_row_finds_its_experts_and_what_the_engine_never_comput
     row = Row((0, 1, 2), sum(s.student_length for s in samples))
     (student,) = pack_rows([row], samples, padding=padding, experts=records)
     expected = torch.full((len(student.targets), 3, 2), FREE, dtype=torch.int16)
-    for index, span in sequence_spans(row, samples, padding=padding):
-        assert student.input_ids[span].tolist() == samples[index].student.token_ids.tolist()
+    for index, at in token_positions(row, samples, padding=padding):
+        assert student.input_ids[at].tolist() == samples[index].student.token_ids.tolist()
         if records[index] is not None:
-            expected[span.start : span.stop - 1] = torch.from_numpy(records[index].astype(np.int16))
+            expected[at[:-1]] = torch.from_numpy(records[index].astype(np.int16))
     assert torch.equal(student.experts, expected)
     (teacher,) = pack_rows([row], samples, padding=padding, stream="teacher", experts=records)
     expected = torch.full((len(teacher.targets), 3, 2), FREE, dtype=torch.int16)
-    for index, span in sequence_spans(row, samples, padding=padding, stream="teacher"):
+    for index, at in token_positions(row, samples, padding=padding, stream="teacher"):
         if records[index] is not None:
             own = records[index][len(samples[index].student.prompt_ids) :].astype(np.int16)
-            expected[span.stop - 1 - len(own) : span.stop - 1] = torch.from_numpy(own)
+            expected[at[-1 - len(own) : -1]] = torch.from_numpy(own)
     assert torch.equal(teacher.experts, expected)
     assert pack_rows([row], samples, padding=padding)[0].experts is None
     assert pack_rows([Row((), 0)], samples, padding=padding, experts=records)[0].experts is None
+
+
+@pytest.mark.parametrize(("agree", "shared"), [(20, 19), (12, 12), (5, 0)])  # fewer than 8 tokens are not shared
+def test_a_prompt_is_shared_as_far_as_the_engine_used_the_same_experts(agree, shared):
+    prompt = Prompt("train:0", (), list(range(1, 21)), "", "exact")
+    base = RNG.integers(0, 128, (20, 3, 2)).astype(np.uint8)
+    attempts = []
+    for sample in range(3):
+        record = RNG.integers(0, 128, (24, 3, 2)).astype(np.uint8)
+        record[: agree if sample == 2 else 20] = base[: agree if sample == 2 else 20]
+        if agree < 20 and sample == 2:
+            record[agree] = base[agree] + 1
+        rollout = Rollout(0, sample, [7] * 5, [-1.0] * 5, "", "stop", 0, experts=record)
+        attempts.append(Attempt(rollout, Reward(float(sample)), sample > 0))
+    group = Group(prompt, attempts)
+    route([group], algorithm("grpo"), seed=0, iteration=1, teacher_prompt=None)
+    samples, padding = group.samples, Padding(shares=True)
+    (row,) = pack_rows([Row((0, 1, 2), 0)], samples, padding=padding, experts=[s.experts for s in samples])
+    assert len(row.targets) == 3 * 25 - 2 * shared
+    for index, at in token_positions(Row((0, 1, 2), 0), samples, padding=padding):
+        assert row.input_ids[at].tolist() == samples[index].student.token_ids.tolist()
+        assert torch.equal(row.experts[at[:-1]], torch.from_numpy(samples[index].experts.astype(np.int16)))
 
 
 def top2(scores, topk, num_groups=None, group_topk=None):
