@@ -24,7 +24,7 @@ EOS = 1
 MAX_TOKENS = 12
 GREEDY = SamplingSettings(temperature=0.0, max_tokens=MAX_TOKENS)
 SAMPLED = SamplingSettings(temperature=1.0, max_tokens=MAX_TOKENS)
-LONG = [3 + (7 * i * i + i) % 17 for i in range(140)]  # longer than a block of vLLM's prefix cache, 128 tokens on a CPU
+LONG = [3 + (7 * i * i + i) % 17 for i in range(140)]  # longer than blocks of the prefix cache, 32 tokens on a CPU
 PROMPTS = ([5, 9, 3, 3, 12], [17], [4, 8, 15, 16, 2, 3, 4, 20, 6, 7], [11, 5, 5])
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.records import Prompt
 from megatron_srpo.core.time_limit import TimeIsUp, time_limit
 from megatron_srpo.data.dataset import DataError, Example
+from megatron_srpo.data.prompt_cache import PromptCache
 from megatron_srpo.data.tokenizer import Tokenizer
 
 _RESERVED = {
@@ -24,31 +28,57 @@ _AT_ONCE = 1024  # texts in one call of the tokenizer
 
 
 def render_prompts(
-    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, split: str
+    examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig, split: str, cache: Path | None = None
 ) -> tuple[list[Prompt], int]:
     """The prompts in the examples' order, and how many were dropped because of `config.max_prompt_length` tokens.
 
-    A prompt's uid is "<split>:<row>". DataError if prompts are too long and `config.overlong_prompts` is "error", or if
-    no prompt is left.
+    A prompt's uid is "<split>:<row>". `cache` is a folder in which token ids are kept for the next call. DataError if
+    prompts are too long and `config.overlong_prompts` is "error", or if no prompt is left.
     """
+    kept = PromptCache(cache and cache / f"{split}.npz", examples, tokenizer, config.chat_template_kwargs)
+    found = kept.read()
+    if found is None:
+        found = _all_ids(examples, tokenizer, config)
+        kept.write(found)
     prompts: list[Prompt] = []
     too_long: list[tuple[Example, int]] = []
-    for start in range(0, len(examples), _AT_ONCE):
-        some = examples[start : start + _AT_ONCE]
-        texts = [render_chat(tokenizer, one.messages, config.chat_template_kwargs, one.source) for one in some]
-        for example, ids in zip(some, encode(tokenizer, texts), strict=True):
-            if not ids:
-                raise DataError(
-                    f"{example.source}: the chat template makes no token of these messages; a response needs at least "
-                    "one token before it. Correct the row, or the template of the tokenizer"
-                )
-            if len(ids) > config.max_prompt_length:
-                too_long.append((example, len(ids)))
-            else:
-                prompts.append(_prompt(example, ids, split))
+    for example, ids in zip(examples, found, strict=True):
+        if len(ids) > config.max_prompt_length:
+            too_long.append((example, len(ids)))
+        else:
+            prompts.append(_prompt(example, ids, split))
     if too_long and (config.overlong_prompts == "error" or not prompts):
         raise DataError(_overlong(too_long, len(examples), config))
     return prompts, len(too_long)
+
+
+def _all_ids(examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
+    """The token ids of the rendered examples. DataError for one without tokens."""
+    found: list[list[int]] = []
+    for start in range(0, len(examples), _AT_ONCE):
+        some = examples[start : start + _AT_ONCE]
+        texts = [render_chat(tokenizer, one.messages, config.chat_template_kwargs, one.source) for one in some]
+        with _on_all_cores():
+            found += encode(tokenizer, texts)
+    for example, ids in zip(examples, found, strict=True):
+        if not ids:
+            raise DataError(
+                f"{example.source}: the chat template makes no token of these messages; a response needs at least "
+                "one token before it. Correct the row, or the template of the tokenizer"
+            )
+    return found
+
+
+@contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Let the tokenizer encode a batch in threads, because the other ranks wait for it. Afterwards it has one thread,
+    as before, because processes are forked later."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def render_chat(

@@ -12,6 +12,7 @@ import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_srpo.config import DataConfig, TeacherConfig
 from megatron_srpo.config.templates import Piece, template_pieces
@@ -23,6 +24,7 @@ from megatron_srpo.data.tokenizer import Tokenizer
 
 _THINKING = re.compile("</?think>")
 _GAP = "\n[…]\n"  # stands for the part of a demonstration that was left out
+_RECENT = 64  # texts whose tokens are kept: the samples of a group share the question, and mostly the demonstration
 _WITH_GAP = 4  # a demonstration that is cut to fewer than this many times the tokens of _GAP keeps its end alone
 
 
@@ -53,6 +55,8 @@ class TeacherPromptBuilder:
         }
         self._untrusted = _UntrustedText(tokenizer, control_tokens(tokenizer, self._kwargs))
         self._gap = self._untrusted.encode(_GAP)
+        self._inserted = lru_cache(_RECENT)(self._untrusted.encode)
+        self._literal = lru_cache(_RECENT)(lambda texts: encode(tokenizer, list(texts)))
         self._check_chat_template()
 
     def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> TeacherPrompt | None:
@@ -63,8 +67,8 @@ class TeacherPromptBuilder:
         if not shown:
             return None
         pieces = self._pieces(prompt, set(shown))
-        fixed = encode(self._tokenizer, [text for kind, text in pieces if kind == "text"])
-        inserted = {name: self._untrusted.encode(text) for name, text in shown.items()}
+        fixed = self._literal(tuple(text for kind, text in pieces if kind == "text"))
+        inserted = {name: list(self._inserted(text)) for name, text in shown.items()}
         room = self.limit - sum(map(len, fixed))
         needed = sum(map(len, inserted.values()))
         truncated = self._cut(inserted, needed - room)

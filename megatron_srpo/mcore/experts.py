@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 
 from megatron_srpo.core.metrics import Max, Mean, Metric
 from megatron_srpo.core.tensors import PackedBatch
@@ -167,6 +168,8 @@ def _token_ranks(topology: Topology, config: TransformerConfig) -> int:
 def _numbered_expert_layers(model: list[torch.nn.Module]) -> Iterator[tuple[MoELayer, int]]:
     """This rank's layers with experts, and the number of each among all of the model's layers with experts."""
     for piece in model:
+        if not get_model_config(piece).num_moe_experts:  # a walk over all modules at every pass costs milliseconds
+            continue
         for layer in _expert_layers(piece):
             yield layer, sum(layer.config.moe_layer_freq[: layer.layer_number - 1])
 

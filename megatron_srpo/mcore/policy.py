@@ -128,8 +128,7 @@ class Policy:
     ) -> list[dict[str, torch.Tensor]]:
         """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage. To `chosen` are
         added the experts of every row, as in PackedBatch.experts; layers of other stages are −1."""
-        for piece in self.model:
-            piece.eval()
+        self._set_training(False)
         if not rows:
             return []
         give_experts(self.model, self.topology, self.runner.config, rows, record=chosen is not None)
@@ -139,11 +138,16 @@ class Policy:
         forget_experts(self.model)
         return results
 
+    def _set_training(self, mode: bool) -> None:
+        """Whether dropout is on. Telling all modules again what they know would cost milliseconds a pass."""
+        for piece in self.model:
+            if piece.training is not mode:
+                piece.train(mode)
+
     def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimizer step on Σ loss(row) over all rows of all data-parallel ranks."""
         assert self.optimizer is not None
-        for piece in self.model:
-            piece.train()
+        self._set_training(True)
         self.optimizer.zero_grad()
         if self._balancing:
             tokens = self.sum_over_data(torch.tensor(float(sum(row.input_ids.numel() for row in rows))))

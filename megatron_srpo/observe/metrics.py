@@ -42,7 +42,8 @@ def _plain(value: object) -> JsonValue:
         value = value.item()
     if isinstance(value, int):
         return value
-    assert isinstance(value, SupportsFloat), f"{type(value).__name__} is no JSON value"
+    # Asking for the protocol costs more than everything else here.
+    assert isinstance(value, float | SupportsFloat), f"{type(value).__name__} is no JSON value"
     number = float(value)
     if math.isfinite(number):
         return number

@@ -50,8 +50,12 @@ class TensorBoard:
         self._writer.add_text("config", "\n".join("    " + line for line in settings.splitlines()), start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)  # on disk within flush_secs, also if the run is killed later
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # One event for all, where add_scalar writes one for each. It is on the disk within flush_secs, also if the run
+        # is killed later.
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self._writer._get_file_writer().add_summary(Summary(value=values), step)
 
     def close(self) -> None:
         self._writer.close()

@@ -59,7 +59,7 @@ def _one_turn_engine(config: Config, session: Session, role: Role) -> RolloutEng
 
     if config.rollout.placement == "servers":
         return _server_engine(config, session, role)
-    return ColocatedEngine(
+    engine = ColocatedEngine(
         hf_dir=config.model.path,
         dtype=config.model.dtype,
         rollout=config.rollout,
@@ -71,6 +71,13 @@ def _one_turn_engine(config: Config, session: Session, role: Role) -> RolloutEng
         verifier=Verifier(config.bridge.verify_every),
         adapters=published_adapters(config),
     )
+    if engine.draws_one_by_one:
+        role.log.warn(
+            "vLLM uses its Model Runner V1 on this GPU, which draws the tokens of one request after the other; the "
+            "samples are right, but decoding is slower. Unset VLLM_USE_V2_MODEL_RUNNER if it is set; otherwise vLLM "
+            "does not support this model or these settings with V2."
+        )
+    return engine
 
 
 def _longest(config: Config) -> int:

@@ -46,12 +46,15 @@ class Prompting:
     def prompts(self, split: str, say: Callable[[str], None]) -> list:
         """The prompts of one split, those over length dropped or refused."""
         from megatron_srpo.data import load_rows, render_prompts
+        from megatron_srpo.data.prompt_cache import FOLDER
 
         files = self._config.data.train if split == "train" else self._config.data.test
         if not files:
             raise ConfigError(f"data.{split} is empty: name the file of the {split} split.")
         examples, report = load_rows(files, self._config.data, self._problem)
-        prompts, dropped = render_prompts(examples, self.tokenizer, self._data, split)
+        folder = Path(self._config.run.output_dir)
+        cache = folder / FOLDER if folder.is_dir() else None  # `check` leaves nothing behind
+        prompts, dropped = render_prompts(examples, self.tokenizer, self._data, split, cache)
         self._check_vocabulary(max(max(prompt.token_ids) for prompt in prompts))
         self._check_kinds(prompts)
         say(f"data: {len(prompts)} {split} prompts ({report}; {dropped} over length)")

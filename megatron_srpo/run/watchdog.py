@@ -19,7 +19,7 @@ from typing import TextIO
 
 BETWEEN = "between phases"
 # faulthandler's timer runs in C, so it also fires while code holds the interpreter lock and no Python thread can run.
-# It fires after this many limits, later than the watchdog's own thread, which prints more.
+# It fires this many limits after the watchdog's own thread has run last, which prints more.
 C_TIMER_LIMITS = 1.5
 
 
@@ -48,8 +48,6 @@ class Watchdog:
     def _enter(self, name: str) -> None:
         with self._lock:
             self._phase, self._since, self._reports = name, self._now(), 0
-        if self._limit and not self._stop.is_set():
-            faulthandler.dump_traceback_later(self._limit * C_TIMER_LIMITS, repeat=True, file=_standard_error())
 
     def check(self) -> str | None:
         """The report that is due now, one for each limit that has passed; None if none is due."""
@@ -65,7 +63,11 @@ class Watchdog:
             )
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(self._limit / 4, 15.0)):
+        while not self._stop.is_set():
+            # Setting the timer starts a thread in C, which costs too much at every phase.
+            faulthandler.dump_traceback_later(self._limit * C_TIMER_LIMITS, repeat=True, file=_standard_error())
+            if self._stop.wait(min(self._limit / 4, 15.0)):
+                break
             text = self.check()
             if text:
                 with suppress(OSError):  # a full disk must not end the watchdog
@@ -76,6 +78,7 @@ class Watchdog:
         """Stop watching."""
         self._stop.set()
         if self._limit:
+            self._thread.join()
             faulthandler.cancel_dump_traceback_later()
 
 

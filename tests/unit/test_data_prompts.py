@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from datetime import date
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.records import Prompt
-from megatron_srpo.data import DataError, Example, PromptLoader, load_tokenizer, render_prompts
+from megatron_srpo.data import DataError, Example, PromptLoader, load_tokenizer, prompt_cache, render_prompts
+from megatron_srpo.data import prompts as rendering
 from tests.unit.chat_tokenizer import chat_tokenizer
 
 
@@ -54,6 +56,59 @@ def test_overlong_prompts_are_dropped_and_counted_or_refused(tokenizer):
         render_prompts(examples, tokenizer, config(max_prompt_length=fits, overlong_prompts="error"), "train")
     with pytest.raises(DataError, match="5 of 5 prompts"):
         render_prompts(examples, tokenizer, config(max_prompt_length=3), "train")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many prompts are rendered; two are enough for a cache."""
+    monkeypatch.setattr(prompt_cache, "FEWEST", 2)
+    rendered, render = [], rendering.render_chat
+    monkeypatch.setattr(rendering, "render_chat", lambda *given: rendered.append(given) or render(*given))
+    return rendered
+
+
+def test_kept_token_ids_give_the_same_prompts_and_nothing_is_rendered_again(tokenizer, counted, tmp_path):
+    examples = [example(row, f"hé {row}" * row) for row in range(4)]
+    made = render_prompts(examples, tokenizer, config(), "train", tmp_path / "p")
+    assert len(counted) == 4
+    assert render_prompts(examples, tokenizer, config(), "train", tmp_path / "p") == made
+    shorter = config(max_prompt_length=len(made[0][2].token_ids))
+    assert len(render_prompts(examples, tokenizer, shorter, "train", tmp_path / "p")[0]) == 3
+    assert len(counted) == 4
+    render_prompts(examples, tokenizer, config(), "test", tmp_path / "p")
+    assert len(counted) == 8
+
+
+@pytest.mark.parametrize("change", ["row", "order", "option", "template", "day"])
+def test_kept_token_ids_are_of_these_messages_template_and_options(counted, tmp_path, change):
+    def prompts_of(changed):
+        examples = [example(row, f"q{row}" + "!" * (changed == "row" and row == 1)) for row in range(3)]
+        options = {"enable_thinking": changed == "option"}
+        day = date(2026, 1, 1 + (changed == "day"))
+        template = "{{ messages[0].content }}" + "?" * (changed == "template") + "{{ strftime_now('%d') }}"
+        settings = config(chat_template_kwargs=options)
+        settings = settings.model_copy(update={"chat_template_kwargs": {**options, "strftime_now": day.strftime}})
+        return render_prompts(
+            examples[:: -1 if changed == "order" else 1], chat_tokenizer(template), settings, "train", tmp_path / "p"
+        )[0]
+
+    before, after = prompts_of(""), prompts_of(change)
+    assert len(counted) == 6
+    assert [one.token_ids for one in before] != [one.token_ids for one in after] or change == "option"
+    prompts_of(change)
+    assert len(counted) == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", None])
+def test_damaged_files_and_places_that_take_none_cost_time_alone(tokenizer, counted, tmp_path, damage):
+    examples = [example(row, f"q{row}") for row in range(3)]
+    made = render_prompts(examples, tokenizer, config(), "train", tmp_path / "p")
+    file = tmp_path / "p" / "train.npz"
+    file.write_bytes(file.read_bytes()[:-40] if damage is None else damage)
+    assert render_prompts(examples, tokenizer, config(), "train", tmp_path / "p") == made
+    (tmp_path / "file").write_text("")
+    assert render_prompts(examples, tokenizer, config(), "train", tmp_path / "file" / "p") == made
+    assert len(counted) == 9
 
 
 def test_a_template_that_refuses_the_messages_is_named_with_the_row():

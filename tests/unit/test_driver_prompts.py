@@ -7,7 +7,7 @@ import pytest
 
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import ConfigError
-from megatron_srpo.data import DataError
+from megatron_srpo.data import DataError, prompt_cache
 from megatron_srpo.rewards import RewardError
 from megatron_srpo.run import first_start
 from megatron_srpo.run.prompting import Prompting
@@ -37,6 +37,17 @@ def test_an_unknown_kind_is_refused_with_its_first_row_and_the_nearest_name(prom
     with pytest.raises(RewardError, match=r"rows\.jsonl:2: unknown reward kind 'exakt'. Did you mean 'exact'"):
         prompting(rows).prompts("train", print)
     assert prompting(rows, reward={"functions": {"exakt": "m:f"}}).prompts("train", print)
+
+
+def test_token_ids_are_kept_in_the_folder_of_a_run_that_has_one(prompting, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_cache, "FEWEST", 2)
+    rows, out = [{"prompt": "a"}, {"prompt": "b"}], tmp_path / "out"
+    made = prompting(rows, run={"output_dir": str(out)}).prompts("train", print)
+    assert not out.exists()  # as for `check` before the first start
+    out.mkdir()
+    for _ in range(2):
+        assert prompting(rows, run={"output_dir": str(out)}).prompts("train", print) == made
+        assert [path.name for path in (out / "prompts").iterdir()] == ["train.npz"]
 
 
 def test_a_reference_answer_that_the_reward_cannot_read_is_refused_with_its_row_or_skipped(prompting):

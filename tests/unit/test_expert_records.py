@@ -26,7 +26,14 @@ from megatron_srpo.rollout.engine import experts_of_turns
 from megatron_srpo.rollout.http import BadAnswer, UnacceptableRequest
 from megatron_srpo.rollout.vllm.client import read_answer
 from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
-from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, command_line, engine_arguments
+from megatron_srpo.rollout.vllm.settings import (
+    CPU_WORKER,
+    RECORDING_WORKER,
+    EngineSettings,
+    check_model,
+    command_line,
+    engine_arguments,
+)
 from tests.fake_server import answer, packed
 from tests.made_samples import make_sample
 from tests.unit.test_config_check import QWEN3_30B_A3B
@@ -112,7 +119,9 @@ def test_an_engine_is_started_to_return_experts_where_the_trainer_uses_them(tmp_
     arguments, wanted = engine_arguments(settings), replay in ("auto", "rollout")
     assert settings.records_experts is wanted
     assert arguments.get("enable_return_routed_experts", False) is (wanted and device == "cuda")
-    assert ("scheduler_cls" in arguments) is ("worker_cls" in arguments) is (wanted and device == "cpu")
+    assert ("scheduler_cls" in arguments) is (wanted and device == "cpu")
+    worker = {("cpu", True): RECORDING_WORKER, ("cpu", False): CPU_WORKER}.get((device, wanted))
+    assert arguments.get("worker_cls") == worker
     assert arguments["enable_prefix_caching"] is True  # vLLM's recording needs it
     assert ("--enable-return-routed-experts" in command_line(arguments)) is (wanted and device == "cuda")
 

@@ -7,11 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, request_seed
 from megatron_srpo.rollout.engine import decode_inside
 from megatron_srpo.rollout.vllm.settings import check_model
+from tests.sampling_reference import chi_square, kept
 from tests.tiny_engines import (
     EOS,
     GREEDY,
@@ -163,6 +165,22 @@ def test_a_seed_gives_the_same_response_whatever_else_is_in_the_batch(engine, ro
             torch.testing.assert_close(rollout.logprobs, before.logprobs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (1.7, 5, 1.0), (0.8, 0, 0.7)])
+def test_first_tokens_have_the_distribution_of_transformers_filtered(engine, folder, temperature, top_k, top_p):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        probs = kept(model(torch.tensor([PROMPTS[0]])).logits[0, -1], temperature, top_k, top_p)
+    asked = [GenerateRequest(0, sample, PROMPTS[0], request_seed(5, 1, "p", sample)) for sample in range(2000)]
+    sampling = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=1)
+    found = engine.generate(asked, sampling)
+    counts = torch.bincount(torch.tensor([rollout.token_ids[0] for rollout in found]), minlength=VOCAB)
+    assert counts[probs == 0].sum() == 0
+    assert abs(chi_square(counts, probs)) < 4
+    logprobs = torch.tensor([rollout.logprobs[0] for rollout in found])
+    expected = probs[[rollout.token_ids[0] for rollout in found]].log().float()
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+
+
 def test_prompts_that_do_not_fit_into_one_step_of_the_engine_are_answered_as_if_they_were_alone(engine):
     """vLLM would cut the last prompt of a step into parts, and then fail on a CPU's generator."""
     asked = [
@@ -238,6 +256,12 @@ def test_rollouts_carry_the_version_of_the_last_publish(engine, folder, rollouts
     engine.publish(iter(weights(folder).items()), 7)
     after = engine.generate(tiny_requests(1), SAMPLED)
     assert {rollout.weight_version for rollout in after} == {engine.weight_version} == {7}
+
+
+def test_vllms_older_runner_is_noticed_on_a_gpu_alone(engine, monkeypatch):
+    assert not engine.draws_one_by_one
+    monkeypatch.setattr(engine, "_device", "cuda")  # the engine itself stays what it is, one with runner V1
+    assert engine.draws_one_by_one
 
 
 def test_sleeping_is_nothing_on_a_cpu(engine):

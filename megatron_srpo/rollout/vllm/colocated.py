@@ -180,18 +180,20 @@ class ColocatedEngine:
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, asked: dict[str, GenerateRequest]
     ) -> None:
         """Give requests to vLLM; `asked` has those that it works on, by vLLM's name."""
+        from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         for request in requests:
+            # Of this request alone, so vLLM need not copy them deeply, which is half of its work on a request.
             parameters = SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
                 max_tokens=request.longest(sampling), ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
-                flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
             )  # fmt: skip
             self._added += 1
             asked[str(self._added)] = request
             self._llm.llm_engine.add_request(
-                str(self._added), {"prompt_token_ids": request.token_ids}, parameters, lora_request=self._adapter
+                str(self._added), tokens_input(request.token_ids), parameters, lora_request=self._adapter
             )
 
     def _step(self, asked: dict[str, GenerateRequest], sampling: SamplingSettings) -> list[Rollout]:
@@ -272,6 +274,11 @@ class ColocatedEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM's prefix cache is in use and cannot be reset: requests are still running")
         self._cache_is_empty = True
+
+    @property
+    def draws_one_by_one(self) -> bool:
+        """Whether vLLM asks a random generator per request. On a CPU our sampler does not, nor does V2 on a GPU."""
+        return self._device == "cuda" and not self._llm.llm_engine.vllm_config.use_v2_model_runner
 
     def metrics(self) -> dict[str, float]:
         return {}

@@ -1,9 +1,12 @@
-"""vLLM's CPU worker with shared memory names that belong to one run. vLLM imports this module by its name."""
+"""vLLM's CPU worker with our sampler, and with shared memory names that belong to one run. vLLM imports this module by
+its name."""
 
 from __future__ import annotations
 
 from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from megatron_srpo.rollout.vllm import counter_sampler
 
 SHARED_MEMORY_NAME = "shared_memory_name"  # a key of vLLM's additional_config
 
@@ -27,6 +30,11 @@ class NamedWorker(CPUWorker):
         if distributed_init_method.startswith("env:"):
             distributed_init_method += f":{vllm_config.additional_config[SHARED_MEMORY_NAME]}"
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+
+    def init_device(self) -> None:
+        """Make the model runner, and have it sample by counter."""
+        super().init_device()
+        counter_sampler.install(self.model_runner)
 
 
 class NamedCPUWorker(NamedWorker):

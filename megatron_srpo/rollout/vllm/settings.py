@@ -16,6 +16,7 @@ from megatron_srpo.rollout.vllm.adapter_loader import adapter_arguments
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable
 # By name, because the module imports vLLM, which the trainer of servers does not.
+CPU_WORKER = "megatron_srpo.rollout.vllm.cpu_worker.NamedCPUWorker"
 RECORDING_WORKER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingCPUWorker"
 RECORDING_SCHEDULER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingScheduler"
 Arguments = dict[str, "str | int | float | bool | dict[str, str] | list[str]"]
@@ -120,6 +121,10 @@ def engine_arguments(settings: EngineSettings) -> Arguments:
         # After a part of a prompt vLLM takes back a step of the request's generator, which a CPU generator cannot do.
         arguments["enable_chunked_prefill"] = False
         arguments["kv_cache_memory_bytes"] = int(rollout.cpu_kv_cache_gib * 2**30)
+        # Samples share the whole blocks of their prompt, and turns those of their conversation. vLLM's own choice on a
+        # CPU, 128 tokens, leaves most of them to be computed again; its kernel takes multiples of 32.
+        arguments["block_size"] = 32
+        arguments["worker_cls"] = CPU_WORKER
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
     if settings.adapters is not None:

@@ -51,9 +51,8 @@ def _arguments(settings: EngineSettings) -> Arguments:
         # Every rank is a worker already; it takes its device from LOCAL_RANK.
         arguments["distributed_executor_backend"] = "external_launcher"
     if settings.device == "cpu":
-        from megatron_srpo.rollout.vllm.cpu_worker import SHARED_MEMORY_NAME, NamedCPUWorker
+        from megatron_srpo.rollout.vllm.cpu_worker import SHARED_MEMORY_NAME
 
-        arguments.setdefault("worker_cls", qualified_name(NamedCPUWorker))
         arguments["additional_config"] = {SHARED_MEMORY_NAME: settings.shared_memory}
     else:
         arguments["enable_sleep_mode"] = True
