@@ -77,7 +77,11 @@ class BatchPasses:
         mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
         loss = self._objective.loss(loss_tokens=mini.loss_tokens, responses=mini.responses, distill_weight_mean=mean)
         packed = pack_rows(rows, self.samples, self.scores, padding=self._policy.padding, experts=self.experts)
-        return self._policy.train_step(packed, loss)
+        step = self._policy.train_step(packed, loss)
+        self._objective.end_step()
+        for i in mine:
+            self.scores[i].teacher_hidden = None  # as large as all other scores of a token together, and used up
+        return step
 
     def _ranks(self, kind: str, mini: MiniBatchPlan) -> list[list[Row]]:
         return mini.student if kind == "student" else mini.teacher

@@ -128,6 +128,9 @@ class Objective(Protocol):
     def loss(self, *, loss_tokens: int, responses: int, distill_weight_mean: float) -> LossFunction:
         """The loss of one row inside an optimizer step with these global denominators."""
 
+    def end_step(self) -> None:
+        """The optimizer step is done, for which scoring passes may have kept something."""
+
 
 class Engine(Protocol):
     """What the trainer asks of a rollout engine; rollout/engine.py has the rest."""
