@@ -52,15 +52,18 @@ class BatchPasses:
         rows = self._count(scoring.name, scoring.rows, mini)
         experts = self.experts if scoring.replays else ()
         packed = pack_rows(rows, self.samples, into, padding=padding, stream=stream, experts=experts)
+        places = [predicting_positions(row, self.samples, padding=padding, stream=stream) for row in rows]
+        at = [torch.cat([torch.zeros(0, dtype=torch.long), *(own for _, own in place)]) for place in places]
         chosen: list[torch.Tensor] = []
-        results = self._policy.score(packed, scoring.score, **({"chosen": chosen} if scoring.records else {}))
+        results = self._policy.score(packed, scoring.score, at=at, chosen=chosen if scoring.records else None)
         for row, found in zip(rows, chosen, strict=False):
-            for index, at in token_positions(row, self.samples, padding=padding, stream=stream):
-                self.experts[index] = found[at].numpy()
-        for row, result in zip(rows, results, strict=False):  # no results before the last pipeline stage
-            for index, at in predicting_positions(row, self.samples, padding=padding, stream=stream):
-                for name, values in result.items():
-                    setattr(into[index], name, values[at.to(values.device)].cpu())
+            for index, positions in token_positions(row, self.samples, padding=padding, stream=stream):
+                self.experts[index] = found[positions].numpy()
+        for place, result in zip(places, results, strict=False):  # no results before the last pipeline stage
+            for name, values in result.items():
+                parts = values.split([len(positions) for _, positions in place]) if place else ()
+                for (index, _), own in zip(place, parts, strict=True):
+                    setattr(into[index], name, own)
 
     def train_step(self, mini: MiniBatchPlan) -> StepStats | None:
         """One optimizer step, after its own scoring passes, or None when nothing in the mini-batch counts."""
@@ -77,7 +80,11 @@ class BatchPasses:
         mean = float(weights) / mini.distill_tokens if mini.distill_tokens else 1.0
         loss = self._objective.loss(loss_tokens=mini.loss_tokens, responses=mini.responses, distill_weight_mean=mean)
         packed = pack_rows(rows, self.samples, self.scores, padding=self._policy.padding, experts=self.experts)
-        return self._policy.train_step(packed, loss)
+        step = self._policy.train_step(packed, loss)
+        self._objective.end_step()
+        for i in mine:
+            self.scores[i].teacher_hidden = None  # as large as all other scores of a token together, and used up
+        return step
 
     def _ranks(self, kind: str, mini: MiniBatchPlan) -> list[list[Row]]:
         return mini.student if kind == "student" else mini.teacher

@@ -22,6 +22,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -71,22 +72,52 @@ def tokens_of(
     return sum(sequence.length for sequence in _sequences(indices, samples, padding, stream))
 
 
+@dataclass(frozen=True)
+class PackedRows(Sequence[PackedBatch]):
+    """The rows of one pass on one rank. Each is packed when it is asked for, so that what a step needs of all its
+    tokens, their scores above all, does not exist twice."""
+
+    rows: Sequence[Row]
+    samples: Sequence[Sample]
+    scores: Sequence[Scores] | None
+    padding: Padding
+    stream: StreamName
+    experts: Sequence[Experts | None]
+    lengths: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, number: int) -> PackedBatch: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[PackedBatch]: ...
+
+    def __getitem__(self, number: int | slice) -> PackedBatch | Sequence[PackedBatch]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(len(self))[number]]
+        row = self.rows[number]
+        batch = _pack(row, self.samples, self.scores, self.padding, self.lengths[number], self.stream)
+        if self.experts:
+            batch.experts = _experts(row, self.samples, self.experts, self.padding, len(batch.targets), self.stream)
+        return batch
+
+
 def pack_rows(
     rows: Sequence[Row], samples: Sequence[Sample], scores: Sequence[Scores] | None = None, *,
     padding: Padding = NO_PADDING, stream: StreamName = "student",
     experts: Sequence[Experts | None] = (),
-) -> list[PackedBatch]:  # fmt: skip
-    """The rows of one pass on one rank, and what `scores` (one for each sample of the iteration) has for them.
+) -> Sequence[PackedBatch]:  # fmt: skip
+    """The rows of one pass on one rank, and what `scores` (one for each sample of the iteration) has for them when a
+    row is asked for.
 
     All streams of a sample have the same trained tokens, so a row of teachers' streams carries the same values at them
     as a row of the students' streams, the student's top-k ids included. `experts` (one for each sample, of its student
     stream from the beginning) are to be used again; a row of other streams has those of the response.
     """
     lengths = row_lengths(rows, samples, padding=padding, stream=stream)
-    packed = [_pack(row, samples, scores, padding, length, stream) for row, length in zip(rows, lengths, strict=True)]
-    for row, batch in zip(rows, packed, strict=True) if experts else ():
-        batch.experts = _experts(row, samples, experts, padding, len(batch.targets), stream)
-    return packed
+    return PackedRows(rows, samples, scores, padding, stream, experts, lengths)
 
 
 def token_positions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from array import array
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def _logprobs(vocab_size: int, given: HeadInput, row: PackedBatch) -> dict[str, 
     return {"logprobs": logits[:, :vocab_size].log_softmax(-1).cpu()}
 
 
-def _rows(ids: list[int], padding: Padding) -> list[PackedBatch]:
+def _rows(ids: list[int], padding: Padding) -> Sequence[PackedBatch]:
     """One sequence without trained tokens, as packed rows."""
     stream = Stream(array("i", ids), array("i"), np.zeros(0, dtype=bool))
     sample = Sample("", 0, stream, np.zeros(0, dtype=np.float32), 0.0, {})

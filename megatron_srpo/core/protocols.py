@@ -74,12 +74,13 @@ class Policy(Protocol):
         """Inside the block everything of the policy is in host memory, and must not be used."""
 
     def score(
-        self, rows: list[PackedBatch], score: ScoreFunction, *, chosen: list[Tensor] | None = None
-    ) -> list[dict[str, Tensor]]:
-        """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage. `chosen` gets the
-        experts of every row."""
+        self, rows: Sequence[PackedBatch], score: ScoreFunction, *, at: Sequence[Tensor] | None = None,
+        chosen: list[Tensor] | None = None,
+    ) -> list[dict[str, Tensor]]:  # fmt: skip
+        """Scores of every row without gradient in host memory, at the positions `at` of each row if they are given; []
+        on ranks that are not on the last pipeline stage. `chosen` gets the experts of every row."""
 
-    def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
+    def train_step(self, rows: Sequence[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimizer step on Σ loss(row) over all rows of all data-parallel ranks."""
 
     def end_iteration(self, *, refresh_teacher: bool) -> None:
@@ -127,6 +128,9 @@ class Objective(Protocol):
 
     def loss(self, *, loss_tokens: int, responses: int, distill_weight_mean: float) -> LossFunction:
         """The loss of one row inside an optimizer step with these global denominators."""
+
+    def end_step(self) -> None:
+        """The optimizer step is done, for which scoring passes may have kept something."""
 
 
 class Engine(Protocol):

@@ -34,8 +34,10 @@ class Scores:
     """
 
     logprob: Tensor | None = None  # [R] fp32, log π_old of the trained tokens; None: the policy has not moved
-    topk_ids: Tensor | None = None  # [R, K] int64, the student's top-k, global ids
+    topk_ids: Tensor | None = None  # [R, K] int32, the student's top-k, global ids; None: the train pass finds them
     teacher_logprobs: Tensor | None = None  # [R, K] fp32, the teacher's log-prob at topk_ids
+    teacher_hidden: Tensor | None = None  # [R, H], inputs of the teacher's head, where the train pass finds the top-k
+    teacher_normaliser: Tensor | None = None  # [R] fp32, the teacher's log Σ exp(logit ÷ temperature), with them
     teacher_logits: Tensor | None = None  # [R, v], full-vocabulary divergence only: this rank's shard
     teacher_entropy: Tensor | None = None  # [R] fp32, nats, over the full vocabulary
     teacher_logprob: Tensor | None = None  # [R] fp32, the teacher's log-prob of the trained tokens

@@ -23,7 +23,7 @@ from megatron_srpo.core.records import Sample
 from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction, Scores
 from megatron_srpo.losses.distillation import dynamic_weights
 from megatron_srpo.losses.head import Head, LinearHead
-from megatron_srpo.losses.terms import RoutedLoss
+from megatron_srpo.losses.terms import RoutedLoss, TeacherLogprobs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class ScoringPass:
 class Objective:
     """The routed objective of a configuration."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, head_bytes: int = 0) -> None:
+        """`head_bytes`: size of a rank's shard of the LM head, the same number on all ranks."""
         self._algorithm = config.algorithm
         self._loss = RoutedLoss(config.algorithm)
         self._needs = config.algorithm.needs
@@ -54,6 +55,9 @@ class Objective:
         self._replays_teacher = config.teacher.routing_replay
         self._records = config.rollout.routing_replay == "old"
         self._trust_region = _TrustRegion(config.teacher.update_rate) if config.teacher.mode == "trust_region" else None
+        self._one_pass = one_student_pass(config, head_bytes)
+        self._head_moves = head_moves(config)
+        self._teacher_head: HeadInput | None = None  # of the last teacher pass, until the step is done
 
     def passes(self) -> list[ScoringPass]:
         """The scoring passes of one iteration, in order.
@@ -61,13 +65,17 @@ class Objective:
         Old log-probs are needed where the policy will have moved: from the second mini-batch on. The samples of a
         teacher row fit as a student row too, because their own prompts are never longer. With train.score_every =
         "step" top-k and teachers follow the policy inside the iteration. Old and reference log-probs never do.
+
+        Where the policy of a train pass is the one whose top-k ids are wanted, the train pass finds them
+        (`one_student_pass`): with scores of each step always, else in the first mini-batch.
         """
         needs, each_step = self._needs, self._each_step
         score = self._on_trained(self._score_old)
         found = [ScoringPass("old", "student", "student", score, start=1, records=self._records)]
-        if needs.divergence and needs.topk:
+        if needs.divergence and needs.topk and not (self._one_pass and each_step):
             score = self._on_trained(self._score_topk)
-            found.append(ScoringPass("topk", "distilled", "student", score, each_step=each_step))
+            start = 1 if self._one_pass else 0
+            found.append(ScoringPass("topk", "distilled", "student", score, start=start, each_step=each_step))
         if needs.teacher and self._trust_region is not None:
             score = self._trust_region.score_initial
             found.append(ScoringPass("initial", "teacher", "reference", score, each_step=each_step))
@@ -123,25 +131,40 @@ class Objective:
         return {"reference_logprob": self._target_logprobs(given, row)}
 
     def _score_topk(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
-        return {"topk_ids": self._head(given).topk(self._needs.topk)}
+        return {"topk_ids": self._head(given).topk(self._needs.topk).int()}
 
     def _score_teacher(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         """Teacher log-probs at the student's top-k ids and at the trained tokens, whichever are needed, and the entropy
-        over the full vocabulary. A divergence over the full vocabulary keeps this rank's shard of the logits."""
+        over the full vocabulary. Where the ids are not known yet, the inputs of the teacher's head are kept for the
+        train pass. A divergence over the full vocabulary keeps this rank's shard of the logits."""
         if self._trust_region is not None:
             given = self._trust_region.joined(given, row)
-        head, targets, topk = self._head(given), row.targets[:, None], row.scores.topk_ids
-        # An empty row, which only keeps this rank in step with the others, has no top-k: any id will do.
-        ids = targets if topk is None else torch.cat([targets, topk], 1) if self._needs.teacher_tokens else topk
-        logprobs, entropy = head.gather_logprobs(ids)
+        head, topk = self._head(given), row.scores.topk_ids
+        ids = row.targets[:, None] if topk is None else torch.cat([row.targets[:, None], topk.long()], 1)
+        logprobs, entropy, normaliser = head.gather_statistics(ids)
         found = {"teacher_entropy": entropy}
         if self._needs.teacher_tokens:
-            found["teacher_logprob"], logprobs = logprobs[:, 0], logprobs[:, 1:]
-        if self._needs.divergence and self._needs.topk:
-            found["teacher_logprobs"] = logprobs
-        elif self._needs.divergence:
-            found["teacher_logits"] = head.logits()
-        return found
+            found["teacher_logprob"] = logprobs[:, 0]
+        if not self._needs.divergence:
+            return found
+        if not self._needs.topk:
+            return found | {"teacher_logits": head.logits()}
+        if topk is not None:
+            return found | {"teacher_logprobs": logprobs[:, 1:]}
+        if row.weights:  # an empty row only keeps this rank in step with the others
+            self._keep_head(given)
+        return found | {"teacher_hidden": given.hidden, "teacher_normaliser": normaliser}
+
+    def _keep_head(self, given: HeadInput) -> None:
+        """Keep the teacher's head for the train pass, in which the model has the student's again."""
+        if self._teacher_head is None:
+            weight = given.weight.detach()
+            weight = weight[: given.width].clone() if self._head_moves else weight
+            self._teacher_head = replace(given, hidden=weight[:0], weight=weight)
+
+    def end_step(self) -> None:
+        """Frees what the scoring passes have kept for an optimizer step."""
+        self._teacher_head = None
 
     def _score_contrast(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         return {"contrast_logprob": self._target_logprobs(given, row)}
@@ -166,9 +189,42 @@ class Objective:
             return self._loss(
                 self._head(given), row,
                 loss_tokens=loss_tokens, responses=responses, distill_weight_mean=distill_weight_mean,
+                teacher_logprobs=self._kept_teacher(row.scores),
             )  # fmt: skip
 
         return row_loss
+
+    def _kept_teacher(self, scores: Scores) -> TeacherLogprobs | None:
+        """The teacher's log-probs at positions and ids of a row for which its head's inputs were kept."""
+        hidden, normaliser, kept = scores.teacher_hidden, scores.teacher_normaliser, self._teacher_head
+        if hidden is None or normaliser is None:
+            return None
+        assert kept is not None, "the teacher's head was kept with its inputs"
+
+        def logprobs(at: Tensor, ids: Tensor) -> Tensor:
+            return self._head(replace(kept, hidden=hidden[at])).logprobs_at(ids, normaliser[at])
+
+        return logprobs
+
+
+def head_moves(config: Config) -> bool:
+    """Whether the model's LM head has other values in the train pass than in the teacher pass: it is swapped with the
+    teacher's weights, unless the teacher is the student itself or differs from it in adapters alone. The trust region
+    joins two heads in memory of its own."""
+    return config.teacher.mode not in ("live", "trust_region") and not config.lora.rank
+
+
+def one_student_pass(config: Config, head_bytes: int) -> bool:
+    """Whether the train pass finds the student's top-k ids itself wherever the policy has not moved, instead of a pass
+    over the distilled samples.
+
+    It always costs less: for each distilled token K rows of the teacher's head, instead of a forward pass. What decides
+    is memory, for the teacher's head and, with dropout, that a pass that drops has other ids than one that does not.
+    """
+    copies = 2 if config.teacher.mode == "trust_region" else int(head_moves(config))
+    drops = config.model.attention_dropout or config.model.hidden_dropout or config.lora.dropout
+    budget = config.train.teacher_head_mib * 2**20
+    return budget > 0 and not drops and copies * head_bytes <= budget
 
 
 class _TrustRegion:

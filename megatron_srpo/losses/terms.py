@@ -16,6 +16,7 @@ are split or spread, is the objective. A new term is a class here and its line i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -33,6 +34,9 @@ from megatron_srpo.losses.vocab_parallel import full_divergence
 
 LAST_TURN = 4  # of an episode whose gap between trainer and engine has a metric of its own; it includes later ones
 JENSEN_SHANNON = 0.5  # the α of the symmetric divergence
+
+# (positions [n], global ids [n, K]) → the teacher's log-probs [n, K], fp32
+TeacherLogprobs = Callable[[Tensor, Tensor], Tensor]
 
 
 def mean_over(values: Tensor, weight: Tensor) -> Mean:
@@ -52,14 +56,14 @@ class RowState:
         *,
         entropy_gradient: bool,
         distill_weight_mean: float,
+        teacher_logprobs: TeacherLogprobs | None = None,
     ) -> None:
         self.head, self.batch, self.algorithm = head, batch, algorithm
         self.distill_weight_mean = distill_weight_mean
-        ids, topk = batch.targets[:, None], batch.scores.topk_ids
-        logprobs, entropy = head.gather_logprobs(ids if topk is None else torch.cat([ids, topk], 1))
-        self.topk_logprobs = logprobs[:, 1:]  # [T, K]
         self.on = batch.loss_mask > 0
         self.mask = batch.loss_mask
+        logprobs, entropy = self._compare(teacher_logprobs)
+        self.topk_logprobs = logprobs[:, 1:]  # [T, K]
         self.logp = self.clean(logprobs[:, 0])
         self.entropy = self.clean(entropy if entropy_gradient else entropy.detach())  # a metric costs no gradient
         self.old = None if batch.scores.logprob is None else self.clean(batch.scores.logprob)
@@ -68,6 +72,24 @@ class RowState:
         # k3 estimate of the KL divergence to the reference policy [T]; None where nothing was scored under it
         reference = batch.scores.reference_logprob
         self.reference_kl = None if reference is None else k3(self.logp, self.clean(reference))
+
+    def _compare(self, teacher_logprobs: TeacherLogprobs | None) -> tuple[Tensor, Tensor]:
+        """The student's log-probs at the target and at its top-k ids [T, 1 + K], and its entropy [T]. Sets what the
+        teacher has at these ids: scored before, or asked for now with the ids of this very pass."""
+        ids, scores = self.batch.targets[:, None], self.batch.scores
+        self.teacher_logprobs = scores.teacher_logprobs
+        if teacher_logprobs is None or "distill" not in self.batch.weights:
+            topk = () if scores.topk_ids is None else (scores.topk_ids.long(),)
+            return self.head.gather_logprobs(torch.cat([ids, *topk], 1))
+        settings = self.algorithm.distillation
+        assert settings is not None, "only distillation has top-k ids"
+        at = (self.on & (self.batch.weights["distill"] > 0)).nonzero()[:, 0]
+        at = at if len(at) else at.new_zeros(1)  # so that no tensor is empty
+        logprobs, entropy, found = self.head.gather_topk(ids, settings.distillation_topk, at)
+        known = teacher_logprobs(at, found[at])
+        self.teacher_logprobs = torch.full_like(logprobs[:, 1:], -math.log(known.size(1) + 1))
+        self.teacher_logprobs[at] = known.to(logprobs.dtype)
+        return logprobs, entropy
 
     def clean(self, values: Tensor) -> Tensor:
         """`values` [T], 0 outside the loss mask."""
@@ -223,8 +245,8 @@ class DistillTerm:
             return full_divergence(
                 head.logits(), scores.teacher_logits, alpha, group=head.group, temperature=head.temperature
             )
-        assert scores.teacher_logprobs is not None
-        return topk_divergence(row.topk_logprobs, scores.teacher_logprobs, alpha, tail=self.settings.distillation_tail)
+        assert row.teacher_logprobs is not None
+        return topk_divergence(row.topk_logprobs, row.teacher_logprobs, alpha, tail=self.settings.distillation_tail)
 
 
 def build_terms(algorithm: Algorithm) -> dict[str, Term]:
@@ -245,19 +267,22 @@ class RoutedLoss:
         self._algorithm, self._terms = algorithm, build_terms(algorithm)
 
     def __call__(
-        self, head: Head, batch: PackedBatch, *, loss_tokens: float, responses: float = 0, distill_weight_mean: float
-    ) -> tuple[Tensor, Metrics]:
+        self, head: Head, batch: PackedBatch, *, loss_tokens: float, responses: float = 0, distill_weight_mean: float,
+        teacher_logprobs: TeacherLogprobs | None = None,
+    ) -> tuple[Tensor, Metrics]:  # fmt: skip
         """This row's part of the objective (scalar), and metrics.
 
         `head` has the student's distributions, `batch` is the same on all tensor-parallel ranks; its teacher logits are
-        still to be divided by the temperature. A row without any counted token gives an exact 0 that is connected to
-        the model, so that every rank runs its backward.
+        still to be divided by the temperature. With `teacher_logprobs` the student's top-k ids are those of `head`, and
+        not the batch's. A row without any counted token gives an exact 0 that is connected to the model, so that every
+        rank runs its backward.
         """
         unknown = set(batch.weights) - set(self._terms)
         assert not unknown, f"no loss term is named {sorted(unknown)}; there are {sorted(self._terms)}"
         row = RowState(
             head, batch, self._algorithm,
             entropy_gradient="entropy" in batch.weights, distill_weight_mean=distill_weight_mean,
+            teacher_logprobs=teacher_logprobs,
         )  # fmt: skip
         metrics, total = row.metrics(), 0 * row.logp
         for name in [name for name in self._terms if name in batch.weights]:  # always in the same order

@@ -145,12 +145,12 @@ def write_logits_gradient(
 
 
 class _GatherLogprobs(torch.autograd.Function):
-    """Log-probs at ids, and the entropy: two collectives forward, none in backward."""
+    """Log-probs at ids, the entropy, and without gradient the normaliser: two collectives forward, none in backward."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, vocab_start: int, group: ProcessGroup | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         columns, here = _local(ids, vocab_start, logits.size(1))
         sums = torch.zeros(logits.size(0), 2 + ids.size(1), dtype=_work_dtype(logits), device=logits.device)
@@ -158,10 +158,11 @@ class _GatherLogprobs(torch.autograd.Function):
         normaliser, entropy, logprobs = combine_statistics(mine, sums, here, group)
         ctx.scale = scale
         ctx.save_for_backward(logits, normaliser, entropy, columns, here, logprobs)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(normaliser)
+        return logprobs, entropy, normaliser
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple[Any, ...]:
         logits, *known = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 5
@@ -170,15 +171,22 @@ class _GatherLogprobs(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def gather_statistics(
+    logits: Tensor, ids: Tensor, *, vocab_start: int, group: ProcessGroup | None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs at global ids and the entropy of softmax(logits ÷ temperature), both over the whole vocabulary and
+    differentiable, and the log of its normaliser, log Σ exp(logit ÷ temperature), without gradient.
+
+    logits [T, v], ids [T, M] int64 → ([T, M], [T], [T]) fp32, nats. Two collectives forward, none backward.
+    """
+    return _GatherLogprobs.apply(logits, ids, vocab_start, group, 1 / temperature)
+
+
 def gather_logprobs(
     logits: Tensor, ids: Tensor, *, vocab_start: int, group: ProcessGroup | None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs at global ids and the entropy of softmax(logits ÷ temperature), both over the whole vocabulary and
-    differentiable.
-
-    logits [T, v], ids [T, M] int64 → ([T, M], [T]) fp32, nats. Two collectives forward, none backward.
-    """
-    return _GatherLogprobs.apply(logits, ids, vocab_start, group, 1 / temperature)
+    """The log-probs and the entropy of `gather_statistics`."""
+    return gather_statistics(logits, ids, vocab_start=vocab_start, group=group, temperature=temperature)[:2]
 
 
 def local_candidates(logits: Tensor, k: int, vocab_start: int) -> Tensor:
@@ -213,22 +221,22 @@ def _lowest_of_equals(logits: Tensor, values: Tensor, columns: Tensor) -> None:
         columns[rows[row[fits]], place[fits]] = column[fits]
 
 
-def merge_candidates(candidates: Tensor, k: int, group: ProcessGroup | None) -> Tensor:
-    """Global ids [T, k] of the k best candidates of all ranks: one gather."""
+def merge_candidates(candidates: Tensor, k: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The logits [T, k] fp64 and the global ids [T, k] of the k best candidates of all ranks: one gather."""
     if group is not None:
         parts = [torch.empty_like(candidates) for _ in range(group.size())]
         dist.all_gather(parts, candidates, group=group)
         candidates = torch.cat(parts, 1)
     values, ids = candidates.unbind(-1)
     if group is None and bool((values[:, 1:] < values[:, :-1]).all() and (ids[:, -1:] >= 0).all()):
-        return ids.long()  # they are in order, no two are equal, and none is missing
+        return values, ids.long()  # they are in order, no two are equal, and none is missing
     by_id = ids.masked_fill(ids == -math.inf, math.inf).argsort(dim=1, stable=True)
     candidates = candidates.gather(1, by_id[..., None].expand(-1, -1, 2))
     order = candidates[..., 0].argsort(dim=1, descending=True, stable=True)[:, :k]
-    chosen = candidates[..., 1].gather(1, order)
+    values, chosen = candidates.gather(1, order[..., None].expand(-1, -1, 2)).unbind(-1)
     if not torch.isfinite(chosen).all():
         raise ValueError(f"top-k of {k} asked for, but the vocabulary has fewer entries: lower distillation_topk")
-    return chosen.long()
+    return values, chosen.long()
 
 
 @torch.no_grad()
@@ -237,7 +245,7 @@ def topk(logits: Tensor, k: int, *, vocab_start: int, group: ProcessGroup | None
 
     logits [T, v] → [T, k] int64. One gather of the ranks' own candidates.
     """
-    return merge_candidates(local_candidates(logits, k, vocab_start), k, group)
+    return merge_candidates(local_candidates(logits, k, vocab_start), k, group)[1]
 
 
 def _divergence_terms(logp: Tensor, logq: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.mcore import generators
-from megatron_srpo.mcore.checkpoint_copies import filled, placeholder
+from megatron_srpo.mcore.checkpoint_copies import filled, holders, placeholder, planned_kind
 from megatron_srpo.mcore.checkpoint_state import (
     MOMENTS,
     PREFIX,
@@ -37,7 +37,6 @@ from megatron_srpo.mcore.checkpoint_state import (
     kinds,
     model_state,
     optimizer_of,
-    parameters,
     slices,
 )
 from megatron_srpo.mcore.lora import MARK, has_adapters
@@ -162,9 +161,9 @@ def snapshot(policy: Policy, directory: Path) -> Snapshot:
         optimizer.restore_adam(0)  # torch's Adam has no state before the first step
     model = model_state(policy.model, policy.topology)
     entries = entries_of(model)
-    planned = [(parameter, placeholder(parameter, torch.float32)) for parameter in parameters(policy)]
+    held_by = holders(policy)
     state: dict[str, Any] = {"model": model}
-    state |= {kind: kind_state(kind, planned, entries) for kind in slices(policy)}
+    state |= {kind: planned_kind(kind, policy, held_by, entries) for kind in slices(policy)}
     for entry in entries.values():
         entry.data = placeholder(entry.data)
     state["progress"] = {"steps": policy.steps, "adam_steps": optimizer.adam_steps(), "base": policy.base}
@@ -172,7 +171,7 @@ def snapshot(policy: Policy, directory: Path) -> Snapshot:
     sharded, common = save_preprocess(state)
     planner = FullyParallelSaveStrategyWrapper(_Planner(*BACKEND, thread_count=1), policy.topology.dp_cp_group)
     writer, index = planner.async_save(sharded, str(directory), **_OWN_WRITER)
-    writer.write_buckets = filled(policy, writer.write_buckets or [], entries)
+    writer.write_buckets = filled(policy, writer.write_buckets or [], entries, held_by)
     return Snapshot(directory, writer, index, common if policy.topology.is_driver else None)
 
 

@@ -4,8 +4,9 @@ Megatron plans the save with placeholders, tensors that have a shape and no memo
 which chunk of which tensor: of all ranks that have the same numbers, one. So every number is copied once, by the rank
 that writes it, and the copies of a rank are as large as its files.
 
-The optimizer's state is sharded by flat slices, a file's chunks by whole parameters. A rank that writes a chunk
-therefore gets the slices of its parameter from the other ranks, one parameter at a time.
+The optimizer's state is sharded by flat slices, a file's chunks by whole parameters. Most slices are whole parameters:
+their one holder writes them. Few parameters lie across the border of two ranks: their slices are summed up over the
+ranks, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 STAGED = 2**26  # bytes of page-locked memory that a rank copies through
 
-_WRITES, _HOLDS = 1, 2  # what a rank does with a parameter: it writes a chunk of it, it holds a slice of it
+Holders = dict[torch.nn.Parameter, list[int]]  # which ranks of its group hold a slice of a parameter
 
 
 def placeholder(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -37,7 +38,32 @@ def placeholder(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
 
 
-def filled(policy: Policy, buckets: list[WriteBucket], entries: Entries) -> list[WriteBucket]:
+def holders(policy: Policy) -> Holders:
+    """Of all parameters on this rank. All ranks call it."""
+    mine, found = {shard.parameter for shard in optimizer_of(policy).shards()}, {}
+    for group, members in _by_group(policy):
+        flags = _of_all_ranks([parameter in mine for parameter in members], group, policy.topology.device)
+        for parameter, held in zip(members, flags, strict=True):
+            found[parameter] = [rank for rank, holds in enumerate(held) if holds]
+    return found
+
+
+def planned_kind(kind: str, policy: Policy, held_by: Holders, entries: Entries) -> dict[str, Any]:
+    """The sharded state dict of one kind of state for Megatron's plan of who writes what, with placeholders. A
+    parameter that one rank holds whole is in this rank's alone, which makes it the writer."""
+    mine, found = {shard.parameter for shard in optimizer_of(policy).shards()}, {}
+    for index, parameter in enumerate(parameters(policy)):
+        entry = entry_of_kind(kind, entries[parameter], placeholder(parameter, torch.float32))
+        if len(held_by[parameter]) == 1:
+            if parameter not in mine:
+                continue
+            *others, _ = entry.replica_id  # Megatron takes the copy with zeros alone; the last number is the rank's
+            entry = dataclasses.replace(entry, replica_id=(*others, 0))
+        found[str(index)] = entry
+    return found
+
+
+def filled(policy: Policy, buckets: list[WriteBucket], entries: Entries, held_by: Holders) -> list[WriteBucket]:
     """Megatron's write buckets with copies in host memory instead of placeholders. All ranks call it.
 
     `entries` are those of the model's weights. Training may change all tensors when this returns.
@@ -60,7 +86,7 @@ def filled(policy: Policy, buckets: list[WriteBucket], entries: Entries) -> list
             for chunk in _chunks(entry_of_kind(kind, entries[parameter], placeholder(parameter, torch.float32)))
             if _place(chunk) in places
         }
-        for parameter, whole, owned in _gathered(policy, held, written):
+        for parameter, whole, owned in _gathered(policy, held, written, held_by):
             take(entry_of_kind(kind, entries[parameter], whole), owned=owned)
     return [
         (path, name, (objects, [(item, copies[item.index]) for item, _ in tensors]))
@@ -83,35 +109,24 @@ def _place(chunk: ShardedTensor) -> MetadataIndex:
 
 
 def _gathered(
-    policy: Policy, held: list[Slice], written: set[torch.nn.Parameter]
+    policy: Policy, held: list[Slice], written: set[torch.nn.Parameter], held_by: Holders
 ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, bool]]:
     """The parameters of which this rank writes a chunk: the whole fp32 tensor of whose slices `held` are this rank's,
     and whether the tensor was made for the caller. The device holds one whole tensor at a time."""
     mine = {shard.parameter: (shard, tensor) for shard, tensor in held}
     for group, members in _by_group(policy):
-        flags = [_WRITES * (parameter in written) + _HOLDS * (parameter in mine) for parameter in members]
-        for parameter, roles in zip(members, _of_all_ranks(flags, group, policy.topology.device), strict=True):
-            writers = [rank for rank, role in enumerate(roles) if role & _WRITES]
-            holders = [rank for rank, role in enumerate(roles) if role & _HOLDS]
-            if not writers:
-                continue
-            values = mine[parameter][1] if parameter in mine else None
+        for parameter in members:
+            shard, values = mine.get(parameter, (None, None))
             with optimizer_of(policy).present(*([] if values is None else [values])):
-                if len(holders) == 1:  # most parameters: the only slice is the whole tensor
-                    whole = _empty(parameter) if values is None else values.detach().view(parameter.shape)
-                    if writers != holders:
-                        dist.broadcast(whole, group_src=holders[0], group=group)
-                else:
-                    whole = _empty(parameter).zero_()
-                    if values is not None:
-                        whole.view(-1)[mine[parameter][0].start : mine[parameter][0].stop] = values.detach()
+                whole = None if values is None else values.detach().view(-1)
+                if parts := len(held_by[parameter]) > 1:
+                    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+                    if shard is not None and values is not None:
+                        whole[shard.start : shard.stop] = values.detach()
                     dist.all_reduce(whole, group=group)
                 if parameter in written:
-                    yield parameter, whole, len(holders) > 1 or values is None
-
-
-def _empty(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+                    assert whole is not None, "a parameter with one holder is written by it"
+                    yield parameter, whole.view(parameter.shape), parts
 
 
 def _by_group(policy: Policy) -> Iterator[tuple[dist.ProcessGroup | None, list[torch.nn.Parameter]]]:
@@ -121,10 +136,10 @@ def _by_group(policy: Policy) -> Iterator[tuple[dist.ProcessGroup | None, list[t
     yield topology.expert_dp_group, [parameter for parameter in found if is_expert(parameter)]
 
 
-def _of_all_ranks(mine: list[int], group: dist.ProcessGroup | None, device: torch.device) -> Iterator[list[int]]:
-    """For each of this rank's numbers (below 128) those of all ranks of the group."""
+def _of_all_ranks(mine: list[bool], group: dist.ProcessGroup | None, device: torch.device) -> Iterator[list[int]]:
+    """For each of this rank's flags those of all ranks of the group."""
     if not mine or group is None or group.size() == 1:
-        return iter([number] for number in mine)
+        return iter([int(flag)] for flag in mine)
     sent = torch.tensor(mine, dtype=torch.uint8, device=device)
     received = [torch.empty_like(sent) for _ in range(group.size())]
     dist.all_gather(received, sent, group=group)

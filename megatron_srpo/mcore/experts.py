@@ -109,6 +109,8 @@ def give_experts(
 ) -> int:  # fmt: skip
     """Before a pass: give every router the experts of this rank's tokens of the rows, or with `record` let it keep what
     it chooses. Returns this rank's number of tokens in the rows if any experts are given, else 0."""
+    if not config.num_moe_experts:
+        return 0
     parts = [_own_tokens(row, topology, config) for row in rows]
     replays = any(part is not None for part in parts)
     for layer, number in _numbered_expert_layers(model):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -124,15 +123,17 @@ class Policy:
         return nullcontext()
 
     def score(
-        self, rows: list[PackedBatch], score: ScoreFunction, *, chosen: list[torch.Tensor] | None = None
-    ) -> list[dict[str, torch.Tensor]]:
-        """Scores of every row without gradient; [] on ranks that are not on the last pipeline stage. To `chosen` are
-        added the experts of every row, as in PackedBatch.experts; layers of other stages are −1."""
+        self, rows: Sequence[PackedBatch], score: ScoreFunction, *, at: Sequence[torch.Tensor] | None = None,
+        chosen: list[torch.Tensor] | None = None,
+    ) -> list[dict[str, torch.Tensor]]:  # fmt: skip
+        """Scores of every row without gradient in host memory, at the positions `at` of each row if they are given; []
+        on ranks that are not on the last pipeline stage. To `chosen` are added the experts of every row, as in
+        PackedBatch.experts; layers of other stages are −1."""
         self._set_training(False)
         if not rows:
             return []
         give_experts(self.model, self.topology, self.runner.config, rows, record=chosen is not None)
-        results = self.runner.score([self._to_device(row) for row in rows], score)
+        results = self.runner.score(rows, score, at)
         if chosen is not None:
             chosen += chosen_experts(self.model, self.topology, self.runner.config, rows)
         forget_experts(self.model)
@@ -144,7 +145,7 @@ class Policy:
             if piece.training is not mode:
                 piece.train(mode)
 
-    def train_step(self, rows: list[PackedBatch], loss: LossFunction) -> StepStats:
+    def train_step(self, rows: Sequence[PackedBatch], loss: LossFunction) -> StepStats:
         """One optimizer step on Σ loss(row) over all rows of all data-parallel ranks."""
         assert self.optimizer is not None
         self._set_training(True)
@@ -153,7 +154,7 @@ class Policy:
             tokens = self.sum_over_data(torch.tensor(float(sum(row.input_ids.numel() for row in rows))))
             set_balancing(self.runner.config, self._balancing, int(tokens), self.topology)
         replayed = give_experts(self.model, self.topology, self.runner.config, rows)
-        metrics = self.runner.train([self._to_device(row) for row in rows], loss)
+        metrics = self.runner.train(rows, loss)
         on_policy = not self._moved  # what differs then is the engine, not the policy
         lr = learning_rate(self.steps, self._optimizer_config, self.total_steps)
         norm = self.optimizer.step(lr)
@@ -228,10 +229,3 @@ class Policy:
             elif count > 0:
                 result[name] = Mean(total / count)
         return result | {name: Max(top) for name, top in zip(maxima, tops.tolist(), strict=True) if math.isfinite(top)}
-
-    def _to_device(self, row: PackedBatch) -> PackedBatch:
-        """The row without its experts, which the routers have."""
-        row = dataclasses.replace(row, experts=None)
-        if self.topology.device.type == "cpu":
-            return row
-        return row.map(lambda values: values.to(self.topology.device, non_blocking=True))

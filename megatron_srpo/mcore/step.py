@@ -8,7 +8,8 @@ gradients and leaves the loss alone, and `_sum_gradients` keeps the token divisi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,8 +70,7 @@ class PipelineRunner:
         self._real_width = max(0, min(shard, vocab_size - self.vocab_start))
 
     def _forward(self, rows: Any, model: torch.nn.Module, *, after: Callable[[torch.Tensor, PackedBatch], Any]) -> Any:
-        row: PackedBatch = next(rows)
-        part = row
+        row = part = on_device(next(rows), self.topology.device)
         if self.topology.cp_size > 1:
             part = local_part(row, self.topology.cp_rank, self.topology.cp_size, self.topology.cp_group)
         # fp32_output: bf16 logits stay bf16; the losses compute in fp32 piece by piece.
@@ -89,7 +89,7 @@ class PipelineRunner:
         weight = head_weight(self.model[-1])
         return after(HeadInput(hidden, weight, self._real_width, self.vocab_start, group), row)
 
-    def _run(self, rows: list[PackedBatch], after: Any, **flags: Any) -> list[Any]:
+    def _run(self, rows: Sequence[PackedBatch], after: Any, **flags: Any) -> list[Any]:
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, after=after),
             data_iterator=[iter(rows) for _ in self.model],
@@ -100,7 +100,7 @@ class PipelineRunner:
             **flags,
         )
 
-    def train(self, rows: list[PackedBatch], loss: LossFunction) -> list[Metrics]:
+    def train(self, rows: Sequence[PackedBatch], loss: LossFunction) -> list[Metrics]:
         """Accumulate the gradient of Σ loss(row); returns each row's metrics (last stage; else [])."""
 
         def after(given: HeadInput, row: PackedBatch) -> Any:
@@ -110,14 +110,26 @@ class PipelineRunner:
         return self._run(rows, after, forward_only=False)
 
     @torch.no_grad()
-    def score(self, rows: list[PackedBatch], score: ScoreFunction) -> list[dict[str, torch.Tensor]]:
+    def score(
+        self, rows: Sequence[PackedBatch], score: ScoreFunction, at: Sequence[torch.Tensor] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
         """`score` of every row without gradient, over the whole row on each context-parallel rank (last stage; else
-        [])."""
-        results = self._run(rows, score, forward_only=True, collect_non_loss_data=True)
-        if self.topology.cp_size == 1 or not results:
-            return results
-        group = self.topology.cp_group
-        return [
-            {name: gather_parts(values, row.cu_seqlens, group) for name, values in result.items()}
-            for row, result in zip(rows, results, strict=True)
-        ]
+        []), or at these positions of each row alone. It is moved to host memory row by row."""
+        places = iter(at or ())
+
+        def after(given: HeadInput, part: PackedBatch) -> dict[str, torch.Tensor]:
+            found, place = score(given, part), next(places, None)
+            for name, values in found.items():
+                if self.topology.cp_size > 1:
+                    whole = part.cu_seqlens * self.topology.cp_size
+                    values = gather_parts(values, whole, self.topology.cp_group)
+                found[name] = (values if place is None else values[place.to(values.device)]).cpu()
+            return found
+
+        return self._run(rows, after, forward_only=True, collect_non_loss_data=True)
+
+
+def on_device(row: PackedBatch, device: torch.device) -> PackedBatch:
+    """The row without its experts, which the routers have."""
+    row = dataclasses.replace(row, experts=None)
+    return row if device.type == "cpu" else row.map(lambda values: values.to(device, non_blocking=True))

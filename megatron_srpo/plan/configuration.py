@@ -128,6 +128,7 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
 def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 2000) -> Workload:
     """The configuration's iteration. The mean lengths, which it does not say, are those of the planner by default."""
     rollout, data = config.rollout, config.data
+    drops = config.model.attention_dropout or config.model.hidden_dropout or config.lora.dropout
     return Workload(
         prompts=rollout.rollout_batch_size,
         samples=rollout.n_samples_per_prompt,
@@ -140,6 +141,8 @@ def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 
         distilled=Workload.distilled if config.algorithm.needs.teacher else 0.0,
         topk=config.algorithm.needs.topk,
         iterations=config.run.iterations,
+        shares_prompts=config.train.share_prompts and not drops and not config.train.moe_aux_loss_coef,
+        teacher_head_mib=0 if drops else config.train.teacher_head_mib,
     )
 
 

@@ -24,7 +24,13 @@ from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
-from megatron_srpo.plan.memory import engine_weights, kv_bytes_a_token, persistent_lines, state_bytes
+from megatron_srpo.plan.memory import (
+    engine_weights,
+    kv_bytes_a_token,
+    persistent_lines,
+    state_bytes,
+    train_pass_finds_topk,
+)
 from megatron_srpo.plan.parameters import published_adapters, trained_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
@@ -66,6 +72,26 @@ def forward_flops(arch: Architecture, context: float) -> float:
     """FLOPs of one token's forward pass through the layers and the head."""
     layer = 2 * arch.active_matrices + 2 * arch.query * context
     return arch.layers * layer + 2 * arch.vocab * arch.hidden
+
+
+def prompt_copies(workload: Workload, layout: Layout, *, path: str = "te", share: float = 1.0) -> float:
+    """How often a pass over this share of the samples computes each prompt. Samples share it within a row, and a group
+    is cut up if it is longer than a row, or if there are more data-parallel ranks than prompts."""
+    samples = share * workload.samples
+    if not workload.shares_prompts or (path == "te" and layout.context > 1):
+        return samples
+    room = max(1.0, layout.max_tokens * layout.context * workload.packing - workload.prompt_mean)
+    response = workload.student_tokens / workload.rollouts - workload.prompt_mean
+    rows, ranks = samples * (1 + response) / room, layout.data * workload.steps / workload.prompts
+    return min(samples, max(1.0, math.ceil(rows), ranks))
+
+
+def student_pass(
+    workload: Workload, layout: Layout, *, path: str = "te", share: float = 1.0, backward: bool = False
+) -> Pass:
+    """A pass over this share of the samples, in which samples share prompts."""
+    copies = prompt_copies(workload, layout, path=path, share=share)
+    return Pass(workload.shared_tokens(copies, share), workload.shared_context(copies / share), backward)
 
 
 def rows_of(workload: Workload, layout: Layout, tokens: float) -> int:
@@ -268,8 +294,10 @@ def iteration_time(
     logits_mib: int = LOGITS_MIB,
 ) -> TimePlan:  # fmt: skip
     """The times of all parts of one iteration, which trainer.py runs one after the other."""
-    students = Pass(workload.student_tokens, workload.mean_context(), backward=True)
-    scored = Pass(workload.distilled * workload.student_tokens, workload.mean_context())
+    students = student_pass(workload, layout, path=path, backward=True)
+    # The train pass of the first step finds the student's top-k ids, if the copy of the teacher's head fits.
+    passes = 1 - 1 / workload.steps if train_pass_finds_topk(arch, layout, workload) else float(workload.topk > 0)
+    scored = student_pass(workload, layout, path=path, share=workload.distilled or 1.0)
     taught = Pass(workload.teacher_tokens, workload.mean_context(teacher=True))
     seconds_of = functools.partial(
         pass_seconds, arch, layout, machine, workload, path=path, logits_mib=logits_mib
@@ -291,14 +319,15 @@ def iteration_time(
         "offload": offload_seconds(arch, layout),
     }
     if workload.distilled > 0:
-        lines["score"] = workload.steps * seconds_of(scored)[0]
+        lines["score"] = passes * workload.steps * seconds_of(scored)[0]
         lines["teacher"] = workload.steps * seconds_of(taught)[0]
         lines["teacher"] += swap_seconds(arch, layout, machine)
     if workload.steps > 1:  # old log-probs for every mini-batch but the first
-        old = Pass(workload.student_tokens * (workload.steps - 1) / workload.steps, workload.mean_context())
-        lines["score"] += workload.steps * seconds_of(old)[0]
+        old = student_pass(workload, layout, path=path)
+        lines["score"] += (workload.steps - 1) * seconds_of(old)[0]
     train_flops = (2 if layout.lora_rank else 3) * students.tokens * forward_flops(arch, students.context)
-    scoring = sum(p.tokens * forward_flops(arch, p.context) for p in (scored, taught))
+    scoring = passes * scored.tokens * forward_flops(arch, scored.context) if workload.distilled > 0 else 0.0
+    scoring += taught.tokens * forward_flops(arch, taught.context)
     return TimePlan(
         lines, train_flops + scoring, train_flops, workload.student_tokens, rows, workload.steps * (talk + reduce)
     )

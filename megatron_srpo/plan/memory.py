@@ -18,6 +18,7 @@ checkpoint   saving: one whole fp32 parameter at a time. Loading: copies of the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from megatron_srpo.config import BUCKET_MIB
@@ -176,6 +177,18 @@ def colocated_cache(arch: Architecture, layout: Layout, machine: Machine) -> flo
     return layout.engine_memory * machine.memory - engine_weights(arch, layout) - engine_activations(arch, layout)
 
 
+def teacher_head_bytes(arch: Architecture, layout: Layout) -> float:
+    """The copy of the teacher's LM head with which the train pass finds the student's top-k ids. Adapters leave the
+    head as it is, so there is none."""
+    return 0.0 if layout.lora_rank else layout.dtype_bytes * math.ceil(arch.vocab / layout.tensor) * arch.hidden
+
+
+def train_pass_finds_topk(arch: Architecture, layout: Layout, workload: Workload) -> bool:
+    """Whether it does (losses/objective.py::one_student_pass)."""
+    budget = workload.teacher_head_mib * 2**20
+    return workload.topk > 0 and workload.distilled > 0 and 0 < budget >= teacher_head_bytes(arch, layout)
+
+
 def _phases(
     arch: Architecture, layout: Layout, workload: Workload, machine: Machine, stage: int, rows: int, path: str,
     logits_mib: int,
@@ -190,6 +203,9 @@ def _phases(
         layout.overlap_grad_reduce and not layout.lora_rank and stage == layout.pipeline - 1
     ):  # losses/linear.py: zeros for DDP
         head += layout.dtype_bytes * arch.vocab * arch.hidden / layout.tensor
+    if stage == layout.pipeline - 1 and train_pass_finds_topk(arch, layout, workload):
+        copied = teacher_head_bytes(arch, layout)
+        scored, head = (scored[0], scored[1] + copied), head + copied
     engine: dict[str, float] = {}
     if layout.colocated:
         cache = max(0.0, colocated_cache(arch, layout, machine))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_srpo.config import LoraConfig
 from megatron_srpo.plan.architecture import Architecture
-from megatron_srpo.plan.duration import TimePlan, iteration_time, rows_of
+from megatron_srpo.plan.duration import TimePlan, iteration_time, rows_of, student_pass
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, impossible
 from megatron_srpo.plan.memory import MemoryPlan, engine_memory, training_memory
@@ -87,7 +87,7 @@ def evaluate(
     arch: Architecture, layout: Layout, machine: Machine, workload: Workload, *, path: str = "te"
 ) -> Candidate:
     """Predict the memory of one layout, and its time if it fits."""
-    rows = rows_of(workload, layout, workload.student_tokens)
+    rows = rows_of(workload, layout, student_pass(workload, layout, path=path).tokens)
     memory = training_memory(arch, layout, workload, machine, rows=rows, path=path)
     engine = None if layout.colocated else engine_memory(arch, layout, workload, machine)
     fits = memory.fits and (engine is None or engine.fits)

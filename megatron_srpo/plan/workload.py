@@ -29,6 +29,8 @@ class Workload:
     iterations: int = 475  # the paper's 10 hours at 75.8 s
     packing: float = 0.97  # share of useful tokens in packed rows
     imbalance: float = 0.03  # how much the slowest data-parallel rank exceeds the mean
+    shares_prompts: bool = True  # the responses in a packed row use one copy of their prompt
+    teacher_head_mib: int = 2048  # train.teacher_head_mib; 0: the student's top-k ids have a pass of their own
 
     @property
     def rollouts(self) -> int:
@@ -40,8 +42,22 @@ class Workload:
 
     @property
     def student_tokens(self) -> float:
-        """Tokens of all samples of an iteration, with their prompts."""
+        """Tokens of all samples of an iteration, each with its prompt."""
         return self.rollouts * (self.prompt_mean + _mean(self.response_lengths()))
+
+    def shared_tokens(self, copies: float, share: float = 1.0) -> float:
+        """Tokens of this share of all samples if a prompt is computed `copies` times in a pass, without its last token,
+        which every sample has (batching/rows.py)."""
+        responses = share * self.rollouts * (1 + _mean(self.response_lengths()))
+        return self.prompts * copies * (self.prompt_mean - 1) + responses
+
+    def shared_context(self, copies: float) -> float:
+        """`mean_context` where a prompt is computed `copies` times: twice the mean number of keys that a token attends
+        to."""
+        prompt, lengths = self.prompt_mean, self.response_lengths()
+        branches = sum((prompt + length) ** 2 - prompt**2 for length in lengths) / len(lengths)
+        squares = self.prompts * (copies * prompt**2 + self.samples * branches)
+        return squares / self.shared_tokens(copies)
 
     @property
     def teacher_tokens(self) -> float:

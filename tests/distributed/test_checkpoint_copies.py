@@ -35,7 +35,10 @@ def snapshots(model: Path, scratch: Path) -> dict[str, dict]:
         folder.mkdir(exist_ok=True)
         policy = _policy(model, parallel, **SECTIONS.get(name, {}))
         policy.train_step(_rows(policy.topology.dp_rank, policy.topology.dp_size), loss)
-        with HostPeak() as host:
+        moved = []
+        with HostPeak() as host, pytest.MonkeyPatch.context() as patch:
+            for collective in ("all_reduce", "broadcast"):
+                patch.setattr(torch.distributed, collective, counted(getattr(torch.distributed, collective), moved))
             snapshot = checkpoint.snapshot(policy, folder)
         tensors = [tensor for *_, (_, tensors) in snapshot._plan.write_buckets for _, tensor in tensors]
         held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -46,11 +49,22 @@ def snapshots(model: Path, scratch: Path) -> dict[str, dict]:
             "largest": max(4 * size for size in numbers.values()),
             "peak": host.peak,
             "copied": not policy_memory & held.keys(),
+            "moved": sum(1 for size in moved if size > 64),
             "state": state_bytes(policy),
         }
         torch.distributed.barrier()
         parallel_state.destroy_model_parallel()
     return found
+
+
+def counted(collective, sizes):
+    """The collective, which adds the numbers of each tensor that it moves to `sizes`."""
+
+    def call(tensor, *given, **named):
+        sizes.append(tensor.numel())
+        return collective(tensor, *given, **named)
+
+    return call
 
 
 def state_bytes(policy) -> int:
@@ -80,3 +94,9 @@ def test_a_rank_copies_its_half_and_never_holds_more_than_one_whole_parameter_be
         assert found["copied"]
         assert found["held"] <= found["state"] / 2 + KINDS * found["largest"]
         assert found["peak"] <= found["held"] + 2 * found["largest"] + 2**12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_parameter_on_the_border_of_two_ranks_slices_moves_between_them(ranks, layout):
+    for rank in ranks:
+        assert rank[layout]["moved"] <= (KINDS if layout.startswith("dp2") else 0)

@@ -1,6 +1,7 @@
 """The whole routed step through trainer, packing, policy and losses, against one float64 process: loss, every metric,
 every gradient, under each layout and however the batch is cut."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -37,6 +38,8 @@ VARIANTS = {
     "srpo in two steps": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, logits in pieces": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, head apart": (REGULARISED, 160, 3, 0.8),
+    "srpo in two steps, top-k of a pass": (REGULARISED, 160, 3, 0.8),
+    "srpo in two steps, rows of the head": (REGULARISED, 160, 3, 0.8),
     "srpo one distilled sample": (BASE, 100, 0, 1.0),
     "srpo all wrong": (BASE, 200, 0, 1.0),
     "sdpo full vocabulary": (BASE | {"name": "sdpo", "distillation_topk": 0, "divergence_alpha": 0.3}, 200, 0, 0.7),
@@ -72,6 +75,8 @@ SHOWN_IN_FLOAT32 = (
     "srpo, another order of samples",
     "srpo in two steps, logits in pieces",
     "srpo in two steps, head apart",
+    "srpo in two steps, top-k of a pass",
+    "srpo in two steps, rows of the head",
     "srpo all wrong",
 )
 REPLAYS = [name for name in VARIANTS if "experts of" in name]  # models with experts alone
@@ -186,6 +191,8 @@ BF16_NEAR = {"qwen3": 0.3, "qwen3_moe": 1.5}
 def make_config(model, variant, layout="serial"):
     algorithm, _, _, temperature = VARIANTS[variant]
     cut = LAYOUTS[layout]
+    # In bf16 the test must know the ids that were chosen, which the train pass tells of whole rows alone.
+    passes = "top-k of a pass" in variant or (cut.dtype == "bfloat16" and cut.cp > 1)
     return Config(
         model={"path": str(model), "dtype": cut.dtype, "recompute": cut.recompute,
                "recompute_layers": cut.recompute_layers},
@@ -194,7 +201,8 @@ def make_config(model, variant, layout="serial"):
         optimizer={"lr": 1e-2, "clip_grad": 0.5},
         rollout={"temperature": temperature, "routing_replay": replayed(variant)},
         teacher=TEACHERS.get(variant, {}),
-        train={"score_every": "step" if variant == SCORED_EACH_STEP else "iteration", "share_prompts": cut.share},
+        train={"score_every": "step" if variant == SCORED_EACH_STEP else "iteration", "share_prompts": cut.share,
+               "teacher_head_mib": 0 if passes else 1},
         parallel={"tensor_model_parallel_size": cut.tp, "pipeline_model_parallel_size": cut.pp,
                   "virtual_pipeline_model_parallel_size": cut.pieces, "context_parallel_size": cut.cp,
                   "expert_model_parallel_size": cut.ep, "expert_tensor_parallel_size": cut.etp,
@@ -334,6 +342,7 @@ def run_variants(variants, layout, student, teacher, groups_of):
     """What each optimizer step of each variant saw and did: samples, weights before it, gradients, metrics."""
     from megatron_srpo.batching import rows
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
+    from megatron_srpo.losses import linear
     from megatron_srpo.losses.objective import Objective
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.device import choose_device
@@ -355,6 +364,7 @@ def run_variants(variants, layout, student, teacher, groups_of):
         load(policy.shards, student)  # the shadows keep the teacher's weights
         policy.optimizer.reload_main_from_model()
         objective = Objective(config)
+        linear.FETCHED_ROW = 1 if "rows of the head" in variant else 128  # as if the vocabulary were large
         if "in pieces" in variant:
             objective._budget = 7 * VOCAB * 4  # bytes: a MiB would hold all logits of a tiny model
         if "head apart" in variant:  # the product is autograd's, and all logits exist
@@ -382,13 +392,20 @@ def run_variants(variants, layout, student, teacher, groups_of):
         passes = BatchPasses(Batch(mine, share, {}), policy, objective)
         for scoring in objective.passes():
             passes.run(scoring)
-        chosen = chosen_ids(mine, passes.scores) if layout.startswith(("bf16", "moe bf16")) else None
+        one_pass = [scoring.start for scoring in objective.passes() if scoring.name == "topk"] in ([], [1])
+        one_pass = one_pass and objective._needs.topk > 0
+        assert one_pass == (objective._needs.topk > 0 and config.train.teacher_head_mib > 0)
+        is_bf16 = LAYOUTS[layout].dtype == "bfloat16"
         results[variant] = []
         for whole, mini in zip(plan.mini_batches, share.mini_batches, strict=True):
             before = {name: value.to("cpu", copy=True) for name, value in exporter.items()}
             adapters = dict(Exporter(policy.shards.of_adapters(), hf_config)) if policy.shards.adapters else {}
             adapters = {name: value.to("cpu", copy=True) for name, value in adapters.items()}
-            stats = passes.train_step(mini)
+            with found_by_the_train_pass() as found:
+                stats = passes.train_step(mini)
+            if layout == "serial" and "head apart" not in variant and any(mini.teacher[0]):
+                assert bool(found) == (one_pass and (variant == SCORED_EACH_STEP or mini is share.mini_batches[0]))
+            chosen = chosen_ids(mine, passes.scores, share.mini_batches[0], found) if is_bf16 else None
             indices = sorted(i for rows in whole.student for row in rows for i in row.samples)
             results[variant].append(
                 {
@@ -415,14 +432,38 @@ def put_adapter(shards, folder):
     load_adapter(shards, read_config(folder), folder.parent / f"{folder.name}_adapter", LoraConfig(**LORA))
 
 
-def chosen_ids(samples, scores):
-    """(uid, sample) → top-k ids [R, K] of all ranks' distilled samples; None of the full vocabulary."""
+@contextlib.contextmanager
+def found_by_the_train_pass():
+    """The ids [R of the row, K] that the train pass finds, row by row."""
+    from megatron_srpo.losses import LinearHead
+
+    found, gather = [], LinearHead.gather_topk
+
+    def record(head, *given):
+        result = gather(head, *given)
+        found.append(result[2].cpu())
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LinearHead, "gather_topk", record)
+        yield found
+
+
+def chosen_ids(samples, scores, first, found):
+    """(uid, sample) → top-k ids [R, K] of all ranks' distilled samples, those of the `first` mini-batch as its train
+    pass found them; None of the full vocabulary."""
     import torch.distributed as dist
 
     mine = {(s.uid, s.sample): score.topk_ids for s, score in zip(samples, scores, strict=True)}
+    rows = [[samples[i] for i in row.samples] for row in first.student[0]]
+    rows = [row for row in rows if any("distill" in s.weights for s in row)]
+    for row, ids in zip(rows, found, strict=True) if found else ():
+        for sample, own in zip(row, ids.split([s.length for s in row]), strict=True):
+            if "distill" in sample.weights:
+                mine[sample.uid, sample.sample] = own.int()
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, {place: ids for place, ids in mine.items() if ids is not None})
-    return {place: ids for part in parts for place, ids in part.items()} or None
+    return {place: ids.long() for part in parts for place, ids in part.items()} or None
 
 
 @pytest.fixture(scope="module")

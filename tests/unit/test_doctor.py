@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -15,7 +12,6 @@ from rich.console import Console
 from megatron_srpo.run import doctor
 from megatron_srpo.run.doctor import Machine, examine, show
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "torch": "2.13.0+cpu",
     "megatron-core": "0.16.1",
@@ -159,16 +155,26 @@ def test_json_carries_the_same_and_the_exit_code_says_whether_it_can_run(machine
     assert {item["name"] for item in told["findings"]} >= {"torch", "Slurm", "wandb", "C++ compiler"}
 
 
-def test_the_probe_sees_this_machine():
-    # In a process of its own: choosing the CPU path patches torch.
-    code = "from megatron_srpo.run import doctor; doctor.IMPORTS = 'import json'; doctor.report(as_json=True)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout)
+def test_the_probe_sees_this_machine(capsys):
+    doctor.report(as_json=True)
+    told = json.loads(capsys.readouterr().out)
     states = {item["name"]: item["state"] for item in told["findings"]}
     assert told["path"] in ("cpu", "cuda") and told["reason"]
     assert {states[name] for name in ("python", "torch", "megatron-core", "importing them", "cores")} == {"ok"}
 
 
-def test_a_failing_import_is_told_by_its_last_line(monkeypatch):
+def test_a_failing_import_is_told_by_its_last_line_and_the_device_is_known_all_the_same(monkeypatch):
+    first = """import json; print("DEVICE", json.dumps(["cpu", "no CUDA", "CPU build"]), flush=True); """
+    failure = "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
+    monkeypatch.setattr(doctor, "IMPORTS", first + "import a_module_that_is_not_there")
+    assert doctor._packages() == (("cpu", "no CUDA", "CPU build"), failure)
     monkeypatch.setattr(doctor, "IMPORTS", "import a_module_that_is_not_there")
-    assert doctor._import_error() == "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
+    assert doctor._packages() == (("none", f"torch or Megatron Core does not work: {failure}", ""), failure)
+
+
+def test_a_package_that_ends_its_process_does_not_end_the_doctor(monkeypatch):
+    monkeypatch.setattr(doctor, "IMPORTS", "import os; os.kill(os.getpid(), 9)")
+    assert doctor._packages()[1] == "exit status -9"
+    monkeypatch.setattr(doctor, "IMPORTS", "import time; print('DEVICE', '[1, 2, 3]', flush=True); time.sleep(60)")
+    monkeypatch.setattr(doctor, "IMPORT_SECONDS", 1)
+    assert doctor._packages() == ((1, 2, 3), "took longer than 1 s")

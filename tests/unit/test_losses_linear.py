@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_srpo.losses import LinearHead, LogitsHead, vocab_parallel
+from megatron_srpo.losses import LinearHead, LogitsHead, linear, vocab_parallel
 
 T, H, V, M = 17, 12, 29, 5
 
@@ -106,3 +106,43 @@ def test_more_candidates_than_the_vocabulary_has_are_refused():
         vocab_parallel.topk(torch.randn(2, 3), 4, vocab_start=0, group=None)
     assert vocab_parallel.topk(torch.tensor([[0.5, 2.0, 1.0]]), 3, vocab_start=0, group=None).tolist() == [[1, 2, 0]]
     assert vocab_parallel.topk(torch.tensor([[1.0, 2.0, 1.0]]), 3, vocab_start=0, group=None).tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 4, 1000])
+@pytest.mark.parametrize("at", [[0], [3, 4, 9, 16], list(range(T))])
+def test_the_head_finds_the_top_k_ids_itself(tokens_at_once, at, monkeypatch):
+    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", {"cpu": 3 * V * 4})
+    hidden, weight, ids, _ = case()
+    ids, at, k = ids[:, :1], torch.tensor(at), 6
+    mix = torch.randn(T, 1 + k + 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain = (hidden @ weight.T / 0.6).log_softmax(-1)
+    top = plain.topk(k, 1).indices
+    elsewhere = torch.ones(T, dtype=torch.bool).index_fill(0, at, False)
+    top[elsewhere] = ids[elsewhere]
+    entropy = -(plain.exp() * plain).sum(-1, keepdim=True)
+    expected = torch.cat([plain.gather(1, torch.cat([ids, top], 1)), entropy], 1)
+    head = LinearHead(hidden, weight, V, temperature=0.6, budget_bytes=tokens_at_once * V * 8)
+    for one in (head, LogitsHead(hidden @ weight.T, temperature=0.6)):
+        logprobs, entropy, found = one.gather_topk(ids, k, at)
+        assert found.equal(top) and not found.requires_grad
+        value = torch.cat([logprobs, entropy[:, None]], 1)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-11)
+        gradients = torch.autograd.grad((value * mix).sum(), [hidden, weight])
+        for mine, theirs in zip(
+            gradients, torch.autograd.grad((expected * mix).sum(), [hidden, weight], retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("rows", [0, 1000])  # rows of the weight are fetched; all products are made
+def test_log_probs_at_ids_from_a_known_normaliser(rows, monkeypatch):
+    monkeypatch.setattr(linear, "FETCHED_ROW", rows)
+    monkeypatch.setattr(linear, "PRODUCT_BYTES", 3 * V * 8)  # a few tokens at a time
+    hidden, weight, ids, _ = case()
+    head = LinearHead(hidden, weight, V, temperature=0.6)
+    expected, _, normaliser = head.gather_statistics(ids)
+    assert not normaliser.requires_grad
+    torch.testing.assert_close(normaliser, (hidden @ weight.T / 0.6).logsumexp(-1))
+    found = head.logprobs_at(ids, normaliser)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)

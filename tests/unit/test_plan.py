@@ -17,6 +17,7 @@ from megatron_srpo.plan.duration import (
     iteration_time,
     optimizer_seconds,
     publish_seconds,
+    student_pass,
 )
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
@@ -317,3 +318,65 @@ def test_a_model_that_cannot_be_is_told_by_its_file(tmp_path, capsys, key, value
     assert cli.main(["plan", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert told in message and str(tmp_path / "config.json") in message
+
+
+def test_without_sharing_a_pass_has_the_tokens_and_the_context_of_whole_samples():
+    alone = dataclasses.replace(SMALL, shares_prompts=False)
+    found = student_pass(alone, Layout(1))
+    assert found.tokens == pytest.approx(alone.student_tokens) and found.context == pytest.approx(alone.mean_context())
+    part = student_pass(alone, Layout(1), share=0.25)
+    assert part.tokens == pytest.approx(alone.student_tokens / 4) and part.context == pytest.approx(found.context)
+
+
+def test_the_planner_counts_the_tokens_that_the_batch_plan_forwards():
+    """Fixed lengths: the formula against the real packing, with and without sharing, on one rank and on several."""
+    from megatron_srpo.batching import plan_batch
+    from megatron_srpo.core.records import Padding
+    from tests.made_samples import make_sample
+
+    work = Workload(prompts=4, samples=8, prompt_mean=40, response_mean=20, response_max=20, response_sigma=0.0)
+    for ranks, row in ((1, 4096), (8, 4096), (1, 130), (4, 130)):
+        layout = Layout(ranks, max_tokens=row)
+        groups = []
+        for number in range(work.prompts):
+            first = make_sample(f"train:{number}", 0, [1] * 40, [2] * 20, [-1.0] * 20, weights={"policy": 1.0})
+            prompt = first.student.prompt_ids
+            groups.append([])
+            for sample in range(work.samples):
+                stream = dataclasses.replace(first.student, prompt_ids=prompt)
+                groups[-1].append(dataclasses.replace(first, sample=sample, student=stream))
+        for shares in (False, True):
+            plan = plan_batch(groups, dp_size=ranks, max_tokens=row, padding=Padding(shares=shares))
+            _, tokens = plan.mini_batches[0].forwarded["student"]
+            found = student_pass(dataclasses.replace(work, shares_prompts=shares), layout).tokens
+            assert found == pytest.approx(tokens, rel=0.1 if shares and row == 130 else 1e-9), (ranks, row, shares)
+
+
+def test_shared_prompts_save_train_time_and_rows_but_not_the_drivers_and_not_under_context_parallelism():
+    arch, _ = read_architecture("Qwen3-0.6B")
+    work = dataclasses.replace(SMALL, prompts=64, prompt_mean=400, response_mean=100)
+    alone = dataclasses.replace(work, shares_prompts=False)
+    for layout, same in ((Layout(1, max_tokens=3000), False), (Layout(2, context=2, max_tokens=1500), True)):
+        shared, whole = (iteration_time(arch, layout, H100, one, 1e10) for one in (work, alone))
+        assert (shared.lines["train"] == whole.lines["train"]) is same and shared.rows <= whole.rows
+        assert shared.lines["driver"] == whole.lines["driver"] and shared.tokens == whole.tokens
+        if not same:
+            assert shared.lines["train"] < 0.6 * whole.lines["train"] and shared.rows < whole.rows
+
+
+def test_the_top_k_pass_is_left_out_where_the_train_pass_finds_the_ids_and_the_copy_of_the_head_is_counted():
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, head = Layout(8, 2, recompute="full"), 2 * arch.vocab * arch.hidden / 2
+    own = dataclasses.replace(SMALL, teacher_head_mib=0)
+    found, passes = (iteration_time(arch, layout, H100, one, 1e10) for one in (SMALL, own))
+    assert found.lines["score"] == 0 < passes.lines["score"] and found.flops < passes.flops
+    small = dataclasses.replace(SMALL, teacher_head_mib=int(head / 2**20) - 1)
+    assert iteration_time(arch, layout, H100, small, 1e10).lines == passes.lines
+    two = dataclasses.replace(SMALL, steps=2), dataclasses.replace(own, steps=2)
+    kept, both = (iteration_time(arch, layout, H100, one, 1e10).lines["score"] for one in two)
+    assert 0 < kept < both
+    lines, others = (training_memory(arch, layout, one, H100, rows=2).phases for one in (SMALL, own))
+    assert lines["train"] - others["train"] == pytest.approx(head * (1 + H100.fragmentation))
+    adapters = dataclasses.replace(layout, lora_rank=8)
+    lines, others = (training_memory(arch, adapters, one, H100, rows=2).phases for one in (SMALL, own))
+    assert lines["train"] == others["train"]  # the head is the same

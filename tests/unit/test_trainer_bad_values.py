@@ -29,9 +29,9 @@ from tests.unit.test_trainer_passes import CountingPolicy, ZeroObjective, Zeros,
 class OneNaN(Zeros):
     """The log-prob of the third response token in a row is NaN."""
 
-    def __call__(self, row):
-        found = super().__call__(row)
-        found["logprob"][row.loss_mask.nonzero()[2]] = math.nan
+    def __call__(self, positions):
+        found = super().__call__(positions)
+        found["logprob"][2] = math.nan
         return found
 
 

@@ -25,6 +25,7 @@ SCORES = {  # of a sample with two trained tokens
     "teacher_entropy": torch.ones(2),
 }
 WIDTHS = {"topk_ids": (2,), "teacher_logprobs": (2,), "initial_hidden": (4,)}
+OWN_PASS = {"teacher_head_mib": 0}  # the student's top-k ids have a pass of their own
 RESULTS = {  # of each pass
     "old": ["logprob"], "check": ["logprob"], "topk": ["topk_ids"], "initial": ["initial_hidden"],
     "teacher": ["teacher_logprobs", "teacher_entropy"], "reference": ["reference_logprob"],
@@ -42,9 +43,10 @@ class CountingPolicy:
         self.swaps += which != "student"
         return nullcontext()
 
-    def score(self, rows, function):
+    def score(self, rows, function, *, at, chosen):
         self.forwarded[function.name] += sum(row.input_ids.numel() for row in rows if row.loss_mask.any())
-        return [function(row) for row in rows]
+        assert all(positions.equal(row.loss_mask.nonzero()[:, 0]) for positions, row in zip(at, rows, strict=True))
+        return [function(positions) for positions in at]
 
     def train_step(self, rows, loss):
         self.forwarded["train"] += sum(row.input_ids.numel() for row in rows if row.loss_mask.any())
@@ -60,9 +62,9 @@ class Zeros:
     def __init__(self, name):
         self.name = name
 
-    def __call__(self, row):
-        n = row.input_ids.numel()
-        kinds = {"topk_ids": torch.long}
+    def __call__(self, positions):
+        n = len(positions)
+        kinds = {"topk_ids": torch.int32}
         return {k: torch.zeros(n, *WIDTHS.get(k, ()), dtype=kinds.get(k)) for k in RESULTS[self.name]}
 
 
@@ -143,14 +145,13 @@ def test_without_distilled_samples_one_step_a_batch_is_exactly_one_forward(ranks
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_only_distilled_samples_are_scored_by_teacher_and_top_k(ranks):
-    found, log, swaps = passes([POLICY, DISTILLED], ranks=ranks)
-    assert found == {
-        "train": tokens(POLICY + DISTILLED),
-        "topk": tokens(DISTILLED[2:]),
-        "teacher": tokens(DISTILLED[2:], TEACHER_PROMPT),
-    }
-    assert swaps == 1
-    assert log == {f"forward/{name}_tokens": count for name, count in found.items()}
+    for train, topk in ({}, {}), (OWN_PASS, {"topk": tokens(DISTILLED[2:])}):
+        found, log, swaps = passes([POLICY, DISTILLED], ranks=ranks, train=train)
+        assert found == {
+            "train": tokens(POLICY + DISTILLED), "teacher": tokens(DISTILLED[2:], TEACHER_PROMPT), **topk
+        }  # fmt: skip
+        assert swaps == 1
+        assert log == {f"forward/{name}_tokens": count for name, count in found.items()}
 
 
 def test_a_trust_region_forwards_the_distilled_samples_once_more_under_the_initial_weights():
@@ -175,10 +176,61 @@ def test_old_log_probs_are_scored_from_the_second_optimizer_step_on():
 def test_every_step_scores_its_own_mini_batch_where_asked_and_no_token_twice():
     for every, swaps in (("iteration", 1), ("step", 2)):
         train = {"prompts_per_mini_batch": 1, "score_every": every}
-        found, log, swapped = passes([DISTILLED, OTHER], train=train)
+        found, log, swapped = passes([DISTILLED, OTHER], train=train | OWN_PASS)
         assert found["topk"] == log["forward/topk_tokens"] == tokens(DISTILLED[2:] + OTHER[2:])
         assert found["teacher"] == tokens(DISTILLED[2:] + OTHER[2:], TEACHER_PROMPT)
         assert swapped == swaps
+
+
+def test_the_train_pass_finds_the_top_k_ids_where_the_policy_has_not_moved():
+    every_iteration = passes([DISTILLED, OTHER], train={"prompts_per_mini_batch": 1})[0]
+    assert every_iteration["topk"] in (tokens(DISTILLED[2:]), tokens(OTHER[2:]))  # those of the second step
+    every_step = passes([DISTILLED, OTHER], train={"prompts_per_mini_batch": 1, "score_every": "step"})[0]
+    assert every_step["topk"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "one_pass"),
+    [
+        ({}, True),
+        ({"train": {"teacher_head_mib": 3}}, True),
+        ({"train": {"teacher_head_mib": 2}}, False),  # the head's shard has 3 MiB
+        ({"train": {"teacher_head_mib": 5}, "teacher": {"mode": "trust_region"}}, False),  # two heads
+        ({"train": {"teacher_head_mib": 6}, "teacher": {"mode": "trust_region"}}, True),
+        ({"train": {"teacher_head_mib": 1}, "teacher": {"mode": "live"}}, True),  # no copy
+        ({"train": {"teacher_head_mib": 1}, "lora": {"rank": 4}}, True),
+        ({"train": {"teacher_head_mib": 0}, "teacher": {"mode": "live"}}, False),
+        ({"model": {"path": "unused", "hidden_dropout": 0.1}}, False),  # a pass that drops has other ids
+        ({"model": {"path": "unused", "attention_dropout": 0.1}}, False),
+        ({"lora": {"rank": 4, "dropout": 0.1}}, False),
+    ],
+)
+def test_memory_and_dropout_decide_whether_the_train_pass_finds_the_top_k_ids(sections, one_pass):
+    config = Config(**{"model": {"path": "unused"}, "data": {"train": "unused"}} | sections)
+    found = {scoring.name: scoring.start for scoring in Objective(config, head_bytes=3 * 2**20).passes()}
+    assert found["topk"] == int(one_pass)
+
+
+def test_the_copy_of_the_teachers_head_is_freed_after_the_step_and_its_inputs_with_it():
+    config = Config(model={"path": "m"}, data={"train": "d"}, algorithm={"distillation_topk": 4})
+    objective = Objective(config)
+    one = make_sample("a", 0, [1, 2], [4, 5], [-1.0, -1.0], weights={"distill": 1.0}, teacher_ids=TEACHER_PROMPT)
+    (row,) = pack_rows([Row((0,), 11)], [one], [Scores()], stream="teacher")
+    weight = torch.nn.Parameter(3 * torch.randn(11, 8))
+    given = HeadInput(torch.randn(11, 8), weight, 11, 0, None)
+    (scoring,) = [scoring for scoring in objective.passes() if scoring.name == "teacher"]
+    with torch.no_grad():
+        found = scoring.score(given, row)
+        weight.zero_()  # the student's weights come back
+    assert set(found) == {"teacher_entropy", "teacher_hidden", "teacher_normaliser"}
+    scores = Scores(**{name: values[row.loss_mask > 0] for name, values in found.items()})
+    (row,) = pack_rows([Row((0,), 4)], [one], [scores])
+    loss = objective.loss(loss_tokens=2, responses=1, distill_weight_mean=1.0)
+    student = HeadInput(torch.randn(4, 8), weight, 11, 0, None)
+    assert float(loss(student, row)[0]) > 0.01  # the teacher is not the student, which is uniform now
+    objective.end_step()
+    with pytest.raises(AssertionError, match="the teacher's head was kept"):
+        loss(student, row)
 
 
 @pytest.mark.parametrize("keep", [{"train": {"skip_zero_advantage": False}}, {"algorithm": {"kl_loss_coef": 0.1}}])
