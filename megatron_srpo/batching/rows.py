@@ -113,9 +113,13 @@ def _experts(
             continue
         if stream == "student":
             result[span.start : span.start + len(found)] = found
+            continue
+        sample, read = samples[index], samples[index].stream(stream)
+        if not np.array_equal(read.trained, sample.student.trained):  # feedback stands between the turns
+            own_places = sample.student.targets[sample.student.targets < len(found)]
+            result[span.start + read.targets[: len(own_places)]] = found[own_places]
         else:
-            sample = samples[index]
-            start = span.start + len(sample.stream(stream).prompt_ids)
+            start = span.start + len(read.prompt_ids)
             own = found[len(sample.student.prompt_ids) :]
             result[start : start + len(own)] = own
     return torch.from_numpy(result)

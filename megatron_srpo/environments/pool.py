@@ -258,6 +258,7 @@ class EpisodeProcess:
         step = Step(
             _messages(answer), answer.get("done") is True, _reward(answer.get("reward")),
             _text(answer.get("feedback")), _count(answer.get("tool_calls")), _count(answer.get("tool_errors")),
+            _text(answer.get("turn_feedback")),
         )  # fmt: skip
         if not step.done and not step.messages:
             raise EpisodeError("garbage: neither a message nor the end of the episode")
