@@ -353,9 +353,9 @@ class RewardConfig(Section):
 
 class EnvironmentConfig(Section):
     classes: dict[str, str] = {}
-    """Environments by kind of row: "tools", "python", "textarena", "openenv", or your own class as "module:Class" or
-    "path/file.py:Class". A path is relative to the folder in which the run starts. Rows of other kinds are answered in
-    one turn."""
+    """Environments by kind of row: "tools", "python", "textarena", "openenv", "verifiers", or your own class as
+    "module:Class" or "path/file.py:Class". A path is relative to the folder in which the run starts. Rows of other
+    kinds are answered in one turn."""
     arguments: dict[str, dict[str, Any]] = {}
     """Arguments of the environments' constructors, by kind."""
     max_turns: int = Field(8, ge=1)

@@ -99,12 +99,14 @@ def test_feedback_stands_at_its_turn_on_both_placements(config, history):
     ]
     assert texts[0] == texts[1]
     lines = records(out(config, "colocated"))
-    assert all(line["srpo/sdpo_fraction"] > 0 and line["srpo/teacher_prompt_unfit"] == 0 for line in lines)
+    assert all(line["srpo/sdpo_fraction"] > 0.3 for line in lines)
+    if history == "split":  # the first sequence of an episode has its first turn, as the template rewrites every turn
+        return
     group = texts[0][0]
     read = [
         (prompt, [text for text in episode["turn_feedback"][1:] if text])
         for prompt, episode in zip(group["teacher_prompts"], group["episodes"], strict=True)
-        if prompt is not None and (history == "keep" or episode["sequences"] == 1)
+        if prompt is not None
     ]
     assert any(said for _, said in read), "some episode was told something behind its first turn"
     assert all(text in prompt for prompt, said in read for text in said)
