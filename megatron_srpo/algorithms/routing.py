@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_srpo.algorithms.base import Algorithm, SelfTeaching
 from megatron_srpo.algorithms.report import RoutingReport
@@ -20,7 +21,7 @@ Taught = dict[int, list[list[Shown]]]
 
 def route(
     groups: Sequence[Group], algorithm: Algorithm, *, seed: int, iteration: int, teacher_prompt: TeacherPromptFunction,
-    feedback_with_solution: bool = False,
+    feedback_with_solution: bool = False, feedback_at_turn: bool = False,
 ) -> RoutingReport:  # fmt: skip
     """Give every group its samples, in the order of its attempts, and report what was done. An attempt has one sample,
     or one for each sequence of its episode.
@@ -36,8 +37,9 @@ def route(
         _require_finite(group)
         group.iteration = iteration
         teachers = GroupTeachers(
-            group, settings, teacher_prompt, feedback_with_solution=feedback_with_solution, seed=seed
-        )
+            group, settings, teacher_prompt, feedback_with_solution=feedback_with_solution,
+            feedback_at_turn=feedback_at_turn, seed=seed,
+        )  # fmt: skip
         for attempt in group.attempts:
             attempt.teachable = teachers.can_teach(attempt)
         report.available += sum(attempt.teachable for attempt in group.attempts)
@@ -118,10 +120,9 @@ def _credits(
         for i in missing:
             attempt = group.attempts[i]
             assert attempt.teachable, f"algorithm {algorithm.name} teaches an attempt that has no teacher"
-            shown = [teachers.prompt(attempt), *([teachers.contrast(attempt)] if teachers.contrasts else [])]
-            whole = [None if one is None else teachers.shown_in(one, attempt.rollout) for one in shown]
+            whole = [teachers.prompts(attempt), *([teachers.contrasts_of(attempt)] if teachers.contrasts else [])]
             fitting = [prompts for prompts in whole if prompts is not None]
-            attempt.teachable = len(fitting) == len(shown)
+            attempt.teachable = len(fitting) == len(whole)
             if attempt.teachable:
                 taught[i] = fitting
                 report.taught += 1
@@ -148,7 +149,7 @@ def _samples(
         turns = _turns_in(rollout, here)
         key, own = (None, None) if context is None else (context.token_ids.tobytes(), context.token_ids)
         begin_ids = prompts[None] if own is None else prompts.setdefault(key, own)
-        streams = [Stream(shown[part].ids, ids, trained) for shown in taught]
+        streams = [Stream(shown[part].ids, *_with_gaps_filled(ids, trained, shown[part])) for shown in taught]
         yield Sample(
             uid=uid,
             sample=rollout.sample,
@@ -184,6 +185,21 @@ def _compare_experts(samples: Sequence[Sample]) -> None:
             least = least if same.all() else int(same.argmin())
         for sample in mine:
             sample.same_experts = least
+
+
+def _with_gaps_filled(
+    ids: array[int], trained: NDArray[np.bool_], shown: Shown
+) -> tuple[array[int], NDArray[np.bool_]]:  # fmt: skip
+    """A sequence's tokens behind its prompt as its teacher reads them. Those of the policy are the same."""
+    if not shown.filled:
+        return ids, trained  # shared, not copied
+    read, masks, done = array("i"), [], 0
+    for gap, tokens in shown.filled:
+        assert not trained[gap.begin : gap.end].any(), "a gap has the environment's tokens alone"
+        read += ids[done : gap.begin] + tokens
+        masks += [trained[done : gap.begin], np.zeros(len(tokens), dtype=bool)]
+        done = gap.end
+    return read + ids[done:], np.concatenate([*masks, trained[done:]])
 
 
 def _turns_in(rollout: Rollout, tokens: tuple[int, int]) -> tuple[int, ...]:

@@ -10,22 +10,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from megatron_srpo.algorithms.base import SelfTeaching, SourceName
-from megatron_srpo.core.records import Attempt, Context, Group, Prompt, Rollout
+from megatron_srpo.core.records import Attempt, Context, Gap, Group, Prompt, Rollout, TurnFeedback
 
 
 class TeacherPromptLike(Protocol):
-    """An enriched prompt: its token ids, and whether its demonstration had to be shortened."""
+    """An enriched prompt: its token ids, and whether its demonstration had to be shortened. `filled`: the tokens that
+    replace each gap of TurnFeedback; asked for only where there are some."""
 
     @property
     def ids(self) -> array[int]: ...
 
     @property
+    def filled(self) -> Sequence[array[int]]: ...
+
+    @property
     def truncated(self) -> bool: ...
 
 
-# (prompt, text of a correct solution or None, feedback or None) → an enriched prompt, or None if none fits
-TeacherPromptFunction = Callable[[Prompt, str | None, str | None], TeacherPromptLike | None]
+class TeacherPromptFunction(Protocol):
+    """Makes enriched prompts. `turns` is given where feedback stands at its turn (teacher.feedback_at)."""
+
+    def __call__(
+        self, prompt: Prompt, solution: str | None, feedback: str | None, turns: TurnFeedback = ..., /
+    ) -> TeacherPromptLike | None:
+        """From the text of a correct solution and from feedback; None if none fits."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Lesson:
     solution: str | None = None
     feedback: str | None = None
     sibling: int | None = None  # the sample whose answer is the solution
+    turns: tuple[str, ...] = ()  # feedback on each turn, to be read right before it; that on the first is `feedback`
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Shown:
     truncated: bool
     sibling: int | None
     source: str = ""  # what it shows: a SourceName, or two of them
-    lesson: Lesson = Lesson()
+    filled: tuple[tuple[Gap, array[int]], ...] = ()  # gaps of the sequence, and the tokens that the teacher reads there
 
 
 class TeacherSource(Protocol):
@@ -103,13 +115,21 @@ class Siblings:
 
 
 class Feedback:
-    """What the environment says of the attempt itself."""
+    """What the environment says of the attempt itself; with `by_turn` of each of its turns."""
+
+    def __init__(self, *, by_turn: bool) -> None:
+        self._by_turn = by_turn
 
     def has_lesson(self, attempt: Attempt) -> bool:
-        return bool((attempt.reward.feedback or "").strip())
+        return any(self._texts(attempt))
 
     def lesson(self, attempt: Attempt) -> Lesson:
-        return Lesson(feedback=(attempt.reward.feedback or "").strip())
+        texts = self._texts(attempt)
+        return Lesson(feedback=texts[0] or None, turns=texts if len(texts) > 1 else ())
+
+    def _texts(self, attempt: Attempt) -> tuple[str, ...]:
+        by_turn = attempt.turn_feedback if self._by_turn else ()
+        return tuple(text.strip() for text in by_turn or (attempt.reward.feedback or "",))
 
 
 class ReferenceSolution:
@@ -154,10 +174,10 @@ class GroupTeachers:
 
     def __init__(
         self, group: Group, settings: SelfTeaching, build: TeacherPromptFunction, *, feedback_with_solution: bool,
-        seed: int,
+        feedback_at_turn: bool, seed: int,
     ) -> None:  # fmt: skip
         self._prompt, self._build, self._both = group.prompt, build, feedback_with_solution
-        self._siblings, self._feedback = Siblings(group, settings, seed), Feedback()
+        self._siblings, self._feedback = Siblings(group, settings, seed), Feedback(by_turn=feedback_at_turn)
         known: dict[SourceName, TeacherSource] = {
             "sibling": self._siblings,
             "solution": ReferenceSolution(group),
@@ -168,7 +188,7 @@ class GroupTeachers:
         self._sources = {name: known[name] for name in settings.sources}
         self._contrast = Siblings(group, settings, seed, correct=False) if settings.needs.contrast else None
         self.contrasts = self._contrast is not None  # the method also shows a wrong answer
-        self._plain: dict[bytes | None, array[int]] = {}  # prompts without a demonstration
+        self._ids: dict[bytes, array[int]] = {}  # one array for equal prompts
         self._built: dict[tuple[str | None, str | None, bytes | None], TeacherPromptLike | None] = {}
 
     def can_teach(self, attempt: Attempt) -> bool:
@@ -177,48 +197,79 @@ class GroupTeachers:
             return False
         return any(source.has_lesson(attempt) for source in self._sources.values())
 
-    def prompt(self, attempt: Attempt) -> Shown | None:
-        """The teacher's prompt, None if none fits."""
+    def prompts(self, attempt: Attempt) -> list[Shown] | None:
+        """The teacher's prompt for each sequence of an attempt that can be taught, None if one of them does not fit."""
         having = [name for name, source in self._sources.items() if source.has_lesson(attempt)]
         shows = having[:1]
         lesson = self._sources[having[0]].lesson(attempt)
         if self._both and "feedback" in having[1:]:
-            lesson, shows = replace(lesson, feedback=self._feedback.lesson(attempt).feedback), [*shows, "feedback"]
-        shown = self._shown(lesson, " and ".join(shows))
+            found, shows = self._feedback.lesson(attempt), [*shows, "feedback"]
+            lesson = replace(lesson, feedback=found.feedback, turns=found.turns)
+        shown = self._in_sequences(lesson, attempt.rollout, " and ".join(shows))
         if shown is not None and lesson.sibling is not None:
             self._siblings.taught(lesson.sibling)
         return shown
 
-    def contrast(self, attempt: Attempt) -> Shown | None:
-        """The prompt that shows a wrong answer, None if none fits; for an attempt that can be taught."""
+    def contrasts_of(self, attempt: Attempt) -> list[Shown] | None:
+        """As `prompts`, with a wrong answer shown."""
         assert self._contrast is not None, "only a method with Needs.contrast has it"
-        return self._shown(self._contrast.lesson(attempt))
+        return self._in_sequences(self._contrast.lesson(attempt), attempt.rollout)
 
-    def shown_in(self, shown: Shown, rollout: Rollout) -> list[Shown] | None:
-        """The same lesson for each sequence of an attempt, None if it does not fit into one of them."""
+    def _in_sequences(self, lesson: Lesson, rollout: Rollout, source: str = "") -> list[Shown] | None:
         found = []
-        for context, _, _ in rollout.sequences:
-            one = shown if context is None else self._shown(shown.lesson, shown.source, context)
+        for part, (context, _, _) in enumerate(rollout.sequences):
+            turns = _turn_feedback(lesson.turns, rollout, part)
+            one = None if turns is None else self._shown(lesson, source, context, turns)
             if one is None:
                 return None
             found.append(one)
         return found
 
-    def _shown(self, lesson: Lesson, source: str = "", context: Context | None = None) -> Shown | None:
+    def _shown(self, lesson: Lesson, source: str, context: Context | None, turns: TurnFeedback) -> Shown | None:
         prompt = self._prompt
         if context is not None:
             prompt = replace(
                 prompt, messages=context.messages, tools=context.tools, question=context.question,
                 token_ids=list(context.token_ids),
             )  # fmt: skip
-        key = (lesson.solution, lesson.feedback, None if context is None else context.token_ids.tobytes())
-        if lesson == Lesson():
-            ids = self._plain.setdefault(key[2], array("i", prompt.token_ids))
-            return Shown(ids, truncated=False, sibling=None, source=source)
-        if key not in self._built:
-            self._built[key] = self._build(prompt, lesson.solution, lesson.feedback)
-        built = self._built[key]
-        return None if built is None else Shown(built.ids, built.truncated, lesson.sibling, source, lesson)
+        at_turns = bool(turns.messages or turns.gaps)
+        if lesson.solution is None and lesson.feedback is None and not at_turns:
+            return Shown(self._shared(array("i", prompt.token_ids)), truncated=False, sibling=None, source=source)
+        if at_turns:  # of this attempt alone
+            built = self._build(prompt, lesson.solution, lesson.feedback, turns)
+        else:
+            key = (lesson.solution, lesson.feedback, None if context is None else context.token_ids.tobytes())
+            if key not in self._built:
+                self._built[key] = self._build(prompt, lesson.solution, lesson.feedback)
+            built = self._built[key]
+        if built is None:
+            return None
+        gaps = [gap for gap, _ in turns.gaps]
+        filled = tuple(zip(gaps, built.filled, strict=True)) if gaps else ()
+        return Shown(self._shared(built.ids), built.truncated, lesson.sibling, source, filled)
+
+    def _shared(self, ids: array[int]) -> array[int]:
+        """The array of equal ids: samples that share it share its place in a packed row."""
+        return self._ids.setdefault(ids.tobytes(), ids)
+
+
+def _turn_feedback(texts: Sequence[str], rollout: Rollout, part: int) -> TurnFeedback | None:
+    """Where one of the rollout's sequences has feedback on its turns behind the first; None if there is a turn before
+    which nothing can be shown."""
+    shown = {turn: text for turn, text in enumerate(texts) if turn and text}
+    if not shown:
+        return TurnFeedback()
+    episode = rollout.episode
+    assert episode is not None, "only episodes have turns"
+    context, begin, end = rollout.sequences[part]
+    given = 0 if context is None else len(context.messages)
+    messages = {episode.answers[turn]: text for turn, text in shown.items() if episode.answers[turn] < given}
+    gaps = [gap for gap in episode.gaps if begin <= gap.begin < end and gap.turn in shown]
+    over = int(np.searchsorted(np.cumsum(episode.turns), np.count_nonzero(rollout.trained[:end]), side="right"))
+    if len(messages) + len(gaps) < sum(turn < over for turn in shown):
+        return None
+    inside = [(replace(gap, begin=gap.begin - begin, end=gap.end - begin), shown[gap.turn]) for gap in gaps]
+    return TurnFeedback(messages, tuple(inside))
 
 
 def stable_hash(*parts: int | str) -> int:

@@ -150,8 +150,12 @@ def _experts(
         if found is None:
             continue
         if stream != "student":
-            positions = positions[len(sample.stream(stream).prompt_ids) :]
-            found = found[len(sample.student.prompt_ids) :]
+            read = sample.stream(stream)
+            if not np.array_equal(read.trained, sample.student.trained):  # feedback stands between the turns
+                own = sample.student.targets[sample.student.targets < len(found)]
+                result[positions[read.targets[: len(own)]].numpy()] = found[own]
+                continue
+            positions, found = positions[len(read.prompt_ids) :], found[len(sample.student.prompt_ids) :]
         result[positions[: len(found)].numpy()] = found
     return torch.from_numpy(result)
 

@@ -100,6 +100,7 @@ class DriverSource:
         report = route(
             groups, self._config.algorithm, seed=self._config.run.seed, iteration=iteration,
             teacher_prompt=self._teacher_prompt, feedback_with_solution=self._config.teacher.feedback_with_solution,
+            feedback_at_turn=self._config.teacher.feedback_at == "turn",
         )  # fmt: skip
         self._histories.observe(groups, iteration)
         if report.failed:

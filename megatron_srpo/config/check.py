@@ -117,6 +117,8 @@ def _batches(config: Config) -> Iterator[str]:
             "teacher.feedback_with_solution = true: no feedback is shown to the teacher; set algorithm.use_feedback = "
             'true (or add "feedback" to algorithm.teachers), or set this to false'
         )
+    if config.teacher.feedback_at == "turn":
+        yield from _feedback_at_turn(config)
     if algorithm.teaching is not None and "solution" in algorithm.teaching.sources and not config.data.solution_key:
         yield (
             'algorithm.teachers: "solution" needs a worked solution in the data, and data.solution_key is empty; name '
@@ -133,6 +135,21 @@ def _batches(config: Config) -> Iterator[str]:
         yield (
             "rollout.n_samples_per_prompt = 1: no sibling can teach a group of one; sample at least 2, or set "
             "algorithm.use_feedback = true if the rewards give feedback"
+        )
+
+
+def _feedback_at_turn(config: Config) -> Iterator[str]:
+    given, teaching = 'teacher.feedback_at = "turn"', config.algorithm.teaching
+    if teaching is None or "feedback" not in teaching.sources:
+        yield (
+            f'{given}: no feedback is shown to the teacher; set algorithm.use_feedback = true (or add "feedback" to '
+            'algorithm.teachers), or set this to "prompt"'
+        )
+    if not config.environment.classes or config.environment.max_turns == 1:
+        why = "environment.max_turns is 1" if config.environment.classes else "environment.classes is empty"
+        yield (
+            f"{given}: every row is answered in one turn, because {why}, and feedback on the first turn stands in the "
+            'first prompt in any case; set it to "prompt"'
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_srpo.config.schema import Config
 from megatron_srpo.core.errors import nearest
 
-ENVIRONMENTS = ("tools", "python", "textarena", "openenv")  # those that are built in
+ENVIRONMENTS = ("tools", "python", "textarena", "openenv", "verifiers")  # those that are built in
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 

@@ -311,9 +311,14 @@ class TeacherConfig(Section):
     words of the templates, as far as train.max_tokens_per_gpu and the model's positions allow."""
     routing_replay: bool = False
     """With rollout.routing_replay = "rollout": use the experts that the engine chose for a response also when the
-    teacher and the reference score it. Tokens of a teacher's prompt choose for themselves."""
+    teacher and the reference score it. Tokens of a teacher's prompt choose for themselves, and where feedback stands
+    between turns (feedback_at) so do those of the environment."""
     feedback_with_solution: bool = False
     """Show feedback to the teacher even if it sees the solution of a correct sibling. Needs algorithm.use_feedback."""
+    feedback_at: Literal["prompt", "turn"] = "prompt"
+    """Where the teacher reads feedback on an episode of several turns. "prompt" shows the last feedback of the episode
+    in the first prompt. "turn" shows the feedback on each turn right before that turn: in the first prompt for the
+    first turn, else at the end of the message that the turn answers."""
     template: str = "{question}{solution}{feedback}\n\n{instruction}"
     """Template of the teacher's last user message."""
     solution_section: str = "\n\nHere is a correct solution from an earlier attempt:\n\n{solution}"
@@ -348,9 +353,9 @@ class RewardConfig(Section):
 
 class EnvironmentConfig(Section):
     classes: dict[str, str] = {}
-    """Environments by kind of row: "tools", "python", "textarena", "openenv", or your own class as "module:Class" or
-    "path/file.py:Class". A path is relative to the folder in which the run starts. Rows of other kinds are answered in
-    one turn."""
+    """Environments by kind of row: "tools", "python", "textarena", "openenv", "verifiers", or your own class as
+    "module:Class" or "path/file.py:Class". A path is relative to the folder in which the run starts. Rows of other
+    kinds are answered in one turn."""
     arguments: dict[str, dict[str, Any]] = {}
     """Arguments of the environments' constructors, by kind."""
     max_turns: int = Field(8, ge=1)

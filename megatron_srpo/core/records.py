@@ -62,6 +62,26 @@ class Context:
     question: int | None = None  # as in Prompt
 
 
+@dataclass(frozen=True)
+class Gap:
+    """The environment's messages between two turns of a sequence, cut where its last message ends: a teacher may read
+    there what was wrong with the turn that follows."""
+
+    turn: int  # number of the turn that follows, from 0
+    begin: int  # of its tokens among the rollout's (in TurnFeedback: among the sequence's)
+    end: int
+    before: array[int]  # the same messages in two parts, each tokenised by itself
+    after: array[int]
+
+
+@dataclass(frozen=True)
+class TurnFeedback:
+    """Feedback on turns behind the first, in one sequence: each before the turn that it is about."""
+
+    messages: Mapping[int, str] = field(default_factory=dict)  # by index of a message that the sequence begins with
+    gaps: tuple[tuple[Gap, str], ...] = ()
+
+
 @dataclass
 class Episode:
     """What a conversation with an environment adds to a rollout.
@@ -78,6 +98,9 @@ class Episode:
     tool_calls: int = 0
     tool_errors: int = 0  # calls that could not be read or carried out; the model was told
     cut: str = ""  # which budget ended it: "turns", "tokens", or "" if none did
+    turn_feedback: tuple[str, ...] = ()  # the environment's by turn; "" where it gave none
+    answers: tuple[int, ...] = ()  # by turn: index, among all messages, of the last one before it
+    gaps: tuple[Gap, ...] = ()  # with teacher.feedback_at = "turn": where a teacher can be shown more
 
 
 @dataclass
@@ -175,6 +198,7 @@ class Attempt:
     correct: bool  # the score is at least algorithm.success_reward_threshold
     teachable: bool = False  # there is something to show a teacher of this attempt; routing finds it out
     why: str = ""  # why routing gave it its branch, in words for the log: "wrong, taught by sibling"
+    turn_feedback: tuple[str, ...] = ()  # what was wrong in each turn of an episode; "" where nothing was said
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from megatron_srpo.core.records import Context, Prompt
+from megatron_srpo.core.records import Context, Gap, Prompt
 from megatron_srpo.data.control_tokens import control_tokens, defused
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.prompts import encode, render_chat
@@ -22,13 +22,18 @@ from megatron_srpo.data.tokenizer import Tokenizer
 Message = dict[str, str]
 Tools = Sequence[Mapping[str, object]]
 _REPLY = "SRPO0REPLY"  # stands for the last reply while the template runs
+_MARK = "SRPO0GAP"  # stands for what a teacher may be shown behind a message
 
 
 class Chat:
-    """What all conversations of a run share: the tokenizer and the options of its chat template."""
+    """What all conversations of a run share: the tokenizer and the options of its chat template. `gaps`: conversations
+    find out where a teacher can be shown more (teacher.feedback_at = "turn")."""
 
-    def __init__(self, tokenizer: Tokenizer, kwargs: Mapping[str, object], history: Literal["split", "keep"]) -> None:
-        self.tokenizer, self.keeps_history = tokenizer, history == "keep"
+    def __init__(
+        self, tokenizer: Tokenizer, kwargs: Mapping[str, object], history: Literal["split", "keep"], *,
+        gaps: bool = False,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.keeps_history, self.finds_gaps = tokenizer, history == "keep", gaps
         self._kwargs, self._control = kwargs, control_tokens(tokenizer, kwargs)
 
     def begin(self, prompt: Prompt, messages: Sequence[Message] | None = None, tools: Tools = ()) -> Conversation:
@@ -65,6 +70,8 @@ class Conversation:
         self.trained: list[bool] = []
         self.contexts: list[Context] = []
         self.turns: list[int] = []
+        self.answers: list[int] = []  # index of the message that each turn answers
+        self.gaps: list[Gap] = []
         self.context = list(prompt.token_ids)
         if tools or tuple(messages) != prompt.messages:
             self._new_sequence(self._text)
@@ -79,6 +86,7 @@ class Conversation:
         self.trained += [True] * len(ids)
         self.context += ids
         self.turns.append(len(ids))
+        self.answers.append(len(self.messages) - 1)
         self.messages.append({"role": "assistant", "content": text})
         return text
 
@@ -86,27 +94,43 @@ class Conversation:
         """What the environment answers. False, and nothing is appended, if more than `room` tokens would be appended,
         or the sequence would have more than `longest` tokens."""
         messages = self._chat.defuse(messages)
-        whole = self._chat.render([*self.messages, *messages], self.tools)
-        appended = whole[len(self._text) :] if whole.startswith(self._text) else None
-        if appended is None and self._chat.keeps_history:
-            appended = self._tail(messages)
-        if appended is None:
-            ids = self._chat.encode(whole)
+        text, continues = self._following(messages)
+        ids = self._chat.encode(text)
+        if not continues:
             if len(ids) > longest:
                 return False
             self.messages += messages
-            self._new_sequence(whole, ids)
+            self._new_sequence(text, ids)
             return True
-        ids = self._chat.encode(appended)
         if len(ids) > room or len(self.context) + len(ids) > longest:
             return False
-        self._text += appended
+        if self._chat.finds_gaps:
+            self._find_gap(messages, text, len(ids))
+        self._text += text
         self.token_ids.extend(ids)
         self.logprobs.extend([0.0] * len(ids))
         self.trained += [False] * len(ids)
         self.context += ids
         self.messages += messages
         return True
+
+    def _following(self, messages: Sequence[Message]) -> tuple[str, bool]:
+        """The text that continues the sequence with these messages, and True. If history is rewritten, the text of the
+        whole conversation, and False."""
+        whole = self._chat.render([*self.messages, *messages], self.tools)
+        if whole.startswith(self._text):
+            return whole[len(self._text) :], True
+        return (self._tail(messages), True) if self._chat.keeps_history else (whole, False)
+
+    def _find_gap(self, messages: Sequence[Message], text: str, tokens: int) -> None:
+        """Note where a teacher can be shown more behind the last message: if the template then writes the same before
+        it and behind it. `text`: of the messages, of so many `tokens`."""
+        *others, last = messages
+        marked, continues = self._following([*others, {**last, "content": last["content"] + _MARK}])
+        before, found, after = marked.partition(_MARK)
+        if continues and found and _MARK not in after and text.endswith(after):
+            begin, parts = len(self.token_ids), [array("i", self._chat.encode(part)) for part in (before, after)]
+            self.gaps.append(Gap(len(self.turns), begin, begin + tokens, *parts))
 
     def _tail(self, messages: Sequence[Message]) -> str:
         """What the template writes behind a reply, up to the next one. It is the same whatever the reply is."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_srpo.config import DataConfig, TeacherConfig
 from megatron_srpo.config.templates import Piece, template_pieces
-from megatron_srpo.core.records import Prompt
+from megatron_srpo.core.records import Prompt, TurnFeedback
 from megatron_srpo.data.control_tokens import control_tokens
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.prompts import encode, render_chat
@@ -25,22 +26,26 @@ from megatron_srpo.data.tokenizer import Tokenizer
 _THINKING = re.compile("</?think>")
 _GAP = "\n[…]\n"  # stands for the part of a demonstration that was left out
 _RECENT = 64  # texts whose tokens are kept: the samples of a group share the question, and mostly the demonstration
+_NO_TURNS = TurnFeedback()
 _WITH_GAP = 4  # a demonstration that is cut to fewer than this many times the tokens of _GAP keeps its end alone
 
 
 @dataclass(frozen=True)
 class TeacherPrompt:
-    """Token ids of an enriched prompt. `truncated`: the demonstration or the feedback was cut to fit."""
+    """Token ids of an enriched prompt. `truncated`: the demonstration or the feedback was cut to fit. `filled`: the
+    tokens that replace each gap of the TurnFeedback."""
 
     ids: array[int]
     truncated: bool
+    filled: tuple[array[int], ...] = ()
 
 
 class TeacherPromptBuilder:
-    """Calling it with (prompt, solution, feedback) gives a TeacherPrompt, or None if nothing can be shown.
+    """Calling it with (prompt, solution, feedback) gives a TeacherPrompt, or None if nothing can be shown. With
+    `turns`, feedback on later turns of an episode stands at these turns too.
 
-    `limit` is that of the whole teacher prompt, in tokens; it may be changed. The check of the configuration has
-    already verified the templates.
+    `limit` is that of the whole teacher prompt and of all feedback at turns, in tokens; it may be changed. The check of
+    the configuration has already verified the templates.
     """
 
     def __init__(self, tokenizer: Tokenizer, teacher: TeacherConfig, data: DataConfig, limit: int) -> None:
@@ -58,25 +63,49 @@ class TeacherPromptBuilder:
         self._inserted = lru_cache(_RECENT)(self._untrusted.encode)
         self._literal = lru_cache(_RECENT)(lambda texts: encode(tokenizer, list(texts)))
         self._check_chat_template()
+        if teacher.feedback_at == "turn":
+            self._check_later_messages()
 
-    def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> TeacherPrompt | None:
+    def __call__(
+        self, prompt: Prompt, solution: str | None, feedback: str | None, turns: TurnFeedback = _NO_TURNS
+    ) -> TeacherPrompt | None:  # fmt: skip
         """Removes thinking from the solution. If the prompt is too long, cuts the middle of the demonstration, then
-        the end of the feedback, never the question. None if no token of either is left."""
+        the end of the longest feedback, never the question. None if no token of them is left, or if the chat template
+        changes the end of a message that feedback is added to."""
         shown = {"solution": strip_thinking(solution or ""), "feedback": (feedback or "").strip()}
         shown = {name: text for name, text in shown.items() if text and ("field", name) in self._template}
-        if not shown:
+        messages = {_name(index): text for index, text in turns.messages.items()}
+        gaps = {f"gap {number}": text for number, (_, text) in enumerate(turns.gaps)}
+        if not shown and not messages and not gaps:
             return None
-        pieces = self._pieces(prompt, set(shown))
-        fixed = self._literal(tuple(text for kind, text in pieces if kind == "text"))
-        inserted = {name: list(self._inserted(text)) for name, text in shown.items()}
-        room = self.limit - sum(map(len, fixed))
-        needed = sum(map(len, inserted.values()))
+        pieces = self._pieces(prompt, [*shown, *messages]) if shown or messages else []
+        if any(pieces.count(("field", name)) != 1 for name in messages):
+            return None
+        section = self._sections["feedback"]
+        inserted = {name: list(self._inserted(text)) for name, text in {**shown, **messages, **gaps}.items()}
+        literals = self._literals([*pieces, *section])
+        fixed = sum(len(literals[text]) for kind, text in pieces if kind == "text") if pieces else len(prompt.token_ids)
+        words = sum(len(literals[text]) for kind, text in section if kind == "text")
+        fixed += sum(len(gap.before) + words + len(gap.after) - (gap.end - gap.begin) for gap, _ in turns.gaps)
+        room, needed = self.limit - fixed, sum(map(len, inserted.values()))
         truncated = self._cut(inserted, needed - room)
         if not any(inserted.values()) or sum(map(len, inserted.values())) > room:
             return None
-        literal = iter(fixed)
-        ids = [token for kind, name in pieces for token in (next(literal) if kind == "text" else inserted[name])]
-        return TeacherPrompt(array("i", ids), truncated)
+
+        def tokens(pieces: Iterable[Piece], **fields: str) -> array[int]:
+            parts = (literals[text] if kind == "text" else inserted[fields.get(text, text)] for kind, text in pieces)
+            return array("i", [token for part in parts for token in part])
+
+        ids = tokens(pieces) if pieces else array("i", prompt.token_ids)
+        filled = tuple(
+            gap.before + tokens(section, feedback=name) + gap.after
+            for name, (gap, _) in zip(gaps, turns.gaps, strict=True)
+        )
+        return TeacherPrompt(ids, truncated, filled)
+
+    def _literals(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
+        texts = list(dict.fromkeys(text for kind, text in pieces if kind == "text"))
+        return dict(zip(texts, self._literal(tuple(texts)), strict=True))
 
     def words(self, *shown: str) -> int:
         """How many tokens the templates add to a question, with the sections of `shown` ("solution", "feedback"), but
@@ -88,11 +117,11 @@ class TeacherPromptBuilder:
         return sum(map(len, rest)) - len(question)
 
     def _cut(self, inserted: dict[str, list[int]], excess: int) -> bool:
-        """Shorten the solution in its middle, then the feedback at its end, by `excess` tokens. Returns whether
+        """Shorten the solution in its middle, then the longest feedback at its end, by `excess` tokens. Returns whether
         anything was cut."""
         cut = False
-        for name in ("solution", "feedback"):
-            ids = inserted.get(name, [])
+        for name in sorted(inserted, key=lambda name: (name != "solution", -len(inserted[name]))):
+            ids = inserted[name]
             if excess > 0 and ids:
                 cut = True
                 kept = max(0, len(ids) - excess)
@@ -108,14 +137,20 @@ class TeacherPromptBuilder:
         tail = kept - len(self._gap) - head
         return ids[:head] + self._gap + ids[len(ids) - tail :]
 
-    def _pieces(self, prompt: Prompt, shown: set[str]) -> list[Piece]:
-        """The whole chat, as literal text and the places of the untrusted texts in it."""
-        marks = _marks(prompt.messages)
+    def _pieces(self, prompt: Prompt, shown: Collection[str]) -> list[Piece]:
+        """The whole chat, as literal text and the places of the untrusted texts in it: of "solution" and "feedback" in
+        the question, and at the ends of messages (`_name`)."""
+        marks = _marks(prompt.messages, shown)
         messages = list(prompt.messages)
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         last = max(users) if prompt.question is None else prompt.question
-        content = self._content(messages[last]["content"], {name: marks[name] for name in shown})
-        messages[last] = {**messages[last], "content": content}
+        own = {name: marks[name] for name in self._sections if name in marks}
+        if own:
+            messages[last] = {**messages[last], "content": self._content(messages[last]["content"], own)}
+        for index, message in enumerate(messages):
+            if (mark := marks.get(_name(index))) is not None:
+                more = _fill(self._sections["feedback"], {"feedback": mark})
+                messages[index] = {**message, "content": message["content"] + more}
         text = render_chat(self._tokenizer, messages, self._kwargs, prompt.uid, prompt.tools)
         names = {mark: name for name, mark in marks.items()}
         parts = re.split("(" + "|".join(names) + ")", text)
@@ -139,6 +174,19 @@ class TeacherPromptBuilder:
                     f"the tokenizer's chat template shows the last user message {count} times or changes it; a teacher "
                     "prompt needs it once, as it is"
                 )
+
+    def _check_later_messages(self) -> None:
+        """DataError if nothing can be added to any message that follows an answer."""
+        found = []
+        for role in ("user", "tool"):
+            messages = tuple({"role": each, "content": "text"} for each in ("user", "assistant", role))
+            with suppress(DataError):  # a template may know no tools
+                found.append(self._pieces(Prompt("teacher", messages, [], "", "", question=0), [_name(2)]))
+        if not any(pieces.count(("field", _name(2))) == 1 for pieces in found):
+            raise DataError(
+                "the tokenizer's chat template does not show a message behind an answer once, as it is, so that "
+                'teacher.feedback_at = "turn" cannot add feedback to it; set it to "prompt"'
+            )
 
 
 class _UntrustedText:
@@ -182,9 +230,14 @@ def _fill(pieces: Sequence[Piece], fields: dict[str, str]) -> str:
     return "".join(text if kind == "text" else fields.get(text, "") for kind, text in pieces)
 
 
-def _marks(messages: Sequence[dict[str, str]]) -> dict[str, str]:
+def _name(index: int) -> str:
+    """Of the feedback at the end of a message."""
+    return f"message {index}"
+
+
+def _marks(messages: Sequence[dict[str, str]], names: Collection[str]) -> dict[str, str]:
     """Placeholders for the untrusted texts while the chat template runs: letters and digits that no message has."""
     number = 0
     while any(f"SRPO{number}MARK" in message["content"] for message in messages):
         number += 1
-    return {name: f"SRPO{number}MARK{name.upper()}" for name in ("solution", "feedback")}
+    return {name: f"SRPO{number}MARK{place}END" for place, name in enumerate(names)}

@@ -34,6 +34,8 @@ class Step:
     feedback: str | None = None  # what was wrong, in words that may be shown to the teacher; the last one counts
     tool_calls: int = 0  # in this turn
     tool_errors: int = 0  # of them, those that could not be read or carried out
+    turn_feedback: str | None = None
+    """What was wrong in this turn alone (teacher.feedback_at = "turn"). None: `feedback`, if this step gives one."""
 
 
 class Environment:

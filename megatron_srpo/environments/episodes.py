@@ -188,6 +188,7 @@ class _OneEpisode:
         self._room = runner.config.rollout.max_response_length  # tokens behind the first prompt
         self._longest = runner.config.data.max_prompt_length + self._room  # tokens of a sequence
         self._step = Step()  # what the environment has said so far
+        self._turn_feedback: list[str] = []
         self._calls = self._errors = 0
         self._experts: dict[int, list[Experts]] = {}  # of each sequence's turns, where the engine returns them
         self._version: int | None = None
@@ -257,6 +258,7 @@ class _OneEpisode:
         step = await process.step(reply)
         self._calls += step.tool_calls
         self._errors += step.tool_errors
+        self._turn_feedback.append((step.feedback if step.turn_feedback is None else step.turn_feedback) or "")
         self._step = replace(
             step,
             reward=self._step.reward if step.reward is None else step.reward,
@@ -277,15 +279,17 @@ class _OneEpisode:
     def _rollout(self, conversation: Conversation | None, reply: str) -> Rollout:
         if conversation is None:  # it did not even start
             conversation = self._runner.chat.begin(self._prompt)
-        contexts = tuple(conversation.contexts) if conversation.turns else ()
+        turns, contexts = conversation.turns, tuple(conversation.contexts) if conversation.turns else ()
+        unanswered = [""] * (len(turns) - len(self._turn_feedback))  # the environment has failed
         return Rollout(
             self._request.prompt, self._request.sample, conversation.token_ids, conversation.logprobs,
             conversation.transcript, "length" if self._cut else "stop", self._version or 0,
             trained=np.array(conversation.trained, dtype=bool), contexts=contexts,
             experts=tuple(map(experts_of_turns, self._experts.values())) or None,
             episode=Episode(
-                tuple(conversation.turns), conversation.said, reply, self._reward(), self._step.feedback, self._calls,
-                self._errors, self._cut,
+                tuple(turns), conversation.said, reply, self._reward(), self._step.feedback, self._calls,
+                self._errors, self._cut, (*self._turn_feedback, *unanswered), tuple(conversation.answers),
+                tuple(conversation.gaps),
             ),
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ START_SECONDS = 300.0  # limit for importing the classes, and maybe vLLM for its
 LONGEST_ANSWER = 2**20  # bytes of an environment's answer
 LONGEST_TEXT = 2**16  # characters of one message or feedback
 LARGEST_REWARD = 1e12  # as for reward functions: larger ones overflow in fp32
+END_SECONDS = 3.0  # limit for ending all episodes
 QUEUE_SECONDS = 0.005  # until an order is tried again
 FAILED_STARTS = 3  # of the program, in a row, end the run
 
@@ -220,6 +221,8 @@ class EnvironmentPool:
                 asyncio.get_running_loop().remove_reader(self._control)
             self._control.close()
         if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):  # it ends by itself, and its episodes with all that they started
+                self._process.wait(END_SECONDS)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -258,6 +261,7 @@ class EpisodeProcess:
         step = Step(
             _messages(answer), answer.get("done") is True, _reward(answer.get("reward")),
             _text(answer.get("feedback")), _count(answer.get("tool_calls")), _count(answer.get("tool_errors")),
+            _text(answer.get("turn_feedback")),
         )  # fmt: skip
         if not step.done and not step.messages:
             raise EpisodeError("garbage: neither a message nor the end of the episode")

@@ -20,6 +20,7 @@ BUILT_IN = {
     "python": "megatron_srpo.environments.code:PythonCode",
     "textarena": "megatron_srpo.environments.textarena:TextArena",
     "openenv": "megatron_srpo.environments.openenv:OpenEnv",
+    "verifiers": "megatron_srpo.environments.verifiers:Verifiers",
 }
 
 

@@ -158,9 +158,10 @@ class Tools(Environment):
         if len(found.calls) > self._max_calls:
             problems.append(f"only the first {self._max_calls} calls of a turn are carried out")
         messages += [{"role": "tool", "content": f"Error: {problem}."} for problem in problems]
-        self._wrong += [message["content"] for message in messages if message["content"].startswith("Error: ")]
+        wrong = [message["content"] for message in messages if message["content"].startswith("Error: ")]
+        self._wrong += wrong
         return Step(
-            messages, feedback="\n".join(self._wrong[:8]) or None,
+            messages, feedback="\n".join(self._wrong[:8]) or None, turn_feedback="\n".join(wrong[:8]),
             tool_calls=len(found.calls) + len(found.problems), tool_errors=errors,
         )  # fmt: skip
 

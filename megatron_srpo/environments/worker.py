@@ -76,6 +76,8 @@ class _Zygote:
     def __init__(self, control: socket.socket, setup: Setup, classes: Mapping[str, type[Environment]]) -> None:
         self._control, self._setup, self._classes = control, setup, classes
         self._children: dict[int, int] = {}  # pid → number of its episode
+        self._own = _children_of_this_process()  # what importing the classes has started
+        _adopt_orphans()
 
     def serve(self) -> None:
         wake, woken = socket.socketpair()
@@ -124,6 +126,7 @@ class _Zygote:
             try:
                 self._control.close()
                 _die_with_parent()
+                _adopt_orphans()
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.setsid()  # so that its children can be ended with it
@@ -135,7 +138,7 @@ class _Zygote:
         self._children[pid] = number
 
     def _reap(self) -> None:
-        while self._children:
+        while True:
             try:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
@@ -146,12 +149,23 @@ class _Zygote:
                 _kill(ended.si_pid)  # what it has started; before its number can mean something else
             _, status = os.waitpid(ended.si_pid, 0)
             number = self._children.pop(ended.si_pid, None)
+            self._kill_orphans()
             if number is not None:
                 _tell(self._control, {"ended": number, "how": _how(status)})
+
+    def _kill_orphans(self) -> None:
+        """End what ended episodes have started in sessions of their own."""
+        for pid in _children_of_this_process() - self._children.keys() - self._own:
+            _kill(pid)
 
     def _end_all(self) -> None:
         for pid in self._children:
             _kill(pid)
+        for pid in self._children:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        self._children.clear()
+        self._kill_orphans()
 
 
 class _Episode:
@@ -234,6 +248,33 @@ def _die_with_parent() -> None:
     """Linux: end this process when its parent ends, however that is."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _adopt_orphans() -> None:
+    """Linux: what a descendant leaves running when it ends becomes a child of this process, and not of the system's
+    first one. So this program can end it when its episode has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def _children_of_this_process() -> set[int]:
+    """Their numbers; none where there is no /proc."""
+    own = os.getpid()
+    try:
+        with open(f"/proc/self/task/{own}/children") as file:
+            return set(map(int, file.read().split()))
+    except OSError:  # some kernels have no such file
+        pass
+    try:
+        return {int(name) for name in os.listdir("/proc") if name.isdigit() and _parent(name) == own}
+    except OSError:
+        return set()
+
+
+def _parent(pid: str) -> int | None:
+    with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/stat", errors="replace") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+    return None
 
 
 def _how(status: int) -> str:

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from megatron_srpo.algorithms.report import BRANCHES as BRANCHES  # for readers of the file
 from megatron_srpo.algorithms.report import branch
-from megatron_srpo.core.records import Group, Rollout, Sample
+from megatron_srpo.core.records import Attempt, Group, Sample, Stream
 
 FEEDBACK = 200  # characters of feedback of a prompt that is not kept whole
 Decode = Callable[[Sequence[int]], str]
@@ -37,7 +37,8 @@ def _trained(group: Group, *, whole: bool, decode: Decode) -> dict[str, JsonValu
     if whole:
         record |= _texts(group)
         record["teacher_prompts"] = [
-            None if sample.teacher is None else decode(sample.teacher.prompt_ids) for sample in group.first_samples
+            None if sample.teacher is None else decode(_enriched(sample.teacher, sample.student))
+            for sample in group.first_samples
         ]
     return record
 
@@ -63,16 +64,16 @@ def _texts(group: Group) -> dict[str, JsonValue]:
     rollouts = [attempt.rollout for attempt in group.attempts]
     episodes: dict[str, JsonValue] = {}
     if any(rollout.episode is not None for rollout in rollouts):
-        episodes = {"episodes": [_episode(rollout) for rollout in rollouts]}
+        episodes = {"episodes": [_episode(attempt) for attempt in group.attempts]}
     return episodes | {
         "prompt": group.prompt.messages[-1]["content"] if group.prompt.messages else "",
         "responses": [rollout.text for rollout in rollouts],
     }
 
 
-def _episode(rollout: Rollout) -> JsonValue:
-    """A whole conversation behind its prompt: messages, and the numbers of tokens that were sampled in each turn."""
-    episode = rollout.episode
+def _episode(attempt: Attempt) -> JsonValue:
+    """A whole conversation behind its prompt: messages, and by turn the tokens that were sampled and what was wrong."""
+    rollout, episode = attempt.rollout, attempt.rollout.episode
     if episode is None:
         return None
     begun = rollout.contexts[:1] if rollout.contexts and rollout.contexts[0].start == 0 else ()
@@ -82,11 +83,18 @@ def _episode(rollout: Rollout) -> JsonValue:
     return begin | {
         "messages": [dict(message) for message in episode.messages],
         "turn_tokens": list(episode.turns),
+        "turn_feedback": list(attempt.turn_feedback),
         "sequences": len(rollout.sequences),
         "tool_calls": episode.tool_calls,
         "tool_errors": episode.tool_errors,
         "cut": episode.cut,
     }
+
+
+def _enriched(teacher: Stream, student: Stream) -> Sequence[int]:
+    """The teacher's prompt; and what follows it, if that has feedback in it too (teacher.feedback_at = "turn")."""
+    more = teacher.response_ids is not student.response_ids
+    return [*teacher.prompt_ids, *teacher.response_ids] if more else teacher.prompt_ids
 
 
 def _advantage(sample: Sample) -> float:

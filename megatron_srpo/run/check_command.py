@@ -202,11 +202,11 @@ def _show_prompt(config: Config, prompting: Prompting, prompt: Prompt, say: Say)
     if first is None:
         say("the first row has no reference solution, and no other teacher is configured")
         return
-    condition, *lesson = sources[first]
+    condition, solution, feedback = sources[first]
     if first == "none":
         say(f"what its teacher reads, {condition}")
         return
-    shown, limit = prompting.teacher_prompt(prompt, *lesson), prompting.teacher_prompt.limit
+    shown, limit = prompting.teacher_prompt(prompt, solution, feedback), prompting.teacher_prompt.limit
     if shown is None:
         say(f"no teacher prompt fits: the limit is {limit} tokens")
         return

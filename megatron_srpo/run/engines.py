@@ -45,7 +45,8 @@ def _episode_runner(config: Config, session: Session, role: Role) -> EpisodeRunn
         if topology.rank % size:
             return None
         chat = Chat(
-            load_tokenizer(config.model.tokenizer or config.model.path), options, config.environment.history
+            load_tokenizer(config.model.tokenizer or config.model.path), options, config.environment.history,
+            gaps=config.teacher.feedback_at == "turn",
         )  # fmt: skip
         scored = {kind for kind in config.environment.classes if unknown(kind, config.reward.functions) is None}
         return EpisodeRunner(config, chat, scored, lambda text: role.log.warn(text))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
+from megatron_srpo.core.records import Attempt, Episode, Group, Prompt, Reward, Rollout
 from megatron_srpo.rewards import RewardPool, RewardTask
 
 Key = tuple[int, int]  # prompt, sample
@@ -96,10 +96,13 @@ class PoolScorer:
             rewards[rollout.prompt, rollout.sample] = reward
         for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
             reward = rewards[rollout.prompt, rollout.sample]
-            if rollout.episode is not None and rollout.episode.reward is None:
-                both = filter(None, (rollout.episode.feedback, reward.feedback))
-                reward = replace(reward, feedback="\n".join(both) or None)
-            groups[rollout.prompt].attempts.append(Attempt(rollout, reward, reward.score >= self._threshold))
+            by_turn: tuple[str, ...] = ()
+            if rollout.episode is not None:
+                by_turn = _feedback_by_turn(rollout.episode, reward)
+                if rollout.episode.reward is None:
+                    reward = replace(reward, feedback=_joined(rollout.episode.feedback, reward.feedback))
+            correct = reward.score >= self._threshold
+            groups[rollout.prompt].attempts.append(Attempt(rollout, reward, correct, turn_feedback=by_turn))
 
     def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
         """Scores each response as if the other response's prediction were the right answer, where the kind can do that.
@@ -116,6 +119,18 @@ class PoolScorer:
         prompt = self._prompts[rollout.prompt]
         text = rollout.text if rollout.episode is None else rollout.episode.reply
         return RewardTask(prompt.kind, text, prompt.answer, prompt.metadata)
+
+
+def _feedback_by_turn(episode: Episode, reward: Reward) -> tuple[str, ...]:
+    """What was wrong in each turn. A reward function speaks of the last turn, and so does what belongs to no turn."""
+    *before, last = episode.turn_feedback or ("",)
+    if episode.reward is None or not any(episode.turn_feedback):
+        last = _joined(last, reward.feedback) or ""
+    return (*before, last)
+
+
+def _joined(*texts: str | None) -> str | None:
+    return "\n".join(filter(None, texts)) or None
 
 
 def _own_reward(rollout: Rollout) -> Reward | None:

@@ -1,4 +1,5 @@
-"""The objective does not depend on how an episode is split into samples: loss, metrics and gradients of whole steps."""
+"""Whole steps on episodes: loss, metrics and gradients do not depend on how an episode is split into samples, and with
+feedback at its turn they equal float64's on streams that are made by hand."""
 
 from __future__ import annotations
 
@@ -7,14 +8,16 @@ from array import array
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_srpo.algorithms.routing import route
-from megatron_srpo.core.records import Attempt, Context, Group, Prompt, Reward, Rollout
+from megatron_srpo.core.records import Attempt, Context, Episode, Gap, Group, Prompt, Reward, Rollout, Stream
 from tests.distributed.test_routed_objective import (
     GRADIENT_BOUND,
     METRIC_BOUND,
     VOCAB,
+    check_steps,
     make_config,
     make_groups,
     make_models,
@@ -86,3 +89,70 @@ def test_a_split_episode_trains_as_a_whole_one(tmp_path_factory, layout):
         for name, value in one["gradients"].items():
             error = float((other["gradients"][name] - value).abs().max())
             assert error <= GRADIENT_BOUND * largest, name
+
+
+def shown(words):
+    """The tokens of a feedback, which is a number."""
+    return array("i", [1 + (7 * int(words) + 3 * i) % (VOCAB - 1) for i in range(int(words))])
+
+
+def told_episodes(model):
+    """The groups of the harness, taught by feedback: on the first turn, on the second, on both. And by hand the stream
+    that each teacher must read."""
+    algorithm = make_config(model, VARIANT).algorithm.model_copy(update={"teachers": ["feedback"]})
+    groups, by_hand = [], []
+    for samples in make_groups(model, VARIANT):
+        prompt = Prompt(samples[0].uid, (), list(samples[0].student.prompt_ids), "", "exact")
+        groups.append(Group(prompt, []))
+        for sample in samples:
+            attempt = attempt_of(sample, prompt, split=False)
+            groups[-1].attempts.append(attempt)
+            ids, trained = attempt.rollout.token_ids, attempt.rollout.trained
+            words = ("4", "5") if sample.sample % 3 == 0 else ("", "3") if sample.sample % 3 == 1 else ("6", "")
+            if trained.all():
+                attempt.turn_feedback = (words[0] or "2",)
+                prompt_ids, read, mask = array("i", prompt.token_ids) + shown(attempt.turn_feedback[0]), ids, trained
+            else:
+                begin, end = (int(place) for place in (~trained).nonzero()[0][[0, -1]])
+                end += 1
+                middle = (begin + end) // 2
+                gap = Gap(1, begin, end, ids[begin:middle], ids[middle:end])
+                turns = (begin, len(ids) - end)
+                attempt.rollout.episode = Episode(turns, [], "", None, answers=(0, 2), gaps=(gap,))
+                attempt.turn_feedback = words
+                more = shown(words[1]) if words[1] else array("i")
+                prompt_ids = array("i", prompt.token_ids) + (shown(words[0]) if words[0] else array("i"))
+                read = ids[:middle] + more + ids[middle:]
+                mask = np.concatenate([trained[:middle], np.zeros(len(more), dtype=bool), trained[middle:]])
+            by_hand.append(Stream(prompt_ids, read, mask))
+
+    def teacher_prompt(prompt, solution, feedback, turns=None):
+        ids = array("i", prompt.token_ids) + (shown(feedback) if feedback else array("i"))
+        filled = [gap.before + shown(words) + gap.after for gap, words in turns.gaps] if turns else []
+        return SimpleNamespace(ids=ids, truncated=False, filled=filled)
+
+    route(groups, algorithm, seed=3, iteration=1, teacher_prompt=teacher_prompt, feedback_at_turn=True)
+    return [group.samples for group in groups], by_hand
+
+
+@pytest.mark.parametrize(
+    "layout", ["serial", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2 sp pp2", "cp2"))]
+)
+def test_a_step_with_feedback_at_its_turn_equals_float64(tmp_path_factory, layout):
+    student, teacher = make_models(tmp_path_factory, "qwen3", "float32")
+    groups, by_hand = told_episodes(student)
+    samples = list(itertools.chain(*groups))
+    taught = [(sample, stream) for sample, stream in zip(samples, by_hand, strict=True) if sample.teacher is not None]
+    inside = [len(sample.teacher.response_ids) > len(sample.student.response_ids) for sample, _ in taught]
+    assert any(inside) and not all(inside)
+    for sample, stream in taught:
+        assert list(sample.teacher.token_ids) == list(stream.token_ids)
+        assert sample.teacher.trained.tolist() == stream.trained.tolist()
+    ranks = {"serial": 1, "tp2 sp pp2": 4, "cp2": 2}[layout]
+    found = run_distributed(run_variants, ranks, [VARIANT], layout, student, teacher, {VARIANT: groups})[0]
+    for sample, stream in taught:
+        sample.teacher = stream  # what the reference reads
+    for step in found[VARIANT]:  # the reference knows no turns
+        by_turn = [step["metrics"].pop(f"rollout_corr/logprob_diff_turn_{turn}") for turn in (1, 2)]
+        assert all(float(gap) > 0 for gap in by_turn)
+    check_steps(found[VARIANT], samples, student, teacher, VARIANT, layout)

@@ -85,6 +85,34 @@ def test_servers_give_the_same_episodes_as_engines_in_the_ranks(config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("history", ["split", "keep"])
+def test_feedback_stands_at_its_turn_on_both_placements(config, history):
+    options = (
+        "--run.iterations=2", "--teacher.feedback_at=turn", '--algorithm.teachers=["feedback"]',
+        f"--environment.history={history}",
+    )  # fmt: skip
+    train(config, f"--run.output_dir={out(config, 'colocated')}", *options)
+    train(config, f"--run.output_dir={out(config, 'servers')}", *options, "--rollout.placement=servers")
+    texts = [
+        json.loads((out(config, name) / "rollouts.jsonl").read_text().splitlines()[0])["groups"]
+        for name in ("colocated", "servers")
+    ]
+    assert texts[0] == texts[1]
+    lines = records(out(config, "colocated"))
+    assert all(line["srpo/sdpo_fraction"] > 0.3 for line in lines)
+    if history == "split":  # the first sequence of an episode has its first turn, as the template rewrites every turn
+        return
+    group = texts[0][0]
+    read = [
+        (prompt, [text for text in episode["turn_feedback"][1:] if text])
+        for prompt, episode in zip(group["teacher_prompts"], group["episodes"], strict=True)
+        if prompt is not None
+    ]
+    assert any(said for _, said in read), "some episode was told something behind its first turn"
+    assert all(text in prompt for prompt, said in read for text in said)
+
+
+@pytest.mark.slow
 def test_an_evaluation_runs_episodes_too(config):
     folder = config.parent
     (folder / "test.jsonl").write_text((folder / "data.jsonl").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import closing
 
+import psutil
 import pytest
 
 from megatron_srpo.config import Config, EnvironmentConfig
@@ -12,7 +13,7 @@ from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task
 from megatron_srpo.environments.episodes import EpisodeRunner
-from megatron_srpo.environments.pool import EnvironmentPool
+from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError
 
 ECHO = """
 from megatron_srpo.environments import Environment, Step
@@ -46,6 +47,47 @@ def test_hundreds_of_episodes_run_at_once(tmp_path):
 
     assert asyncio.run(all_of_them()) == [float(number) for number in range(400)]
     assert said == []
+
+
+SERVER = """
+import os, subprocess
+from megatron_srpo.environments import Environment, Step
+class Server(Environment):
+    async def step(self, reply):
+        server = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        if reply == "end":
+            os._exit(3)
+        return Step([{"role": "user", "content": str(server.pid)}])
+"""
+
+
+def test_what_an_episode_has_started_ends_with_it_and_other_episodes_keep_theirs(tmp_path):
+    """Servers of tools, for example, in sessions of their own."""
+    (tmp_path / "server.py").write_text(SERVER)
+    config = EnvironmentConfig(classes={"row": f"{tmp_path}/server.py:Server"}, step_timeout_seconds=60.0)
+
+    def gone(process):
+        return not psutil.wait_procs([process], timeout=20)[1]
+
+    async def begun(pool):
+        process = await pool.open()
+        await process.start("row", Task(({"role": "user", "content": "x"},), "", {}, 0, 0))
+        return process, psutil.Process(int((await process.step("go on")).messages[0]["content"]))
+
+    async def several():
+        pool = EnvironmentPool(config, [].append)
+        try:
+            (closed, first), (ending, second), (_, third) = [await begun(pool) for _ in range(3)]
+            await closed.close()
+            assert gone(first) and second.is_running() and third.is_running()
+            with pytest.raises(EpisodeError, match="exit code 3"):
+                await ending.step("end")
+            assert gone(second) and third.is_running()
+        finally:
+            pool.close()
+        assert gone(third), "the end of the run ends them all"
+
+    asyncio.run(several())
 
 
 def refusal(**settings):
