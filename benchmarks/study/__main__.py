@@ -23,7 +23,6 @@ from benchmarks.study.methods import (
     COLLAPSE_METHODS,
     COLLAPSE_RATE,
     COLLAPSE_TASK,
-    GRID,
     MAIN_SEEDS,
     METHODS,
     SELECTION_SEED,
@@ -44,7 +43,9 @@ def case_of(task: str, method: Method, seed: int, lr: float, *, selects: bool = 
 
 def grid_of(task: str, method: Method) -> list[Case]:
     """The runs that choose its learning rate; none if it uses another method's."""
-    return [] if method.rate_of else [case_of(task, method, SELECTION_SEED, lr, selects=True) for lr in GRID]
+    return (
+        [] if method.rate_of else [case_of(task, method, SELECTION_SEED, lr, selects=True) for lr in TASKS[task].grid]
+    )
 
 
 def chosen_rate(task: str, method: Method) -> float | None:
@@ -56,7 +57,7 @@ def chosen_rate(task: str, method: Method) -> float | None:
     if any(result is None for result in found):
         return None
     scores = {result["lr"]: [row[3] for row in result["evaluations"][1:]] for result in found if result is not None}
-    return max(GRID, key=lambda lr: (sum(scores[lr]) / len(scores[lr]), -lr))
+    return max(TASKS[task].grid, key=lambda lr: (sum(scores[lr]) / len(scores[lr]), -lr))
 
 
 def collapse_cases() -> list[Case]:

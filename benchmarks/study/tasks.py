@@ -16,13 +16,15 @@ TRAIN_ROWS, TEST_ROWS = 4096, 300
 
 @dataclass(frozen=True)
 class StudyTask:
-    """`keys` of the configuration in addition to those that `prepare` finds out."""
+    """`keys` of the configuration in addition to those that `prepare` finds out. `grid`: the learning rates that every
+    method tries; it is wide enough if no method's best is at an end of it."""
 
     name: str
     task: Task
     warm_start: WarmStart
     iterations: int
     kind: str = "exact"
+    grid: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
     keys: Mapping[str, object] = field(default_factory=dict)
 
     def rows(self, held_out: bool) -> list[dict[str, str]]:
@@ -51,8 +53,8 @@ class StudyTask:
 TASKS = {
     task.name: task
     for task in (
-        StudyTask("worksheet", Worksheet(), WARM_START, 200),
-        StudyTask("tally", Tally(), replace(WARM_START, steps=1200), 200, kind="tally"),
+        StudyTask("worksheet", Worksheet(), WARM_START, 200, grid=(1e-4, 2e-4, 5e-4, 1e-3)),
+        StudyTask("tally", Tally(), replace(WARM_START, steps=1200), 200, kind="tally", grid=(1e-4, 2e-4, 5e-4)),
         # An answer is right with a probability of about 0.375⁴, so most groups are all wrong at first.
         StudyTask("hard", Worksheet(least_error=0.4, most_error=0.85), WARM_START, 160),
     )

@@ -6,13 +6,19 @@ import json
 
 import pytest
 
-from tests.tiny_run import make_run, records, train
+from tests.tiny_run import finish, make_run, records, start, train
 
 ENVIRONMENT = """
 import asyncio
+import os
 import random
+from pathlib import Path
+
+import psutil
 
 from megatron_srpo.environments import Environment, Step
+
+MARK = Path(__file__).with_name("kill the rank")
 
 
 class Digits(Environment):
@@ -21,6 +27,11 @@ class Digits(Environment):
     async def step(self, reply):
         await asyncio.sleep(0.02 * random.random())  # not seeded: what it takes must not matter
         self.turn += 1
+        if self.turn == 2 and MARK.exists():  # in the middle of a batch
+            MARK.rename(MARK.with_name("killed"))
+            lines = {p: p.cmdline() for p in psutil.Process().parents()}
+            for rank in [p for p, line in lines.items() if {"megatron_srpo", "train"} <= set(line)][:1]:
+                rank.kill()
         good = float(reply[:1].isdigit())
         more = [{"role": "user", "content": f"more {self.turn}"}]
         return Step(more, self.turn == 3, good, None if good else f"{reply[:1]!r} is no digit", tool_calls=1)
@@ -70,6 +81,22 @@ def test_a_run_with_episodes_repeats_and_resumes_bit_for_bit(config, engine):
     first = json.loads((out(config, "once") / "rollouts.jsonl").read_text().splitlines()[0])["groups"][0]
     assert len(first["episodes"]) == len(first["scores"]) == 4
     assert all(episode["messages"][0]["role"] == "assistant" for episode in first["episodes"])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_the_middle_of_a_batch_draws_it_again(config):
+    options = ("--run.iterations=16", "--checkpoint.every=2")
+    train(config, f"--run.output_dir={out(config, 'once')}", *options)
+    process = start(config, f"--run.output_dir={out(config, 'killed')}", *options)
+    for line in process.stdout:
+        if line.startswith("iteration 3/"):
+            break
+    (config.parent / "kill the rank").touch()
+    code, _ = finish(process)
+    assert code != 0 and (config.parent / "killed").exists()
+    assert 3 <= len(records(out(config, "killed"))) < 16
+    assert "going on from" in train(config, f"--run.output_dir={out(config, 'killed')}", *options)
+    assert records(out(config, "killed")) == records(out(config, "once"))
 
 
 @pytest.mark.slow

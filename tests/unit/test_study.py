@@ -14,7 +14,7 @@ import pytest
 from benchmarks.study import __main__ as study
 from benchmarks.study import results, table
 from benchmarks.study.collapse import collapse_of
-from benchmarks.study.methods import GRID, METHODS, SELECTION_SEED
+from benchmarks.study.methods import METHODS, SELECTION_SEED
 from benchmarks.study.reward import letter
 from benchmarks.study.statistics import holm, paired_p, two_sided_p
 from benchmarks.study.tally import Tally
@@ -23,6 +23,7 @@ from megatron_srpo import api
 from megatron_srpo.observe.report import STUDENT_T
 
 RESULTS = Path(__file__).parents[2] / results.RESULTS
+RATES = TASKS["tally"].grid
 
 
 def test_p_values_agree_with_the_table_of_students_t():
@@ -72,11 +73,12 @@ def test_a_collapse_is_short_responses_or_accuracy_that_stays_lost_and_an_alarm_
     assert (late.lost, late.alarm, late.in_time) == (20, None, False)
 
 
-def test_the_alarm_came_in_time_in_the_runs_that_collapsed_and_hardly_ever_in_others():
+def test_the_alarm_came_in_time_where_responses_shrank_and_hardly_ever_in_healthy_runs():
     found = [collapse_of(json.loads(file.read_text())) for file in sorted(RESULTS.glob("*/*/*.json"))]
-    collapsed = [one for one in found if one.collapsed]
+    shrunk = [one for one in found if one.shrank]
     healthy = [one for one in found if not one.collapsed]
-    assert len(collapsed) >= 10 and sum(one.in_time for one in collapsed) >= 0.9 * len(collapsed)
+    assert len(shrunk) >= 10 and all(one.alarm is not None for one in shrunk)
+    assert sum(one.in_time for one in shrunk) >= 0.9 * len(shrunk)
     assert len(healthy) >= 10 and sum(one.alarm is not None for one in healthy) <= 0.1 * len(healthy)
 
 
@@ -89,16 +91,16 @@ def test_the_rate_is_chosen_on_the_grid_alone_and_finished_runs_are_left_out(tmp
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     grpo = METHODS["grpo"]
     first = list(study.cases_of(["tally"], ["grpo"], 9))
-    assert [(case.seed, case.lr, case.selects) for case in first] == [(SELECTION_SEED, lr, True) for lr in GRID]
+    assert [(case.seed, case.lr, case.selects) for case in first] == [(SELECTION_SEED, lr, True) for lr in RATES]
     for case, end in zip(first, (0.3, 0.6, 0.5), strict=True):
         assert study.chosen_rate("tally", grpo) is None
         write(case, [0.9, 0.2, end])
-    assert study.chosen_rate("tally", grpo) == GRID[1]
+    assert study.chosen_rate("tally", grpo) == RATES[1]
     cases = list(study.cases_of(["tally"], ["grpo"], 9))
     assert [case.seed for case in cases[3:]] == list(range(8)) and study.total_of(["tally"], ["grpo"]) == (3, 11)
     write(cases[3], [0.1, 0.5])
     assert results.finished(cases[3]) and study.total_of(["tally"], ["grpo"]) == (4, 11)
-    changed = results.Case("tally", "grpo", 0, GRID[1], {**cases[3].keys, "run.iterations": 7})
+    changed = results.Case("tally", "grpo", 0, RATES[1], {**cases[3].keys, "run.iterations": 7})
     assert results.finished(changed) is None  # another definition is another run
 
 
@@ -160,13 +162,13 @@ def test_guards_use_the_rate_of_srpo(tmp_path, monkeypatch):
     assert study.grid_of("tally", METHODS["srpo-floor"]) == []
     for case, end in zip(study.grid_of("tally", METHODS["srpo"]), (0.6, 0.3, 0.2), strict=True):
         write(case, [0.1, end])
-    assert study.chosen_rate("tally", METHODS["srpo-floor"]) == GRID[0]
+    assert study.chosen_rate("tally", METHODS["srpo-floor"]) == RATES[0]
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_configuration_that_the_trainer_takes(method, task):
-    case = study.case_of(task, METHODS[method], 0, GRID[0])
+    case = study.case_of(task, METHODS[method], 0, RATES[0])
     config = api.load(results.CONFIG, {"model.path": "m", "data.train": "d", "data.test": "d", **case.keys})
     written = {key: value for key, value in case.keys.items() if key.startswith("algorithm.")}
     assert all(getattr(config.algorithm, key.partition(".")[2]) == value for key, value in written.items())
