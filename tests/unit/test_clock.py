@@ -17,6 +17,7 @@ FOR_PEOPLE_ONLY = {
     "run/cli.py": "the time in torchrun's report",
     "checkpoints/saving.py": "when a checkpoint was written",
     "run/first_start.py": "the date that chat templates show; later starts read it from a file",
+    "environments/verifiers.py": "when an answer was made, which OpenAI's format asks for",
 }
 
 
