@@ -5,6 +5,7 @@
     python -m benchmarks.study collapse     the same, the experiment on collapse alone
     python -m benchmarks.study table        writes the tables of what is finished
     python -m benchmarks.study status       says how many runs are finished of how many
+    python -m benchmarks.study.smollm2      the study of a real model, a program of its own
 
 Results are in benchmarks/study/results/, one file for each finished run, and finished runs are never repeated.
 """

@@ -140,7 +140,9 @@ def _batches(config: Config) -> Iterator[str]:
 
 def _feedback_at_turn(config: Config) -> Iterator[str]:
     given, teaching = 'teacher.feedback_at = "turn"', config.algorithm.teaching
-    if teaching is None or "feedback" not in teaching.sources:
+    if teaching is None:
+        yield f'{given}: algorithm.name = "{config.algorithm.name}" has no teacher; set it to "prompt"'
+    elif "feedback" not in teaching.sources:
         yield (
             f'{given}: no feedback is shown to the teacher; set algorithm.use_feedback = true (or add "feedback" to '
             'algorithm.teachers), or set this to "prompt"'

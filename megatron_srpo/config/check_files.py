@@ -43,7 +43,12 @@ def _reward_files(config: Config) -> Iterator[str]:
 def _environment_files(config: Config) -> Iterator[str]:
     interpreter = config.environment.interpreter
     if interpreter and not os.access(interpreter, os.X_OK):
-        yield f'environment.interpreter = "{interpreter}": is no program (looked from {Path.cwd()})'
+        make = Path(interpreter).parent.parent if Path(interpreter).parent.name == "bin" else Path("envs/mine")
+        yield (
+            f'environment.interpreter = "{interpreter}": is no program (looked from {Path.cwd()}); expected the Python '
+            f"of a virtual environment. Make it: python -m venv {make}, and install what the environments need "
+            f"({make}/bin/pip install -r requirements/verifiers.txt for verifiers)"
+        )
     for kind, reference in config.environment.classes.items():
         where, _, name = reference.rpartition(":")
         if reference in ENVIRONMENTS:

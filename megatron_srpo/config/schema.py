@@ -430,11 +430,10 @@ class TrainConfig(Section):
     """Memory limit for logits in MiB. Logits of a row that exceed it are computed in chunks and computed again in the
     backward pass."""
     teacher_head_mib: int = Field(2048, ge=0)
-    """Memory limit in MiB on a device for a copy of the teacher's LM head (this rank's shard). If it fits, the train
-    pass itself finds the student's top-k ids wherever the policy has not moved since the teacher scored: in the first
-    optimizer step of an iteration, and in every step with score_every = "step". Otherwise a pass of its own over the
-    distilled samples finds them, as it does with dropout and in later steps. Both have the same result. The copy saves
-    that pass, and keeps one hidden state in host memory for each distilled token of the step. 0 always runs it."""
+    """Memory limit in MiB on a device for a copy of the teacher's LM head (this rank's shard). With the copy, the train
+    pass finds the student's top-k ids itself wherever the policy has not moved, which saves a forward pass over the
+    distilled samples and takes one hidden state of host memory per distilled token. The result is the same. 0 makes no
+    copy."""
     max_skipped_steps: int = Field(10, ge=0)
     """Stop with a checkpoint after this many optimizer steps in a row without a finite gradient. 0 never stops."""
     collapse_share: float = Field(0.5, ge=0, lt=1)

@@ -1,15 +1,15 @@
 """Keeps the token ids of a run's prompts in its folder, for the next start.
 
-Rendering and encoding 100,000 prompts takes minutes, at every start, resume and evaluation. The file has a digest of
-everything that the ids depend on: the messages, the tokenizer, its chat template with its options, and the libraries'
-versions. If anything differs, or the file is damaged or absent, the ids are made again.
+Rendering and encoding 100,000 prompts takes minutes, at every start, resume and evaluation. The file is a digest, where
+each prompt ends [n] int64, and all ids int32. The digest is of the ids and of everything that they depend on: the
+messages, the tokenizer, its chat template with its options, and the libraries' versions. If anything differs, or the
+file is damaged or absent, the ids are made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -50,19 +50,26 @@ class PromptCache:
         """The ids, by example; None if they have to be made."""
         if self._path is None:
             return None
-        with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(self._path) as found:
-            ends, ids = found["ends"], found["ids"]
-            if str(found["key"]) == self._key and len(ends) == self._count and ends[-1] == len(ids):
-                return [part.tolist() for part in np.split(ids, ends[:-1])]
+        with suppress(OSError):
+            data = self._path.read_bytes()
+            digest, body = data[: hashlib.blake2b.MAX_DIGEST_SIZE], data[hashlib.blake2b.MAX_DIGEST_SIZE :]
+            if digest == self._digest(body):
+                ends = np.frombuffer(body, "<i8", self._count)
+                return [part.tolist() for part in np.split(np.frombuffer(body, "<i4", offset=ends.nbytes), ends[:-1])]
         return None
 
     def write(self, ids: Sequence[Sequence[int]]) -> None:
         """Keep the ids, if there is room for them."""
         if self._path is None:
             return
-        joined = np.fromiter((token for one in ids for token in one), np.int32)
-        ends = np.cumsum([len(one) for one in ids])
+        joined = np.fromiter((token for one in ids for token in one), "<i4")
+        ends = np.cumsum([len(one) for one in ids], dtype="<i8")
+        body = ends.tobytes() + joined.tobytes()
         with suppress(OSError):
             self._path.parent.mkdir(exist_ok=True)
             with atomic_file(self._path) as aside:
-                np.savez(aside, key=self._key, ends=ends, ids=joined)
+                aside.write_bytes(self._digest(body) + body)
+
+    def _digest(self, body: bytes) -> bytes:
+        """Of what the ids depend on, and of the ids."""
+        return hashlib.blake2b(self._key.encode() + body).digest()

@@ -35,7 +35,7 @@ def render_prompts(
     A prompt's uid is "<split>:<row>". `cache` is a folder in which token ids are kept for the next call. DataError if
     prompts are too long and `config.overlong_prompts` is "error", or if no prompt is left.
     """
-    kept = PromptCache(cache and cache / f"{split}.npz", examples, tokenizer, config.chat_template_kwargs)
+    kept = PromptCache(cache and cache / f"{split}.ids", examples, tokenizer, config.chat_template_kwargs)
     found = kept.read()
     if found is None:
         found = _all_ids(examples, tokenizer, config)

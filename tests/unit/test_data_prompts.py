@@ -99,12 +99,14 @@ def test_kept_token_ids_are_of_these_messages_template_and_options(counted, tmp_
     assert len(counted) == 6
 
 
-@pytest.mark.parametrize("damage", [b"", b"no archive", None])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-4], lambda data: data + b"1234",
+                                    *(lambda data, at=at: data[:at] + bytes([data[at] ^ 32]) + data[at + 1 :]
+                                      for at in (0, 70, -2))])  # fmt: skip
 def test_damaged_files_and_places_that_take_none_cost_time_alone(tokenizer, counted, tmp_path, damage):
     examples = [example(row, f"q{row}") for row in range(3)]
     made = render_prompts(examples, tokenizer, config(), "train", tmp_path / "p")
-    file = tmp_path / "p" / "train.npz"
-    file.write_bytes(file.read_bytes()[:-40] if damage is None else damage)
+    file = tmp_path / "p" / "train.ids"
+    file.write_bytes(damage(file.read_bytes()))
     assert render_prompts(examples, tokenizer, config(), "train", tmp_path / "p") == made
     (tmp_path / "file").write_text("")
     assert render_prompts(examples, tokenizer, config(), "train", tmp_path / "file" / "p") == made

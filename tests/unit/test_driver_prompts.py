@@ -47,7 +47,7 @@ def test_token_ids_are_kept_in_the_folder_of_a_run_that_has_one(prompting, tmp_p
     out.mkdir()
     for _ in range(2):
         assert prompting(rows, run={"output_dir": str(out)}).prompts("train", print) == made
-        assert [path.name for path in (out / "prompts").iterdir()] == ["train.npz"]
+        assert [path.name for path in (out / "prompts").iterdir()] == ["train.ids"]
 
 
 def test_a_reference_answer_that_the_reward_cannot_read_is_refused_with_its_row_or_skipped(prompting):
