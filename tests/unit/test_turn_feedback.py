@@ -243,7 +243,7 @@ def config(**sections):
     ("sections", "told"),
     [
         ({"algorithm": {}}, "no feedback is shown to the teacher"),
-        ({"algorithm": {"name": "grpo"}}, "no feedback is shown to the teacher"),
+        ({"algorithm": {"name": "grpo"}}, '"grpo" has no teacher'),
         ({"environment": {}}, "environment.classes is empty"),
         ({"environment": {"classes": {"talk": "tools"}, "max_turns": 1}}, "environment.max_turns is 1"),
     ],
