@@ -22,7 +22,6 @@ from pydantic import DirectoryPath, PositiveFloat, PositiveInt, validate_call
 
 from megatron_srpo.environments import sandbox
 from megatron_srpo.environments.base import Environment, Message, Step, Task
-from megatron_srpo.environments.registry import checked
 from megatron_srpo.environments.sandbox import Isolation, Limits
 
 _FENCE = re.compile(r"^```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -116,11 +115,6 @@ class PythonCode(Environment):
         self._isolation = sandbox.choose(isolation)
         self._shown = shown_failures
         self._turn = 0
-
-    @classmethod
-    def prepare(cls, **arguments: Any) -> None:
-        """Refuse wrong arguments, and a machine without a sandbox."""
-        checked(cls, arguments, "python")
 
     async def start(self, task: Task) -> Sequence[Message]:
         self._tests = read_tests(task.answer)

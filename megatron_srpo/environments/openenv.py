@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
+from pydantic import StringConstraints, validate_call
 
-from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.base import Environment, Message, Step, Task
+
+Address = Annotated[str, StringConstraints(pattern="^https?://")]
 
 
 class OpenEnv(Environment):
@@ -20,17 +22,12 @@ class OpenEnv(Environment):
     text; "" if the reply is the whole action as JSON. `observation`: the field of its observation that the model reads;
     "" for all of it as JSON. `options`: what a reset is given beside the seed and the row's field "reset"."""
 
+    @validate_call
     def __init__(
-        self, url: str, action: str = "", observation: str = "", options: dict[str, Any] | None = None
+        self, url: Address, action: str = "", observation: str = "", options: dict[str, Any] | None = None
     ) -> None:
         self._url, self._action, self._observation = url.rstrip("/"), action, observation
         self._options = options or {}
-
-    @classmethod
-    def prepare(cls, **arguments: Any) -> None:
-        """Refuse what is no address."""
-        if not str(arguments.get("url", "")).startswith(("http://", "https://")):
-            raise UserError(f'environment openenv: expected url = "http://HOST:PORT", got {arguments.get("url")!r}')
 
     async def start(self, task: Task) -> Sequence[Message]:
         self._session = aiohttp.ClientSession()  # trust_env stays off: a proxy is not meant for it

@@ -31,10 +31,20 @@ END_SECONDS = 3.0  # limit for ending all episodes
 QUEUE_SECONDS = 0.005  # until an order is tried again
 FAILED_STARTS = 3  # of the program, in a row, end the run
 
-_PROGRAM = (
-    "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given if sys.argv[3] else sys.path + given; "
-    "from megatron_srpo.environments.worker import main; main(int(sys.argv[2]))"
-)
+# Another Python may lack packages of ours, or be too old: it says so instead of taking the setup.
+_PROGRAM = """
+import json, socket, sys
+given = json.loads(sys.argv[1])
+sys.path[:] = given if sys.argv[3] else sys.path + given
+try:
+    from megatron_srpo.environments.worker import main
+except Exception as error:
+    control = socket.socket(fileno=int(sys.argv[2]))
+    control.recv(1)
+    control.send(json.dumps({"unfit": "{}: {}".format(type(error).__name__, error)}).encode())
+    sys.exit()
+main(int(sys.argv[2]))
+"""
 
 
 class EpisodeError(Exception):
@@ -177,6 +187,14 @@ class EnvironmentPool:
         elif "failed" in message:
             if not self._ready.done():
                 self._ready.set_exception(UserError(f"environment.classes: {message['failed']}"))
+        elif "unfit" in message:
+            if not self._ready.done():
+                self._ready.set_exception(
+                    UserError(
+                        f"{self._program_name()} cannot import megatron_srpo.environments: {message['unfit']}. Install "
+                        "what is missing there, or name the Python of another virtual environment"
+                    )
+                )
         elif "ready" in message:
             self._failed_starts = 0
             if not self._ready.done():

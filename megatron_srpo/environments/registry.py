@@ -34,7 +34,7 @@ def resolve(reference: str) -> type[Environment]:
     return found
 
 
-def checked(environment: type[Environment], arguments: Mapping[str, Any], name: str) -> None:
+def check_arguments(environment: type[Environment], arguments: Mapping[str, Any], name: str) -> None:
     """Make a built-in environment once. UserError names every argument that it does not take."""
     try:
         environment(**arguments)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import validate_call
+
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 
@@ -17,6 +19,7 @@ class TextArena(Environment):
     """One game. `game`: its name in the library, for example "GuessTheNumber-v0"; a row's field "game" wins over it.
     `options`: further arguments of textarena.make."""
 
+    @validate_call
     def __init__(self, game: str = "", options: dict[str, Any] | None = None) -> None:
         self._name, self._options = game, options or {}
         self._seen = ""

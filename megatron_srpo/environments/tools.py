@@ -31,7 +31,7 @@ from pydantic import (
 
 from megatron_srpo.core.errors import UserError, nearest
 from megatron_srpo.environments.base import Environment, Message, Step
-from megatron_srpo.environments.registry import checked, load_object
+from megatron_srpo.environments.registry import load_object
 
 Reference = Annotated[str, StringConstraints(pattern=r".:.")]  # "module:function" or "path/file.py:function"
 OWN_PARSER = "hermes"
@@ -138,11 +138,6 @@ class Tools(Environment):
         self._max_calls, self._max_output = max_calls, max_output
         self._wrong: list[str] = []  # what was wrong with the calls so far: it may teach
         self.tools = [tool.schema for tool in self._tools.values()]
-
-    @classmethod
-    def prepare(cls, **arguments: Any) -> None:
-        """Import the functions and the parser, and refuse what cannot be used, before any episode begins."""
-        checked(cls, arguments, "tools")
 
     async def step(self, reply: str) -> Step:
         found = self._read(reply)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, validate_call
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.base import Environment, Message, Step, Task
@@ -39,6 +39,7 @@ class Verifiers(Environment):
     verifiers' [env] block has besides the taskset's id. `feedback`: the key of the trace's `info` that says in words
     what was wrong. A row's field "task" is the number of the task, from 0."""
 
+    @validate_call
     def __init__(self, taskset: str, config: dict[str, Any] | None = None, feedback: str = "") -> None:
         self._taskset, self._config, self._feedback = taskset, config or {}, feedback
         self._events: asyncio.Queue[_Request | Exception | None] = asyncio.Queue()  # None: verifiers is done
@@ -165,7 +166,14 @@ class Verifiers(Environment):
             self._events.put_nowait(error)
             raise
         self._events.put_nowait(asked)
-        return web.json_response(await asked.response)
+        completion = await asked.response
+        if not asked.stream:
+            return web.json_response(completion)
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        for event in (json.dumps(_chunk(completion)), "[DONE]"):
+            await stream.write(f"data: {event}\n\n".encode())
+        return stream
 
     async def close(self) -> None:
         if self._episode is not None:
@@ -177,8 +185,7 @@ class _Request:
     """A request for a completion."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
-        if body.get("stream"):
-            raise ValueError("the harness asks for streams, which are not supported: leave `harness` out")
+        self.stream = bool(body.get("stream"))
         self.messages = [(str(message["role"]), _text(message.get("content"))) for message in body["messages"]]
         self.tools: list[dict[str, Any]] = list(body.get("tools") or [])
         self.response: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -212,6 +219,16 @@ def _response(reply: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> dict[s
         "id": f"chatcmpl-{secrets.token_hex(8)}", "object": "chat.completion", "created": int(time.time()),
         "model": "policy", "choices": [choice], "usage": usage,
     }  # fmt: skip
+
+
+def _chunk(completion: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole completion as the only chunk of a stream."""
+    (choice,) = completion["choices"]
+    message = dict(choice["message"])
+    if "tool_calls" in message:
+        message["tool_calls"] = [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]
+    delta = {"index": 0, "delta": message, "finish_reason": choice["finish_reason"]}
+    return {**completion, "object": "chat.completion.chunk", "choices": [delta]}
 
 
 def _key(taskset: str, config: Mapping[str, Any]) -> str:

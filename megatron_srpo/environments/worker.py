@@ -26,7 +26,7 @@ from typing import Any
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.user_code import limit_memory
 from megatron_srpo.environments.base import Environment, Step, Task
-from megatron_srpo.environments.registry import resolve
+from megatron_srpo.environments.registry import BUILT_IN, check_arguments, resolve
 
 HEADER_BYTES = 8
 LARGEST_PACKET = 2**17  # bytes of a message to the program, or of its; a socket of packets keeps them apart
@@ -57,8 +57,11 @@ def main(descriptor: int) -> None:
     classes: dict[str, type[Environment]] = {}
     for kind, reference in setup.classes.items():
         try:
+            arguments = setup.arguments.get(kind, {})
             classes[kind] = resolve(reference)
-            classes[kind].prepare(**setup.arguments.get(kind, {}))
+            if reference in BUILT_IN:
+                check_arguments(classes[kind], arguments, reference)
+            classes[kind].prepare(**arguments)
         except Exception as error:
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             _tell(control, {"failed": f"kind {kind!r}: {text}"})

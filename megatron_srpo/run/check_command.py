@@ -21,6 +21,7 @@ from megatron_srpo.rewards.registry import unknown
 
 if TYPE_CHECKING:
     from megatron_srpo.algorithms.base import SourceName
+    from megatron_srpo.run.check_environments import Reading
     from megatron_srpo.run.prompting import Prompting
 
 MOST = 32  # prompts of a kind whose rewards are called
@@ -87,11 +88,13 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
     kinds: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         kinds.setdefault(prompt.kind, []).append(prompt)
-    readings: dict[str, list[int]] = {}
+    readings: dict[str, Reading] = {}
     if config.environment.classes:
         from megatron_srpo.run.check_environments import first_readings
 
-        readings, found = first_readings(config, prompting.tokenizer, prompting.chat_options, prompts, say)
+        readings, found = first_readings(
+            config, prompting.tokenizer, prompting.chat_options, prompts, prompting.teacher_prompt, say
+        )
         problems += found
     for line in unset_variables("reward.environment", config.reward.environment):
         say(f"\nwarning: {line}")
@@ -101,8 +104,12 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
             say(f'\nkind "{kind}": {len(group)} train prompts')
             _show_prompt(config, prompting, group[0], say)
             if kind in readings:
-                say(f"what an episode with its environment begins with ({len(readings[kind])} tokens):")
-                _show(prompting.tokenizer.decode(readings[kind]), say)
+                reading = readings[kind]
+                say(f"what an episode with its environment begins with ({len(reading.first)} tokens):")
+                _show(prompting.tokenizer.decode(reading.first), say)
+                if reading.teacher:
+                    say("what its teacher reads before turn 2, if a reward gives feedback on both turns:")
+                    _show(prompting.tokenizer.decode(reading.teacher), say)
             if unknown(kind, config.reward.functions):
                 say("its environment gives the rewards")
                 continue

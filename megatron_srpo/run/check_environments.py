@@ -4,15 +4,29 @@ read, and has the environment answer an empty turn."""
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_srpo.config import Config
 from megatron_srpo.core.environment import unset_variables
-from megatron_srpo.core.records import Prompt
-from megatron_srpo.data import Chat
+from megatron_srpo.core.records import Prompt, TurnFeedback
+from megatron_srpo.data import Chat, TeacherPromptBuilder
+from megatron_srpo.data.conversation import Conversation
 from megatron_srpo.data.tokenizer import Tokenizer
 from megatron_srpo.environments import Task
+from megatron_srpo.environments.base import Message
 from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, Started
+
+MADE_UP_TURN, MADE_UP_FEEDBACK = "(a made-up turn)", "(made-up feedback on turn {})"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of one kind of episodes, as tokens."""
+
+    first: Sequence[int]  # by the policy, before its first turn
+    teacher: Sequence[int] = ()  # by its teacher before turn 2, with feedback on both turns (teacher.feedback_at)
 
 
 def first_readings(
@@ -20,12 +34,14 @@ def first_readings(
     tokenizer: Tokenizer,
     options: Mapping[str, object],
     prompts: Sequence[Prompt],
+    teacher: TeacherPromptBuilder,
     say: Callable[[str], None],
-) -> tuple[dict[str, list[int]], list[str]]:
-    """By kind the tokens of an episode's first turn, for the first of its prompts; and a line for everything that
-    cannot be. UserError if a class cannot be imported."""
-    chat = Chat(tokenizer, options, config.environment.history)
-    readings: dict[str, list[int]] = {}
+) -> tuple[dict[str, Reading], list[str]]:
+    """By kind what is read of an episode of the first of its prompts; and a line for everything that cannot be.
+    UserError if a class cannot be imported."""
+    at_turns = config.teacher.feedback_at == "turn"
+    chat = Chat(tokenizer, options, config.environment.history, gaps=at_turns)
+    readings: dict[str, Reading] = {}
     problems: list[str] = []
 
     for line in unset_variables("environment.variables", config.environment.variables):
@@ -39,12 +55,18 @@ def first_readings(
                 if prompt.kind not in config.environment.classes:
                     continue
                 try:
-                    started = await _start(pool, prompt)
+                    started, answer = await _start(pool, prompt)
                     conversation = chat.begin(prompt, started.messages, started.tools)
                 except EpisodeError as error:
                     problems.append(f'kind "{prompt.kind}": its environment does not work: {error}')
                     continue
-                readings[prompt.kind] = conversation.context
+                readings[prompt.kind] = Reading(tuple(conversation.context))
+                if at_turns and answer:
+                    turn = [*chat.encode(MADE_UP_TURN), tokenizer.eos_token_id]
+                    conversation.add_reply(turn, [0.0] * len(turn), stopped=True)
+                    conversation.add_messages(answer, room=sys.maxsize, longest=sys.maxsize)
+                    read = _with_feedback(conversation, prompt, teacher)
+                    readings[prompt.kind] = replace(readings[prompt.kind], teacher=read)
                 if not conversation.shows_tools:
                     say(
                         f'\nwarning: kind "{prompt.kind}": the chat template of this tokenizer does not show the tools '
@@ -63,14 +85,31 @@ def first_readings(
     return readings, problems
 
 
-async def _start(pool: EnvironmentPool, prompt: Prompt) -> Started:
-    """What an episode begins with, if the environment can also answer an empty turn."""
+def _with_feedback(conversation: Conversation, prompt: Prompt, teacher: TeacherPromptBuilder) -> Sequence[int]:
+    """What a teacher reads before the second turn, with feedback on both turns; nothing if it cannot be shown."""
+    if conversation.contexts:  # of the sequence in which that turn is
+        context = conversation.contexts[-1]
+        prompt = replace(
+            prompt, messages=context.messages, tools=context.tools, question=context.question,
+            token_ids=list(context.token_ids),
+        )  # fmt: skip
+    first, second = (MADE_UP_FEEDBACK.format(turn) for turn in (1, 2))
+    if conversation.gaps:
+        (gap,) = conversation.gaps
+        shown = teacher(prompt, None, first, TurnFeedback(gaps=((gap, second),)))
+        return () if shown is None else [*shown.ids, *conversation.token_ids[: gap.begin], *shown.filled[0]]
+    shown = teacher(prompt, None, first, TurnFeedback({len(conversation.messages) - 1: second}))
+    return () if shown is None else shown.ids
+
+
+async def _start(pool: EnvironmentPool, prompt: Prompt) -> tuple[Started, list[Message]]:
+    """What an episode begins with, and what the environment answers to an empty turn."""
     process = await pool.open()
     try:
         started = await process.start(
             prompt.kind, Task(prompt.messages, prompt.answer, dict(prompt.metadata), seed=0, sample=0)
         )
-        await process.step("")
-        return started
+        step = await process.step("")
+        return started, [] if step.done else list(step.messages)
     finally:
         await process.close()

@@ -47,10 +47,14 @@ def kill_everything(process) -> None:
 
 
 def killed_after(config, iteration: int, *overrides: str) -> None:
-    """Start a run and kill all of it when it has said that `iteration` is done."""
+    """Start a run and kill all of it when it has said that `iteration` is done, and has a checkpoint. Checkpoints are
+    written while the training goes on, so on a busy machine the first one may come some iterations late."""
     process = tiny_run.start(config, *overrides, ranks=RANKS)
+    done = 0
     for line in process.stdout:
-        if line.startswith(f"iteration {iteration}/"):
+        if line.startswith("iteration "):
+            done = int(line.removeprefix("iteration ").partition("/")[0])
+        if done >= iteration and published(config.parent / "out/checkpoints"):
             break
     kill_everything(process)
 

@@ -117,3 +117,28 @@ def test_a_chat_template_that_shows_no_tools_is_warned_about(checked, tmp_path, 
     )  # fmt: skip
     assert code == exit_codes.DONE and "its environment gives the rewards" in out
     assert ("the chat template of this tokenizer does not show the tools" in out) is tools
+
+
+ASKS_AGAIN = """
+from megatron_srpo.environments import Environment, Step
+
+
+class Asks(Environment):
+    async def step(self, reply):
+        return Step([{"role": "user", "content": "And now?"}], reward=1.0)
+"""
+
+
+@pytest.mark.parametrize("history", ["split", "keep"])
+def test_what_a_teacher_reads_with_feedback_at_turns_is_shown(checked, tmp_path, history):
+    (tmp_path / "asks.py").write_text(ASKS_AGAIN)
+    code, out, err = checked(
+        [row("hello", "4", "talk"), row("hi", "5", "talk")], "--environment.history", history,
+        "--environment.classes", f'{{talk = "{tmp_path}/asks.py:Asks"}}', "--algorithm.use_feedback", "true",
+        "--teacher.feedback_at", "turn", "--teacher.max_prompt_length", "320", "--data.max_prompt_length", "100",
+    )  # fmt: skip
+    assert code == exit_codes.DONE, err
+    read = out.partition("reads before turn 2")[2]
+    parts = ["hello", "(made-up feedback on turn 1)", "(a made-up turn)", "And now?", "(made-up feedback on turn 2)"]
+    places = [read.find(part) for part in parts]
+    assert min(places) >= 0 and places == sorted(places), read

@@ -10,7 +10,7 @@ import pytest
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task, sandbox
 from megatron_srpo.environments.code import PythonCode, read_code, read_tests
-from megatron_srpo.environments.registry import resolve
+from megatron_srpo.environments.registry import check_arguments, resolve
 from megatron_srpo.environments.sandbox import Limits
 from megatron_srpo.environments.tools import Tools, read_hermes
 
@@ -130,7 +130,7 @@ def test_results_and_calls_of_a_turn_are_limited(functions):
 )
 def test_what_is_no_tool_is_refused_before_any_episode(functions, name, told):
     with pytest.raises(UserError, match=told):
-        Tools.prepare(functions=functions(name))
+        check_arguments(Tools, {"functions": functions(name)}, "tools")
 
 
 def test_unknown_environments_are_refused():

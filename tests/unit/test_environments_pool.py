@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import venv
 from contextlib import closing
 
 import psutil
@@ -144,3 +145,20 @@ def test_a_server_that_is_started_by_itself_tells_of_variables_that_do_not_exist
     config = Config(model={"path": "m"}, data={"train": "t"}, rollout={"server_environment": ["UNSET"]})
     engines.serve(config, "127.0.0.1", 8000)
     assert "warning: rollout.server_environment: UNSET is not set" in capsys.readouterr().err
+
+
+def test_a_python_without_our_packages_names_the_missing_one(tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False)
+    python = str(tmp_path / "bare/bin/python")
+    text = refusal(classes={"row": "tools"}, interpreter=python)
+    assert f'environment.interpreter = "{python}" cannot import' in text and "No module named 'pydantic'" in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "argument"),
+    [("openenv", "url"), ("textarena", "game"), ("verifiers", "taskset"), ("python", "attempts")],
+)
+def test_a_misspelt_argument_is_told_before_anything_of_the_library_is_needed(environment, argument):
+    text = refusal(classes={"row": environment}, arguments={"row": {f"{argument}x": "1"}})
+    assert f'arguments of a "{environment}" environment' in text and f"{argument}x" in text
+    assert f"(it takes {argument}" in text

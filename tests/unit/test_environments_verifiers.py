@@ -146,10 +146,39 @@ if __name__ == "__main__":
     Adder.run()
 '''
 
+# A harness of its own that asks for streams, as the library's programs do.
+STREAMS = """
+import openai
+import verifiers.v1 as vf
+from verifiers.v1.harnesses.utils.core import chat
+
+
+class Streams(vf.Harness[vf.HarnessConfig]):
+    EXECUTES_CODE = NEEDS_CONTAINER = False
+
+    async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data):
+        client = openai.AsyncOpenAI(base_url=endpoint, api_key=secret)
+        messages = [{"role": "user", "content": data.prompt}]
+        function = {"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}}
+        for answer in ("Look first.", "It is 6.", ""):
+            found = await chat(client, ctx.model, messages, [{"type": "function", "function": function}])
+            reply = found.choices[0].message.model_dump(exclude_none=True)
+            messages.append(reply)
+            for call in reply.get("tool_calls", []):
+                answer = f"called {call['function']['name']} with {call['function']['arguments']}"
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": answer})
+            if not reply.get("tool_calls"):
+                messages.append({"role": "user", "content": answer})
+        return vf.ProgramResult(exit_code=0, stdout="", stderr="")
+
+
+__all__ = ["Streams"]
+"""
+
 
 @pytest.fixture
 def tasksets(tmp_path, monkeypatch):
-    for name, text in {"sums": SUMS, "guesses": GUESSES, "adds": TOOLS}.items():
+    for name, text in {"sums": SUMS, "guesses": GUESSES, "adds": TOOLS, "streams": STREAMS}.items():
         (tmp_path / f"srpo_test_{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
 
@@ -201,6 +230,16 @@ def test_its_tools_are_called(mark, tasksets):
     assert steps[0].messages == [{"role": "tool", "content": "42"}] and steps[0].tool_calls == 1
     assert "there is no tool 'adder'" in steps[1].messages[0]["content"]
     assert steps[2].done and steps[2].reward == 1.0
+
+
+@pytest.mark.parametrize("mark", [pytest.param(0, marks=needs_verifiers)])
+def test_a_harness_that_asks_for_streams_gets_the_reply_whole(mark, tasksets):
+    arguments = {"agent": {"harness": {"id": "srpo_test_streams"}}}
+    call = '<think>hm</think>I look.<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
+    ((_, steps),) = play(config("sums", config=arguments), ["Well.", call, "It is 6."], task=3)
+    assert steps[0].messages == [{"role": "user", "content": "Look first."}]
+    assert steps[1].messages == [{"role": "tool", "content": 'called look with {"at": 1}'}] and steps[1].tool_calls == 1
+    assert steps[2].done and steps[2].reward == 2.0
 
 
 @pytest.mark.parametrize("mark", [pytest.param(0, marks=needs_verifiers)])
