@@ -1,6 +1,7 @@
 """The environment "openenv": a server of OpenEnv (openenv 0.10), reset and stepped over its WebSocket.
 
-Every episode is a session of its own. The library is needed where the server runs, not here.
+Every episode is a session of its own. The library is needed where the server runs, not here. The server runs already
+(`url`), or each engine starts one for its episodes (`command`).
 """
 
 from __future__ import annotations
@@ -12,22 +13,42 @@ from typing import Annotated, Any
 import aiohttp
 from pydantic import StringConstraints, validate_call
 
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.base import Environment, Message, Step, Task
+from megatron_srpo.environments.server import HOST, start_server
 
-Address = Annotated[str, StringConstraints(pattern="^https?://")]
+Address = Annotated[str, StringConstraints(pattern="^(https?://.*)?$")]
+_PORTS: dict[tuple[str, ...], int] = {}  # of the servers that were started, by command
 
 
 class OpenEnv(Environment):
-    """One session. `url`: of the server, http://HOST:PORT. `action`: the field of its action that gets the reply's
+    """One session. `url`: of the server, http://HOST:PORT. `command`: starts one instead; "{port}" in it stands for the
+    port of loopback that it should use. `action`: the field of its action that gets the reply's
     text; "" if the reply is the whole action as JSON. `observation`: the field of its observation that the model reads;
     "" for all of it as JSON. `options`: what a reset is given beside the seed and the row's field "reset"."""
 
     @validate_call
     def __init__(
-        self, url: Address, action: str = "", observation: str = "", options: dict[str, Any] | None = None
-    ) -> None:
-        self._url, self._action, self._observation = url.rstrip("/"), action, observation
-        self._options = options or {}
+        self, url: Address = "", action: str = "", observation: str = "", options: dict[str, Any] | None = None,
+        command: list[str] = [],  # noqa: B006
+    ) -> None:  # fmt: skip
+        if bool(url) == bool(command):
+            raise UserError(
+                'environment openenv: expected either url = "http://HOST:PORT" or command = ["…", "{port}"]'
+            )
+        if command and not any("{port}" in word for word in command):
+            raise UserError(
+                f'environment openenv: command = {command}: expected "{{port}}" in it, for the server\'s port'
+            )
+        self._url = f"http://{HOST}:{_PORTS.get(tuple(command), 0)}" if command else url.rstrip("/")
+        self._action, self._observation, self._options = action, observation, options or {}
+
+    @classmethod
+    def prepare(cls, **arguments: Any) -> None:
+        """Start the server, if that is asked for."""
+        command = tuple(arguments.get("command") or ())
+        if command and command not in _PORTS:
+            _PORTS[command] = start_server(command)
 
     async def start(self, task: Task) -> Sequence[Message]:
         self._session = aiohttp.ClientSession()  # trust_env stays off: a proxy is not meant for it

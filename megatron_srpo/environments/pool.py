@@ -195,6 +195,8 @@ class EnvironmentPool:
                         "what is missing there, or name the Python of another virtual environment"
                     )
                 )
+        elif "lost" in message:
+            self._lost(message["lost"])
         elif "ready" in message:
             self._failed_starts = 0
             if not self._ready.done():
@@ -202,7 +204,7 @@ class EnvironmentPool:
         elif (episode := self._episodes.get(message.get("ended", -1))) is not None:
             episode.ended(str(message.get("how", "")))
 
-    def _lost(self) -> None:
+    def _lost(self, why: str = "the program in which environments run was lost") -> None:
         """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again."""
         ready = self._ready
         self._close_program()
@@ -223,7 +225,7 @@ class EnvironmentPool:
                 )
             ready.set_exception(wrong)
         else:
-            self._say("the program in which environments run was lost; it is started again, and its episodes with it")
+            self._say(f"{why}; it is started again, and its episodes with it")
 
     def end(self, episode: EpisodeProcess) -> None:
         """Forget an episode, and end what is left of its process."""

@@ -27,6 +27,7 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.user_code import limit_memory
 from megatron_srpo.environments.base import Environment, Step, Task
 from megatron_srpo.environments.registry import BUILT_IN, check_arguments, resolve
+from megatron_srpo.environments.server import die_with_parent, server_of
 
 HEADER_BYTES = 8
 LARGEST_PACKET = 2**17  # bytes of a message to the program, or of its; a socket of packets keeps them apart
@@ -128,7 +129,7 @@ class _Zygote:
         if pid == 0:
             try:
                 self._control.close()
-                _die_with_parent()
+                die_with_parent()
                 _adopt_orphans()
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -151,6 +152,10 @@ class _Zygote:
             if ended.si_pid in self._children:
                 _kill(ended.si_pid)  # what it has started; before its number can mean something else
             _, status = os.waitpid(ended.si_pid, 0)
+            if (server := server_of(ended.si_pid)) is not None:
+                _tell(self._control, {"lost": f"the server {server!r} has ended ({_how(status)})"})
+                self._end_all()
+                os._exit(0)
             number = self._children.pop(ended.si_pid, None)
             self._kill_orphans()
             if number is not None:
@@ -245,12 +250,6 @@ def _kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """Linux: end this process when its parent ends, however that is."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _adopt_orphans() -> None:

@@ -131,6 +131,16 @@ def test_a_session_of_a_real_openenv_server(mark, tmp_path):
             server.terminate()
 
 
+@pytest.mark.parametrize("mark", [pytest.param(0, marks=needs_libraries)])
+def test_a_real_openenv_server_is_started_for_the_episodes(mark, tmp_path):
+    (tmp_path / "server.py").write_text(SERVER)
+    command = [PYTHON, str(tmp_path / "server.py"), "{port}"]
+    arguments = {"command": command, "action": "message", "observation": "message"}
+    config = EnvironmentConfig(classes={"row": "openenv"}, arguments={"row": arguments})
+    for _, steps in play(config, ["a", "b", "c"], sessions=4):
+        assert [step.messages[0]["content"] for step in steps] == ["a1", "b2", "c3"] and steps[-1].reward == 1.0
+
+
 def test_without_the_library_the_cure_is_told():
     config = EnvironmentConfig(classes={"row": "textarena"}, arguments={"row": {"game": "x"}})
     try:

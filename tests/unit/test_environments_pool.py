@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import venv
 from contextlib import closing
 
@@ -14,7 +15,7 @@ from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task
 from megatron_srpo.environments.episodes import EpisodeRunner
-from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError
+from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, ProgramLost
 
 ECHO = """
 from megatron_srpo.environments import Environment, Step
@@ -50,6 +51,13 @@ def test_hundreds_of_episodes_run_at_once(tmp_path):
     assert said == []
 
 
+TASK = Task(({"role": "user", "content": "x"},), "", {}, 0, 0)
+
+
+def gone(process):
+    return not psutil.wait_procs([process], timeout=20)[1]
+
+
 SERVER = """
 import os, subprocess
 from megatron_srpo.environments import Environment, Step
@@ -67,12 +75,9 @@ def test_what_an_episode_has_started_ends_with_it_and_other_episodes_keep_theirs
     (tmp_path / "server.py").write_text(SERVER)
     config = EnvironmentConfig(classes={"row": f"{tmp_path}/server.py:Server"}, step_timeout_seconds=60.0)
 
-    def gone(process):
-        return not psutil.wait_procs([process], timeout=20)[1]
-
     async def begun(pool):
         process = await pool.open()
-        await process.start("row", Task(({"role": "user", "content": "x"},), "", {}, 0, 0))
+        await process.start("row", TASK)
         return process, psutil.Process(int((await process.step("go on")).messages[0]["content"]))
 
     async def several():
@@ -162,3 +167,69 @@ def test_a_misspelt_argument_is_told_before_anything_of_the_library_is_needed(en
     text = refusal(classes={"row": environment}, arguments={"row": {f"{argument}x": "1"}})
     assert f'arguments of a "{environment}" environment' in text and f"{argument}x" in text
     assert f"(it takes {argument}" in text
+
+
+SERVED = """
+import sys, urllib.request
+from megatron_srpo.environments import Environment, Step, start_server
+SERVER = '''
+import http.server, os, sys
+class Pid(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(str(os.getpid()).encode())
+    def log_message(self, *args): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Pid).serve_forever()
+'''
+class Served(Environment):
+    @classmethod
+    def prepare(cls):
+        cls.port = start_server([sys.executable, "-c", SERVER, "{port}"])
+    async def step(self, reply):
+        return Step([{"role": "user", "content": urllib.request.urlopen(f"http://127.0.0.1:{self.port}").read().decode()}])
+"""
+
+
+def test_a_server_that_was_killed_is_told_and_started_again_and_ends_with_the_program(tmp_path):
+    (tmp_path / "served.py").write_text(SERVED)
+    said = []
+
+    async def pid_of(pool):
+        episode = await pool.open()
+        try:
+            await episode.start("row", TASK)
+            return int((await episode.step("")).messages[0]["content"])
+        finally:
+            await episode.close()
+
+    async def play():
+        config = EnvironmentConfig(classes={"row": f"{tmp_path}/served.py:Served"})
+        with closing(EnvironmentPool(config, said.append)) as pool:
+            first = psutil.Process(await pid_of(pool))
+            assert await pid_of(pool) == first.pid, "episodes share it"
+            waiting = await pool.open()
+            first.kill()
+            with pytest.raises(ProgramLost):
+                for _ in range(600):
+                    await waiting.start("row", TASK)
+                    await asyncio.sleep(0.1)
+            await waiting.close()
+            second = psutil.Process(await pid_of(pool))
+            assert second.pid != first.pid
+        return second
+
+    assert gone(asyncio.run(play()))
+    assert len(said) == 1 and "has ended (killed by SIGKILL); it is started again, and its episodes" in said[0], said
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["false", "{port}"], "the server 'false .*' ended with exit code 1"),
+        (["sh", "-c", "echo no such app >&2; exit 3", "{port}"], "exit code 3. It said: no such app"),
+        (["no-such-program", "{port}"], "cannot be started: .*No such file"),
+        (["sleep", "9"], r"expected \"\{port\}\" in it"),
+        ([], 'expected either url = "http://HOST:PORT" or command'),
+    ],
+)
+def test_a_server_that_does_not_start_is_told(command, told):
+    assert re.search(told, refusal(classes={"row": "openenv"}, arguments={"row": {"command": command}}))
