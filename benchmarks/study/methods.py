@@ -52,6 +52,14 @@ METHODS = {
         # Other sources for the teacher, and the control that sees no demonstration.
         _srpo("srpo-none", {"algorithm.teachers": ["none"]}),
         _srpo("srpo-solution", {"algorithm.teachers": ["sibling", "solution"]}),
+        _srpo(
+            "srpo-solution-handover",
+            {
+                "algorithm.teachers": ["sibling", "solution"],
+                "algorithm.distill_patience": 10,
+                "algorithm.distill_decay": 10,
+            },
+        ),
         _srpo("srpo-memory", {"algorithm.teachers": ["sibling", "memory"]}),
         # What came after SRPO.
         Method("drift", {"algorithm.name": "drift"}),

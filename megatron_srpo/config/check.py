@@ -242,11 +242,6 @@ def _environments(config: Config) -> Iterator[str]:
             f"environment.memory_mib = {settings.memory_mib}: an episode cannot run with less than "
             f"{SMALLEST_MEMORY_MIB} MiB; raise it, or set 0 for no limit"
         )
-    if config.rollout.max_staleness:
-        yield (
-            f"rollout.max_staleness = {config.rollout.max_staleness}: episodes with environments cannot be generated "
-            "ahead of the training yet; set it to 0"
-        )
     if settings.history == "split":
         for key, value, wrong in (
             ("importance_ratio", algorithm.importance_ratio, "sequence"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.environments.episodes import BatchFeed, EpisodeRunner
 from megatron_srpo.rollout import Feed, GenerateRequest, OnRollout, RolloutEngine, SamplingSettings
+
+if TYPE_CHECKING:
+    from megatron_srpo.rollout.prefetcher import AsyncEngine
 
 Gathered = tuple[list[Rollout], Exception | None]
 
@@ -30,6 +34,7 @@ class EpisodeEngine:
 
     def __init__(self, engine: RolloutEngine, runner: EpisodeRunner | None, control: Gathering) -> None:
         self._engine, self._runner, self._control = engine, runner, control
+        self._ahead: dict[Future[list[Rollout]], list[BatchFeed]] = {}  # of batches that are not collected yet
 
     @property
     def weight_version(self) -> int:
@@ -47,15 +52,43 @@ class EpisodeEngine:
         if all(request.row is None for request in requests):
             return self._engine.generate(requests, sampling, on_rollout)
         feeds: list[BatchFeed] = []
+        begin = self._begin(feeds, sampling, on_rollout)
+        return self._gathered(feeds, lambda: self._engine.converse(requests, sampling, begin))
+
+    def submit(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> Future[list[Rollout]]:
+        """See AsyncEngine: rank 0, with servers."""
+        engine = cast("AsyncEngine", self._engine)
+        if all(request.row is None for request in requests):
+            return engine.submit(requests, sampling)
+        feeds: list[BatchFeed] = []
+        answers = engine.submit_feed(requests, sampling, self._begin(feeds, sampling))
+        self._ahead[answers] = feeds
+        return answers
+
+    def collect(self, answers: Future[list[Rollout]]) -> list[Rollout]:
+        """See AsyncEngine. The other ranks are in `generate`."""
+        engine = cast("AsyncEngine", self._engine)
+        if answers not in self._ahead:
+            return engine.collect(answers)
+        return self._gathered(self._ahead.pop(answers), lambda: engine.collect(answers))
+
+    def _begin(
+        self, feeds: list[BatchFeed], sampling: SamplingSettings, on_rollout: OnRollout | None = None
+    ) -> Callable[[list[GenerateRequest]], Feed]:
+        """What begins the episodes of an engine, and notes their feed in `feeds`."""
 
         def begin(mine: list[GenerateRequest]) -> Feed:
             assert self._runner is not None, "this rank's engine is handed requests"
             feeds.append(self._runner.feed(mine, sampling, on_rollout))
             return feeds[0]
 
+        return begin
+
+    def _gathered(self, feeds: list[BatchFeed], converse: Callable[[], object]) -> list[Rollout]:
+        """The episodes of all engines on rank 0, when `converse` has come to its end on every rank."""
         error: Exception | None = None
         try:
-            self._engine.converse(requests, sampling, begin)
+            converse()
         except Exception as failure:  # the other ranks wait in the gather and must learn of the error there
             error = failure
         finally:
@@ -83,6 +116,8 @@ class EpisodeEngine:
 
     def close(self) -> None:
         """End the environments, then the engine."""
+        for feed in (feed for feeds in self._ahead.values() for feed in feeds):
+            feed.stop()
         if self._runner is not None:
             self._runner.close()
         self._engine.close()

@@ -191,7 +191,7 @@ class _OneEpisode:
         self._turn_feedback: list[str] = []
         self._calls = self._errors = 0
         self._experts: dict[int, list[Experts]] = {}  # of each sequence's turns, where the engine returns them
-        self._version: int | None = None
+        self._versions: list[int] = []  # the publish behind each token; of the environment's: that of the next turn
         self._cut = self._trouble = ""
 
     async def run(self) -> Rollout:
@@ -241,8 +241,8 @@ class _OneEpisode:
         answer = await self._feed.turn(request)
         if (experts := answer.experts_of(0)) is not None:
             self._experts.setdefault(len(conversation.contexts), []).append(experts)
-        version = answer.weight_version
-        self._version = version if self._version is None else min(self._version, version)
+        self._versions += [answer.weight_version] * (len(conversation.token_ids) - len(self._versions))
+        self._versions += answer.token_versions or [answer.weight_version] * len(answer.token_ids)
         stopped = answer.finish_reason == "stop"
         if not stopped:
             self._cut = "tokens"
@@ -281,9 +281,11 @@ class _OneEpisode:
             conversation = self._runner.chat.begin(self._prompt)
         turns, contexts = conversation.turns, tuple(conversation.contexts) if conversation.turns else ()
         unanswered = [""] * (len(turns) - len(self._turn_feedback))  # the environment has failed
+        versions = self._versions + self._versions[-1:] * (len(conversation.token_ids) - len(self._versions))
         return Rollout(
             self._request.prompt, self._request.sample, conversation.token_ids, conversation.logprobs,
-            conversation.transcript, "length" if self._cut else "stop", self._version or 0,
+            conversation.transcript, "length" if self._cut else "stop", min(versions, default=0),
+            token_versions=versions if len(set(versions)) > 1 else None,
             trained=np.array(conversation.trained, dtype=bool), contexts=contexts,
             experts=tuple(map(experts_of_turns, self._experts.values())) or None,
             episode=Episode(

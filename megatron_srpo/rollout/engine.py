@@ -127,6 +127,8 @@ def decode_inside(vocab_size: int, decode: Callable[[list[int]], str], ids: list
 class Feed(Protocol):
     """Requests that become ready while others are being answered: the turns of episodes, each behind its last."""
 
+    rollouts: list[Rollout]  # of the episodes that are complete
+
     def ready(self, *, wait: bool) -> list[GenerateRequest] | None:
         """Requests that are ready and were not given before; None if there will be no more. With `wait` it returns
         when there is one, or None. At any time an episode, which (prompt, sample) identifies, has one request at

@@ -324,7 +324,7 @@ class Fleet(Generic[ServerT]):
 
     async def converse(self, feed: Feed, sampling: SamplingSettings, salt: str) -> list[Rollout]:
         """Answer the requests of a feed until it has no more; see RolloutEngine. The turns of an episode share the
-        prefix cache, and so do the samples of a prompt. Returns [], the feed has the answers."""
+        prefix cache, and so do the samples of a prompt. Returns the feed's rollouts."""
         jobs: set[asyncio.Future[Rollout]] = set()
         failed: list[BaseException] = []
 
@@ -345,7 +345,7 @@ class Fleet(Generic[ServerT]):
                 self.pump()
             if failed:
                 raise failed[0]
-            return []
+            return feed.rollouts
         finally:
             for answer in list(jobs):
                 answer.cancel()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_srpo.core.records import Prompt, Rollout
-from megatron_srpo.rollout.engine import GenerateRequest, OnRollout, SamplingSettings
+from megatron_srpo.rollout.engine import Feed, GenerateRequest, OnRollout, SamplingSettings
 
 
 class AsyncEngine(Protocol):
@@ -28,8 +28,15 @@ class AsyncEngine(Protocol):
         """Begin to generate."""
         ...
 
+    def submit_feed(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        begin: Callable[[list[GenerateRequest]], Feed],
+    ) -> Future[list[Rollout]]:  # fmt: skip
+        """Begin to converse; see RolloutEngine."""
+        ...
+
     def collect(self, answers: Future[list[Rollout]]) -> list[Rollout]:
-        """Wait for what `submit` began."""
+        """Wait for what `submit` or `submit_feed` began."""
         ...
 
     def generate(

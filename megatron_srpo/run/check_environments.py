@@ -62,8 +62,9 @@ def first_readings(
                     continue
                 readings[prompt.kind] = Reading(tuple(conversation.context))
                 if at_turns and answer:
-                    turn = [*chat.encode(MADE_UP_TURN), tokenizer.eos_token_id]
-                    conversation.add_reply(turn, [0.0] * len(turn), stopped=True)
+                    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+                    turn = [*chat.encode(MADE_UP_TURN), *end]
+                    conversation.add_reply(turn, [0.0] * len(turn), stopped=bool(end))
                     conversation.add_messages(answer, room=sys.maxsize, longest=sys.maxsize)
                     read = _with_feedback(conversation, prompt, teacher)
                     readings[prompt.kind] = replace(readings[prompt.kind], teacher=read)

@@ -108,6 +108,26 @@ def test_servers_give_the_same_episodes_as_engines_in_the_ranks(config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("in_flight", ["finish", "pause"])
+def test_servers_run_episodes_ahead_of_the_training(config, in_flight):
+    lines = []
+    for iterations in (2, 4):  # stopped with a batch under way, and resumed
+        options = (f"--run.iterations={iterations}", "--eval.every=3", f"--data.test={config.parent}/data.jsonl")
+        servers = ("--rollout.placement=servers", "--rollout.max_staleness=1", f"--rollout.in_flight={in_flight}")
+        train(config, f"--run.output_dir={out(config, 'ahead')}", *options, *servers)
+        lines = records(out(config, "ahead"))
+    lines = [line for line in lines if "episode/turns_max" in line]
+    assert len(lines) == 4 and [line["rollout/weight_version"] for line in lines] == [0, 0, 2, 2]
+    assert [line["rollout/staleness_max"] for line in lines] == [0, 1, 0, 1], (
+        "a resumed run draws its first batch again"
+    )
+    assert all(line["rollout/stale_samples"] == 0 for line in lines)
+    assert max(line["episode/turns_max"] for line in lines) == 3
+    assert max(lines[0]["rollout_corr/logprob_diff_max"], lines[2]["rollout_corr/logprob_diff_max"]) <= 1e-5
+    assert max(line["rollout_corr/logprob_diff_max"] for line in lines) > 1e-5, "importance weights see the difference"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["split", "keep"])
 def test_feedback_stands_at_its_turn_on_both_placements(config, history):
     options = (

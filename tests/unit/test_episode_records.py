@@ -142,7 +142,6 @@ def test_an_environments_reward_stands_and_a_reward_function_scores_the_last_tur
     [
         ({"algorithm": {"importance_ratio": "sequence"}}, 'set environment.history = "keep"'),
         ({"algorithm": {"rollout_correction": "sequence_mask"}}, 'set environment.history = "keep"'),
-        ({"rollout": {"max_staleness": 1, "placement": "servers"}}, "cannot be generated ahead"),
         ({"environment": {"arguments": {"other": {}}}}, "has no kind 'other'"),
     ],
 )

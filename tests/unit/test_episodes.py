@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.records import Rollout
 from megatron_srpo.environments.tools import read_hermes
 from megatron_srpo.rollout import engine_tool_parser, turn_seed
 from tests.tiny_engines import tiny_engine
@@ -91,6 +92,37 @@ def test_the_same_batch_again_is_equal_bit_for_bit_whatever_the_environments_tak
     once = facts(run(engine, faithful))
     other = facts(run(engine, faithful, settings={"arguments": {"talk": {"wait": 0.1}}, "processes": 4}))
     assert once == other
+
+
+class Publishing:
+    """An engine whose weights are published between two turns of an episode, and in the middle of the second."""
+
+    def __init__(self, end):
+        self._reply = [40, 41, end]
+
+    def converse(self, requests, sampling, begin):
+        feed, turn = begin(list(requests)), 0
+        while (ready := feed.ready(wait=True)) is not None:
+            for request in ready:
+                versions = [[4, 4, 4], [4, 5, 6]][turn] if turn < 2 else None
+                feed.answer(
+                    Rollout(
+                        request.prompt, request.sample, self._reply, [-1.0] * 3, "", "stop", min(versions or [6]),
+                        token_versions=versions,
+                    )
+                )  # fmt: skip
+                turn += 1
+
+
+def test_an_episode_says_which_weights_sampled_each_token(faithful):
+    prompts = make_prompts(faithful, 1)
+    tokenizer = AutoTokenizer.from_pretrained(faithful)
+    config = make_config(faithful)
+    with episode_engine(Publishing(tokenizer.eos_token_id), config) as talking:
+        (rollout,) = talk(talking, config, prompts, 1)
+    assert rollout.weight_version == 4 and len(rollout.token_versions) == len(rollout.token_ids)
+    sampled = [version for version, own in zip(rollout.token_versions, rollout.trained, strict=True) if own]
+    assert sampled == [4, 4, 4, 4, 5, 6, 6, 6, 6]
 
 
 def test_turns_have_seeds_of_their_own():

@@ -259,15 +259,23 @@ class ServersEngine:
         begin: Callable[[list[GenerateRequest]], Feed],
     ) -> None:  # fmt: skip
         """See RolloutEngine. Rank 0 has the feed of all servers."""
+        self.collect(self.submit_feed(requests, sampling, begin))
+
+    def submit_feed(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
+        begin: Callable[[list[GenerateRequest]], Feed],
+    ) -> Answers:  # fmt: skip
+        """Begin to converse. `collect` waits for the end, and returns the feed's rollouts."""
         check_lengths(requests, sampling, self._max_model_len)
         _require_whole_publish(self._half_published)
         feed = begin(list(requests))
         answers = self._fleet.start(self._fleet.converse(feed, sampling, self._salt()))
         answers.add_done_callback(lambda _: self._events.put(None))
-        self.collect(answers)
+        return answers
 
     def collect(self, answers: Answers) -> list[Rollout]:
-        """The answers to what was submitted, sorted by (prompt, sample). Collective: the others are in `generate`."""
+        """The answers to what was submitted; those to requests are sorted by (prompt, sample). Collective: the others
+        are in `generate` or `converse`."""
         while names := self._control.share(lambda: self._next_event(answers)):
             self._send_weights(names)
         rollouts = answers.result()
