@@ -58,6 +58,7 @@ class SamplingSettings:
     max_tokens: int = 16
     ignore_eos: bool = False  # continue to max_tokens (benchmarks)
     experts: bool = False  # Rollout.experts is wanted; the engine must have been started for it
+    goes_on: bool = False  # every request continues one of the call before: engines in ranks keep their caches
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class GenerateRequest:
     token_ids: list[int]  # of the prompt
     seed: int  # of this response's sampling; see request_seed
     max_tokens: int = 0  # of this response, at most those of the call; 0: as many
+    begun: int = 0  # of token_ids, at its end: the response so far, which Rollout.text contains as well
+    cut: bool = False  # the response goes on after max_tokens: its finish_reason is then "part", and it has no text
     row: Prompt | None = None  # what an episode is about; None: one turn
     group_seed: int = 0  # of the environment: the same for all samples of a group
 
