@@ -495,11 +495,6 @@ def _experts(config: Config, shape: ModelShape) -> Iterator[str]:
             f'teacher.routing_replay = true: with rollout.routing_replay = "{config.rollout.routing_replay}" the '
             'engine returns no experts; set it to false, or rollout.routing_replay = "rollout"'
         )
-    if config.rollout.partial_tokens and config.rollout.replay(shape.experts) == "rollout":
-        yield (
-            f"rollout.partial_tokens = {config.rollout.partial_tokens}: the engine's experts of unfinished responses "
-            'are not kept between iterations; set rollout.routing_replay = "old" or "off", or partial_tokens = 0'
-        )
     width, engine = shape.expert_ffn, config.rollout.tensor_parallel_size
     if width % engine:
         yield (

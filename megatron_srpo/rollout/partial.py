@@ -15,6 +15,7 @@ resumed run makes the same choices.
 from __future__ import annotations
 
 import base64
+import io
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ import numpy as np
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.protocols import State
-from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
+from megatron_srpo.core.records import Attempt, Experts, Group, Prompt, Reward, Rollout
+from megatron_srpo.rollout.engine import experts_of_turns
 
 
 class Part(NamedTuple):
@@ -194,7 +196,8 @@ class PartialPool:
     # ---- checkpoints ----
 
     def state_dict(self) -> State:
-        """The loader's state, and the groups under way: about 11 bytes of JSON for a token."""
+        """The loader's state, and the groups under way: about 11 bytes of JSON for a token, and 1.3 for each byte of
+        its experts."""
         groups = [_saved(group) for group in self._groups]
         return {**self._loader.state_dict(), UNDER_WAY: {"drawn": self._drawn, "groups": groups}}
 
@@ -234,7 +237,13 @@ def joined(begun: Rollout | None, part: Rollout) -> Rollout:
         part, token_ids=begun.token_ids + part.token_ids, logprobs=begun.logprobs + part.logprobs,
         weight_version=begun.weight_version, token_versions=versions if versions[0] != versions[-1] else None,
         trained=np.zeros(0, dtype=bool),
+        experts=None if part.experts is None else experts_of_turns([_experts(begun), _experts(part)]),
     )  # fmt: skip
+
+
+def _experts(rollout: Rollout) -> Experts:
+    assert isinstance(rollout.experts, np.ndarray), "one sequence, and the engine was asked for its experts"
+    return rollout.experts
 
 
 def versions_of(rollout: Rollout) -> list[int]:
@@ -254,6 +263,7 @@ class _SavedRollout(TypedDict):
     versions: list[tuple[int, int]]  # a version, and how many tokens in a row have it
     text: str
     finish_reason: str
+    experts: str | None  # base64 of a .npy file
 
 
 class _SavedAttempt(TypedDict):
@@ -298,7 +308,18 @@ def _saved_rollout(rollout: Rollout) -> _SavedRollout:
         or [(rollout.weight_version, 0)],
         "text": rollout.text,
         "finish_reason": rollout.finish_reason,
+        "experts": None if rollout.experts is None else _packed(_experts(rollout)),
     }
+
+
+def _packed(values: Experts) -> str:
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _unpacked(text: str) -> Experts:
+    return cast("Experts", np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False))
 
 
 def _loaded_rollout(saved: _SavedRollout) -> Rollout:
@@ -308,6 +329,7 @@ def _loaded_rollout(saved: _SavedRollout) -> Rollout:
         0, saved["sample"], array("i", base64.b64decode(saved["token_ids"])),
         array("f", base64.b64decode(saved["logprobs"])), saved["text"], saved["finish_reason"], runs[0][0],
         token_versions=versions if len(runs) > 1 else None,
+        experts=None if saved["experts"] is None else _unpacked(saved["experts"]),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_srpo.config import RolloutConfig
@@ -23,7 +24,7 @@ from megatron_srpo.run.partial import PartialGenerator
 from tests.tiny_engines import LONG, MAX_TOKENS, PROMPTS, VOCAB, tiny_engine
 from tests.tiny_models import make_tiny_model
 
-ROUND, LONGEST, SAMPLES = 8, 64, 3
+ROUND, LONGEST, SAMPLES, PROMPT = 8, 64, 3, 5
 
 
 def settings(batch=4, extra=3, staleness=2, longest=LONGEST):
@@ -53,7 +54,10 @@ def respond(part, version):
     end = min(whole, len(part.begun) + ROUND)
     ids = [(part.seed + n) % 1000 for n in range(len(part.begun), end)]
     reason = "part" if end < whole else "length" if whole == LONGEST else "stop"
-    return Rollout(part.prompt, part.sample, ids, [-ids[0] / 7] * len(ids), f"{whole}", reason, version)
+    experts = np.arange(PROMPT + end - 1, dtype=np.uint8)[:, None, None] + np.uint8(version)
+    return Rollout(
+        part.prompt, part.sample, ids, [-ids[0] / 7] * len(ids), f"{whole}", reason, version, experts=experts
+    )  # fmt: skip
 
 
 def iterate(pool):
@@ -70,7 +74,7 @@ def iterate(pool):
 
 def facts(groups):
     return [
-        (group.prompt.uid, a.rollout, versions_of(a.rollout), a.reward, a.correct)
+        (group.prompt.uid, a.rollout, a.rollout.experts.tolist(), a.reward, a.correct)
         for group in groups
         for a in group.attempts
     ]
@@ -113,6 +117,11 @@ def test_a_response_is_that_of_one_request_and_a_groups_seeds_are_those_without_
             expected = [(seed + n) % 1000 for n in range(length_of(seed))]
             assert list(attempt.rollout.token_ids) == expected
             assert len(attempt.rollout.logprobs) == len(attempt.rollout.trained) == len(expected)
+            # A token has the experts of the version that computed it first, which is when the next one was sampled.
+            versions = versions_of(attempt.rollout)
+            computed = [versions[0]] * PROMPT + versions[1:]
+            experts = attempt.rollout.experts[:, 0, 0].astype(int)
+            assert (experts == np.arange(len(experts)) + computed).all()
 
 
 def test_a_resumed_pool_goes_on_as_if_nothing_had_happened():
