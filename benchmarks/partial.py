@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace, engine: Any, tokens: int, extra: int) -
         found.update(
             iterations=1, steps=engine.steps - steps, cpu=cpu_seconds() - used, again=drawn.counts["again"],
             tokens=sum(len(rollout.token_ids) for rollout in trained), age=sum(ages), responses=len(ages),
-        )  # type: ignore[call-overload]  # fmt: skip
+        )  # fmt: skip
     return {
         "steps an iteration": found["steps"] / found["iterations"],
         "steps a 1,000 tokens": 1000 * found["steps"] / found["tokens"],
