@@ -1,6 +1,6 @@
 """Partial rollouts against iterations that complete every response: engine steps, CPU seconds, ages of responses.
 
-    python -m benchmarks.partial [--size 1M] [--prompts 8] [--samples 8] [--mean 128] [--longest 512] [--iterations 16]
+    python -m benchmarks.partial [--size 1M] [--prompts 8] [--samples 8] [--mean 100] [--longest 448] [--iterations 16]
     python -m benchmarks.partial --no-engine --prompts 32 --mean 2000 --longest 8192 --iterations 60
 
 Lengths of responses are log-normal (of the logarithm: --sigma) and belong to their seeds, so that both ways generate
@@ -34,8 +34,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="1M", choices=("1M", "30M"))
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--mean", type=int, default=128, help="tokens of a response")
-    parser.add_argument("--longest", type=int, default=512, help="tokens of the longest response")
+    parser.add_argument("--mean", type=int, default=100, help="tokens of a response")
+    parser.add_argument("--longest", type=int, default=448, help="tokens of the longest response")
     parser.add_argument("--sigma", type=float, default=0.8)
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--staleness", type=int, default=8, help="rollout.max_staleness")
@@ -53,11 +53,11 @@ class DrawnLengths:
     def generate(self, requests: Sequence[Any], sampling: Any, on_rollout: Any = None) -> list[Any]:
         asked = []
         for request in requests:
-            left = random.Random(request.seed).choice(self._lengths) - request.begun
+            left = random.Random(request.seed).choice(self._lengths) - len(request.begun)
             tokens = min(left, request.longest(sampling))
             asked.append(replace(request, max_tokens=tokens, cut=left > tokens))
             if request.begun and not sampling.goes_on:
-                self.counts["again"] += len(request.token_ids)
+                self.counts["again"] += request.length
         self._engine.weight_version = self.weight_version
         return self._engine.generate(asked, replace(sampling, ignore_eos=True), on_rollout)
 
@@ -188,7 +188,8 @@ def measure(options: argparse.Namespace, engine: Any, tokens: int, extra: int) -
 def main() -> None:
     options = arguments()
     longest, batch = options.longest, options.prompts
-    ways = [(0, 0), *((longest // part, batch // share) for share in (4, 2, 1) for part in (16, 8, 4))]
+    parts = (16, 8, 4) if options.no_engine else (8,)
+    ways = [(0, 0), *((longest // part, batch // share) for share in (4, 2, 1) for part in parts)]
     print("partial_tokens partial_groups  steps/iteration  steps/1000  CPU s/1000  again  mean age  oldest")
     base: dict[str, float] = {}
     with nullcontext(NoEngine()) if options.no_engine else real_engine(options) as engine:

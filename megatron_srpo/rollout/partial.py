@@ -146,7 +146,7 @@ class PartialPool:
             place + 1 - self._batch * max(0, self._settings.max_staleness - self._age(group))
             for place, group in enumerate(self._groups)
         )
-        return min(self._batch, max(0, *crowded, 0))
+        return max(0, min(self._batch, max(crowded, default=0)))
 
     def _age(self, group: _UnderWay) -> int:
         return 0 if group.version is None else self.iteration - group.version

@@ -42,8 +42,8 @@ class _Rounds:
     def _request(self, part: Part, prompts: list[Prompt]) -> GenerateRequest:
         tokens, left = self._sampling.max_tokens, self._longest - len(part.begun)
         return GenerateRequest(
-            part.prompt, part.sample, [*prompts[part.prompt].token_ids, *part.begun], part.seed,
-            max_tokens=min(left, tokens), begun=len(part.begun), cut=left > tokens,
+            part.prompt, part.sample, prompts[part.prompt].token_ids, part.seed,
+            max_tokens=min(left, tokens), begun=part.begun, cut=left > tokens,
         )  # fmt: skip
 
 

@@ -196,3 +196,6 @@ class _ConsoleLog(SilentLog):
     def message(self, text: str) -> None:
         with suppress(OSError):  # a full disk behind standard output; whatever else is written will tell
             print(visible(text), flush=True)
+
+    def warn(self, text: str) -> None:
+        self.message(f"warning: {text}")

@@ -76,8 +76,7 @@ def check_parts(engine, folder):
     """A response in three rounds, the last one without the engine's cache, as in the next iteration."""
     request, sampling, whole = GenerateRequest(0, 0, LONG, 5, cut=True), replace(ASKED, max_tokens=4), None
     for goes_on in (False, True, False):
-        begun = [] if whole is None else whole.token_ids
-        asked = replace(request, token_ids=[*LONG, *begun], begun=len(begun))
+        asked = replace(request, begun=() if whole is None else whole.token_ids)
         (part,) = engine.generate([asked], replace(sampling, ignore_eos=True, goes_on=goes_on))
         whole = joined(whole, part)
     assert len(whole.token_ids) == 12

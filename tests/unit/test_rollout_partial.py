@@ -13,14 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_srpo.config import RolloutConfig
+from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
 from megatron_srpo.data import PromptLoader
-from megatron_srpo.rollout import GenerateRequest, PartialPool, SamplingSettings, request_seed
+from megatron_srpo.rollout import GenerateRequest, Part, PartialPool, SamplingSettings, request_seed, under_way
 from megatron_srpo.rollout.partial import versions_of
 from megatron_srpo.run.generation import GroupGenerator, Requests
-from megatron_srpo.run.partial import PartialGenerator
+from megatron_srpo.run.partial import PartialFollower, PartialGenerator
+from megatron_srpo.run.roles import Driver
 from tests.tiny_engines import LONG, MAX_TOKENS, PROMPTS, VOCAB, tiny_engine
 from tests.tiny_models import make_tiny_model
 
@@ -289,9 +290,80 @@ def test_an_engine_in_later_rounds_finds_the_keys_of_earlier_ones(tmp_path):
         sampling = SamplingSettings(max_tokens=4, ignore_eos=True)
         (begun,) = engine.generate([GenerateRequest(0, 0, LONG, 7, cut=True)], sampling)
         assert begun.finish_reason == "part" and begun.text == ""
-        more = GenerateRequest(0, 0, LONG + list(begun.token_ids), 7, begun=4, cut=True)
+        more = GenerateRequest(0, 0, LONG, 7, begun=begun.token_ids, cut=True)
         (kept,) = engine.generate([more], SamplingSettings(max_tokens=4, ignore_eos=True, goes_on=True))
         (dropped,) = engine.generate([more], sampling)
         assert cached == [0, 128, 0]
         assert kept.token_ids == dropped.token_ids
         assert isinstance(kept.token_ids, array)
+
+
+# ---- the roles of the ranks ------------------------------------------------------------------------------------------
+
+
+class MadeUpEngine:
+    """Writes down what it is asked, and answers it on rank 0 alone."""
+
+    def __init__(self, leads):
+        self.leads, self.asked = leads, []
+
+    def generate(self, requests, sampling, on_rollout):
+        self.asked.append((requests, sampling))
+        parts = [Part(r.prompt, r.sample, r.seed, r.begun) for r in requests]
+        return [respond(part, 0) for part in parts] if self.leads else []
+
+
+def test_the_other_ranks_ask_their_engines_for_the_same_rounds():
+    pool, sent = make_pool(settings(), 10), []
+
+    def share(compute):
+        sent.append(compute())
+        return sent[-1]
+
+    driving, following = MadeUpEngine(True), MadeUpEngine(False)
+    sampling, timer = SamplingSettings(max_tokens=LONGEST), SimpleNamespace(phase=lambda name: nullcontext())
+    lead = PartialGenerator(driving, Scorer(), SimpleNamespace(share=share), sampling, ROUND, pool)
+    control = SimpleNamespace(receive=lambda: sent.pop(0))
+    idle = SimpleNamespace(start=lambda prompts: None, finish=lambda rollouts: [])
+    follow = PartialFollower(following, idle, control, sampling, ROUND)
+    for iteration in range(3):
+        prompts = pool.next_batch()
+        assert len(lead(prompts, iteration, 0, timer)) == 4
+        rounds = [parts for parts in sent if parts]
+        assert follow(prompts, iteration, 0, timer) == [] and not sent
+        assert len(rounds) == pool.metrics()["rollout/rounds"]
+    assert driving.asked == following.asked and len(driving.asked) > 5
+    for requests, how in driving.asked:
+        assert how.max_tokens == ROUND
+        for request in requests:
+            left = LONGEST - len(request.begun)
+            assert request.max_tokens == min(ROUND, left) and request.cut == (left > ROUND)
+
+
+def driver(tmp_path, **rollout):
+    model = make_tiny_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "1", "kind": "exact"}\n' * 9)
+    config = Config(
+        model={"path": str(model)}, data={"train": str(tmp_path / "rows.jsonl")},
+        run={"output_dir": str(tmp_path / "out")}, rollout={"rollout_batch_size": 2, **rollout},
+    )  # fmt: skip
+    return Driver(config, splits=("train",))
+
+
+def test_partial_rollouts_can_be_switched_off_and_on_between_two_starts(tmp_path, capsys):
+    def restore(loader, state):
+        loader.load_state_dict(state)
+
+    (pool,) = (partial := driver(tmp_path, partial_tokens=8, max_staleness=1))._loaders
+    pool.next_batch()
+    state = json.loads(json.dumps(pool.state_dict()))
+    assert under_way(state) == 3
+    partial.restore_data(restore, state)
+    assert "warning" not in capsys.readouterr().out
+    plain = driver(tmp_path)
+    plain.restore_data(restore, state)
+    assert "warning: 3 groups were under way when the checkpoint was taken" in capsys.readouterr().out
+    (loader,) = plain._loaders
+    assert loader.state_dict()["position"] == 3
+    partial.restore_data(restore, loader.state_dict())
+    assert under_way(pool.state_dict()) == 0 and pool.state_dict()["position"] == 3

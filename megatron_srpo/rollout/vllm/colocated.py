@@ -198,8 +198,9 @@ class ColocatedEngine:
             )  # fmt: skip
             self._added += 1
             asked[str(self._added)] = request
+            tokens = [*request.token_ids, *request.begun] if request.begun else request.token_ids
             self._llm.llm_engine.add_request(
-                str(self._added), tokens_input(request.token_ids), parameters, lora_request=self._adapter
+                str(self._added), tokens_input(tokens), parameters, lora_request=self._adapter
             )
 
     def _step(self, asked: dict[str, GenerateRequest], sampling: SamplingSettings) -> list[Rollout]:
@@ -215,9 +216,8 @@ class ColocatedEngine:
                 f"{answer.finish_reason!r} for prompt {request.prompt}, sample {request.sample}"
             )
         part = request.cut and answer.finish_reason == "length"
-        begun = request.token_ids[len(request.token_ids) - request.begun :]
         try:
-            text = decode_inside(self._shape.vocab, lambda _: "", ids) if part else self._decode(begun + ids)
+            text = decode_inside(self._shape.vocab, lambda _: "", ids) if part else self._decode([*request.begun, *ids])
         except ValueError as error:
             raise RolloutError(
                 f"vLLM's answer to prompt {request.prompt}, sample {request.sample} cannot be used: {error}. The "
@@ -226,7 +226,7 @@ class ColocatedEngine:
         return Rollout(
             request.prompt, request.sample, array("i", ids), array("f", logprobs), text,
             "part" if part else answer.finish_reason, self.weight_version,
-            experts=expert_record(answer.routed_experts, len(request.token_ids) + len(ids), self._shape)
+            experts=expert_record(answer.routed_experts, request.length + len(ids), self._shape)
             if sampling.experts else None,
         )  # fmt: skip
 
