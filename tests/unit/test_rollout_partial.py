@@ -17,8 +17,18 @@ from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
 from megatron_srpo.data import PromptLoader
-from megatron_srpo.rollout import GenerateRequest, Part, PartialPool, SamplingSettings, request_seed, under_way
+from megatron_srpo.observe.watches import watches
+from megatron_srpo.rollout import (
+    GenerateRequest,
+    Part,
+    PartialPool,
+    RolloutError,
+    SamplingSettings,
+    request_seed,
+    under_way,
+)
 from megatron_srpo.rollout.partial import versions_of
+from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.generation import GroupGenerator, Requests
 from megatron_srpo.run.partial import PartialFollower, PartialGenerator
 from megatron_srpo.run.roles import Driver
@@ -367,3 +377,23 @@ def test_partial_rollouts_can_be_switched_off_and_on_between_two_starts(tmp_path
     assert loader.state_dict()["position"] == 3
     partial.restore_data(restore, loader.state_dict())
     assert under_way(pool.state_dict()) == 0 and pool.state_dict()["position"] == 3
+
+
+def test_an_engine_with_a_generator_per_request_is_refused_and_closed(monkeypatch):
+    closed = []
+    engine = SimpleNamespace(draws_one_by_one=True, close=lambda: closed.append(True))
+    monkeypatch.setattr("megatron_srpo.rollout.ColocatedEngine", lambda **settings: engine)
+    config = Config(
+        model={"path": "unused"}, data={"train": "unused"}, rollout={"partial_tokens": 8, "max_staleness": 1}
+    )  # fmt: skip
+    topology = SimpleNamespace(control_group=None, device=SimpleNamespace(type="cuda"))
+    with pytest.raises(RolloutError, match=r"rollout\.partial_tokens = 8: vLLM uses its Model Runner V1"):
+        build_engine(config, SimpleNamespace(topology=topology), SimpleNamespace())
+    assert closed == [True]
+
+
+def test_the_warning_of_a_mismatch_names_the_age_of_responses_if_they_may_be_old():
+    for staleness in (0, 1):
+        config = Config(model={"path": "unused"}, data={"train": "unused"}, rollout={"max_staleness": staleness})
+        text, is_warning = watches(config)[0].look({"rollout_corr/logprob_diff_mean": 1.0})
+        assert is_warning and ("the policy has moved since" in text) == bool(staleness)
