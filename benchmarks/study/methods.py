@@ -52,15 +52,17 @@ METHODS = {
         # Other sources for the teacher, and the control that sees no demonstration.
         _srpo("srpo-none", {"algorithm.teachers": ["none"]}),
         _srpo("srpo-solution", {"algorithm.teachers": ["sibling", "solution"]}),
-        _srpo(
+        _srpo("srpo-memory", {"algorithm.teachers": ["sibling", "memory"]}),
+        # Both together, at its own learning rate: what solves more prompts, and what lets distillation end.
+        Method(
             "srpo-solution-handover",
             {
+                "algorithm.name": "srpo",
                 "algorithm.teachers": ["sibling", "solution"],
                 "algorithm.distill_patience": 10,
                 "algorithm.distill_decay": 10,
             },
         ),
-        _srpo("srpo-memory", {"algorithm.teachers": ["sibling", "memory"]}),
         # What came after SRPO.
         Method("drift", {"algorithm.name": "drift"}),
         Method("scsdpo", {"algorithm.name": "scsdpo"}),

@@ -54,8 +54,10 @@ TASKS = {
     task.name: task
     for task in (
         StudyTask("worksheet", Worksheet(), WARM_START, 200, grid=(1e-4, 2e-4, 5e-4, 1e-3)),
-        StudyTask("tally", Tally(), replace(WARM_START, steps=1200), 200, kind="tally", grid=(2e-5, 5e-5, 1e-4, 2e-4, 5e-4)),
+        StudyTask(
+            "tally", Tally(), replace(WARM_START, steps=1200), 200, kind="tally", grid=(2e-5, 5e-5, 1e-4, 2e-4, 5e-4)
+        ),
         # An answer is right with a probability of about 0.375⁴, so most groups are all wrong at first.
-        StudyTask("hard", Worksheet(least_error=0.4, most_error=0.85), WARM_START, 160),
+        StudyTask("hard", Worksheet(least_error=0.4, most_error=0.85), WARM_START, 160, grid=(1e-4, 2e-4, 5e-4, 1e-3)),
     )
 }

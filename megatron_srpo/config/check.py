@@ -48,6 +48,7 @@ def contradictions(
     """
     problems = [*_batches(config), *_lengths(config), *_sampling(config), *config.algorithm.problems()]
     problems += [*_rewards(config), *_environments(config), *_schedule(config), *_layout(config), *_servers(config)]
+    problems += _staleness(config)
     teaching = config.algorithm.teaching
     problems += [
         *lora_problems(config),
@@ -242,6 +243,12 @@ def _environments(config: Config) -> Iterator[str]:
             f"environment.memory_mib = {settings.memory_mib}: an episode cannot run with less than "
             f"{SMALLEST_MEMORY_MIB} MiB; raise it, or set 0 for no limit"
         )
+    if config.rollout.partial_tokens:
+        yield (
+            f"rollout.partial_tokens = {config.rollout.partial_tokens}: an unfinished episode with an environment cannot "
+            'go on in the next iteration; set it to 0 (with rollout.placement = "servers", rollout.max_staleness runs '
+            "episodes ahead of the training)"
+        )
     if settings.history == "split":
         for key, value, wrong in (
             ("importance_ratio", algorithm.importance_ratio, "sequence"),
@@ -314,10 +321,10 @@ def _servers(config: Config) -> Iterator[str]:
             "training; set rollout.sleep_while_training = true as well"
         )
     if rollout.placement == "colocated":
-        if rollout.max_staleness:
+        if rollout.max_staleness and not rollout.partial_tokens:
             yield (
                 f"rollout.max_staleness = {rollout.max_staleness}: engines in the training ranks cannot generate while "
-                'these train; set it to 0, or rollout.placement = "servers"'
+                'these train; set it to 0, rollout.placement = "servers", or rollout.partial_tokens'
             )
         if rollout.servers:
             yield 'rollout.servers: lists servers, but rollout.placement is "colocated"; set it to "servers"'
@@ -330,15 +337,50 @@ def _servers(config: Config) -> Iterator[str]:
     last = rollout.server_port + rollout.num_servers - 1
     if rollout.server_port and last > 65535:
         yield f"rollout.server_port = {rollout.server_port}: the last server's port would be {last}; lower it"
-    if rollout.max_staleness and rollout.max_refills:
+
+
+def _staleness(config: Config) -> Iterator[str]:
+    """Why responses cannot be older than the policy that they train."""
+    rollout, staleness = config.rollout, config.rollout.max_staleness
+    if staleness and rollout.max_refills:
         yield (
             f"rollout.max_refills = {rollout.max_refills}: refills need an unknown number of batches, but "
-            f"batches are generated ahead of the training; set it to 0, or rollout.max_staleness = 0"
+            "responses are generated ahead of the training; set it to 0, or rollout.max_staleness = 0"
         )
-    if rollout.max_staleness and config.algorithm.rollout_correction == "off":
+    if staleness and config.algorithm.rollout_correction == "off":
         yield (
-            f"rollout.max_staleness = {rollout.max_staleness}: stale samples are biased without importance weights; "
+            f"rollout.max_staleness = {staleness}: stale samples are biased without importance weights; "
             'set algorithm.rollout_correction = "truncate", or max_staleness = 0'
+        )
+    if not rollout.partial_tokens:
+        if rollout.partial_groups:
+            yield (
+                f"rollout.partial_groups = {rollout.partial_groups}: has no effect without partial rollouts; set it to "
+                "0, or set rollout.partial_tokens"
+            )
+        return
+    given = f"rollout.partial_tokens = {rollout.partial_tokens}"
+    if rollout.placement == "servers":
+        yield (
+            f"{given}: servers generate ahead of the training by themselves (rollout.max_staleness); set it to 0, or "
+            'rollout.placement = "colocated"'
+        )
+    if not staleness:
+        yield (
+            f"{given}: a response that goes on in the next iteration is older than the policy it trains, but "
+            "rollout.max_staleness is 0; set that to at least 1, or this to 0"
+        )
+    elif rollout.extra_groups > staleness * rollout.rollout_batch_size:
+        yield (
+            f"rollout.partial_groups = {rollout.partial_groups}: that many groups cannot be trained within "
+            f"rollout.max_staleness = {staleness} iterations of rollout.rollout_batch_size = "
+            f"{rollout.rollout_batch_size}; set at most {staleness * rollout.rollout_batch_size}, or raise "
+            "max_staleness"
+        )
+    if rollout.partial_tokens >= rollout.max_response_length:
+        yield (
+            f"{given}: is not below rollout.max_response_length = {rollout.max_response_length}, so a round would "
+            "complete every response; lower it, for example to an eighth of that, or set 0"
         )
 
 

@@ -263,7 +263,22 @@ class RolloutConfig(Section):
     "abort" cancels and resends them."""
     max_staleness: int = Field(0, ge=0)
     """Number of batches that servers may generate ahead of the training. A sample is then at most this many publishes
-    older than the policy it trains. 0 is exact on-policy training."""
+    older than the policy it trains. With partial_tokens: largest age in publishes of a response's first token when it
+    is trained. 0 is exact on-policy training."""
+    partial_tokens: int = Field(0, ge=0)
+    """Partial rollouts, for placement = "colocated": engines generate in rounds, in which every response gets at most
+    this many tokens. An iteration ends its rounds when rollout_batch_size groups are complete, and trains on these. All
+    other responses keep their tokens and go on in the next iteration. Needs max_staleness. 0 completes every response
+    in the iteration that starts it."""
+    partial_groups: int = Field(0, ge=0)
+    """With partial_tokens: number of groups that are started beyond rollout_batch_size. As many stay under way between
+    two iterations, so the mean age of a trained response is partial_groups / rollout_batch_size publishes. 0 takes half
+    of rollout_batch_size."""
+
+    @property
+    def extra_groups(self) -> int:
+        """Groups that stay under way between two iterations."""
+        return (self.partial_groups or -(-self.rollout_batch_size // 2)) if self.partial_tokens else 0
 
     def replay(self, experts: int) -> Literal["off", "rollout", "old"]:
         """routing_replay, resolved for a model with this number of experts per layer; 0 is a dense model."""

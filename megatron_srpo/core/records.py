@@ -120,7 +120,7 @@ class Rollout:
     token_ids: array[int]  # what follows the prompt; its end-of-sequence token included when it ended by itself
     logprobs: array[float]  # [len(token_ids)] the engine's log-probs at the sampling temperature
     text: str  # decoded without special tokens; of an episode: what was said, without thinking
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop" or "length"; "part" if it is to go on (rollout.partial_tokens)
     weight_version: int  # the publish that produced it; the oldest one if there were several
     token_versions: list[int] | None = None  # the publish behind each token; None: weight_version for all of them
     stale: bool = False  # older than rollout.max_staleness: left out of the loss

@@ -31,6 +31,11 @@ class PromptLoader:
         self._order = self._draw()
 
     @property
+    def prompts(self) -> Sequence[Prompt]:
+        """All prompts, in the order of the file."""
+        return self._prompts
+
+    @property
     def epoch(self) -> int:
         """How often the whole data set has been shown; 0 during the first pass."""
         return self._epoch

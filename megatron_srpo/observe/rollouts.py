@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from megatron_srpo.algorithms.report import BRANCHES as BRANCHES  # for readers of the file
 from megatron_srpo.algorithms.report import branch
-from megatron_srpo.core.records import Attempt, Group, Sample, Stream
+from megatron_srpo.core.records import Attempt, Group, Rollout, Sample, Stream
 
 FEEDBACK = 200  # characters of feedback of a prompt that is not kept whole
 Decode = Callable[[Sequence[int]], str]
@@ -33,6 +33,7 @@ def _trained(group: Group, *, whole: bool, decode: Decode) -> dict[str, JsonValu
         "branches": [branch(sample) for sample in group.first_samples],
         "why": [attempt.why for attempt in group.attempts],
         "teachers": [sample.teacher_sample for sample in group.first_samples],
+        "versions": [_versions(attempt.rollout) for attempt in group.attempts],
     }
     if whole:
         record |= _texts(group)
@@ -41,6 +42,11 @@ def _trained(group: Group, *, whole: bool, decode: Decode) -> dict[str, JsonValu
             for sample in group.first_samples
         ]
     return record
+
+
+def _versions(rollout: Rollout) -> list[JsonValue]:
+    """The publishes whose weights sampled its tokens, the oldest first."""
+    return [*sorted({rollout.weight_version, *(rollout.token_versions or ())})]
 
 
 def _scored(group: Group, *, whole: bool) -> dict[str, JsonValue]:

@@ -46,6 +46,11 @@ def _of_experts(config: Config) -> str:
     )
 
 
+def _of_age(config: Config) -> str:
+    """What else may be the reason if responses may be older than the policy."""
+    return ", or the policy has moved since (rollout/staleness_mean)" if config.rollout.max_staleness else ""
+
+
 def watches(config: Config) -> list[Watch]:
     """Those of a run."""
     bound = config.rollout.mismatch_warning
@@ -74,7 +79,8 @@ def watches(config: Config) -> list[Watch]:
         mismatch = Watch(
             "mismatch_warned", "rollout_corr/logprob_diff_mean", lambda value: not value <= bound,  # NaN is wrong too
             "trainer and rollout engine differ by {value:.3g} nats a token on average (rollout.mismatch_warning is "
-            f"{bound:g}): weights, temperature or precision differ" + _of_experts(config) + "{experts}",
+            f"{bound:g}): weights, temperature or precision differ" + _of_age(config) + _of_experts(config)
+            + "{experts}",
             "trainer and rollout engine agree again ({value:.3g} nats a token)",
         )  # fmt: skip
         found.insert(0, mismatch)

@@ -2,6 +2,7 @@
 
     engine.py       the protocol of an engine, requests, sampling settings, seeds
     balance.py      splits requests among engines
+    partial.py      responses that go on in the next iteration
     prefetcher.py   generates the next batches while this one trains
     fleet.py        servers: which ones are usable, who answers a request, restarts
     http.py         HTTP to one server
@@ -22,6 +23,7 @@ from megatron_srpo.rollout.engine import (
     request_seed,
     turn_seed,
 )
+from megatron_srpo.rollout.partial import Part, PartialPool, under_way
 from megatron_srpo.rollout.prefetcher import Prefetcher
 from megatron_srpo.rollout.vllm import (
     ColocatedEngine,
@@ -38,6 +40,8 @@ __all__ = [
     "Feed",
     "GenerateRequest",
     "OnRollout",
+    "Part",
+    "PartialPool",
     "Prefetcher",
     "RolloutEngine",
     "RolloutError",
@@ -51,4 +55,5 @@ __all__ = [
     "prompt_traces",
     "request_seed",
     "turn_seed",
+    "under_way",
 ]

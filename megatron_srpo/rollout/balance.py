@@ -15,7 +15,7 @@ def split_requests(requests: Sequence[GenerateRequest], engines: int, max_tokens
     arguments only: every rank computes the same.
     """
     ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
-    costs = [len(request.token_ids) + max_tokens for request in ordered]
+    costs = [request.length + max_tokens for request in ordered]
     share = sum(costs) / engines
     shares: list[list[GenerateRequest]] = [[] for _ in range(engines)]
     done = 0

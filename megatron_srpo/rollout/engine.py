@@ -58,6 +58,7 @@ class SamplingSettings:
     max_tokens: int = 16
     ignore_eos: bool = False  # continue to max_tokens (benchmarks)
     experts: bool = False  # Rollout.experts is wanted; the engine must have been started for it
+    goes_on: bool = False  # every request continues one of the call before: engines in ranks keep their caches
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,15 @@ class GenerateRequest:
     token_ids: list[int]  # of the prompt
     seed: int  # of this response's sampling; see request_seed
     max_tokens: int = 0  # of this response, at most those of the call; 0: as many
+    begun: Sequence[int] = ()  # the response so far, behind the prompt; Rollout.text contains it as well
+    cut: bool = False  # the response goes on after max_tokens: its finish_reason is then "part", and it has no text
     row: Prompt | None = None  # what an episode is about; None: one turn
     group_seed: int = 0  # of the environment: the same for all samples of a group
+
+    @property
+    def length(self) -> int:
+        """Tokens that are there already."""
+        return len(self.token_ids) + len(self.begun)
 
     def longest(self, sampling: SamplingSettings) -> int:
         """Tokens of its longest response."""
@@ -106,9 +114,9 @@ def check_lengths(requests: Sequence[GenerateRequest], sampling: SamplingSetting
     """Raise RolloutError for a prompt that leaves no room for its longest response."""
     for request in requests:
         longest = request.longest(sampling)
-        if not 0 < len(request.token_ids) <= max_model_len - longest:
+        if not 0 < request.length <= max_model_len - longest:
             raise RolloutError(
-                f"prompt {request.prompt} has {len(request.token_ids)} tokens: expected 1 to "
+                f"prompt {request.prompt} has {request.length} tokens: expected 1 to "
                 f"{max_model_len - longest}, so that {longest} more fit in "
                 f"{max_model_len}. Raise data.max_prompt_length, or drop it."
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_srpo.config import Config, published_adapters, starts_with_publish
 from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.rewards.registry import unknown
-from megatron_srpo.rollout import RolloutEngine
+from megatron_srpo.rollout import RolloutEngine, RolloutError
 from megatron_srpo.run.roles import Driver, Role
 from megatron_srpo.run.session import Session
 
@@ -72,6 +72,14 @@ def _one_turn_engine(config: Config, session: Session, role: Role) -> RolloutEng
         verifier=Verifier(config.bridge.verify_every),
         adapters=published_adapters(config),
     )
+    if engine.draws_one_by_one and config.rollout.partial_tokens:
+        engine.close()
+        raise RolloutError(
+            f"rollout.partial_tokens = {config.rollout.partial_tokens}: vLLM uses its Model Runner V1 on this GPU, "
+            "which would draw the same random numbers for every part of a response. Unset VLLM_USE_V2_MODEL_RUNNER if "
+            "it is set; otherwise vLLM does not support this model or these settings with V2, and partial_tokens must "
+            "be 0."
+        )
     if engine.draws_one_by_one:
         role.log.warn(
             "vLLM uses its Model Runner V1 on this GPU, which draws the tokens of one request after the other; the "

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from megatron_srpo.algorithms.history import Histories, NoHistories, PromptHistories
 from megatron_srpo.batching.handover import Handover
-from megatron_srpo.batching.source import DriverSource, FollowerSource
+from megatron_srpo.batching.source import DriverSource, FollowerSource, Generator
 from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import Log, RoleControl, Scorer, Source, State
 from megatron_srpo.core.records import Padding, Prompt
 from megatron_srpo.core.text import visible
 from megatron_srpo.observe import Observer, SilentLog
-from megatron_srpo.rollout import Prefetcher, RolloutEngine, SamplingSettings
+from megatron_srpo.rollout import PartialPool, Prefetcher, RolloutEngine, SamplingSettings, under_way
 from megatron_srpo.run.generation import GroupGenerator, Requests, replay_mode, training_sampling
+from megatron_srpo.run.partial import PartialFollower, PartialGenerator
 
 if TYPE_CHECKING:
     from megatron_srpo.data import PromptLoader
@@ -64,20 +65,29 @@ class Driver:
     """Rank 0."""
 
     def __init__(self, config: Config, *, splits: tuple[str, ...]) -> None:
-        from megatron_srpo.data import PromptLoader
         from megatron_srpo.run.prompting import Prompting
 
         self._config = config
         self.log: Log = _ConsoleLog()
         self._prompting = Prompting(config)
         self._prompts = {split: self._prompting.prompts(split, self.log.message) for split in splits}
-        self._loaders = [
-            PromptLoader(prompts, config.rollout.rollout_batch_size, seed=config.run.seed, shuffle=config.data.shuffle)
-            for split, prompts in self._prompts.items()
-            if split == "train"
-        ]
-
+        self._loaders = [self._loader(prompts) for split, prompts in self._prompts.items() if split == "train"]
         self._histories: Histories = PromptHistories() if config.algorithm.needs.history else NoHistories()
+
+    def _loader(self, prompts: list[Prompt]) -> PromptLoader | PartialPool:
+        from megatron_srpo.data import PromptLoader
+
+        config, rollout = self._config, self._config.rollout
+        batch = 1 if rollout.partial_tokens else rollout.rollout_batch_size
+        loader = PromptLoader(prompts, batch, seed=config.run.seed, shuffle=config.data.shuffle)
+        if not rollout.partial_tokens:
+            return loader
+        requests = _requests(config)
+
+        def seeds(prompt: Prompt, iteration: int) -> list[int]:
+            return [request.seed for request in requests([prompt], iteration, 0)]
+
+        return PartialPool(loader, seeds, rollout, total=config.run.iterations)
 
     def kinds(self) -> set[str]:
         return {prompt.kind for prompts in self._prompts.values() for prompt in prompts}
@@ -91,6 +101,11 @@ class Driver:
     def restore_data(self, restore: RestoreData, state: State) -> None:
         for loader in self._loaders:
             restore(loader, state)
+            if under_way(state) and not isinstance(loader, PartialPool):
+                self.log.warn(
+                    f"{under_way(state)} groups were under way when the checkpoint was taken; they are not trained, "
+                    "because rollout.partial_tokens is now 0"
+                )
         self._histories.load_state_dict(cast(State, state.get("histories", {})))
 
     def open_log(self, start: int, state: State) -> None:
@@ -111,18 +126,24 @@ class Driver:
         padding: Padding, handover: Handover,
     ) -> DriverSource:  # fmt: skip
         config, requests, sampling = self._config, _requests(self._config), _sampling(self._config)
-        loader: PromptLoader | Prefetcher
-        generating: RolloutEngine | Prefetcher = engine
+        loader: PromptLoader | Prefetcher | PartialPool
+        generate: Generator
         (loader,) = self._loaders
-        if config.rollout.max_staleness:
-            generating = loader = Prefetcher(
+        if isinstance(loader, PartialPool):
+            loader.iteration = start
+            generate = PartialGenerator(engine, scorer, control, sampling, config.rollout.partial_tokens, loader)
+            metrics = loader.metrics
+        elif config.rollout.max_staleness:
+            loader = Prefetcher(
                 cast("AsyncEngine", engine), loader, requests, sampling, batches=config.rollout.max_staleness,
                 start=start, total=config.run.iterations,
             )  # fmt: skip
+            generate, metrics = GroupGenerator(loader, scorer, requests, sampling), loader.metrics
+        else:
+            generate, metrics = GroupGenerator(engine, scorer, requests, sampling), engine.metrics
         return DriverSource(
-            config, control, GroupGenerator(generating, scorer, requests, sampling), loader,
-            self._prompting.teacher_prompt, self._histories, self.log, dp_size=dp_size, padding=padding,
-            engine_metrics=generating.metrics, experts=sampling.experts, handover=handover,
+            config, control, generate, loader, self._prompting.teacher_prompt, self._histories, self.log,
+            dp_size=dp_size, padding=padding, engine_metrics=metrics, experts=sampling.experts, handover=handover,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -153,8 +174,10 @@ class Follower:
         self, control: RoleControl, engine: RolloutEngine, scorer: Scorer, *, start: int, dp_size: int,
         padding: Padding, handover: Handover,
     ) -> FollowerSource:  # fmt: skip
-        generate = GroupGenerator(engine, scorer, _requests(self._config), _sampling(self._config))
-        return FollowerSource(control, generate)
+        sampling, tokens = _sampling(self._config), self._config.rollout.partial_tokens
+        if tokens:
+            return FollowerSource(control, PartialFollower(engine, scorer, control, sampling, tokens))
+        return FollowerSource(control, GroupGenerator(engine, scorer, _requests(self._config), sampling))
 
     def close(self) -> None: ...
 
@@ -173,3 +196,6 @@ class _ConsoleLog(SilentLog):
     def message(self, text: str) -> None:
         with suppress(OSError):  # a full disk behind standard output; whatever else is written will tell
             print(visible(text), flush=True)
+
+    def warn(self, text: str) -> None:
+        self.message(f"warning: {text}")

@@ -134,6 +134,37 @@ def test_a_sound_configuration_passes_all_checks():
             "rollout.max_refills = 2",
             "rollout.max_staleness = 0",
         ),
+        (
+            {"rollout__partial_tokens": 64},
+            "rollout.partial_tokens = 64: a response that goes on",
+            "rollout.max_staleness is 0; set that to at least 1",
+        ),
+        ({"rollout__partial_groups": 4}, "rollout.partial_groups = 4", "or set rollout.partial_tokens"),
+        (
+            {"rollout__max_staleness": 1, "rollout__partial_tokens": 64, "algorithm__rollout_correction": "off"},
+            "rollout.max_staleness = 1",
+            'algorithm.rollout_correction = "truncate"',
+        ),
+        (
+            {"rollout__max_staleness": 1, "rollout__partial_tokens": 64, "rollout__max_refills": 2},
+            "rollout.max_refills = 2",
+            "rollout.max_staleness = 0",
+        ),
+        (
+            {"rollout__max_staleness": 1, "rollout__partial_tokens": 64, "rollout__placement": "servers"},
+            "rollout.partial_tokens = 64: servers generate ahead",
+            'rollout.placement = "colocated"',
+        ),
+        (
+            {"rollout__max_staleness": 2, "rollout__partial_tokens": 64, "rollout__partial_groups": 65},
+            "rollout.partial_groups = 65",
+            "set at most 64, or raise max_staleness",
+        ),
+        (
+            {"rollout__max_staleness": 1, "rollout__partial_tokens": 64, "rollout__max_response_length": 64},
+            "rollout.partial_tokens = 64: is not below rollout.max_response_length = 64",
+            "or set 0",
+        ),
         ({"rollout__servers": ["http://a:1"]}, "rollout.servers", 'set it to "servers"'),
         (
             {"rollout__placement": "servers", "rollout__servers": ["a:1"]},
@@ -201,6 +232,8 @@ def test_a_contradiction_is_told_with_key_value_and_cure(changes, key, cure):
         {"model__dtype": "float32", "run__device": "cuda"},
         {"rollout__placement": "servers", "rollout__servers": ["http://[::1]:80", "http://node-3:8000/"]},
         {"rollout__placement": "servers", "rollout__max_staleness": 2},
+        {"rollout__max_staleness": 1, "rollout__partial_tokens": 64},
+        {"rollout__max_staleness": 2, "rollout__partial_tokens": 64, "rollout__partial_groups": 64},
     ],
 )
 def test_what_only_resembles_a_contradiction_passes(changes):

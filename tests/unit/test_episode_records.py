@@ -142,6 +142,7 @@ def test_an_environments_reward_stands_and_a_reward_function_scores_the_last_tur
     [
         ({"algorithm": {"importance_ratio": "sequence"}}, 'set environment.history = "keep"'),
         ({"algorithm": {"rollout_correction": "sequence_mask"}}, 'set environment.history = "keep"'),
+        ({"rollout": {"partial_tokens": 8}}, "cannot go on in the next iteration; set it to 0"),
         ({"environment": {"arguments": {"other": {}}}}, "has no kind 'other'"),
     ],
 )

@@ -51,7 +51,7 @@ def test_every_response_is_in_it_and_the_first_prompts_with_their_texts(tmp_path
                 "errors": [None, "time-out", "time-out"], "lengths": [1, 2, 3], "finish_reasons": ["stop"] * 3,
                 "advantages": pytest.approx([2 / 3, -1 / 3, -1 / 3]), "branches": ["grpo", "sdpo", "sdpo"],
                 "why": ["correct, nothing to show a teacher", *["wrong, taught by sibling"] * 2],
-                "teachers": [None, 0, 0], "prompt": "question 0",
+                "teachers": [None, 0, 0], "versions": [[0]] * 3, "prompt": "question 0",
                 "responses": ["answer 0.0", "answer 0.1", "answer 0.2"],
                 "teacher_prompts": [None, "3 tokens", "3 tokens"],
             },
@@ -60,6 +60,7 @@ def test_every_response_is_in_it_and_the_first_prompts_with_their_texts(tmp_path
                 "predictions": ["8"] * 3, "feedback": [LONG[:200]] * 3, "errors": ["time-out"] * 3,
                 "lengths": [1, 2, 3], "finish_reasons": ["stop"] * 3, "advantages": [0.0] * 3,
                 "branches": ["grpo"] * 3, "why": ["wrong, nothing to show a teacher"] * 3, "teachers": [None] * 3,
+                "versions": [[0]] * 3,
             },
         ],
     }  # fmt: skip

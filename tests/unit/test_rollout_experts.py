@@ -11,6 +11,7 @@ import torch
 from megatron_srpo.config import RolloutConfig
 from megatron_srpo.rollout import GenerateRequest, RolloutError
 from megatron_srpo.rollout.engine import experts_of_turns
+from megatron_srpo.rollout.partial import joined
 from megatron_srpo.rollout.vllm.expert_records import decode_rows, expert_record
 from megatron_srpo.rollout.vllm.settings import (
     RECORDING_SCHEDULER,
@@ -71,6 +72,17 @@ def check_turns(engine, folder):
     return first, second
 
 
+def check_parts(engine, folder):
+    """A response in three rounds, the last one without the engine's cache, as in the next iteration."""
+    request, sampling, whole = GenerateRequest(0, 0, LONG, 5, cut=True), replace(ASKED, max_tokens=4), None
+    for goes_on in (False, True, False):
+        asked = replace(request, begun=() if whole is None else whole.token_ids)
+        (part,) = engine.generate([asked], replace(sampling, ignore_eos=True, goes_on=goes_on))
+        whole = joined(whole, part)
+    assert len(whole.token_ids) == 12
+    check(folder, [whole], [LONG])
+
+
 def vllms_own_record(engine):
     """vLLM's recorder, which needs no GPU by itself, beside ours: it gets what the routers of this engine choose."""
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
@@ -96,6 +108,7 @@ def test_an_engine_returns_the_experts_of_every_token_also_of_cached_prompts_and
         assert plain == found and all(rollout.experts is None for rollout in plain)
         engine.publish(weights(folders[1]).items(), 1)
         check(folders[1], engine.generate(requests(SHARED), ASKED))
+        check_parts(engine, folders[1])
         turns = check_turns(engine, folders[1])
         assert len(turns) == 2 and turns[1].experts.shape[0] > turns[0].experts.shape[0] + 3
         capturer = vllms_own_record(engine)

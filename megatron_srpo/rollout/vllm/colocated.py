@@ -81,6 +81,7 @@ class ColocatedEngine:
         self._asleep: set[str] = set()  # of SLEEPERS
         self._half_published = False
         self._added = 0  # requests so far
+        self._mine: set[tuple[int, int]] = set()  # prompt and sample of the last requests of this rank's engine
         self._cache_is_empty = False
         self._dropped = False  # whether the engine sleeps without its weights
         self._verifier = verifier or Verifier(0)
@@ -116,7 +117,11 @@ class ColocatedEngine:
             raise RuntimeError("the engine has dropped its weights, because a publish was to come next. Publish first.")
         check_lengths(requests, sampling, self._max_model_len)
         self._wake(*SLEEPERS)
-        return split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
+        if sampling.goes_on:  # an engine has the keys and values of its own requests
+            return [request for request in requests if (request.prompt, request.sample) in self._mine]
+        mine = split_requests(requests, self._engines, sampling.max_tokens)[self._engine]
+        self._mine = {(request.prompt, request.sample) for request in mine}
+        return mine
 
     def _run(
         self, requests: list[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None
@@ -124,7 +129,8 @@ class ColocatedEngine:
         """The answers of this rank's engine, in the order in which they are complete."""
         if not requests:
             return []
-        self._forget()
+        if not sampling.goes_on:
+            self._forget()
         answers: list[Rollout] = []
         asked: dict[str, GenerateRequest] = {}
         with preserved_generators(self._device):
@@ -192,8 +198,9 @@ class ColocatedEngine:
             )  # fmt: skip
             self._added += 1
             asked[str(self._added)] = request
+            tokens = [*request.token_ids, *request.begun] if request.begun else request.token_ids
             self._llm.llm_engine.add_request(
-                str(self._added), tokens_input(request.token_ids), parameters, lora_request=self._adapter
+                str(self._added), tokens_input(tokens), parameters, lora_request=self._adapter
             )
 
     def _step(self, asked: dict[str, GenerateRequest], sampling: SamplingSettings) -> list[Rollout]:
@@ -208,17 +215,18 @@ class ColocatedEngine:
                 f"vLLM returned {len(ids)} tokens, {len(logprobs)} log-probs and finish_reason "
                 f"{answer.finish_reason!r} for prompt {request.prompt}, sample {request.sample}"
             )
+        part = request.cut and answer.finish_reason == "length"
         try:
-            text = self._decode(ids)
+            text = decode_inside(self._shape.vocab, lambda _: "", ids) if part else self._decode([*request.begun, *ids])
         except ValueError as error:
             raise RolloutError(
                 f"vLLM's answer to prompt {request.prompt}, sample {request.sample} cannot be used: {error}. The "
                 "engine's weights or its sampler are damaged; start the run again."
             ) from error
         return Rollout(
-            request.prompt, request.sample, array("i", ids), array("f", logprobs), text, answer.finish_reason,
-            self.weight_version,
-            experts=expert_record(answer.routed_experts, len(request.token_ids) + len(ids), self._shape)
+            request.prompt, request.sample, array("i", ids), array("f", logprobs), text,
+            "part" if part else answer.finish_reason, self.weight_version,
+            experts=expert_record(answer.routed_experts, request.length + len(ids), self._shape)
             if sampling.experts else None,
         )  # fmt: skip
 
