@@ -62,6 +62,7 @@ METHODS = {
                 "algorithm.distill_patience": 10,
                 "algorithm.distill_decay": 10,
             },
+            main=True,
         ),
         # What came after SRPO.
         Method("drift", {"algorithm.name": "drift"}),

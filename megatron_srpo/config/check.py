@@ -245,7 +245,7 @@ def _environments(config: Config) -> Iterator[str]:
         )
     if config.rollout.partial_tokens:
         yield (
-            f"rollout.partial_tokens = {config.rollout.partial_tokens}: an unfinished episode with an environment cannot "
+            f"rollout.partial_tokens = {config.rollout.partial_tokens}: an unfinished episode of an environment cannot "
             'go on in the next iteration; set it to 0 (with rollout.placement = "servers", rollout.max_staleness runs '
             "episodes ahead of the training)"
         )
