@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,117 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """The sequences of a row as padded batches, which every layer uses: B sequences of up to L tokens each.
+
+    Padding repeats a sequence's last token. A causal mask hides it from all real queries, so that its keys and values
+    have no gradient, and what padded queries find is not used."""
+
+    positions: list[Tensor]  # [B, L] in the row, of each batch
+    places: Tensor  # [T] of each token of the row in the batches, one after the other
+    behind: list[_Behind | None]  # what the sequences of each batch go on behind
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, prefixes: Sequence[int]) -> _Batches:
+        """Made once for a row, and kept with its `cu_seqlens`."""
+        known: _Batches | None = getattr(cu_seqlens, "batches", None)
+        if known is not None:
+            return known
+        bounds, device = cu_seqlens.tolist(), cu_seqlens.device
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        groups = [(group, False) for group in length_groups(_without_branches(lengths, prefixes))]
+        groups += [(group, True) for group in _branches(lengths, prefixes)]
+        positions: list[Tensor] = []
+        behind: list[_Behind | None] = []
+        places, passed = torch.empty(bounds[-1], dtype=torch.long, device=device), 0
+        for group, is_branch in groups:
+            starts, sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, group))
+            steps = torch.arange(int(sizes.max()), device=device)
+            own = starts + torch.minimum(steps, sizes - 1)
+            valid = (steps < sizes).flatten()
+            places[own.flatten()[valid]] = torch.arange(passed, passed + own.numel(), device=device)[valid]
+            passed += own.numel()
+            positions.append(own)
+            behind.append(_Behind.of(bounds, [prefixes[i] for i in group], sizes, device) if is_branch else None)
+        made = cls(positions, places, behind)
+        cu_seqlens.batches = made  # type: ignore[attr-defined]
+        return made
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """The prefixes of B sequences, padded on the left to P tokens."""
+
+    positions: Tensor  # [families, P] in the row
+    family: Tensor  # [B] which of them each sequence is behind
+    seen: Tensor  # [B, L / ranks, P + L] bool, which keys each of this rank's queries sees: its prefix's, its own
+
+    @classmethod
+    def of(
+        cls, bounds: list[int], prefixes: list[int], sizes: Tensor, device: torch.device, rank: int = 0, ranks: int = 1
+    ) -> _Behind:
+        """prefixes: the number of the sequence that each goes on behind; sizes [B, 1] of the sequences themselves."""
+        families = sorted(set(prefixes))
+        family = torch.tensor([families.index(prefix) for prefix in prefixes], device=device)
+        starts, lengths = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, families))
+        longest, before = int(sizes.max()), int(lengths.max())
+        steps, places = torch.arange(longest, device=device), torch.arange(before, device=device)
+        mine, shift = steps[: longest // ranks], before - lengths
+        seen = torch.cat(
+            [
+                (places >= shift[family])[:, None, :].expand(-1, len(mine), -1),
+                steps <= _in_sequence(mine, sizes, rank, ranks)[:, :, None],
+            ],
+            dim=2,
+        )
+        return cls(starts + (places - shift).clamp(min=0), family, seen)
+
+    def keys(self, values: Tensor, own: Tensor) -> Tensor:
+        """[B, P + L, …] the row's `values` [T, …] of the prefixes and then the `own` ones [B, L, …]."""
+        return torch.cat([values[self.positions][self.family], own], dim=1)
+
+
+class _Pad(torch.autograd.Function):
+    """[T, …] → [B, L, …] for each batch. The gradient of padding is 0, so it is left out instead of added up."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, *positions: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(places)
+        return tuple(
+            values.index_select(0, batch.flatten()).view(*batch.shape, *values.shape[1:]) for batch in positions
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return _flat(grads).index_select(0, places), None, *(None for _ in grads)
+
+
+class _Unpad(torch.autograd.Function):
+    """[B, L, …] of each batch → [T, …]."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, *batches: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shapes = [batch.shape for batch in batches]
+        return _flat(batches).index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        counts = [shape[0] * shape[1] for shape in ctx.shapes]
+        padded = grad.new_zeros(sum(counts), *grad.shape[1:]).index_copy_(0, places, grad)
+        parts = zip(padded.split(counts), ctx.shapes, strict=True)
+        return None, *(part.view(shape) for part, shape in parts)
+
+
+def _flat(batches: Sequence[Tensor]) -> Tensor:
+    """[B, L, …] of each batch as one [Σ B·L, …]."""
+    parts = [batch.flatten(0, 1) for batch in batches]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def packed_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None, dropout: float,
     prefixes: Sequence[int] = (),
@@ -55,30 +167,23 @@ def packed_causal_attention(
 
     query [T, heads, d], key and value [T, groups, d], cu_seqlens [S+1], prefixes as in PackedBatch; returns
     [T, heads, d].
+
+    The keys of sequences with a prefix are the prefix's and their own; the mask is [B, L, P + L] booleans. Hidden
+    states of a prefix are not copied, keys and values are.
     """
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    grouped_query = query.size(1) != key.size(1)
-    output = query.new_zeros(query.size(0), query.size(1), value.size(2))
-    for group in length_groups(_without_branches(lengths, prefixes)):
-        longest = lengths[group[0]]
-        starts = torch.tensor([bounds[i] for i in group], device=query.device)
-        sizes = torch.tensor([lengths[i] for i in group], device=query.device)
-        steps = torch.arange(longest, device=query.device)
-        valid = steps[None, :] < sizes[:, None]  # [B, L]
-        # Padding repeats the sequence's last token, which the causal mask hides from all real queries.
-        positions = starts[:, None] + torch.minimum(steps[None, :], sizes[:, None] - 1)  # [B, L]
-        q, k, v = (x[positions].transpose(1, 2) for x in (query, key, value))  # [B, heads, L, d]
+    batches = _Batches.of(cu_seqlens, prefixes)
+    padded = (_Pad.apply(values, batches.places, *batches.positions) for values in (query, key, value))
+    found = []
+    for behind, q, k, v in zip(batches.behind, *padded, strict=True):
+        if behind is not None:
+            k, v = behind.keys(key, k), behind.keys(value, v)
         mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=grouped_query
-        )
-        output = output.index_put((positions[valid],), mixed.transpose(1, 2)[valid])
-    for group in _branches(lengths, prefixes):
-        at, mixed = _branch_attention(
-            query, key, value, bounds, group, [prefixes[i] for i in group], scale=scale, dropout=dropout
-        )
-        output = output.index_put((at,), mixed)
-    return output
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=behind is None,
+            attn_mask=None if behind is None else behind.seen[:, None], dropout_p=dropout, scale=scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )  # fmt: skip
+        found.append(mixed.transpose(1, 2))
+    return _Unpad.apply(batches.places, *found)
 
 
 def _branches(lengths: list[int], prefixes: Sequence[int]) -> Iterator[list[int]]:
@@ -93,44 +198,6 @@ def _branches(lengths: list[int], prefixes: Sequence[int]) -> Iterator[list[int]
 def _without_branches(lengths: list[int], prefixes: Sequence[int]) -> list[int]:
     """The lengths, 0 for the sequences that have a prefix."""
     return [0 if prefixes and prefixes[index] >= 0 else length for index, length in enumerate(lengths)]
-
-
-def _branch_attention(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], branches: list[int], prefixes: list[int], *,
-    scale: float | None, dropout: float, rank: int = 0, size: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of B sequences of similar length behind their prefixes: (positions [N] of their tokens, [N, heads, d]).
-
-    The keys are those of the prefix, padded on the left to P, and the sequence's own, padded on the right to L; the
-    mask is [B, L, P + L] booleans. Hidden states of a prefix are not copied, keys and values are. The queries are those
-    of a context-parallel rank, L / `size` of a sequence; keys and values are the whole row's, in its order.
-    """
-    device = query.device
-    starts, sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, branches))
-    families = sorted(set(prefixes))
-    family = torch.tensor([families.index(prefix) for prefix in prefixes], device=device)
-    prefix_starts, prefix_sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, families))
-    longest, before = int(sizes.max()), int(prefix_sizes.max())
-    steps, places = torch.arange(longest, device=device), torch.arange(before, device=device)
-    mine = steps[: longest // size]
-    valid = mine < sizes // size  # [B, L / size]
-    asking = starts // size + torch.minimum(mine, sizes // size - 1)  # [B, L / size], in this rank's part
-    own = starts + torch.minimum(steps, sizes - 1)  # [B, L]
-    shift = before - prefix_sizes  # padding on the left
-    shared = prefix_starts + (places - shift).clamp(min=0)  # [families, P]
-    seen = torch.cat(
-        [
-            (places >= shift[family])[:, None, :].expand(-1, len(mine), -1),
-            steps <= _in_sequence(mine, sizes, rank, size)[:, :, None],
-        ],
-        dim=2,
-    )  # [B, L / size, P + L]
-    k, v = (torch.cat([x[shared][family], x[own]], dim=1).transpose(1, 2) for x in (key, value))
-    mixed = F.scaled_dot_product_attention(
-        query[asking].transpose(1, 2), k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale,
-        enable_gqa=query.size(1) != key.size(1),
-    )  # fmt: skip
-    return asking[valid], mixed.transpose(1, 2)[valid]
 
 
 def _in_sequence(mine: Tensor, sizes: Tensor, rank: int, ranks: int) -> Tensor:
@@ -184,12 +251,20 @@ def context_parallel_attention(
             q, k, v, attn_mask=mask[:, None], dropout_p=dropout, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
         output = output.index_put((own[valid],), mixed.transpose(1, 2)[valid])
-    for alike in _branches(lengths, prefixes):
-        at, mixed = _branch_attention(
-            query, key, value, bounds, alike, [prefixes[i] for i in alike], scale=scale, dropout=dropout, rank=rank,
-            size=size,
+    for members in _branches(lengths, prefixes):
+        starts, sizes = (torch.tensor(values, device=query.device)[:, None] for values in _spans(bounds, members))
+        steps = torch.arange(int(sizes.max()), device=query.device)
+        mine = steps[: len(steps) // size]
+        behind = _Behind.of(bounds, [prefixes[i] for i in members], sizes, query.device, rank, size)
+        own = starts // size + torch.minimum(mine, sizes // size - 1)
+        all_keys = starts + torch.minimum(steps, sizes - 1)
+        q, k, v = query[own], behind.keys(key, key[all_keys]), behind.keys(value, value[all_keys])
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=behind.seen[:, None], dropout_p=dropout,
+            scale=scale, enable_gqa=query.size(1) != key.size(1),
         )  # fmt: skip
-        output = output.index_put((at,), mixed)
+        valid = mine < sizes // size
+        output = output.index_put((own[valid],), mixed.transpose(1, 2)[valid])
     return output
 
 
