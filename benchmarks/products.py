@@ -3,11 +3,11 @@
     python -m benchmarks.products [--hidden 512] [--layers 8] [--vocabulary 5120] [--case 64:64] [--profile]
 
 The products are those of all linear layers with all tokens of each row, and of the LM head with the trained ones: one
-each for a scoring pass, three each for a train step (output, gradient of the input, gradient of the weight). They run on
-the model's own weights into memory that exists already, in turns with the trainer's own passes. "With attention" adds
-torch's causal attention of each whole sequence, forward or both ways. Times are CPU-seconds of one thread, so that
-neighbours matter less. A train step contains the optimizer. With --profile torch's profiler tells where a train step's
-time goes.
+each for a scoring pass, three each for a train step (output, gradient of the input, gradient of the weight). They run
+on the model's own weights into memory that exists already, in turns with the trainer's own passes. "With attention"
+adds torch's causal attention of each whole sequence, forward or both ways. A train step contains the optimizer. Times
+are CPU-seconds of one thread, so that neighbours matter less. With --profile torch's profiler tells where a train
+step's time goes.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Megatron's own unfused attention refuses packed (THD) rows. A packed row's seque
 each group is right-padded into one batch, and runs causally. Under a causal mask no real query sees the padding on its
 right, so no mask is built and no [T, T] matrix exists.
 
-A sequence may go on behind another one of the row, its prefix: the prompt that several samples share
-(batching/rows.py). Its queries see the prefix's keys and its own.
+A sequence may go on behind another one of the row, its prefix, which may go on behind another one itself: tokens of
+prompts that several samples share (batching/prefixes.py). Its queries see the keys of all of them and its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_srpo.core.tensors import chain_of
 from megatron_srpo.mcore.context import positions_by_rank
+from megatron_srpo.mcore.few_passes import AutogradContext
 
 _MAX_PADDING = 1.25  # a group's longest sequence may have this many times the tokens of its shortest one …
 _SHORT = 64  # … but shorter sequences always share a group: another call costs more than their padding
@@ -80,7 +81,7 @@ class _Batches:
             places[own.flatten()[valid]] = torch.arange(passed, passed + own.numel(), device=device)[valid]
             passed += own.numel()
             positions.append(own)
-            behind.append(_Behind.of(bounds, [prefixes[i] for i in group], sizes, device) if is_branch else None)
+            behind.append(_Behind.of(bounds, prefixes, group, sizes, device) if is_branch else None)
         made = cls(positions, places, behind)
         cu_seqlens.batches = made  # type: ignore[attr-defined]
         return made
@@ -96,14 +97,20 @@ class _Behind:
 
     @classmethod
     def of(
-        cls, bounds: list[int], prefixes: list[int], sizes: Tensor, device: torch.device, rank: int = 0, ranks: int = 1
-    ) -> _Behind:
-        """prefixes: the number of the sequence that each goes on behind; sizes [B, 1] of the sequences themselves."""
-        families = sorted(set(prefixes))
-        family = torch.tensor([families.index(prefix) for prefix in prefixes], device=device)
-        starts, lengths = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, families))
+        cls, bounds: list[int], prefixes: Sequence[int], members: list[int], sizes: Tensor, device: torch.device,
+        rank: int = 0, ranks: int = 1,
+    ) -> _Behind:  # fmt: skip
+        """prefixes of the row; sizes [B, 1] of the sequences `members`, which go on behind others."""
+        families = sorted({prefixes[i] for i in members})
+        family = torch.tensor([families.index(prefixes[i]) for i in members], device=device)
+        tokens = [
+            torch.cat([torch.arange(bounds[i], bounds[i + 1], device=device) for i in chain_of(prefix, prefixes)])
+            for prefix in families
+        ]
+        lengths = torch.tensor([len(one) for one in tokens], device=device)[:, None]
         longest, before = int(sizes.max()), int(lengths.max())
         steps, places = torch.arange(longest, device=device), torch.arange(before, device=device)
+        positions = torch.stack([F.pad(one, (before - len(one), 0), value=int(one[0])) for one in tokens])
         mine, shift = steps[: longest // ranks], before - lengths
         seen = torch.cat(
             [
@@ -112,7 +119,7 @@ class _Behind:
             ],
             dim=2,
         )
-        return cls(starts + (places - shift).clamp(min=0), family, seen)
+        return cls(positions, family, seen)
 
     def keys(self, values: Tensor, own: Tensor) -> Tensor:
         """[B, P + L, …] the row's `values` [T, …] of the prefixes and then the `own` ones [B, L, …]."""
@@ -123,14 +130,14 @@ class _Pad(torch.autograd.Function):
     """[T, …] → [B, L, …] for each batch. The gradient of padding is 0, so it is left out instead of added up."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, places: Tensor, *positions: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: AutogradContext, values: Tensor, places: Tensor, *positions: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(places)
         return tuple(
             values.index_select(0, batch.flatten()).view(*batch.shape, *values.shape[1:]) for batch in positions
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         return _flat(grads).index_select(0, places), None, *(None for _ in grads)
 
@@ -139,17 +146,18 @@ class _Unpad(torch.autograd.Function):
     """[B, L, …] of each batch → [T, …]."""
 
     @staticmethod
-    def forward(ctx: Any, places: Tensor, *batches: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, places: Tensor, *batches: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        ctx.shapes = [batch.shape for batch in batches]
+        ctx.shapes = [batch.shape for batch in batches]  # type: ignore[attr-defined]
         return _flat(batches).index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        counts = [shape[0] * shape[1] for shape in ctx.shapes]
+        shapes: list[torch.Size] = ctx.shapes  # type: ignore[attr-defined]
+        counts = [shape[0] * shape[1] for shape in shapes]
         padded = grad.new_zeros(sum(counts), *grad.shape[1:]).index_copy_(0, places, grad)
-        parts = zip(padded.split(counts), ctx.shapes, strict=True)
+        parts = zip(padded.split(counts), shapes, strict=True)
         return None, *(part.view(shape) for part, shape in parts)
 
 
@@ -189,7 +197,8 @@ def packed_causal_attention(
 def _branches(lengths: list[int], prefixes: Sequence[int]) -> Iterator[list[int]]:
     """The sequences that have a prefix, in groups whose own lengths and whose prefixes' lengths are similar."""
     branches = [index for index, prefix in enumerate(prefixes) if prefix >= 0]
-    for alike in length_groups([lengths[prefixes[index]] for index in branches]):
+    before = [sum(lengths[i] for i in chain_of(prefixes[index], prefixes)) for index in branches]
+    for alike in length_groups(before):
         members = [branches[i] for i in alike]
         for group in length_groups([lengths[index] for index in members]):
             yield [members[i] for i in group]
@@ -255,7 +264,7 @@ def context_parallel_attention(
         starts, sizes = (torch.tensor(values, device=query.device)[:, None] for values in _spans(bounds, members))
         steps = torch.arange(int(sizes.max()), device=query.device)
         mine = steps[: len(steps) // size]
-        behind = _Behind.of(bounds, [prefixes[i] for i in members], sizes, query.device, rank, size)
+        behind = _Behind.of(bounds, prefixes, members, sizes, query.device, rank, size)
         own = starts // size + torch.minimum(mine, sizes // size - 1)
         all_keys = starts + torch.minimum(steps, sizes - 1)
         q, k, v = query[own], behind.keys(key, key[all_keys]), behind.keys(value, value[all_keys])
@@ -277,19 +286,17 @@ class SharedSeqParams(PackedSeqParams):
 
     prefixes: tuple[int, ...] = ()
     keys: Tensor | None = None
-    """[T_kv] int64: the positions in the row of the keys that each sequence sees, its prefix first, one sequence after
-    the other."""
+    """[T_kv] int64: the positions in the row of the keys that each sequence sees, its outermost prefix first, one
+    sequence after the other."""
     key_bounds: Tensor | None = None  # [S+1] int32: where the keys of each sequence begin
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, prefixes: tuple[int, ...]) -> SharedSeqParams:
         """cu_seqlens [S+1] int32 and prefixes of PackedBatch; both new tensors are on its device."""
         bounds = cu_seqlens.tolist()
-        parts = []
-        for own, prefix in enumerate(prefixes):
-            parts += [torch.arange(bounds[i], bounds[i + 1]) for i in ((prefix, own) if prefix >= 0 else (own,))]
-        sizes = [bounds[i + 1] - bounds[i] for i in range(len(prefixes))]
-        seen = [size + (sizes[prefix] if prefix >= 0 else 0) for size, prefix in zip(sizes, prefixes, strict=True)]
+        chains = [chain_of(own, prefixes) for own in range(len(prefixes))]
+        parts = [torch.arange(bounds[i], bounds[i + 1]) for chain in chains for i in chain]
+        seen = [sum(bounds[i + 1] - bounds[i] for i in chain) for chain in chains]
         key_bounds = torch.tensor([0, *itertools.accumulate(seen)], dtype=torch.int32)
         return cls(
             "thd", cu_seqlens, cu_seqlens, None, None, max(seen), max(seen), prefixes=prefixes,

@@ -69,9 +69,9 @@ def choose_device(requested: str, local_rank: int) -> DevicePath:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse the memory of large tensors as it does that of small ones. It would give it back and ask the kernel
-    for new pages for every activation, which costs up to a fifth of the product that fills them. Other C libraries stay
-    as they are."""
+    """Let glibc reuse the memory of large tensors as it does that of small ones. It would give it back and ask the
+    kernel for new pages for every activation, which costs up to a fifth of the product that fills them. Other C
+    libraries stay as they are."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 * 2**20)):

@@ -18,6 +18,8 @@ from megatron.core.transformer import attention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_srpo.mcore.few_passes import AutogradContext
+
 _megatrons = rope_utils.apply_rotary_pos_emb
 
 
@@ -72,13 +74,14 @@ class _Rotation(torch.autograd.Function):
     """t · cos + [−second half of t, first half of t] · sin. The backward pass turns the other way."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _turned(t, cos, sin, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grad, *ctx.saved_tensors, -1), None, None
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
 
 
 def _turned(t: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

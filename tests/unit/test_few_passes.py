@@ -17,7 +17,9 @@ def _check(function, reference, *given):
             weight = torch.linspace(-1, 2, value.numel(), dtype=kind).view(value.shape)
             of += [value, *torch.autograd.grad((value * weight).sum(), inputs)]
         for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+            torch.testing.assert_close(
+                ours.double(), theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
+            )
 
 
 @pytest.mark.parametrize("shape", [(7, 1, 12), (5, 3, 4), (1, 8)])
