@@ -197,7 +197,7 @@ class _Packer:
         return [Row(tuple(row), self._tokens(row, stream)) for row in bins]
 
     def _tokens(self, indices: Sequence[int], stream: StreamName) -> int:
-        return tokens_of(indices, self._samples, padding=Padding(shares=self._padding.shares), stream=stream)
+        return tokens_of(indices, self._samples, padding=replace(self._padding, sequence=1, row=1), stream=stream)
 
     def _forwarded(self, ranks: list[list[Row]], stream: StreamName | None = None) -> tuple[int, int]:
         """(rows, tokens without padding) of a pass over all ranks' rows; with `stream` it is not the one that the rows

@@ -9,13 +9,17 @@
 
 A prefix ends before the last token of every prompt that it is of, because that token predicts a response's first.
 Nothing is told by those who make samples: prompts are compared, so that everything that is equal is found.
+
+Sharing is never to cost more than it saves. Without Transformer Engine, attention behind a prefix goes through a mask
+and computes all pairs of L tokens and their P + L keys, of which causal attention computes only those that it needs. So
+tokens are shared where that makes less work (`_pays`), which a short prompt before very long responses does not.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,9 +46,9 @@ def prefixes_of(indices: Sequence[int], samples: Sequence[Sample], padding: Padd
         same = sample.same_experts if stream == "student" else None
         limit = len(ids) - 1 if same is None else min(len(ids) - 1, same)
         prompt = groups.setdefault(group, {}).setdefault(id(ids), _Prompt(ids, limit))
-        prompt.users += 1
+        prompt.lengths.append(sample.length_of(stream))
     for number, prompts in enumerate(groups.values()):
-        _grow(list(prompts.values()), 0, (), padding.sequence, number)
+        _grow(list(prompts.values()), 0, (), padding, number)
     return [groups[group][prompt].chain for group, prompt in keys]
 
 
@@ -54,17 +58,18 @@ class _Prompt:
 
     ids: array[int]
     limit: int  # so many of its first tokens may be shared
-    users: int = 0
+    lengths: list[int] = field(default_factory=list)  # tokens of these samples
     chain: Chain = ()
 
 
-def _grow(prompts: list[_Prompt], shared: int, chain: Chain, multiple: int, group: int) -> None:
-    """Give prompts that have `chain` in common, `shared` tokens, their chains. Prefixes end at a multiple."""
+def _grow(prompts: list[_Prompt], shared: int, chain: Chain, padding: Padding, group: int) -> None:
+    """Give prompts that have `chain` in common, `shared` tokens, their chains."""
     common = _common(prompts)
-    if sum(prompt.users for prompt in prompts) > 1:
+    lengths = [length for prompt in prompts for length in prompt.lengths]
+    if len(lengths) > 1:
         end = min(common, *(prompt.limit for prompt in prompts))
-        end -= end % multiple
-        if end - shared >= SHORTEST_SHARED:
+        end -= end % padding.sequence
+        if end - shared >= SHORTEST_SHARED and _pays(shared, end, lengths, padding.attention_length):
             shared, chain = end, (*chain, ((group, id(prompts[0].ids), end), end))
     if len(prompts) == 1:
         prompts[0].chain = chain
@@ -74,9 +79,25 @@ def _grow(prompts: list[_Prompt], shared: int, chain: Chain, multiple: int, grou
         branches.setdefault(prompt.ids[common] if common < len(prompt.ids) else None, []).append(prompt)
     ended = branches.pop(None, [])
     for prompt in ended:
-        _grow([prompt], shared, chain, multiple, group)
+        _grow([prompt], shared, chain, padding, group)
     for branch in branches.values():
-        _grow(branch, shared, chain, multiple, group)
+        _grow(branch, shared, chain, padding, group)
+
+
+def _pays(start: int, end: int, lengths: Sequence[int], attention_length: int) -> bool:
+    """Whether it is less work that samples of these lengths, which share `start` tokens, share those up to `end`."""
+    apart = sum(_cost(start, length, attention_length) for length in lengths)
+    shared = _cost(start, end, attention_length)
+    return shared + sum(_cost(end, length, attention_length) for length in lengths) < apart
+
+
+def _cost(start: int, end: int, attention_length: int) -> float:
+    """Work for the tokens of a sequence from `start` to `end`, in units of one token's matrix products."""
+    own = end - start
+    if not attention_length:
+        return own
+    pairs = 2 * own * end if start else own * own  # behind a prefix all of them, else the causal half
+    return own + pairs / attention_length
 
 
 def _common(prompts: Sequence[_Prompt]) -> int:
