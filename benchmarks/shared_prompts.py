@@ -2,10 +2,12 @@
 
     python -m benchmarks.shared_prompts [--hidden 256] [--layers 8] [--algorithm srpo]
     python -m benchmarks.shared_prompts --case 250:16 --samples 16
+    torchrun --nproc-per-node 2 -m benchmarks.shared_prompts --context 2      # or: --experts 8
 
 A case is PROMPT:RESPONSE in tokens. The model is a random Qwen3 of that size, the samples are made up, half of them
 correct, and routed by the algorithm; what is timed is the trainer's own scoring passes and train step on one rank. The
-two forms run alternately, and the table has the median of each and their ratio.
+two forms run alternately, and the table has the median of each and their ratio. Under torchrun the sequences are spread
+over the ranks (--context), or the samples and the experts (--experts), and CPU-seconds are those of all ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -70,15 +73,16 @@ def made_up(
 
 
 def timed_step(config: Config, policy: Policy, mine: list[Sample], share: BatchPlan) -> tuple[int, float]:
-    """Tokens and CPU-seconds of the scoring passes and the optimizer steps of one batch on one rank."""
+    """Tokens and CPU-seconds of all ranks of the scoring passes and the optimizer steps of one batch."""
     objective = Objective(config)
     passes, started = BatchPasses(Batch(mine, share, {}), policy, objective), time.process_time()
     for scoring in objective.passes():
         passes.run(scoring)
     for mini in share.mini_batches:
         passes.train_step(mini)
-    spent = time.process_time() - started
-    return sum(count for key, count in passes.forwarded.items() if key.endswith("_tokens")), spent
+    spent = torch.tensor(time.process_time() - started)
+    dist.all_reduce(spent)
+    return sum(count for key, count in passes.forwarded.items() if key.endswith("_tokens")), float(spent)
 
 
 def main(
@@ -90,15 +94,20 @@ def main(
     samples: int = 8,
     repeats: int = 3,
     case: Annotated[list[str] | None, typer.Option(help="PROMPT:RESPONSE, may be repeated.")] = None,
+    context: Annotated[int, typer.Option(help="Context-parallel ranks.")] = 1,
+    experts: Annotated[int, typer.Option(help="Experts of the model, spread over all ranks. 0: a dense model.")] = 0,
 ) -> None:
     run_alone()
+    ranks = int(os.environ["WORLD_SIZE"])
     config = Config(
         model={"path": "unused", "dtype": "float32"}, data={"train": "unused"},
+        parallel={"context_parallel_size": context, "expert_model_parallel_size": ranks if experts else 1},
         algorithm={"name": algorithm, "sibling": "shortest"} if algorithm != "grpo" else {"name": algorithm},
     )  # fmt: skip
     path = choose_device("cpu", 0)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=5)
-    policy = _policy(config, topology, path, hidden=hidden, layers=layers, vocabulary=vocabulary, dtype="float32")
+    sizes = {"hidden": hidden, "layers": layers, "vocabulary": vocabulary, "experts": experts}
+    policy = _policy(config, topology, path, **sizes, dtype="float32")
     table = Table(
         "prompt : response", "samples", "unshared tokens", "shared", "ratio", "unshared CPU s", "shared", "ratio"
     )
@@ -110,8 +119,10 @@ def main(
         for _ in range(repeats + 1):
             for shares in (False, True):
                 policy.padding = dataclasses.replace(policy.padding, shares=shares)
-                plan = plan_batch(routed, dp_size=1, max_tokens=4096, padding=policy.padding, drop_zero_gradient=True)
-                mine, share = share_of(flat, plan, 0)
+                plan = plan_batch(
+                    routed, dp_size=topology.dp_size, max_tokens=4096, padding=policy.padding, drop_zero_gradient=True
+                )
+                mine, share = share_of(flat, plan, topology.dp_rank)
                 found[shares].append(timed_step(config, policy, mine, share))
         tokens = {shares: runs[0][0] for shares, runs in found.items()}
         seconds = {shares: statistics.median(spent for _, spent in runs[1:]) for shares, runs in found.items()}
@@ -119,7 +130,10 @@ def main(
             name, str(samples), f"{tokens[False]:,}", f"{tokens[True]:,}", f"{tokens[True] / tokens[False]:.2f}",
             f"{seconds[False]:.2f}", f"{seconds[True]:.2f}", f"{seconds[True] / seconds[False]:.2f}",
         )  # fmt: skip
-        Console().print(f"{name}: {seconds[True] / seconds[False]:.2f} of the CPU-seconds")
+        if topology.is_driver:
+            Console().print(f"{name}: {seconds[True] / seconds[False]:.2f} of the CPU-seconds")
+    if not topology.is_driver:
+        return
     Console().print(
         f"{machine()}; {algorithm}, {sum(p.numel() for p in policy.shards.parameters.values()) / 1e6:.1f} M"
     )

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,14 +35,21 @@ from megatron_srpo.mcore.policy import Policy
 from megatron_srpo.run.cli import run_alone
 
 
-def _random_model(folder: Path, hidden: int, layers: int, vocabulary: int, dtype: str) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def _random_model(folder: Path, hidden: int, layers: int, vocabulary: int, dtype: str, experts: int = 0) -> None:
+    """A random Qwen3; with `experts` a mixture of so many, two for each token."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=max(2, hidden // 64), num_key_value_heads=2, head_dim=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": max(2, hidden // 64), "num_key_value_heads": 2, "head_dim": 64,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    if experts:
+        more = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
+        made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **more))
+    else:
+        made = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    made.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def _policy(config: Config, topology: groups.Topology, path: object, **sizes: object) -> Policy:

@@ -15,12 +15,13 @@ from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +33,10 @@ from megatron_srpo.core.errors import UserError
 
 STEPS = 3  # timed steps of a process, after one that is not
 INSTALL = "install it as the first lines of this file say"
+
+Way = Callable[["Work", Path], list[float]]
+"""Does the work with the model of a folder, and returns the CPU-seconds of each step, the first included. TRL's contain
+the handing over of rollouts and rewards, which is small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,11 @@ class Work:
         """What a teacher reads before the response if it is shown this sample of the group."""
         prompts, responses = self.tokens()
         return [*prompts[number], *responses[number][shown], *[1] * HINT]
+
+    @property
+    def trl_batch(self) -> int:
+        """TRL's samples in one forward pass."""
+        return self.batch or self.prompts * self.samples
 
     @property
     def options(self) -> list[str]:
@@ -138,16 +148,38 @@ def step_clock() -> Any:
     return Clock()
 
 
-def reward_of(work: Work) -> Callable[..., list[float]]:
-    """TRL's reward function: the samples of a batch come group after group."""
+def trl_settings(work: Work, scratch: str) -> dict[str, Any]:
+    """The settings that TRL's trainers have in common."""
+    return {
+        "output_dir": scratch, "use_cpu": True, "bf16": False, "per_device_train_batch_size": work.trl_batch,
+        "gradient_accumulation_steps": work.prompts * work.samples // work.trl_batch,
+        "num_generations": work.samples, "max_steps": STEPS + 1, "max_completion_length": work.response,
+        "gradient_checkpointing": False, "learning_rate": 1e-6, "report_to": "none", "save_strategy": "no",
+        "logging_strategy": "no", "disable_tqdm": True, "shuffle_dataset": False,
+    }  # fmt: skip
+
+
+def trl_steps(work: Work, folder: Path, trainer: Callable[..., Any], prepare: Callable[[Any], None]) -> list[float]:
+    """Train with one of TRL's trainers, which `prepare` changes before. Prompts are given as numbers."""
+    from datasets import Dataset
+
+    from tests.tiny_models import tiny_tokenizer
+
+    rows = Dataset.from_list([{"prompt": str(number)} for number in range(work.prompts)] * (STEPS + 1))
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        """The samples of a batch come group after group."""
         return [float(work.is_right(place % work.samples)) for place in range(len(prompts))]
 
-    return reward
+    made = trainer(str(folder), reward_funcs=reward, train_dataset=rows, processing_class=tiny_tokenizer())
+    prepare(made)
+    clock = step_clock()
+    made.add_callback(clock)
+    made.train()
+    return clock.seconds
 
 
-def measure(work: Work, steps: Callable[[Work, Path], list[float]]) -> dict[str, float]:
+def measure(work: Work, steps: Way) -> dict[str, float]:
     """Median CPU-seconds of a step here, and the peak memory of this process in MiB."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -186,7 +218,27 @@ def in_turns(module: str, works: Sequence[Work], forms: Sequence[str], repeats: 
     Console(width=140).print(table)
 
 
-def works_of(cases: Sequence[str] | None, **sizes: int) -> list[Work]:
-    """One for each PROMPT:RESPONSE."""
-    pairs = [map(int, case.split(":")) for case in cases or CASES]
-    return [Work(prompt=prompt, response=response, **sizes) for prompt, response in pairs]
+def command(module: str, trl: Way, forms: dict[str, Way]) -> Callable[..., None]:
+    """The command line of a comparison: TRL, and our `forms`."""
+    ways = {"trl": trl, **forms}
+
+    def main(
+        hidden: int = 256,
+        layers: int = 8,
+        vocabulary: int = 2048,
+        prompts: int = 8,
+        samples: int = 8,
+        repeats: int = 3,
+        trl_batch: Annotated[int, typer.Option(help="TRL's samples in one forward pass. 0: all.")] = 0,
+        case: Annotated[list[str] | None, typer.Option(help="PROMPT:RESPONSE, may be repeated.")] = None,
+        form: Annotated[str, typer.Option(hidden=True, help="Measure this form here.")] = "",
+    ) -> None:
+        sizes = {"hidden": hidden, "layers": layers, "vocabulary": vocabulary, "prompts": prompts, "samples": samples}
+        pairs = [map(int, one.split(":")) for one in case or CASES]
+        works = [Work(**sizes, prompt=prompt, response=response, batch=trl_batch) for prompt, response in pairs]
+        if form:
+            print("RESULT", json.dumps(measure(works[0], ways[form])))
+        else:
+            in_turns(module, works, list(ways), repeats)
+
+    return main

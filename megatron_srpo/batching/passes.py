@@ -68,6 +68,7 @@ class BatchPasses:
     def train_step(self, mini: MiniBatchPlan) -> StepStats | None:
         """One optimizer step, after its own scoring passes, or None when nothing in the mini-batch counts."""
         if mini.loss_tokens == 0:
+            self._objective.end_step()  # a teacher of empty responses was scored all the same
             return None
         if mini is not self.plan.mini_batches[0]:
             for scoring in self._objective.passes():

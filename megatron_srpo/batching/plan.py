@@ -7,11 +7,10 @@ import heapq
 import itertools
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from megatron_srpo.batching.rows import NO_PADDING, padded_length, row_lengths, tokens_of
+from megatron_srpo.batching.rows import NO_PADDING, padded_length, row_lengths, spans_of, tokens_of
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Padding, Row, Sample, StreamName
 
@@ -59,13 +58,12 @@ def cost(indices: Sequence[int], samples: Sequence[Sample], padding: Padding) ->
 
 def _stream_cost(indices: Sequence[int], samples: Sequence[Sample], padding: Padding, stream: StreamName) -> float:
     """Work for a pass over one stream of these samples; what they share costs once."""
-    whole = sum([_sequence_cost(samples[i].length_of(stream)) for i in indices])
     if not padding.shares or len(indices) < 2:
-        return whole
-    streams = [samples[i].stream(stream) for i in indices]
-    shared = Counter(id(found.prompt_ids) for found in streams)
-    prompts = {id(found.prompt_ids): len(found.prompt_ids) for found in streams}
-    return whole - sum((users - 1) * _sequence_cost(prompts[prompt]) for prompt, users in shared.items())
+        return sum([_sequence_cost(samples[i].length_of(stream)) for i in indices])
+    return sum(
+        _sequence_cost(before + own) - _sequence_cost(before)
+        for before, own in spans_of(indices, samples, padding, stream)
+    )
 
 
 def _longest(sample: Sample) -> int:
@@ -159,7 +157,7 @@ class _Packer:
     def _balanced(self, indices: Sequence[int]) -> tuple[list[float], list[list[int]]]:
         """Loads and samples of the ranks. Samples that share a prompt stay together unless splitting them up balances
         the ranks better than the shared tokens save."""
-        families = list(self._families(indices, "student").values())
+        families = list(self._families(indices).values())
         best: tuple[list[float], list[list[int]]] | None = None
         largest = max(map(len, families), default=1)
         for parts in _halvings(largest) if self._dp_size > 1 else (1,):
@@ -171,12 +169,12 @@ class _Packer:
         assert best is not None
         return best
 
-    def _families(self, indices: Sequence[int], stream: StreamName) -> dict[int, list[int]]:
-        """The samples that share a prompt in a pass over this stream, in order; each alone where nothing is shared."""
-        families: dict[int, list[int]] = {}
+    def _families(self, indices: Sequence[int]) -> dict[str | int, list[int]]:
+        """The samples of each group, in order, which share what their prompts have in common; each alone where nothing
+        is shared."""
+        families: dict[str | int, list[int]] = {}
         for i in indices:
-            key = id(self._samples[i].stream(stream).prompt_ids) if self._padding.shares else i
-            families.setdefault(key, []).append(i)
+            families.setdefault(self._samples[i].uid if self._padding.shares else i, []).append(i)
         return families
 
     def _rows(self, indices: Sequence[int], stream: StreamName, others: Sequence[StreamName] = ()) -> list[Row]:
@@ -188,8 +186,8 @@ class _Packer:
             return max(tokens_of(members, samples, padding=padding, stream=name) for name in (stream, *others))
 
         units: list[list[int]] = []
-        for family in self._families(indices, stream).values():
-            units += _cut(sorted(family, key=lambda i: (-samples[i].length_of(stream), i)), room, self._budget)
+        for family in self._families(indices).values():
+            units += _cut(_alike_together(family, samples, stream), room, self._budget)
         sizes = [room(unit) for unit in units]
         bins = [
             [i for unit in row for i in units[unit]]
@@ -199,7 +197,7 @@ class _Packer:
         return [Row(tuple(row), self._tokens(row, stream)) for row in bins]
 
     def _tokens(self, indices: Sequence[int], stream: StreamName) -> int:
-        return tokens_of(indices, self._samples, padding=Padding(shares=self._padding.shares), stream=stream)
+        return tokens_of(indices, self._samples, padding=replace(self._padding, sequence=1, row=1), stream=stream)
 
     def _forwarded(self, ranks: list[list[Row]], stream: StreamName | None = None) -> tuple[int, int]:
         """(rows, tokens without padding) of a pass over all ranks' rows; with `stream` it is not the one that the rows
@@ -220,6 +218,18 @@ def _halvings(largest: int) -> Iterator[int]:
         if parts >= largest:
             return
         parts *= 2
+
+
+def _alike_together(family: Sequence[int], samples: Sequence[Sample], stream: StreamName) -> list[int]:
+    """The samples of a group, those of one prompt together, the longest first: a family that is cut then loses
+    little."""
+    first: dict[int, int] = {}
+    for i in family:
+        first.setdefault(id(samples[i].stream(stream).prompt_ids), i)
+    return sorted(
+        family,
+        key=lambda i: (first[id(samples[i].stream(stream).prompt_ids)], -samples[i].length_of(stream), i),
+    )
 
 
 def _cut(members: list[int], room: Callable[[Sequence[int]], int], budget: int) -> list[list[int]]:

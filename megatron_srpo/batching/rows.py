@@ -3,13 +3,12 @@
     row       │ prompt 0 │ response 0 │ prompt 1 │ response 1 │ padding │
     predicts            └─ the token before each trained token ─┘
 
-Samples that have the same prompt share it (`Padding.shares`). Its last token, which predicts the first token of each
-response, stays with each sample, so that every position predicts one token at most:
+Samples of one group whose prompts begin alike share what is equal (`Padding.shares`, batching/prefixes.py). A prompt's
+last token, which predicts the first token of the response, stays with each sample, so that every position predicts one
+token at most. Prompts that differ from some token on share what stands before it, so a row is a set of trees:
 
     row       │ prompt but its last token │ last, response 0 │ last, response 1 │ … │
-
-What is shared ends earlier where the engine has used other experts for the same prompt token, and under context
-parallelism at a multiple of what a sequence is padded to.
+    row       │ question │ demonstration a │ last, response 0 │ last, response 1 │ demonstration b │ last, …
 
 Shapes: T tokens of a row, R trained tokens of a sample, K top-k, v vocabulary shard. Under context parallelism every
 sequence is filled up to a multiple as well (`Padding`).
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -28,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_srpo.batching.prefixes import prefixes_of
 from megatron_srpo.core.records import Experts, Padding, PerToken, Row, Sample, StreamName
-from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores
+from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores, chain_of
 
 NO_PADDING = Padding()
-SHORTEST_SHARED = 8  # tokens; sharing fewer saves less than the attention behind a prefix costs
 FOR_EVERY_SAMPLE = ("logprob", "reference_logprob")  # scores that only a pass over all samples can have made
 
 
@@ -123,17 +121,15 @@ def pack_rows(
 def token_positions(
     row: Row, samples: Sequence[Sample], *, padding: Padding = NO_PADDING, stream: StreamName = "student"
 ) -> list[tuple[int, Tensor]]:
-    """(sample index, [L] positions of all its tokens) for every sample of the row, in order. The tokens of a shared
-    prompt belong to several samples."""
+    """(sample index, [L] positions of all its tokens) for every sample of the row, in order. Shared tokens belong to
+    several samples."""
     sequences = _sequences(row.samples, samples, padding, stream)
-    found = []
-    for sequence in sequences:
-        if sequence.is_sample:
-            before = sequences[sequence.prefix].start if sequence.skipped else 0
-            shared = torch.arange(before, before + sequence.skipped)
-            own = torch.arange(sequence.start, sequence.start + sequence.tokens)
-            found.append((sequence.sample, torch.cat([shared, own])))
-    return found
+    ranges = [torch.arange(sequence.start, sequence.start + sequence.tokens) for sequence in sequences]
+    return [
+        (sequence.sample, torch.cat([ranges[i] for i in chain_of(number, [one.prefix for one in sequences])]))
+        for number, sequence in enumerate(sequences)
+        if sequence.is_sample
+    ]
 
 
 def _experts(
@@ -162,11 +158,12 @@ def _experts(
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One sequence of a row: a sample's stream from token `skipped` on, or the prompt that several samples share."""
+    """One sequence of a row: a sample's stream from token `skipped` on, or tokens of prompts that several samples
+    share."""
 
     sample: int  # index
     start: int  # in the row
-    skipped: int  # tokens of the stream that are in the prefix
+    skipped: int  # tokens of the stream that are in the prefix, and in what that goes on behind
     tokens: int
     length: int  # with padding
     prefix: int = -1  # the number of the sequence that it goes on behind
@@ -182,28 +179,31 @@ def _sequences(
     indices: Sequence[int], samples: Sequence[Sample], padding: Padding, stream: StreamName
 ) -> list[_Sequence]:
     """The sequences of a row in order, without the row's padding."""
-    streams = [samples[index].stream(stream) for index in indices]
-    # The same prompt is the same object (Stream), also after a sample has travelled to another rank.
-    users = Counter(id(found.prompt_ids) for found in streams) if padding.shares else Counter[int]()
-    shared: dict[int, int] = {}  # by prompt, the number of its sequence
+    chains = prefixes_of(indices, samples, padding, stream) if padding.shares else [()] * len(indices)
+    made: dict[object, int] = {}  # by prefix, the number of its sequence
     result: list[_Sequence] = []
     start = 0
-    for index, found in zip(indices, streams, strict=True):
-        prompt, before = id(found.prompt_ids), len(found.prompt_ids) - 1
-        same = samples[index].same_experts if stream == "student" else None
-        before = before if same is None else min(before, same)
-        before -= before % padding.sequence  # so that a shared prompt has no padding, which responses would see
-        shares = users[prompt] > 1 and before >= SHORTEST_SHARED
-        if shares and prompt not in shared:
-            shared[prompt] = len(result)
-            result.append(_Sequence(index, start, 0, before, before, is_sample=False))
-            start += before
-        skipped = before if shares else 0
-        tokens = len(found) - skipped
+    for index, chain in zip(indices, chains, strict=True):
+        before, passed = -1, 0
+        for prefix, end in chain:
+            if prefix not in made:
+                made[prefix] = len(result)
+                length = end - passed
+                result.append(_Sequence(index, start, passed, length, length, before, is_sample=False))
+                start += length
+            before, passed = made[prefix], end
+        tokens = samples[index].length_of(stream) - passed
         length = padded_length(tokens, padding.sequence)
-        result.append(_Sequence(index, start, skipped, tokens, length, shared.get(prompt, -1)))
+        result.append(_Sequence(index, start, passed, tokens, length, before))
         start += length
     return result
+
+
+def spans_of(
+    indices: Sequence[int], samples: Sequence[Sample], padding: Padding, stream: StreamName
+) -> list[tuple[int, int]]:
+    """(tokens before it, own tokens) of each sequence of these samples in one row, of shared ones once."""
+    return [(one.skipped, one.tokens) for one in _sequences(indices, samples, padding, stream)]
 
 
 @dataclass(frozen=True)

@@ -435,9 +435,9 @@ class TrainConfig(Section):
     of that moment, which swaps the teacher's weights in for every step. The two differ only if prompts_per_mini_batch
     makes several steps. Old log-probs and those of the reference model are computed once per iteration with both."""
     share_prompts: bool = True
-    """Compute a prompt once per packed row and let all its responses in that row use it. The loss and its gradients are
-    the same up to rounding. It has no effect with dropout, with moe_aux_loss_coef, or with Transformer Engine and
-    context parallelism together."""
+    """Compute the tokens that the prompts of a group have in common once per packed row, for all its responses in that
+    row. The loss and its gradients are the same up to rounding. It has no effect with dropout, with moe_aux_loss_coef,
+    or with Transformer Engine and context parallelism together."""
     max_tokens_per_gpu: int = Field(18432, ge=1)
     """Token budget of one packed row per GPU. A row holds this number times context_parallel_size tokens, and the
     longest teacher prompt with its response must fit."""

@@ -418,7 +418,10 @@ class Padding:
     sequence: int = 1
     row: int = 1
     rows: int = 1  # of a data-parallel rank in one pass; above 1 they are filled up to the longest
-    shares: bool = False  # the samples of a row that have the same prompt share its tokens; needs sequence = 1
+    shares: bool = False  # the samples of a row share the tokens that their prompts have in common
+    attention_length: int = 0
+    """Tokens of a sequence whose causal attention costs as much as its matrix products, where attention behind a prefix
+    also computes what its mask hides: prompts are shared where that saves more. 0: it does not, they always are."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -75,8 +75,9 @@ class PackedBatch:
     turn: Tensor | None = None  # fp32, number of the episode's turn that the target belongs to, from 1; None: one turn
     scores: Scores = field(default_factory=Scores)  # [T, …]
     prefixes: tuple[int, ...] = ()
-    """Which sequence each sequence goes on behind, −1: none. One that several go on behind is a prompt without its last
-    token, which is the first token of each of them: it predicts their first token. Empty: no sequence has a prefix."""
+    """Which sequence each sequence goes on behind, −1: none; it stands earlier in the row, and may have a prefix
+    itself. One that others go on behind has tokens of prompts alone, and predicts nothing. Empty: no sequence has a
+    prefix."""
     experts: Tensor | None = None  # [T, layers with experts, experts of a token] int16, −1: the router chooses; host
     context_group: ProcessGroup | None = None  # ranks with the other parts of every sequence; None: the row is whole
 
@@ -91,6 +92,15 @@ class PackedBatch:
         part = self.map(lambda values: values.index_select(0, positions), without=("cu_seqlens",))
         ends = torch.searchsorted(positions, self.cu_seqlens[1:].to(positions.dtype)).to(self.cu_seqlens.dtype)
         return dataclasses.replace(part, cu_seqlens=torch.cat([torch.zeros_like(ends[:1]), ends]))
+
+
+def chain_of(sequence: int, prefixes: Sequence[int]) -> list[int]:
+    """The sequences that a sequence sees, itself included: its outermost prefix first."""
+    chain = []
+    while sequence >= 0:
+        chain.append(sequence)
+        sequence = prefixes[sequence]
+    return chain[::-1]
 
 
 @dataclass(frozen=True)

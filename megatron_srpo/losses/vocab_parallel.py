@@ -88,7 +88,7 @@ def local_statistics(logits: Tensor, columns: Tensor, here: Tensor, sums: Tensor
             shifted = _shifted(logits[part], mine[part], scale).clamp_(min=FLOOR)
             weights = shifted.exp()
             sums[part, 0] = weights.sum(1)
-            sums[part, 1] = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0]
+            sums[part, 1] = shifted.mul_(weights).sum(1)
     if logits.size(1) and columns.size(1):
         found = _shifted(logits.gather(1, columns), mine, scale)
         sums[:, 2:] = torch.where(here, found, torch.zeros_like(found))

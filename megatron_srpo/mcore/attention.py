@@ -4,8 +4,8 @@ Megatron's own unfused attention refuses packed (THD) rows. A packed row's seque
 each group is right-padded into one batch, and runs causally. Under a causal mask no real query sees the padding on its
 right, so no mask is built and no [T, T] matrix exists.
 
-A sequence may go on behind another one of the row, its prefix: the prompt that several samples share
-(batching/rows.py). Its queries see the prefix's keys and its own.
+A sequence may go on behind another one of the row, its prefix, which may go on behind another one itself: tokens of
+prompts that several samples share (batching/prefixes.py). Its queries see the keys of all of them and its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_srpo.core.tensors import chain_of
 from megatron_srpo.mcore.context import positions_by_rank
+from megatron_srpo.mcore.few_passes import AutogradContext
 
 _MAX_PADDING = 1.25  # a group's longest sequence may have this many times the tokens of its shortest one …
 _SHORT = 64  # … but shorter sequences always share a group: another call costs more than their padding
@@ -47,6 +49,124 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """The sequences of a row as padded batches, which every layer uses: B sequences of up to L tokens each.
+
+    Padding repeats a sequence's last token. A causal mask hides it from all real queries, so that its keys and values
+    have no gradient, and what padded queries find is not used."""
+
+    positions: list[Tensor]  # [B, L] in the row, of each batch
+    places: Tensor  # [T] of each token of the row in the batches, one after the other
+    behind: list[_Behind | None]  # what the sequences of each batch go on behind
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, prefixes: Sequence[int]) -> _Batches:
+        """Made once for a row, and kept with its `cu_seqlens`."""
+        known: _Batches | None = getattr(cu_seqlens, "batches", None)
+        if known is not None:
+            return known
+        bounds, device = cu_seqlens.tolist(), cu_seqlens.device
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        groups = [(group, False) for group in length_groups(_without_branches(lengths, prefixes))]
+        groups += [(group, True) for group in _branches(lengths, prefixes)]
+        positions: list[Tensor] = []
+        behind: list[_Behind | None] = []
+        places, passed = torch.empty(bounds[-1], dtype=torch.long, device=device), 0
+        for group, is_branch in groups:
+            starts, sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, group))
+            steps = torch.arange(int(sizes.max()), device=device)
+            own = starts + torch.minimum(steps, sizes - 1)
+            valid = (steps < sizes).flatten()
+            places[own.flatten()[valid]] = torch.arange(passed, passed + own.numel(), device=device)[valid]
+            passed += own.numel()
+            positions.append(own)
+            behind.append(_Behind.of(bounds, prefixes, group, sizes, device) if is_branch else None)
+        made = cls(positions, places, behind)
+        cu_seqlens.batches = made  # type: ignore[attr-defined]
+        return made
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """The prefixes of B sequences, padded on the left to P tokens."""
+
+    positions: Tensor  # [families, P] in the row
+    family: Tensor  # [B] which of them each sequence is behind
+    seen: Tensor  # [B, L / ranks, P + L] bool, which keys each of this rank's queries sees: its prefix's, its own
+
+    @classmethod
+    def of(
+        cls, bounds: list[int], prefixes: Sequence[int], members: list[int], sizes: Tensor, device: torch.device,
+        rank: int = 0, ranks: int = 1,
+    ) -> _Behind:  # fmt: skip
+        """prefixes of the row; sizes [B, 1] of the sequences `members`, which go on behind others."""
+        families = sorted({prefixes[i] for i in members})
+        family = torch.tensor([families.index(prefixes[i]) for i in members], device=device)
+        tokens = [
+            torch.cat([torch.arange(bounds[i], bounds[i + 1], device=device) for i in chain_of(prefix, prefixes)])
+            for prefix in families
+        ]
+        lengths = torch.tensor([len(one) for one in tokens], device=device)[:, None]
+        longest, before = int(sizes.max()), int(lengths.max())
+        steps, places = torch.arange(longest, device=device), torch.arange(before, device=device)
+        positions = torch.stack([F.pad(one, (before - len(one), 0), value=int(one[0])) for one in tokens])
+        mine, shift = steps[: longest // ranks], before - lengths
+        seen = torch.cat(
+            [
+                (places >= shift[family])[:, None, :].expand(-1, len(mine), -1),
+                steps <= _in_sequence(mine, sizes, rank, ranks)[:, :, None],
+            ],
+            dim=2,
+        )
+        return cls(positions, family, seen)
+
+    def keys(self, values: Tensor, own: Tensor) -> Tensor:
+        """[B, P + L, …] the row's `values` [T, …] of the prefixes and then the `own` ones [B, L, …]."""
+        return torch.cat([values[self.positions][self.family], own], dim=1)
+
+
+class _Pad(torch.autograd.Function):
+    """[T, …] → [B, L, …] for each batch. The gradient of padding is 0, so it is left out instead of added up."""
+
+    @staticmethod
+    def forward(ctx: AutogradContext, values: Tensor, places: Tensor, *positions: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(places)
+        return tuple(
+            values.index_select(0, batch.flatten()).view(*batch.shape, *values.shape[1:]) for batch in positions
+        )
+
+    @staticmethod
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return _flat(grads).index_select(0, places), None, *(None for _ in grads)
+
+
+class _Unpad(torch.autograd.Function):
+    """[B, L, …] of each batch → [T, …]."""
+
+    @staticmethod
+    def forward(ctx: AutogradContext, places: Tensor, *batches: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shapes = [batch.shape for batch in batches]  # type: ignore[attr-defined]
+        return _flat(batches).index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        shapes: list[torch.Size] = ctx.shapes  # type: ignore[attr-defined]
+        counts = [shape[0] * shape[1] for shape in shapes]
+        padded = grad.new_zeros(sum(counts), *grad.shape[1:]).index_copy_(0, places, grad)
+        parts = zip(padded.split(counts), shapes, strict=True)
+        return None, *(part.view(shape) for part, shape in parts)
+
+
+def _flat(batches: Sequence[Tensor]) -> Tensor:
+    """[B, L, …] of each batch as one [Σ B·L, …]."""
+    parts = [batch.flatten(0, 1) for batch in batches]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def packed_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None, dropout: float,
     prefixes: Sequence[int] = (),
@@ -55,36 +175,30 @@ def packed_causal_attention(
 
     query [T, heads, d], key and value [T, groups, d], cu_seqlens [S+1], prefixes as in PackedBatch; returns
     [T, heads, d].
+
+    The keys of sequences with a prefix are the prefix's and their own; the mask is [B, L, P + L] booleans. Hidden
+    states of a prefix are not copied, keys and values are.
     """
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    grouped_query = query.size(1) != key.size(1)
-    output = query.new_zeros(query.size(0), query.size(1), value.size(2))
-    for group in length_groups(_without_branches(lengths, prefixes)):
-        longest = lengths[group[0]]
-        starts = torch.tensor([bounds[i] for i in group], device=query.device)
-        sizes = torch.tensor([lengths[i] for i in group], device=query.device)
-        steps = torch.arange(longest, device=query.device)
-        valid = steps[None, :] < sizes[:, None]  # [B, L]
-        # Padding repeats the sequence's last token, which the causal mask hides from all real queries.
-        positions = starts[:, None] + torch.minimum(steps[None, :], sizes[:, None] - 1)  # [B, L]
-        q, k, v = (x[positions].transpose(1, 2) for x in (query, key, value))  # [B, heads, L, d]
+    batches = _Batches.of(cu_seqlens, prefixes)
+    padded = (_Pad.apply(values, batches.places, *batches.positions) for values in (query, key, value))
+    found = []
+    for behind, q, k, v in zip(batches.behind, *padded, strict=True):
+        if behind is not None:
+            k, v = behind.keys(key, k), behind.keys(value, v)
         mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=grouped_query
-        )
-        output = output.index_put((positions[valid],), mixed.transpose(1, 2)[valid])
-    for group in _branches(lengths, prefixes):
-        at, mixed = _branch_attention(
-            query, key, value, bounds, group, [prefixes[i] for i in group], scale=scale, dropout=dropout
-        )
-        output = output.index_put((at,), mixed)
-    return output
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=behind is None,
+            attn_mask=None if behind is None else behind.seen[:, None], dropout_p=dropout, scale=scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )  # fmt: skip
+        found.append(mixed.transpose(1, 2))
+    return _Unpad.apply(batches.places, *found)
 
 
 def _branches(lengths: list[int], prefixes: Sequence[int]) -> Iterator[list[int]]:
     """The sequences that have a prefix, in groups whose own lengths and whose prefixes' lengths are similar."""
     branches = [index for index, prefix in enumerate(prefixes) if prefix >= 0]
-    for alike in length_groups([lengths[prefixes[index]] for index in branches]):
+    before = [sum(lengths[i] for i in chain_of(prefixes[index], prefixes)) for index in branches]
+    for alike in length_groups(before):
         members = [branches[i] for i in alike]
         for group in length_groups([lengths[index] for index in members]):
             yield [members[i] for i in group]
@@ -93,44 +207,6 @@ def _branches(lengths: list[int], prefixes: Sequence[int]) -> Iterator[list[int]
 def _without_branches(lengths: list[int], prefixes: Sequence[int]) -> list[int]:
     """The lengths, 0 for the sequences that have a prefix."""
     return [0 if prefixes and prefixes[index] >= 0 else length for index, length in enumerate(lengths)]
-
-
-def _branch_attention(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], branches: list[int], prefixes: list[int], *,
-    scale: float | None, dropout: float, rank: int = 0, size: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of B sequences of similar length behind their prefixes: (positions [N] of their tokens, [N, heads, d]).
-
-    The keys are those of the prefix, padded on the left to P, and the sequence's own, padded on the right to L; the
-    mask is [B, L, P + L] booleans. Hidden states of a prefix are not copied, keys and values are. The queries are those
-    of a context-parallel rank, L / `size` of a sequence; keys and values are the whole row's, in its order.
-    """
-    device = query.device
-    starts, sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, branches))
-    families = sorted(set(prefixes))
-    family = torch.tensor([families.index(prefix) for prefix in prefixes], device=device)
-    prefix_starts, prefix_sizes = (torch.tensor(values, device=device)[:, None] for values in _spans(bounds, families))
-    longest, before = int(sizes.max()), int(prefix_sizes.max())
-    steps, places = torch.arange(longest, device=device), torch.arange(before, device=device)
-    mine = steps[: longest // size]
-    valid = mine < sizes // size  # [B, L / size]
-    asking = starts // size + torch.minimum(mine, sizes // size - 1)  # [B, L / size], in this rank's part
-    own = starts + torch.minimum(steps, sizes - 1)  # [B, L]
-    shift = before - prefix_sizes  # padding on the left
-    shared = prefix_starts + (places - shift).clamp(min=0)  # [families, P]
-    seen = torch.cat(
-        [
-            (places >= shift[family])[:, None, :].expand(-1, len(mine), -1),
-            steps <= _in_sequence(mine, sizes, rank, size)[:, :, None],
-        ],
-        dim=2,
-    )  # [B, L / size, P + L]
-    k, v = (torch.cat([x[shared][family], x[own]], dim=1).transpose(1, 2) for x in (key, value))
-    mixed = F.scaled_dot_product_attention(
-        query[asking].transpose(1, 2), k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale,
-        enable_gqa=query.size(1) != key.size(1),
-    )  # fmt: skip
-    return asking[valid], mixed.transpose(1, 2)[valid]
 
 
 def _in_sequence(mine: Tensor, sizes: Tensor, rank: int, ranks: int) -> Tensor:
@@ -184,12 +260,20 @@ def context_parallel_attention(
             q, k, v, attn_mask=mask[:, None], dropout_p=dropout, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
         output = output.index_put((own[valid],), mixed.transpose(1, 2)[valid])
-    for alike in _branches(lengths, prefixes):
-        at, mixed = _branch_attention(
-            query, key, value, bounds, alike, [prefixes[i] for i in alike], scale=scale, dropout=dropout, rank=rank,
-            size=size,
+    for members in _branches(lengths, prefixes):
+        starts, sizes = (torch.tensor(values, device=query.device)[:, None] for values in _spans(bounds, members))
+        steps = torch.arange(int(sizes.max()), device=query.device)
+        mine = steps[: len(steps) // size]
+        behind = _Behind.of(bounds, prefixes, members, sizes, query.device, rank, size)
+        own = starts // size + torch.minimum(mine, sizes // size - 1)
+        all_keys = starts + torch.minimum(steps, sizes - 1)
+        q, k, v = query[own], behind.keys(key, key[all_keys]), behind.keys(value, value[all_keys])
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=behind.seen[:, None], dropout_p=dropout,
+            scale=scale, enable_gqa=query.size(1) != key.size(1),
         )  # fmt: skip
-        output = output.index_put((at,), mixed)
+        valid = mine < sizes // size
+        output = output.index_put((own[valid],), mixed.transpose(1, 2)[valid])
     return output
 
 
@@ -202,19 +286,17 @@ class SharedSeqParams(PackedSeqParams):
 
     prefixes: tuple[int, ...] = ()
     keys: Tensor | None = None
-    """[T_kv] int64: the positions in the row of the keys that each sequence sees, its prefix first, one sequence after
-    the other."""
+    """[T_kv] int64: the positions in the row of the keys that each sequence sees, its outermost prefix first, one
+    sequence after the other."""
     key_bounds: Tensor | None = None  # [S+1] int32: where the keys of each sequence begin
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, prefixes: tuple[int, ...]) -> SharedSeqParams:
         """cu_seqlens [S+1] int32 and prefixes of PackedBatch; both new tensors are on its device."""
         bounds = cu_seqlens.tolist()
-        parts = []
-        for own, prefix in enumerate(prefixes):
-            parts += [torch.arange(bounds[i], bounds[i + 1]) for i in ((prefix, own) if prefix >= 0 else (own,))]
-        sizes = [bounds[i + 1] - bounds[i] for i in range(len(prefixes))]
-        seen = [size + (sizes[prefix] if prefix >= 0 else 0) for size, prefix in zip(sizes, prefixes, strict=True)]
+        chains = [chain_of(own, prefixes) for own in range(len(prefixes))]
+        parts = [torch.arange(bounds[i], bounds[i + 1]) for chain in chains for i in chain]
+        seen = [sum(bounds[i + 1] - bounds[i] for i in chain) for chain in chains]
         key_bounds = torch.tensor([0, *itertools.accumulate(seen)], dtype=torch.int32)
         return cls(
             "thd", cu_seqlens, cu_seqlens, None, None, max(seen), max(seen), prefixes=prefixes,

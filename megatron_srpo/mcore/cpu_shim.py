@@ -13,6 +13,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,37 @@ def _patch_uneven_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
 
 
+def _patch_single_ranks() -> None:
+    # Gloo copies also if a group has one rank and the result is the memory that is given.
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    def unless_same(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def called(output: torch.Tensor, given: torch.Tensor, *args: object, **kwargs: object) -> Any:
+            if output.data_ptr() == given.data_ptr() and output.numel() == given.numel():
+                return None
+            return collective(output, given, *args, **kwargs)
+
+        return called
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, unless_same(getattr(buffers, name)))
+
+
+def _patch_weight_gradients() -> None:
+    # Megatron can add a weight's gradient to its buffer inside the product, with apex' kernel. Otherwise every product
+    # makes a tensor of the weight's size first.
+    from megatron.core.tensor_parallel import layers
+
+    def add_product(given: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor) -> None:
+        if total.dtype == gradient.dtype:
+            total.addmm_(gradient.t(), given)
+        else:
+            total.add_(gradient.t() @ given)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+    layers._grad_accum_fusion_available = True
+
+
 def install() -> None:
     """Patch torch once, and only where there is no CUDA. Call it before building a Megatron model."""
     global _installed
@@ -197,3 +229,5 @@ def install() -> None:
     _patch_tensors()
     _patch_dispatcher()
     _patch_uneven_collectives()
+    _patch_single_ranks()
+    _patch_weight_gradients()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import importlib.util
 import resource
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_srpo.core.errors import UserError
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,23 @@ def choose_device(requested: str, local_rank: int) -> DevicePath:
         from megatron_srpo.mcore import cpu_shim
 
         cpu_shim.install()
+        _keep_freed_memory()
         return DevicePath(torch.device("cpu"), "gloo", False, "no CUDA: Megatron Core's local layers, torch SDPA, gloo")
     torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank)
     if _transformer_engine():
         return DevicePath(device, "nccl", True, "CUDA with Transformer Engine")
     return DevicePath(device, "nccl", False, "CUDA without Transformer Engine: local layers, torch SDPA")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the memory of large tensors as it does that of small ones. It would give it back and ask the
+    kernel for new pages for every activation, which costs up to a fifth of the product that fills them. Other C
+    libraries stay as they are."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 * 2**20)):
+            mallopt(option, value)
 
 
 def _transformer_engine() -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -23,7 +24,7 @@ from megatron_srpo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.tensors import ModelShards
 from megatron_srpo.families import HfConfig, ModelShape, family_of
-from megatron_srpo.mcore import lora, rotary
+from megatron_srpo.mcore import few_passes, lora, rotary
 from megatron_srpo.mcore.attention import PackedAttention
 from megatron_srpo.mcore.experts import expert_layer_mlp, mark_experts
 from megatron_srpo.mcore.groups import Topology, virtual_size
@@ -40,6 +41,12 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  # Megatron's attribute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, …, H]. torch has one kernel for it on GPUs and none on CPUs."""
+        if x.device.type != "cpu" or x.dtype == torch.bfloat16:
+            return super().forward(x)
+        return few_passes.RMSNorm.apply(x, self.weight, self.eps)
 
 
 class DeferredHead(ColumnParallelLinear):
@@ -107,7 +114,7 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "bf16": bf16,
         "use_cpu_initialization": not on_cuda,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": not on_cuda,  # mcore/cpu_shim.py; on GPUs it needs apex
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         **fusions(transformer_engine, experts=bool(shape.experts)),
@@ -139,6 +146,7 @@ def fusions(transformer_engine: bool, *, experts: bool) -> dict[str, bool]:
     return {
         "apply_rope_fusion": transformer_engine,  # without it: mcore/rotary.py
         "bias_activation_fusion": transformer_engine,
+        "use_te_activation_func": not transformer_engine,  # Megatron's name: `activation_func` takes gate and up as one
         "bias_dropout_fusion": transformer_engine,
         "moe_permute_fusion": transformer_engine and experts,
     }
@@ -244,6 +252,10 @@ def build_model(
             gpt.rotary_pos_emb.inv_freq = scaled_rotary(hf).inverse_frequencies.to(gpt.rotary_pos_emb.inv_freq.device)
         if gpt.post_process:
             gpt.output_layer.__class__ = DeferredHead
+        if config.use_te_activation_func:
+            for module in gpt.modules():
+                if isinstance(module, MLP):  # also an expert
+                    module.activation_func = few_passes.swiglu
         mark_experts(gpt)
         gpt.to(topology.device)
         if adapters is not None:

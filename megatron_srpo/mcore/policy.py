@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -81,7 +82,11 @@ class Policy:
         # 8-bit products want token counts in multiples of 16.
         tokens = 1 if config.model.fp8 == "off" else 16
         shares = may_share_prompts(config, transformer_engine=path.transformer_engine)
-        self.padding = row_padding(topology, config.parallel, tokens=tokens, shares=shares)
+        padding = row_padding(topology, config.parallel, tokens=tokens, shares=shares)
+        # A layer's products are about 24·H² operations a token, its causal attention 2·H·n. Context-parallel attention
+        # without Transformer Engine has a mask in any case.
+        masks = not path.transformer_engine and topology.cp_size == 1
+        self.padding = dataclasses.replace(padding, attention_length=12 * hf_config["hidden_size"] if masks else 0)
         if self.padding.shares and path.transformer_engine:
             from megatron_srpo.mcore.te_attention import SharedPromptAttention, verify
 

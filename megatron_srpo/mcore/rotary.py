@@ -2,8 +2,8 @@
 samples share prompts: their sequences begin at other positions than 0, which Transformer Engine's kernel does not know.
 
 Megatron's own one goes through the sequences of a row one after the other, in every layer, for queries and keys. Here
-the cosines and sines of all tokens of a row are made once, and all layers use them. Values and gradients are the same,
-bit for bit.
+the cosines and sines of all tokens of a row are made once, and all layers use them. Values and gradients are the same
+up to rounding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer import attention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_srpo.mcore.few_passes import AutogradContext
 
 _megatrons = rope_utils.apply_rotary_pos_emb
 
@@ -64,9 +66,32 @@ def apply_rotary(
     working = t.float() if config.apply_rope_fusion else t  # Transformer Engine's kernel rotates in float32
     row = _row(working, freqs, cu_seqlens, mscale, cp_group.rank(), cp_group.size())
     rotated, rest = working[..., : row.cos.size(-1)], t[..., row.cos.size(-1) :]
-    first, second = rotated.chunk(2, dim=-1)
-    result = (rotated * row.cos + torch.cat((-second, first), dim=-1) * row.sin).to(t.dtype)
+    result = _Rotation.apply(rotated, row.cos, row.sin).to(t.dtype)
     return torch.cat((result, rest), dim=-1) if rest.size(-1) else result
+
+
+class _Rotation(torch.autograd.Function):
+    """t · cos + [−second half of t, first half of t] · sin. The backward pass turns the other way."""
+
+    @staticmethod
+    def forward(ctx: AutogradContext, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(t, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
+
+
+def _turned(t: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """Both halves of `cos` are equal, and of `sin`."""
+    (first, second), (sin, _) = t.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    result = t * cos
+    one, other = result.chunk(2, dim=-1)
+    one.addcmul_(second, sin, value=-sign)
+    other.addcmul_(first, sin, value=sign)
+    return result
 
 
 @torch.no_grad()

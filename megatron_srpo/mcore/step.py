@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import get_model_config
 
 from megatron_srpo.core.metrics import Metrics
-from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction
+from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction, chain_of
 from megatron_srpo.mcore import lora, rotary
 from megatron_srpo.mcore.attention import SharedSeqParams
 from megatron_srpo.mcore.context import gather_parts, local_part
@@ -48,8 +48,9 @@ def packed_params(row: PackedBatch) -> PackedSeqParams:
     if not row.prefixes:
         longest = int(lengths.max())
         return PackedSeqParams("thd", row.cu_seqlens, row.cu_seqlens, None, None, longest, longest)
-    prefixes = torch.tensor(row.prefixes, device=lengths.device)
-    rotary.set_starts(row.cu_seqlens, torch.where(prefixes >= 0, lengths[prefixes], 0))
+    sizes = lengths.tolist()
+    starts = [sum(sizes[i] for i in chain_of(prefix, row.prefixes)) for prefix in row.prefixes]
+    rotary.set_starts(row.cu_seqlens, torch.tensor(starts, device=lengths.device))
     return SharedSeqParams.of(row.cu_seqlens, row.prefixes)
 
 

@@ -1,9 +1,9 @@
 """Transformer Engine's core attention, for packed rows whose samples may share a prompt (mcore/attention.py).
 
 Transformer Engine computes all sequences of a row in one call. For a sequence behind a prefix it gets the sequence's
-own queries, and the keys and values of both. Its mask "padding_causal_bottom_right" lets the last query see all keys,
-the one before it all but the last, and so on, which is right for sequences with and without a prefix. So keys and
-values of a prefix are copied per sample, as they are in a row that shares nothing, and nothing else is.
+own queries, and the keys and values of all that it sees. Its mask "padding_causal_bottom_right" lets the last query see
+all keys, the one before it all but the last, and so on, which is right for sequences with and without a prefix. So keys
+and values of a prefix are copied per sample, as they are in a row that shares nothing, and nothing else is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def verify(attention: SharedPromptAttention, device: torch.device) -> None:
     config = attention.config
     ranks, generator = config.tensor_model_parallel_size, torch.Generator(device).manual_seed(0)
     heads, groups = config.num_attention_heads // ranks, max(1, config.num_query_groups // ranks)
-    lengths, prefixes = (70, 5, 40, 9), (-1, 0, 0, -1)
+    lengths, prefixes = (70, 5, 40, 9, 20, 3), (-1, 0, 0, -1, 0, 4)
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
     row = SharedSeqParams.of(bounds, prefixes)
     total, longest = sum(lengths), row.max_seqlen_kv

@@ -42,12 +42,12 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
     q, k = arch.query / t, arch.key / t
     heads, groups = arch.heads / t, arch.groups / t
     if path in ("local", "gpu"):
-        # On a CPU torch's RMSNorm saves its fp32 input, the fp32 normalised value and one number a row; the fused norm
-        # saves its input and that number. The norm of the keys saves a view, which keeps the whole QKV product alive.
-        # A frozen norm saves no normalised value.
-        fused, frozen = path == "gpu", 4 if layout.lora_rank else 0
+        # On a CPU torch's RMSNorm of bf16 saves its fp32 input, the fp32 normalised value and one number a row; ours of
+        # fp32 and the fused norm of a GPU save their input and that number. The norm of the keys saves a view, which
+        # keeps the whole QKV product alive. A frozen norm saves no normalised value.
+        fused, frozen = _small_norm(path, w), 4 if layout.lora_rank else 0
         norm = (w if fused else 8 - frozen) * arch.hidden + 4
-        kept = w * (2 * q + 2 * k) if fused else ((8 if w == 2 else 12) - frozen) * (q + k)
+        kept = w * (2 * q + 2 * k) if fused else (8 - frozen) * (q + k)
         small = kept + 4 * (heads + groups) if arch.qk_norm else 0.0
         attend = padding * (w * (2 * q + 2 * k) + 4 * heads + 9) + 8
         if layout.context > 1:  # keys and values of the whole row, and the mask against its longest sequence
@@ -63,13 +63,24 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
     adapters = w * layout.lora_rank * len(adapted_projections(arch, layout))
     return LayerBytes(
         attention=attention,
-        mlp=5 * w * arch.ffn / t + _expert_bytes(arch, layout) / s + adapters,
+        mlp=_gated(path) * w * arch.ffn / t + _expert_bytes(arch, layout, path) / s + adapters,
         mlp_input=norm / s + linear,
         checkpoint=linear,
     )
 
 
-def _expert_bytes(arch: Architecture, layout: Layout) -> float:
+def _small_norm(path: str, itemsize: int) -> bool:
+    """Whether RMSNorm saves its input and one number a row alone."""
+    return path == "gpu" or itemsize == 4
+
+
+def _gated(path: str) -> int:
+    """Values of the MLP's width that it keeps for each token: gate and up, and the second product's input. With
+    Transformer Engine as many are assumed as Megatron's activation keeps without fusion."""
+    return 5 if path == "te" else 3
+
+
+def _expert_bytes(arch: Architecture, layout: Layout, path: str) -> float:
     """Of a token's experts, with tokens spread evenly: the router's scores and choices, each copy of it, and what
     its expert's gated MLP keeps."""
     if not arch.experts:
@@ -77,7 +88,7 @@ def _expert_bytes(arch: Architecture, layout: Layout) -> float:
     w, copies = layout.dtype_bytes, arch.experts_per_token
     router = 5 * arch.experts + 28 * copies
     inner = 3 * w * layout.lora_rank if layout.lora_experts else 0
-    return router + copies * (w * arch.hidden + 5 * w * arch.expert_ffn / layout.expert_tensor + inner)
+    return router + copies * (w * arch.hidden + _gated(path) * w * arch.expert_ffn / layout.expert_tensor + inner)
 
 
 def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, ids: int, logits_mib: int) -> float:
@@ -85,7 +96,7 @@ def head_bytes(arch: Architecture, layout: Layout, tokens: int, *, path: str, id
     `ids` ids each. Logits are kept if they fit into `logits_mib`; else they are computed in pieces (losses/linear.py).
     """
     w, s = layout.dtype_bytes, layout.tensor if layout.sequence_parallel else 1
-    norm = (8 if path == "local" else w) * arch.hidden + 4
+    norm = (w if path == "te" or _small_norm(path, w) else 8) * arch.hidden + 4
     width = -(-arch.vocab // layout.tensor)
     logits = min(w * width * tokens, logits_mib * 2**20)
     return logits + tokens * (norm / s + w * arch.hidden + 13 * ids + 8)

@@ -74,15 +74,18 @@ def forward_flops(arch: Architecture, context: float) -> float:
     return arch.layers * layer + 2 * arch.vocab * arch.hidden
 
 
-def prompt_copies(workload: Workload, layout: Layout, *, path: str = "te", share: float = 1.0) -> float:
+def prompt_copies(
+    workload: Workload, layout: Layout, *, path: str = "te", share: float = 1.0, own: float | None = None
+) -> float:
     """How often a pass over this share of the samples computes each prompt. Samples share it within a row, and a group
-    is cut up if it is longer than a row, or if there are more data-parallel ranks than prompts."""
+    is cut up if it is longer than a row, or if there are more data-parallel ranks than prompts. `own`: the tokens of a
+    sample that are not its prompt's; None: its response and the prompt's last token."""
     samples = share * workload.samples
     if not workload.shares_prompts or (path == "te" and layout.context > 1):
         return samples
     room = max(1.0, layout.max_tokens * layout.context * workload.packing - workload.prompt_mean)
-    response = workload.student_tokens / workload.rollouts - workload.prompt_mean
-    rows, ranks = samples * (1 + response) / room, layout.data * workload.steps / workload.prompts
+    own = 1 + workload.student_tokens / workload.rollouts - workload.prompt_mean if own is None else own
+    rows, ranks = samples * own / room, layout.data * workload.steps / workload.prompts
     return min(samples, max(1.0, math.ceil(rows), ranks))
 
 
@@ -92,6 +95,17 @@ def student_pass(
     """A pass over this share of the samples, in which samples share prompts."""
     copies = prompt_copies(workload, layout, path=path, share=share)
     return Pass(workload.shared_tokens(copies, share), workload.shared_context(copies / share), backward)
+
+
+def teacher_pass(workload: Workload, layout: Layout, *, path: str = "te") -> Pass:
+    """The teacher's pass over the distilled samples, which share their question and equal demonstrations."""
+    taught = workload.taught
+    if not taught:
+        return Pass(0.0, 0.0)
+    response = workload.student_tokens / workload.rollouts - workload.prompt_mean
+    own = 1 + response + workload.demonstrations(1.0) / taught * workload.demonstration
+    copies = prompt_copies(workload, layout, path=path, share=workload.distilled, own=own)
+    return Pass(workload.teacher_tokens(copies), workload.teacher_context(copies))
 
 
 def rows_of(workload: Workload, layout: Layout, tokens: float) -> int:
@@ -298,7 +312,7 @@ def iteration_time(
     # The train pass of the first step finds the student's top-k ids, if the copy of the teacher's head fits.
     passes = 1 - 1 / workload.steps if train_pass_finds_topk(arch, layout, workload) else float(workload.topk > 0)
     scored = student_pass(workload, layout, path=path, share=workload.distilled or 1.0)
-    taught = Pass(workload.teacher_tokens, workload.mean_context(teacher=True))
+    taught = teacher_pass(workload, layout, path=path)
     seconds_of = functools.partial(
         pass_seconds, arch, layout, machine, workload, path=path, logits_mib=logits_mib
     )  # fmt: skip

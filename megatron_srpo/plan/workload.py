@@ -60,17 +60,40 @@ class Workload:
         return squares / self.shared_tokens(copies)
 
     @property
-    def teacher_tokens(self) -> float:
-        """Tokens of the distilled samples as the teacher sees them: question, a sibling's response, own response."""
-        response = _mean(self.response_lengths())
-        demonstration = min(response, self.teacher_prompt_max - self.prompt_mean)
-        return self.distilled * self.rollouts * (self.prompt_mean + demonstration + response)
+    def taught(self) -> float:
+        """Samples of a prompt that are distilled, on average."""
+        return self.distilled * self.samples
 
-    def mean_context(self, *, teacher: bool = False) -> float:
+    @property
+    def demonstration(self) -> float:
+        """Tokens of the answer that a teacher is shown: a sibling's, cut to fit."""
+        return min(_mean(self.response_lengths()), self.teacher_prompt_max - self.prompt_mean)
+
+    def demonstrations(self, copies: float) -> float:
+        """How many answers the teachers of a prompt are shown in one pass, those that are the same once for each of
+        `copies` rows. Siblings are drawn at random from the samples that are not distilled, which are correct."""
+        correct = max(1.0, self.samples - self.taught)
+        different = correct * (1 - (1 - 1 / correct) ** self.taught)
+        return self.taught if copies >= self.taught else min(self.taught, different + copies - 1)
+
+    def teacher_tokens(self, copies: float) -> float:
+        """Tokens of the distilled samples as the teacher sees them: question, a sibling's response, own response. The
+        question is computed `copies` times in a pass, and shared demonstrations once for each copy."""
+        response = _mean(self.response_lengths())
+        shared = copies * (self.prompt_mean - 1) + self.demonstrations(copies) * self.demonstration
+        return self.prompts * (shared + self.taught * (1 + response))
+
+    def teacher_context(self, copies: float) -> float:
+        """`shared_context` of the teacher's pass."""
+        prompt, enriched = self.prompt_mean, self.prompt_mean + self.demonstration
+        lengths = self.response_lengths()
+        branches = sum((enriched + length) ** 2 - enriched**2 for length in lengths) / len(lengths)
+        shown = self.demonstrations(copies) * (enriched**2 - prompt**2)
+        return self.prompts * (copies * prompt**2 + shown + self.taught * branches) / self.teacher_tokens(copies)
+
+    def mean_context(self) -> float:
         """Σ n² / Σ n over sequences of n tokens: twice the number of keys that a token attends to on average."""
-        response = self.response_lengths()
-        demonstration = min(_mean(response), self.teacher_prompt_max - self.prompt_mean) if teacher else 0.0
-        return _mean_context(response, self.prompt_mean + demonstration)
+        return _mean_context(self.response_lengths(), self.prompt_mean)
 
     @property
     def longest_row(self) -> int:

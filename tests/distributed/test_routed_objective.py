@@ -340,7 +340,7 @@ def head_apart(fused, given):
 
 def run_variants(variants, layout, student, teacher, groups_of):
     """What each optimizer step of each variant saw and did: samples, weights before it, gradients, metrics."""
-    from megatron_srpo.batching import rows
+    from megatron_srpo.batching import prefixes, rows
     from megatron_srpo.bridge import Exporter, load_hf_weights, read_config
     from megatron_srpo.losses import linear
     from megatron_srpo.losses.objective import Objective
@@ -348,7 +348,7 @@ def run_variants(variants, layout, student, teacher, groups_of):
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.mcore.policy import Policy
 
-    rows.SHORTEST_SHARED = 1  # tiny prompts are shared too
+    prefixes.SHORTEST_SHARED = 1  # tiny prompts are shared too
     path = choose_device("auto", 0)
     config = make_config(student, variants[0], layout)
     topology = groups.initialize(config.parallel, path, seed=1, timeout_minutes=2)

@@ -51,6 +51,7 @@ def test_packed_attention_equals_attention_inside_each_sequence(lengths):
         ([5, 3, 4, 1], (-1, 0, 0, 0)),
         ([7, 90, 2, 100, 64, 88, 3], (-1, 0, 0, -1, 3, 3, -1)),  # two families, and a sequence of its own
         ([3, 2, 2, 2], (-1, -1, 0, 0)),  # a sequence between a prefix and those behind it
+        ([4, 3, 2, 70, 5, 1, 6], (-1, 0, 1, 1, 0, 4, -1)),  # a tree: prefixes that have one themselves
     ],
 )
 def test_sequences_behind_a_shared_prefix_see_it_and_themselves(lengths, prefixes):
@@ -63,7 +64,10 @@ def test_sequences_behind_a_shared_prefix_see_it_and_themselves(lengths, prefixe
     expected = []
     for number, prefix in enumerate(prefixes):
         own = torch.arange(int(bounds[number]), int(bounds[number + 1]))
-        before = own[:0] if prefix < 0 else torch.arange(int(bounds[prefix]), int(bounds[prefix + 1]))
+        before = own[:0]
+        while prefix >= 0:
+            before = torch.cat([torch.arange(int(bounds[prefix]), int(bounds[prefix + 1])), before])
+            prefix = prefixes[prefix]
         whole = torch.cat([before, own])  # as if the sequence stood alone
         expected.append(reference(query[whole], key[whole], value[whole], [0, len(whole)], 8**-0.5)[len(before) :])
     expected = torch.cat(expected)

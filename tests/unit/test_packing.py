@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 from array import array
-from collections import Counter
 from unittest.mock import patch
 
 import numpy as np
@@ -15,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.batching import rows as row_module
+from megatron_srpo.batching import prefixes as prefixes_module
 from megatron_srpo.batching.plan import cost, plan_batch, share_of
 from megatron_srpo.batching.rows import NO_PADDING, pack_rows, padded_length, predicting_positions, row_lengths
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Padding, Row, Sample, Stream
-from megatron_srpo.core.tensors import PackedBatch, Scores
+from megatron_srpo.core.tensors import PackedBatch, Scores, chain_of
 from tests.made_samples import make_sample
 
 
@@ -73,22 +72,30 @@ def iterations(draw):
 
 @st.composite
 def families(draw):
-    """Samples that share prompts, as a group's do: one student's prompt a group, and one or two teachers'."""
+    """Samples that share prompts, as a group's do: one student's prompt a group, or a history that grows, and teachers'
+    prompts that begin alike or not."""
     samples = []
     for group in range(draw(st.integers(1, 5))):
         prompt, *taught = (
             array("i", [1000 * (group + 1) + 100 * kind + i for i in range(draw(st.integers(1, 30)))])
             for kind in range(3)
         )
+        history = [prompt]
+        for turn in range(draw(st.integers(0, 2))):
+            kept = draw(st.integers(1, len(history[-1])))
+            history.append(history[-1][:kept] + array("i", [90_000 + 100 * turn + i for i in range(5)]))
+        if draw(st.booleans()):
+            taught.append(taught[0][: draw(st.integers(1, len(taught[0])))] + array("i", [80_000, 80_001]))
         for number in range(draw(st.integers(1, 6))):
             answer = array("i", [500 + 10 * number + i for i in range(draw(st.integers(1, 9)))])
             trained = np.ones(len(answer), dtype=bool)
             teacher = draw(st.sampled_from([None, *taught]))
             samples.append(
                 Sample(
-                    f"train:{group}", number, Stream(prompt, answer, trained), np.zeros(len(answer), np.float32), 0.5,
+                    f"train:{group}", number, Stream(draw(st.sampled_from(history)), answer, trained),
+                    np.zeros(len(answer), np.float32), 0.5,
                     {"policy": 1.0} if teacher is None else {"distill": 1.0},
-                    teacher=None if teacher is None else Stream(max(teacher, prompt, key=len), answer, trained),
+                    teacher=None if teacher is None else Stream(max(teacher, *history, key=len), answer, trained),
                 )
             )  # fmt: skip
     longest = max(max(s.student_length, s.teacher_length) for s in samples)
@@ -101,7 +108,7 @@ def families(draw):
 @given(families())
 def test_samples_that_share_a_prompt_read_it_once_and_lose_nothing(case):
     samples, arguments = case
-    with patch.object(row_module, "SHORTEST_SHARED", 1):
+    with patch.object(prefixes_module, "SHORTEST_SHARED", 1):
         plan = plan_of(samples, **arguments)
         (mini,) = plan.mini_batches
         for kind, streams in (("student", ["student"]), ("teacher", ["teacher", "student"])):
@@ -118,25 +125,27 @@ def test_samples_that_share_a_prompt_read_it_once_and_lose_nothing(case):
 
 
 def check_shared_row(packed, row, samples, stream, padding):
-    """Every sample's sequence, put together from its prefix and its own tokens, is its stream; every prompt of two
-    samples or more is there once; and the trained tokens are predicted from the tokens before them."""
+    """Every sample's sequence, put together from its prefixes and its own tokens, is its stream; no two sequences of a
+    group begin alike behind the same prefix, but for the last tokens of prompts; and the trained tokens are predicted
+    from the tokens before them."""
     bounds = packed.cu_seqlens.tolist()
     parts = [packed.input_ids[start:end].tolist() for start, end in itertools.pairwise(bounds)]
     places = [packed.position_ids[start:end].tolist() for start, end in itertools.pairwise(bounds)]
     prefixes = packed.prefixes or (-1,) * len(parts)
     shared = set(prefixes) - {-1}
+    assert all(prefix < number for number, prefix in enumerate(prefixes))
     left = [i for i in range(len(parts)) if i not in shared]
-    found = []
+    begins = set()
     for index, number in zip(row.samples, left, strict=False):
-        before = parts[prefixes[number]] if prefixes[number] >= 0 else []
+        before = [token for i in chain_of(number, prefixes)[:-1] for token in parts[i]]
         whole = samples[index].stream(stream)
         assert before + parts[number] == whole.token_ids.tolist()
         assert places[number] == list(range(len(before), len(whole)))
-        found.append((id(whole.prompt_ids), prefixes[number]))
-    users = Counter(prompt for prompt, _ in found)
-    for index, (prompt, prefix) in zip(row.samples, found, strict=True):
-        assert (prefix >= 0) == (users[prompt] > 1 and len(samples[index].stream(stream).prompt_ids) > 1)
-    assert len(shared) == len({prompt for prompt, prefix in found if prefix >= 0})
+        if len(before) < len(whole.prompt_ids) - 1:
+            begin = samples[index].uid, prefixes[number], parts[number][0]
+            assert begin not in begins
+            begins.add(begin)
+    assert all(prefixes.count(prefix) > 1 for prefix in shared)
     for index, at in predicting_positions(row, samples, padding=padding, stream=stream):
         whole = samples[index].stream(stream)
         assert packed.input_ids[at].tolist() == whole.token_ids[whole.targets - 1].tolist()

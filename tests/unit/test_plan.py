@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from megatron_srpo.plan.duration import (
     optimizer_seconds,
     publish_seconds,
     student_pass,
+    teacher_pass,
 )
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
@@ -350,6 +352,40 @@ def test_the_planner_counts_the_tokens_that_the_batch_plan_forwards():
             _, tokens = plan.mini_batches[0].forwarded["student"]
             found = student_pass(dataclasses.replace(work, shares_prompts=shares), layout).tokens
             assert found == pytest.approx(tokens, rel=0.1 if shares and row == 130 else 1e-9), (ranks, row, shares)
+
+
+def test_the_planner_counts_the_teachers_tokens_that_the_batch_plan_forwards():
+    """Fixed lengths, and as many teachers of each demonstration as the planner expects on average."""
+    from array import array
+
+    from megatron_srpo.batching import plan_batch
+    from megatron_srpo.core.records import Padding, Stream
+    from tests.made_samples import make_sample
+
+    work = Workload(
+        prompts=8, samples=8, prompt_mean=40, response_mean=20, response_max=20, response_sigma=0.0, distilled=0.25
+    )
+    rng, groups = np.random.default_rng(0), []
+    for number in range(work.prompts):
+        made = make_sample(f"train:{number}", 0, [1] * 40, [2] * 20, [-1.0] * 20, weights={"policy": 1.0})
+        taught = [
+            Stream(array("i", [1] * 40 + [10 + int(sibling)] * 20), made.student.response_ids, made.student.trained)
+            for sibling in rng.integers(0, 6, 2)
+        ]
+        prompts = {}
+        taught = [
+            dataclasses.replace(one, prompt_ids=prompts.setdefault(bytes(one.prompt_ids), one.prompt_ids))
+            for one in taught
+        ]
+        groups.append(
+            [dataclasses.replace(made, sample=i, weights={"distill": 1.0}, teacher=one) for i, one in enumerate(taught)]
+        )
+    for shares in (False, True):
+        plan = plan_batch(groups, dp_size=1, max_tokens=4096, padding=Padding(shares=shares))
+        _, tokens = plan.mini_batches[0].forwarded["teacher"]
+        found = teacher_pass(dataclasses.replace(work, shares_prompts=shares), Layout(1, max_tokens=4096)).tokens
+        assert found == pytest.approx(tokens, rel=0.04 if shares else 1e-9), shares
+    assert teacher_pass(dataclasses.replace(work, distilled=0.0), Layout(1)).tokens == 0
 
 
 def test_shared_prompts_save_train_time_and_rows_but_not_the_drivers_and_not_under_context_parallelism():

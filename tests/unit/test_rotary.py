@@ -51,11 +51,14 @@ def _value_and_gradient(function, lengths, rank, size, dtype, width):
 @pytest.mark.parametrize(
     ("lengths", "size"), [([5, 1, 0, 9, 2], 1), ([7], 1), ([8, 16, 0, 4], 2), ([12, 24], 3)], ids=str
 )
-def test_value_and_gradient_are_megatrons_bit_for_bit(dtype, width, lengths, size):
+def test_value_and_gradient_are_megatrons_up_to_rounding(dtype, width, lengths, size):
+    """Megatron rounds twice more: each half is a product and a sum here, and was two products and a sum."""
+    close = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.04}
     for rank in range(size):
         expected = _value_and_gradient(apply_rotary_pos_emb, lengths, rank, size, dtype, width)
         found = _value_and_gradient(rotary.apply_rotary, lengths, rank, size, dtype, width)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, **close)
 
 
 @settings(max_examples=50)
@@ -81,7 +84,9 @@ def test_all_layers_of_a_row_share_one_table_and_it_goes_with_the_row(monkeypatc
     other = _bounds([4, 3])
     t = torch.randn(7, 4, 16)
     found = rotary.apply_rotary(t, freqs, CONFIG, cu_seqlens=other, cp_group=group)
-    assert made == [1, 1] and torch.equal(found, apply_rotary_pos_emb(t, freqs, CONFIG, other, cp_group=group))
+    assert made == [1, 1]
+    expected = apply_rotary_pos_emb(t, freqs, CONFIG, other, cp_group=group)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     del other
     assert rotary._last is None
 

@@ -267,3 +267,17 @@ def test_the_head_runs_on_positions_that_predict_trained_tokens_and_no_others(mo
     assert seen == [4] and found.count_nonzero() == 4
     objective.loss(loss_tokens=4, responses=2, distill_weight_mean=1.0)(given, row)[0].backward()
     assert seen == [4, 4] and sorted(given.hidden.grad.abs().sum(1).nonzero()[:, 0].tolist()) == at.tolist()
+
+
+def test_a_step_that_nothing_counts_in_keeps_no_teachers_head():
+    """Every response is empty: its teacher was scored, and the next iteration's teacher is another one."""
+    config = Config(model={"path": "unused"}, data={"train": "unused"}, algorithm={"name": "sdpo"})
+    empty = make_sample(
+        "train:0", 0, [1] * 3, [], [], advantage=1.0, weights={"distill": 1.0}, teacher_ids=TEACHER_PROMPT
+    )
+    plan = plan_batch([[empty]], dp_size=1, max_tokens=40)
+    objective, ended = ZeroObjective(config), []
+    objective.end_step = lambda: ended.append(True)
+    mine, share = share_of([empty], plan, 0)
+    assert BatchPasses(Batch(mine, share, {}), CountingPolicy(), objective).train_step(share.mini_batches[0]) is None
+    assert plan.mini_batches[0].teacher[0] and ended
