@@ -190,6 +190,7 @@ class _OneEpisode:
         self._step = Step()  # what the environment has said so far
         self._turn_feedback: list[str] = []
         self._calls = self._errors = 0
+        self._drafted = self._accepted = 0
         self._experts: dict[int, list[Experts]] = {}  # of each sequence's turns, where the engine returns them
         self._version: int | None = None
         self._cut = self._trouble = ""
@@ -241,6 +242,8 @@ class _OneEpisode:
         answer = await self._feed.turn(request)
         if (experts := answer.experts_of(0)) is not None:
             self._experts.setdefault(len(conversation.contexts), []).append(experts)
+        self._drafted += answer.drafted
+        self._accepted += answer.accepted
         version = answer.weight_version
         self._version = version if self._version is None else min(self._version, version)
         stopped = answer.finish_reason == "stop"
@@ -286,6 +289,7 @@ class _OneEpisode:
             conversation.transcript, "length" if self._cut else "stop", self._version or 0,
             trained=np.array(conversation.trained, dtype=bool), contexts=contexts,
             experts=tuple(map(experts_of_turns, self._experts.values())) or None,
+            drafted=self._drafted, accepted=self._accepted,
             episode=Episode(
                 tuple(turns), conversation.said, reply, self._reward(), self._step.feedback, self._calls,
                 self._errors, self._cut, (*self._turn_feedback, *unanswered), tuple(conversation.answers),
