@@ -32,7 +32,7 @@ PROMPTS = ([5, 9, 3, 3, 12], [17], [4, 8, 15, 16, 2, 3, 4, 20, 6, 7], [11, 5, 5]
 def tiny_engine(
     folder: str | Path, dtype: str = "float32", *, tensor_parallel_size: int = 1, max_model_len: int = 160,
     cpu_kv_cache_gib: float = 0.02, max_num_seqs: int = 64, max_num_batched_tokens: int = 0,
-    adapters: LoraConfig | None = None,
+    adapters: LoraConfig | None = None, speculative_tokens: int = 0,
 ) -> Iterator[ColocatedEngine]:  # fmt: skip
     """A started engine, closed at the end."""
     prepare_environment("cpu")
@@ -41,6 +41,7 @@ def tiny_engine(
         cpu_kv_cache_gib=cpu_kv_cache_gib,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        speculative_tokens=speculative_tokens,
         enforce_eager=True,
     )
     engine = ColocatedEngine(

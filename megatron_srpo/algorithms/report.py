@@ -61,6 +61,7 @@ class RoutingReport:
             **_rewards(attempts, len(self.failed)),
             **_advantages(samples),
             **_lengths(attempts),
+            **_drafts(attempts),
             **_episodes(attempts),
             **self._by_kind(),
         }
@@ -148,6 +149,13 @@ def _lengths(attempts: Sequence[Attempt]) -> dict[str, float]:
         if some:
             metrics[f"srpo/response_length_{name}"] = _mean(some)
     return metrics
+
+
+def _drafts(attempts: Sequence[Attempt]) -> dict[str, float]:
+    """Of speculative decoding; {} if nothing was drafted."""
+    drafted = sum(attempt.rollout.drafted for attempt in attempts)
+    accepted = sum(attempt.rollout.accepted for attempt in attempts)
+    return {"rollout/drafted_tokens": drafted, "rollout/accepted_tokens": accepted} if drafted else {}
 
 
 def _episodes(attempts: Sequence[Attempt]) -> dict[str, float]:

@@ -217,6 +217,10 @@ class RolloutConfig(Section):
     """Largest number of responses that one engine generates at the same time."""
     max_num_batched_tokens: int = Field(0, ge=0)
     """Token budget of one engine step, prompt tokens included. 0 keeps vLLM's own default."""
+    speculative_tokens: int = Field(0, ge=0, le=16)
+    """Speculative decoding: the largest number of tokens that an engine drafts for a response and verifies in one step.
+    It drafts what followed the same n-gram earlier. On a CPU responses and log-probs stay the same. 0 switches it
+    off."""
     enforce_eager: bool = False
     """Run the engine without CUDA graphs and without compilation."""
     sleep_while_training: bool = False

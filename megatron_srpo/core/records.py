@@ -134,6 +134,8 @@ class Rollout:
     """Where sequences of their own begin. Empty, as for every rollout without an environment: all tokens follow the
     prompt of the data."""
     episode: Episode | None = None  # None: one turn, without an environment
+    drafted: int = field(default=0, compare=False)  # tokens that speculative decoding proposed
+    accepted: int = field(default=0, compare=False)  # those of them that are part of the response
 
     def __post_init__(self) -> None:
         if not isinstance(self.token_ids, array):

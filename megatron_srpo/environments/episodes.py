@@ -190,6 +190,7 @@ class _OneEpisode:
         self._step = Step()  # what the environment has said so far
         self._turn_feedback: list[str] = []
         self._calls = self._errors = 0
+        self._drafted = self._accepted = 0
         self._experts: dict[int, list[Experts]] = {}  # of each sequence's turns, where the engine returns them
         self._versions: list[int] = []  # the publish behind each token; of the environment's: that of the next turn
         self._cut = self._trouble = ""
@@ -241,6 +242,8 @@ class _OneEpisode:
         answer = await self._feed.turn(request)
         if (experts := answer.experts_of(0)) is not None:
             self._experts.setdefault(len(conversation.contexts), []).append(experts)
+        self._drafted += answer.drafted
+        self._accepted += answer.accepted
         self._versions += [answer.weight_version] * (len(conversation.token_ids) - len(self._versions))
         self._versions += answer.token_versions or [answer.weight_version] * len(answer.token_ids)
         stopped = answer.finish_reason == "stop"
@@ -288,6 +291,7 @@ class _OneEpisode:
             token_versions=versions if len(set(versions)) > 1 else None,
             trained=np.array(conversation.trained, dtype=bool), contexts=contexts,
             experts=tuple(map(experts_of_turns, self._experts.values())) or None,
+            drafted=self._drafted, accepted=self._accepted,
             episode=Episode(
                 tuple(turns), conversation.said, reply, self._reward(), self._step.feedback, self._calls,
                 self._errors, self._cut, (*self._turn_feedback, *unanswered), tuple(conversation.answers),

@@ -81,6 +81,9 @@ def _rounds(folders: dict[str, tuple[str, str]], cases: list[tuple[str, int]]) -
             seen["refused"] = _refused(engine, exporter)
             seen["failed"] = _failed(engine, size)
             seen["again"] = engine.generate(tiny_requests(), SAMPLED)
+        if (model, size) == DRAFTING:
+            with tiny_engine(new, tensor_parallel_size=size, speculative_tokens=4) as engine:
+                seen["drafts"] = engine.generate(tiny_requests(), SAMPLED)
         total = torch.ones(())
         dist.all_reduce(total)  # the trainer's world outlives the engine
         seen["world"] = total.item()
@@ -88,6 +91,7 @@ def _rounds(folders: dict[str, tuple[str, str]], cases: list[tuple[str, int]]) -
 
 
 CASES = [("tied", 1), ("tied", 2), ("untied", 2)]
+DRAFTING = "tied", 2
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,12 @@ def test_the_number_of_engines_changes_no_response(ranks):
     one_each, one_over_both = ranks[0]["tied", 1]["after"], ranks[0]["tied", 2]["after"]
     assert [rollout.token_ids for rollout in one_each] == [rollout.token_ids for rollout in one_over_both]
     assert [rollout.text for rollout in one_each] == [rollout.text for rollout in one_over_both]
+
+
+def test_an_engine_over_several_ranks_that_drafts_gives_the_same_responses(ranks):
+    found, plain = ranks[0][DRAFTING]["drafts"], ranks[0][DRAFTING]["after"]
+    assert found == [replace(rollout, weight_version=0) for rollout in plain]
+    assert 0 < sum(rollout.accepted for rollout in found) < sum(rollout.drafted for rollout in found)
 
 
 @cases

@@ -40,6 +40,18 @@ def test_every_layout_answers_as_a_fresh_engine_after_a_publish(tmp_path_factory
             assert largest_error(running.new, rollouts) < 0.1 < largest_error(running.old, rollouts)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_servers_that_draft_answer_as_an_engine_that_does_not(tmp_path_factory, size):
+    settings = {"tensor_parallel_size": size, "speculative_tokens": 4}
+    for running in start(tmp_path_factory.mktemp, "qwen3", "float32", **settings):
+        publish(running, running.new, 1)
+        check_equal(answers(running.engine), running.expected)
+        rollouts = running.engine.generate(tiny_requests(8), LONG)
+        assert 0 < sum(rollout.accepted for rollout in rollouts) < sum(rollout.drafted for rollout in rollouts)
+        assert largest_error(running.new, rollouts) < 1e-4
+        check_equal(answers(running.engine), running.expected)
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     yield from start(tmp_path_factory.mktemp, "qwen3", "float32", num_servers=2, timeout=10.0, max_server_restarts=5)

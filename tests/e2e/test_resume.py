@@ -193,6 +193,17 @@ def test_a_run_that_spares_memory_or_time_equals_the_straight_one(straight, tmp_
 
 
 @pytest.mark.slow
+def test_a_run_with_drafts_equals_the_straight_one(straight, tmp_path):
+    config = tiny_run.make_run(tmp_path)
+    tiny_run.train(config, *OVERRIDES, "--rollout.speculative_tokens=3", ranks=RANKS)
+    lines = tiny_run.records(tmp_path / "out")
+    drafted, accepted = ([line.pop(f"rollout/{what}_tokens", 0) for line in lines] for what in ("drafted", "accepted"))
+    assert 0 < sum(accepted) < sum(drafted)
+    assert lines == tiny_run.records(straight / "out")
+    assert (tmp_path / "out/hf/model.safetensors").read_bytes() == (straight / "out/hf/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_metrics(tmp_path):
     """Standard output is a file there too."""
     config, log = tiny_run.make_run(tmp_path), tmp_path / "log.txt"

@@ -116,14 +116,16 @@ class TestPublishes:
         assert largest_error(base, engine.generate(tiny_requests(), SAMPLED)) < EXACT
 
 
-def test_some_projections_and_other_scales(base, tmp_path):
-    """Layers without adapters stay vLLM's own."""
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_some_projections_and_other_scales(base, tmp_path, drafts):
+    """Layers without adapters stay vLLM's own. Drafts are verified with the adapters."""
     lora = LoraConfig(rank=2, alpha=3.0, targets=["q_proj", "v_proj"], rslora=True)
     folder = make_adapter(base, tmp_path / "adapter", targets=["q_proj", "v_proj"], rank=2, alpha=3, rslora=True)
-    with tiny_engine(base, adapters=lora) as engine:
+    with tiny_engine(base, adapters=lora, speculative_tokens=drafts) as engine:
         engine.publish(factors(folder), 1)
         rollouts = engine.generate(tiny_requests(), SAMPLED)
         assert engine._verifier.unplaced == []
+    assert bool(drafts) == any(rollout.accepted for rollout in rollouts)
     load_adapted(base, folder).merge_and_unload().save_pretrained(tmp_path / "merged")
     assert largest_error(tmp_path / "merged", rollouts) < EXACT
 

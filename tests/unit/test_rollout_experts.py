@@ -117,6 +117,14 @@ def test_an_engine_returns_the_experts_of_every_token_also_of_cached_prompts_and
         assert np.array_equal(expert_record(theirs, len(LONG) + 1, model_shape(str(folders[1]))), one.experts)
 
 
+def test_experts_are_those_of_the_tokens_that_are_kept_if_others_were_drafted(folders):
+    with tiny_engine(folders[0], max_model_len=200, speculative_tokens=4) as engine:
+        found = engine.generate(requests(SHARED), replace(ASKED, max_tokens=40))
+        assert 0 < sum(rollout.accepted for rollout in found) < sum(rollout.drafted for rollout in found)
+        check(folders[0], found)
+        check_turns(engine, folders[0])
+
+
 @pytest.mark.slow
 def test_experts_of_preempted_requests_are_those_of_their_tokens(folders):
     """A cache of a few blocks: running requests give theirs up, and their tokens are computed again."""

@@ -18,6 +18,8 @@ Inside vLLM's processes:
     token_middleware.py  refuses requests without the run's token
     answer_route.py      answers in arrays instead of JSON
     cpu_worker.py        the CPU worker, with names of our own for shared memory
+    speculation.py       speculative decoding on a CPU: drafts, and which of them are kept
+    draft_table.py       which token last followed an n-gram
     worker_extension.py  the methods that we add to the worker
     weight_receiver.py   our backend of vLLM's weight-transfer API
     weight_loader.py     loads and checks a publish

@@ -26,6 +26,8 @@ async def generate(request: GenerateRequest, raw_request: Request) -> Response:
     if [entry.token_id for entry in content] != list(choice.token_ids):
         raise RuntimeError("vLLM's log-probs are of other tokens than its response")
     header = choice.model_dump(exclude={"token_ids", "logprobs"})
+    if answer.metrics is not None and (counts := answer.metrics.speculative_decoding) is not None:
+        header["drafted"], header["accepted"] = counts.num_draft_tokens, counts.num_accepted_draft_tokens
     return Response(pack_answer(header, choice.token_ids, [entry.logprob for entry in content]), media_type=MEDIA_TYPE)
 
 

@@ -93,6 +93,7 @@ def read_answer(
         found = np.frombuffer(logprobs, dtype=np.float32)
         if found.min() <= NOT_FINITE:
             logprobs = array("f", np.where(found <= NOT_FINITE, np.nan, found).astype(np.float32).tobytes())
+        drafted, accepted = int(header.get("drafted", 0)), int(header.get("accepted", 0))
         text, experts = decode(ids.tolist()), None
         if sampling.experts:
             assert shape is not None, "the experts of tokens need the model's shape"
@@ -105,7 +106,7 @@ def read_answer(
     several = versions if len(set(versions)) > 1 else None
     return Rollout(
         request.prompt, request.sample, ids, logprobs, text, reason, min(versions), token_versions=several,
-        experts=experts,
+        experts=experts, drafted=drafted, accepted=accepted,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, mod
 from megatron_srpo.rollout.vllm.start import start_engine, stop_engine
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm import LLM, CompletionOutput, RequestOutput
 
 SLEEPERS = ("weights", "kv_cache")  # vLLM's tags of the memory that it gives back while it sleeps
 
@@ -223,9 +223,10 @@ class ColocatedEngine:
                 f"vLLM's answer to prompt {request.prompt}, sample {request.sample} cannot be used: {error}. The "
                 "engine's weights or its sampler are damaged; start the run again."
             ) from error
+        drafted, accepted = _draft_counts(answer)
         return Rollout(
             request.prompt, request.sample, array("i", ids), array("f", logprobs), text,
-            "part" if part else answer.finish_reason, self.weight_version,
+            "part" if part else answer.finish_reason, self.weight_version, drafted=drafted, accepted=accepted,
             experts=expert_record(answer.routed_experts, request.length + len(ids), self._shape)
             if sampling.experts else None,
         )  # fmt: skip
@@ -316,3 +317,11 @@ class ColocatedEngine:
         if self._engine_llm is not None:
             llm, self._engine_llm = self._engine_llm, None
             stop_engine(llm)
+
+
+def _draft_counts(answer: CompletionOutput) -> tuple[int, int]:
+    """How many tokens were drafted for a response, and how many of them are part of it."""
+    counts = answer.spec_decode_metrics
+    if counts is None:
+        return 0, 0
+    return counts.num_draft_tokens, sum(accepted * steps for accepted, steps in enumerate(counts.histogram))

@@ -29,7 +29,7 @@ BLOCK = 64  # tokens whose probabilities are added first
 BELOW_ONE = 1 - 2.0**-52
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def mixed(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) on uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,8 +40,8 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> torch.Tensor:
     """[n] float64 in [0, 1), from [n] seeds (int64) and positions (any integers): number `position` of a SplitMix64
     whose start is the mixed seed."""
     step = np.uint64(0x9E3779B97F4A7C15)
-    state = _mixed(seeds.astype(np.uint64) + step) + step * (positions.astype(np.uint64) + np.uint64(1))
-    return torch.from_numpy((_mixed(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52)
+    state = mixed(seeds.astype(np.uint64) + step) + step * (positions.astype(np.uint64) + np.uint64(1))
+    return torch.from_numpy((mixed(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52)
 
 
 def _first_above(masses: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,14 @@ class CounterSampler(Sampler):
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(tokens [rows], processed log-probs [rows, vocabulary], or those of the tokens alone [rows, 1], or None)."""
-        asked = sampling_metadata
+        lengths = self._runner.seq_lens[: len(logits)].numpy()
+        return self.sample_at(lengths, logits, sampling_metadata, logprobs_mode_override)
+
+    def sample_at(
+        self, positions: np.ndarray, logits: torch.Tensor, asked: SamplingMetadata,
+        logprobs_mode_override: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """As `sample`, of the tokens that get these positions [rows] in their sequences."""
         if not asked.generators or asked.all_greedy or self.logprobs_mode != "processed_logprobs":
             return super().sample(logits, asked, logprobs_mode_override)
         logits = self.apply_temperature(logits, asked.temperature, asked.all_random)
@@ -94,19 +101,20 @@ class CounterSampler(Sampler):
             logits = processor.apply(logits)
         logits = apply_top_k_top_p(logits, asked.top_k, asked.top_p)
         probs = logits.softmax(dim=-1, dtype=torch.float32)
-        tokens = draw(probs, self._uniforms(asked.generators, len(probs)))
+        tokens = draw(probs, self._uniforms(asked.generators, positions))
         if not asked.all_random:
             tokens = torch.where(asked.temperature < _SAMPLING_EPS, self.greedy_sample(logits), tokens)
         if asked.max_num_logprobs == 0 and not asked.logprob_token_ids:
             return tokens, probs.gather(1, tokens[:, None]).log_()
         return tokens, self.compute_logprobs(logits)
 
-    def _uniforms(self, generators: Mapping[int, torch.Generator], rows: int) -> torch.Tensor:
+    def _uniforms(self, generators: Mapping[int, torch.Generator], positions: np.ndarray) -> torch.Tensor:
         """[rows] float64: one number per row. Rows without a seed, of which a run has none, get a random one."""
+        rows = len(positions)
         seeds = np.zeros(rows, np.int64) if len(generators) == rows else torch.randint(0, 2**62, (rows,)).numpy()
         for row, generator in generators.items():
             seeds[row] = generator.initial_seed()
-        return uniforms(seeds, self._runner.seq_lens[:rows].numpy())
+        return uniforms(seeds, positions)
 
     @staticmethod
     def gather_logprobs(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> LogprobsTensors:
@@ -117,9 +125,7 @@ class CounterSampler(Sampler):
         return LogprobsTensors(token_ids[:, None].to(torch.int32), logprobs, ranks)
 
 
-def install(runner: GPUModelRunner) -> None:
+def install(runner: GPUModelRunner) -> CounterSampler:
     """Make a model runner sample by counter."""
-    sampler = CounterSampler(runner)
-    runner.sampler = sampler
-    if hasattr(runner, "rejection_sampler"):  # of speculative decoding; it draws the token after accepted drafts
-        runner.rejection_sampler.sampler = sampler
+    runner.sampler = CounterSampler(runner)
+    return runner.sampler

@@ -6,7 +6,7 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from megatron_srpo.rollout.vllm import counter_sampler
+from megatron_srpo.rollout.vllm import counter_sampler, speculation
 
 SHARED_MEMORY_NAME = "shared_memory_name"  # a key of vLLM's additional_config
 
@@ -34,7 +34,9 @@ class NamedWorker(CPUWorker):
     def init_device(self) -> None:
         """Make the model runner, and have it sample by counter."""
         super().init_device()
-        counter_sampler.install(self.model_runner)
+        sampler = counter_sampler.install(self.model_runner)
+        if self.model_runner.num_spec_tokens:
+            speculation.install(self.model_runner, sampler)
 
 
 class NamedCPUWorker(NamedWorker):

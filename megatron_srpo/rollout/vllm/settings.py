@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable
 CPU_WORKER = "megatron_srpo.rollout.vllm.cpu_worker.NamedCPUWorker"
 RECORDING_WORKER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingCPUWorker"
 RECORDING_SCHEDULER = "megatron_srpo.rollout.vllm.expert_recorder.RecordingScheduler"
-Arguments = dict[str, "str | int | float | bool | dict[str, str] | list[str]"]
+ANSWER_DRAFTS = "megatron_srpo.rollout.vllm.speculation.AnswerDrafts"
+NGRAMS = (4, 2)  # tokens that must have been seen before a drafted one: the longer n-gram counts first
+Arguments = dict[str, "str | int | float | bool | Mapping[str, str | int] | list[str]"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,9 @@ def engine_arguments(settings: EngineSettings) -> Arguments:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
     if settings.adapters is not None:
         arguments |= adapter_arguments(settings.adapters)
+    if rollout.speculative_tokens:
+        arguments["speculative_config"] = _speculation(rollout.speculative_tokens, cpu)
+        arguments["per_request_spec_decode_metrics"] = "summary"
     if settings.records_experts and cpu:
         # Compiled code would not call the recorder.
         arguments |= {"worker_cls": RECORDING_WORKER, "scheduler_cls": RECORDING_SCHEDULER, "enforce_eager": True}
@@ -137,12 +143,25 @@ def engine_arguments(settings: EngineSettings) -> Arguments:
     return arguments
 
 
+def _speculation(tokens: int, cpu: bool) -> Mapping[str, str | int]:
+    """vLLM's settings of speculative decoding. On GPUs its own n-grams, from the request's tokens alone."""
+    if cpu:
+        return {"method": "custom_class", "model": ANSWER_DRAFTS, "num_speculative_tokens": tokens}
+    return {
+        "method": "ngram_gpu", "num_speculative_tokens": tokens,
+        "prompt_lookup_max": max(NGRAMS), "prompt_lookup_min": min(NGRAMS),
+    }  # fmt: skip
+
+
 def command_line(arguments: Mapping[str, object]) -> list[str]:
-    """The same arguments as options of vLLM's command line: --name=value, and --name or --no-name for a switch."""
+    """The same arguments as options of vLLM's command line: --name=value, and --name or --no-name for a switch. A
+    mapping is JSON."""
     options = []
     for name, value in arguments.items():
         option = name.replace("_", "-")
-        if isinstance(value, list):
+        if isinstance(value, Mapping):
+            options.append(f"--{option}={json.dumps(value)}")
+        elif isinstance(value, list):
             options += [f"--{option}", *map(str, value)]
         elif isinstance(value, bool):
             options.append(f"--{option}" if value else f"--no-{option}")
