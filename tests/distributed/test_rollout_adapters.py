@@ -39,6 +39,7 @@ def expected(base, published):
     return found
 
 
+@pytest.mark.slow
 def test_a_server_answers_as_an_engine_in_this_process_also_after_it_was_lost(base, published, expected, tmp_path):
     said: list[str] = []
     with tiny_servers(base, tmp_path, said=said, adapters=LORA) as servers:

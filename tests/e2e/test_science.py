@@ -16,6 +16,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+@pytest.mark.slow
 def test_two_pipeline_stages_train_on_the_real_questions_and_the_export_loads(tmp_path):
     model = make_tiny_model(
         tmp_path / "model", "llama", hidden=72, heads=9, kv_heads=3, head_dim=32, layers=4, max_positions=2048
