@@ -342,15 +342,16 @@ def _servers(config: Config) -> Iterator[str]:
 def _staleness(config: Config) -> Iterator[str]:
     """Why responses cannot be older than the policy that they train."""
     rollout, staleness = config.rollout, config.rollout.max_staleness
+    without = "rollout.max_staleness = 0" + (" and rollout.partial_tokens = 0" if rollout.partial_tokens else "")
     if staleness and rollout.max_refills:
         yield (
             f"rollout.max_refills = {rollout.max_refills}: refills need an unknown number of batches, but "
-            "responses are generated ahead of the training; set it to 0, or rollout.max_staleness = 0"
+            f"responses are generated ahead of the training; set it to 0, or {without}"
         )
     if staleness and config.algorithm.rollout_correction == "off":
         yield (
             f"rollout.max_staleness = {staleness}: stale samples are biased without importance weights; "
-            'set algorithm.rollout_correction = "truncate", or max_staleness = 0'
+            f'set algorithm.rollout_correction = "truncate", or {without}'
         )
     if not rollout.partial_tokens:
         if rollout.partial_groups:

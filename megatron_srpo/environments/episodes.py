@@ -24,6 +24,7 @@ from megatron_srpo.core.records import Episode, Experts, Prompt, Reward, Rollout
 from megatron_srpo.data import Chat, Conversation, DataError
 from megatron_srpo.environments.base import Step, Task
 from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, EpisodeProcess, ProgramLost
+from megatron_srpo.environments.sandbox import weakness
 from megatron_srpo.rollout import GenerateRequest, OnRollout, SamplingSettings, experts_of_turns, turn_seed
 
 ATTEMPTS = 3  # of an episode whose program was lost, before that counts as its failure
@@ -41,7 +42,9 @@ class EpisodeRunner:
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
         self.pool = self._run(self._open(say))
-        for line in unset_variables("environment.variables", config.environment.variables):
+        for line in [
+            *unset_variables("environment.variables", config.environment.variables), *weakness(config.environment)
+        ]:  # fmt: skip
             say(line)
         self._run(self.pool.begin())
 
@@ -165,7 +168,8 @@ class BatchFeed:
             except ProgramLost:
                 if attempt == ATTEMPTS - 1:
                     raise UserError(
-                        f"the program of the environments was lost {ATTEMPTS} times in an episode"
+                        f"the program of the environments was lost {ATTEMPTS} times in an episode; the last time: "
+                        f"{self._runner.pool.last_loss}"
                     ) from None
 
     async def turn(self, request: GenerateRequest) -> Rollout:

@@ -29,6 +29,7 @@ LONGEST_TEXT = 2**16  # characters of one message or feedback
 LARGEST_REWARD = 1e12  # as for reward functions: larger ones overflow in fp32
 END_SECONDS = 3.0  # limit for ending all episodes
 QUEUE_SECONDS = 0.005  # until an order is tried again
+SERVER_SECONDS = 1.0  # until the end of a server is told after an episode has failed by it
 FAILED_STARTS = 3  # of the program, in a row, end the run
 
 # Another Python may lack packages of ours, or be too old: it says so instead of taking the setup.
@@ -79,6 +80,7 @@ class EnvironmentPool:
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
         self._failed_starts = 0
+        self.last_loss = ""  # why the program was lost last
 
     async def open(self) -> EpisodeProcess:
         """A process for one episode, when there is room for it. Close it afterwards."""
@@ -206,6 +208,7 @@ class EnvironmentPool:
 
     def _lost(self, why: str = "the program in which environments run was lost") -> None:
         """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again."""
+        self.last_loss = why
         ready = self._ready
         self._close_program()
         for episode in list(self._episodes.values()):
@@ -308,6 +311,11 @@ class EpisodeProcess:
         if not isinstance(answer, dict):
             raise EpisodeError(f"garbage: {line[:80]!r}")
         if "error" in answer:
+            if answer.get("served"):  # the failure may be that a server has ended, which is about to be told
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(self._how), SERVER_SECONDS)
+                if self.lost:
+                    raise ProgramLost
             raise EpisodeError(str(answer["error"])[:1000].encode("utf-8", "backslashreplace").decode())
         return answer
 
@@ -347,7 +355,10 @@ def _messages(answer: Mapping[str, Any]) -> list[Message]:
     messages = []
     for message in found:
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise EpisodeError(f"garbage: expected a message with role and content, got {str(message)[:80]!r}")
+            raise EpisodeError(
+                'garbage: expected a message {"role": "user", "tool", "system" or "assistant", "content": text}, got '
+                f"{str(message)[:80]!r}"
+            )
         content = _text(message.get("content"))
         if content is None:
             raise EpisodeError("garbage: a message without content")

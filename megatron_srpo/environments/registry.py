@@ -31,6 +31,8 @@ def resolve(reference: str) -> type[Environment]:
         raise UserError(
             f"environment {reference!r}: expected a subclass of megatron_srpo.environments.Environment, got {found!r}"
         )
+    if found.step is Environment.step:
+        raise UserError(f"environment {reference!r}: the class has no method step(self, reply)")
     return found
 
 

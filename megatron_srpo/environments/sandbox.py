@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.errors import UserError
 
 Isolation = Literal["auto", "bubblewrap", "unshare", "none"]
@@ -125,6 +126,22 @@ def choose(isolation: Isolation) -> str:
         "(apt-get install bubblewrap) and allow user namespaces. Where the whole job runs in a container that may be "
         'lost, isolation = "none" does without'
     )
+
+
+def weakness(environment: EnvironmentConfig) -> list[str]:
+    """A line for the user if model-written code will run in less than bubblewrap though nobody has chosen that."""
+    kinds = [
+        kind
+        for kind, reference in environment.classes.items()
+        if reference == "python" and environment.arguments.get(kind, {}).get("isolation", "auto") == "auto"
+    ]
+    if not kinds or _works("bubblewrap") or not _works("unshare"):
+        return []
+    return [
+        f"environment.classes.{kinds[0]}: bubblewrap is missing or cannot be used here, so the code that the model "
+        "writes runs under unshare alone: it can read and write what you can (docs/security.md). Install bubblewrap, or "
+        'accept it with isolation = "unshare"'
+    ]
 
 
 @cache

@@ -66,6 +66,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def uses_server() -> bool:
+    """Whether this program, or the one that has forked it, has started a server."""
+    return bool(_running)
+
+
 def server_of(pid: int) -> str | None:
     """The command line of the server that has this number, None if it is none of ours."""
     return _running.get(pid)

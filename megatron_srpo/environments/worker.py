@@ -11,23 +11,28 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import inspect
 import json
 import os
 import pickle
 import selectors
 import signal
+import site
 import socket
 import sys
-from collections.abc import Mapping
+import sysconfig
+import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.user_code import limit_memory
 from megatron_srpo.environments.base import Environment, Step, Task
 from megatron_srpo.environments.registry import BUILT_IN, check_arguments, resolve
-from megatron_srpo.environments.server import die_with_parent, server_of
+from megatron_srpo.environments.server import die_with_parent, server_of, uses_server
 
 HEADER_BYTES = 8
 LARGEST_PACKET = 2**17  # bytes of a message to the program, or of its; a socket of packets keeps them apart
@@ -64,7 +69,9 @@ def main(descriptor: int) -> None:
                 check_arguments(classes[kind], arguments, reference)
             classes[kind].prepare(**arguments)
         except Exception as error:
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            text = str(error)
+            if not isinstance(error, UserError):
+                text = f"it cannot be prepared: {type(error).__name__}: {error}{_place(error)}"
             _tell(control, {"failed": f"kind {kind!r}: {text}"})
             os._exit(0)
     gc.collect()
@@ -195,7 +202,7 @@ class _Episode:
             try:
                 if isinstance(message, str):
                     assert environment is not None
-                    answer = asdict(_checked(await environment.step(message)))
+                    answer = asdict(_checked(await _awaited(environment.step(message))))
                 else:
                     kind, fields = message
                     environment = self._classes[kind](**self._setup.arguments.get(kind, {}))
@@ -204,7 +211,8 @@ class _Episode:
             except MemoryError:
                 line = _to_json({"error": "out of memory (environment.memory_mib limits it)"})
             except Exception as error:
-                line = _to_json({"error": f"exception: {type(error).__name__}: {error}"[:ERROR_LIMIT]})
+                text = f"exception: {type(error).__name__}: {error}"[:ERROR_LIMIT] + _place(error)
+                line = _to_json({"error": text, "served": uses_server()})
             if os.getpid() != owner:  # a process that the environment has forked returns here too
                 os._exit(0)
             writer.write(line.encode() + b"\n")
@@ -215,17 +223,52 @@ class _Episode:
 
 async def _started(environment: Environment, task: Task) -> dict[str, Any]:
     environment.task = task
-    messages = await environment.start(task)
-    tools = list(environment.tools)
-    return {"messages": [dict(message) for message in messages], "tools": tools}
+    messages = _message_list("start() must return", await _awaited(environment.start(task)))
+    return {"messages": messages, "tools": list(environment.tools)}
+
+
+async def _awaited(result: Any) -> Any:
+    """What a method returns, whether it is asynchronous or not."""
+    return await result if inspect.isawaitable(result) else result
 
 
 def _checked(step: object) -> Step:
+    """The answer of step(). TypeError names the field that is not what it should be; numbers may be NumPy's."""
     if not isinstance(step, Step):
-        raise TypeError(f"expected a Step from step(), got {type(step).__name__}")
-    step.messages = [dict(message) for message in step.messages]
-    step.reward = None if step.reward is None else float(step.reward)
-    return step
+        raise TypeError(f"step() must return a Step, got {type(step).__name__}")
+    done, calls, errors = (_plain(value) for value in (step.done, step.tool_calls, step.tool_errors))
+    if not isinstance(done, bool):
+        raise TypeError(f"Step.done must be True or False, got {done!r}")
+    for name, count in (("tool_calls", calls), ("tool_errors", errors)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise TypeError(f"Step.{name} must be a whole number from 0, got {count!r}")
+    for name in ("feedback", "turn_feedback"):
+        if not isinstance(getattr(step, name), str | None):
+            raise TypeError(f"Step.{name} must be a text or None, got {type(getattr(step, name)).__name__}")
+    try:
+        reward = None if step.reward is None else float(step.reward)
+    except (TypeError, ValueError):
+        raise TypeError(f"Step.reward must be a number or None, got {step.reward!r:.80}") from None
+    messages = _message_list("Step.messages must be", step.messages)
+    return Step(messages, done, reward, step.feedback, calls, errors, step.turn_feedback)
+
+
+def _message_list(must: str, messages: object) -> list[dict[str, Any]]:
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise TypeError(f'{must} a list of messages {{"role": …, "content": …}}, got {messages!r:.80}')
+    return [dict(message) for message in messages]
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code it was raised, if it was."""
+    others = (str(Path(__file__).resolve().parents[1]), *site.getsitepackages(), sysconfig.get_path("stdlib"))
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(others)]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 async def _receive(reader: asyncio.StreamReader) -> Any:

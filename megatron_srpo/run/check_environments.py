@@ -17,6 +17,7 @@ from megatron_srpo.data.tokenizer import Tokenizer
 from megatron_srpo.environments import Task
 from megatron_srpo.environments.base import Message
 from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, Started
+from megatron_srpo.environments.sandbox import weakness
 
 MADE_UP_TURN, MADE_UP_FEEDBACK = "(a made-up turn)", "(made-up feedback on turn {})"
 
@@ -44,7 +45,9 @@ def first_readings(
     readings: dict[str, Reading] = {}
     problems: list[str] = []
 
-    for line in unset_variables("environment.variables", config.environment.variables):
+    for line in [
+        *unset_variables("environment.variables", config.environment.variables), *weakness(config.environment)
+    ]:  # fmt: skip
         say(f"\nwarning: {line}")
 
     async def begin_all() -> None:
@@ -73,10 +76,10 @@ def first_readings(
                         f'\nwarning: kind "{prompt.kind}": the chat template of this tokenizer does not show the tools '
                         "of the environment"
                     )
-                limit = config.data.max_prompt_length
-                if len(conversation.context) > limit:
+                first, limit = len(readings[prompt.kind].first), config.data.max_prompt_length
+                if first > limit:
                     problems.append(
-                        f'kind "{prompt.kind}": the first messages and the tools have {len(conversation.context)} '
+                        f'kind "{prompt.kind}": the first messages and the tools have {first} '
                         f"tokens, and data.max_prompt_length = {limit}; raise it"
                     )
         finally:

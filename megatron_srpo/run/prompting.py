@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_srpo.config import Config, read_model_folder
 from megatron_srpo.config.check import teacher_prompt_limit
-from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.core.errors import ConfigError, nearest
 from megatron_srpo.run.first_start import first_start
 
 # What the rewards look for in a response's text, by kind; a user's own function may look for any of it.
@@ -135,6 +135,13 @@ class Prompting:
                 f"rollout.rollout_batch_size = {batch} is more than the {len(prompts)} train prompts: a batch has some "
                 "of them more than once, as groups of their own"
             )
+        kinds = sorted({prompt.kind for prompt in prompts})
+        for kind in self._config.environment.classes if split == "train" else ():
+            if kind not in kinds:
+                yield (
+                    f"environment.classes.{kind} is not used: no train row is of this kind, they are of "
+                    f"{', '.join(kinds)}.{nearest(kind, kinds)}"
+                )
         unfit = self.without_teacher(prompts) if split == "train" else []
         if unfit:
             yield (

@@ -142,3 +142,12 @@ def test_what_a_teacher_reads_with_feedback_at_turns_is_shown(checked, tmp_path,
     parts = ["hello", "(made-up feedback on turn 1)", "(a made-up turn)", "And now?", "(made-up feedback on turn 2)"]
     places = [read.find(part) for part in parts]
     assert min(places) >= 0 and places == sorted(places), read
+
+
+def test_a_class_of_a_kind_that_no_row_has_is_told(checked, tmp_path):
+    (tmp_path / "asks.py").write_text(ASKS_AGAIN)
+    rows = [row("2 + 2?", "4", "exact"), row("2 + 3?", "5", "exact")]
+    code, out, _ = checked(rows, "--environment.classes", f'{{exakt = "{tmp_path}/asks.py:Asks"}}')
+    assert code == exit_codes.DONE
+    assert "environment.classes.exakt is not used: no train row is of this kind, they are of exact." in out
+    assert "nearest known name is 'exact'" in out

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task, sandbox
 from megatron_srpo.environments.code import PythonCode, read_code, read_tests
@@ -257,3 +258,15 @@ def test_tests_and_code_are_read_from_what_rows_and_models_write():
             read_tests(wrong)
     assert read_code("```py\na\n```\n```\nb\n```", fence=True) == "b\n"
     assert read_code("```" * 50_000, fence=True) is None
+
+
+def test_a_weaker_sandbox_than_bubblewrap_is_told_unless_it_was_chosen(monkeypatch):
+    monkeypatch.setattr(sandbox, "_works", lambda name: name == "unshare")
+
+    def told(reference, **arguments):
+        return sandbox.weakness(EnvironmentConfig(classes={"code": reference}, arguments={"code": arguments}))
+
+    assert "bubblewrap is missing" in told("python")[0] and "environment.classes.code" in told("python")[0]
+    assert told("python", isolation="unshare") == told("tools") == []
+    monkeypatch.setattr(sandbox, "_works", lambda name: True)
+    assert told("python") == []

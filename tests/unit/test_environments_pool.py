@@ -233,3 +233,83 @@ def test_a_server_that_was_killed_is_told_and_started_again_and_ends_with_the_pr
 )
 def test_a_server_that_does_not_start_is_told(command, told):
     assert re.search(told, refusal(classes={"row": "openenv"}, arguments={"row": {"command": command}}))
+
+
+WRONG = """
+import numpy as np
+from megatron_srpo.environments import Environment, Step
+MESSAGE = [{"role": "user", "content": "x"}]
+class Wrong(Environment):
+    def step(self, reply):  # it need not be asynchronous
+        return {
+            "sync": lambda: Step(MESSAGE, np.bool_(True), np.float32(0.5), tool_calls=np.int64(2)),
+            "done": lambda: Step(MESSAGE, 1), "calls": lambda: Step(MESSAGE, tool_calls="two"),
+            "text": lambda: Step("hello"), "dict": lambda: Step(MESSAGE[0]),
+            "reward": lambda: Step(MESSAGE, reward="good"), "feedback": lambda: Step(MESSAGE, feedback=["bad"]),
+            "role": lambda: Step([{"role": "function", "content": "x"}]),
+            "raise": self.fail,
+        }[reply]()
+    def fail(self):
+        raise KeyError("no such level")
+class NoStep(Environment):
+    pass
+"""
+
+
+def test_whatever_is_wrong_with_a_step_is_told_by_its_name(tmp_path):
+    (tmp_path / "wrong.py").write_text(WRONG)
+    told = {
+        "done": "Step.done must be True or False, got 1",
+        "calls": "Step.tool_calls must be a whole number from 0, got 'two'",
+        "text": "Step.messages must be a list of messages",
+        "dict": "Step.messages must be a list of messages",
+        "reward": "Step.reward must be a number or None, got 'good'",
+        "feedback": "Step.feedback must be a text or None, got list",
+        "role": '"user", "tool", "system" or "assistant"',
+        "raise": "KeyError: 'no such level' (wrong.py, line 16, in fail)",
+    }
+
+    async def answers():
+        found = {}
+        with closing(
+            EnvironmentPool(EnvironmentConfig(classes={"row": f"{tmp_path}/wrong.py:Wrong"}), [].append)
+        ) as pool:
+            for reply in ("sync", *told):
+                episode = await pool.open()
+                await episode.start("row", TASK)
+                try:
+                    found[reply] = await episode.step(reply)
+                except EpisodeError as error:
+                    found[reply] = str(error)
+                await episode.close()
+        return found
+
+    found = asyncio.run(answers())
+    step = found.pop("sync")
+    assert (step.done, step.reward, step.tool_calls) == (True, 0.5, 2)
+    assert [name for name, text in told.items() if text not in found[name]] == [], found
+    assert "has no method step(self, reply)" in refusal(classes={"row": f"{tmp_path}/wrong.py:NoStep"})
+
+
+def test_an_episode_that_fails_because_its_server_has_ended_begins_again(tmp_path):
+    """The episode's exception may come before the program has noticed the end of the server."""
+    (tmp_path / "served.py").write_text(SERVED.replace("getpid()).encode())", "getpid()).encode()); os._exit(9)"))
+
+    async def play():
+        losses = 0
+        with closing(
+            EnvironmentPool(EnvironmentConfig(classes={"row": f"{tmp_path}/served.py:Served"}), [].append)
+        ) as pool:
+            for _ in range(5):
+                episode = await pool.open()
+                try:
+                    await episode.start("row", TASK)
+                    await episode.step("")
+                    await episode.step("")
+                except ProgramLost:
+                    losses += 1
+                finally:
+                    await episode.close()
+        return losses
+
+    assert asyncio.run(play()) == 5

@@ -197,7 +197,7 @@ WAYS = {
     "hang": "time-out after 3 s",
     "raise": "KeyError: 'no such thing'",
     "flood": "more than 1048576 bytes",
-    "garbage": "expected a Step",
+    "garbage": "must return a Step",
     "silence": "neither a message nor the end",
     "nan": "expected a finite number",
     "memory": "out of memory",
