@@ -189,10 +189,13 @@ class _Packer:
         for family in self._families(indices).values():
             units += _cut(_alike_together(family, samples, stream), room, self._budget)
         sizes = [room(unit) for unit in units]
-        bins = [
-            [i for unit in row for i in units[unit]]
-            for row in _best_fit_decreasing(range(len(units)), lambda unit: sizes[unit], self._budget)
-        ]
+        bins: list[list[int]] = []
+        for row in _best_fit_decreasing(range(len(units)), lambda unit: sizes[unit], self._budget):
+            together = [i for unit in row for i in units[unit]]
+            groups = [samples[units[unit][0]].uid for unit in row]
+            # Two parts of a group may share less together than apart, if sharing with more samples does not pay.
+            fits = not padding.shares or len(set(groups)) == len(groups) or room(together) <= self._budget
+            bins += [together] if fits else [units[unit] for unit in row]
         bins.sort(key=lambda row: -_stream_cost(row, samples, padding, stream))
         return [Row(tuple(row), self._tokens(row, stream)) for row in bins]
 

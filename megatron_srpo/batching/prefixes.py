@@ -74,12 +74,17 @@ def _grow(prompts: list[_Prompt], shared: int, chain: Chain, padding: Padding, g
     if len(prompts) == 1:
         prompts[0].chain = chain
         return
-    branches: dict[int | None, list[_Prompt]] = {}
+    longer = [prompt for prompt in prompts if len(prompt.ids) > common]
+    if len(longer) < len(prompts):  # the others end here, and keep the longer ones from sharing their last token
+        for prompt in prompts:
+            if len(prompt.ids) == common:
+                _grow([prompt], shared, chain, padding, group)
+        if longer:
+            _grow(longer, shared, chain, padding, group)
+        return
+    branches: dict[int, list[_Prompt]] = {}
     for prompt in prompts:
-        branches.setdefault(prompt.ids[common] if common < len(prompt.ids) else None, []).append(prompt)
-    ended = branches.pop(None, [])
-    for prompt in ended:
-        _grow([prompt], shared, chain, padding, group)
+        branches.setdefault(prompt.ids[common], []).append(prompt)
     for branch in branches.values():
         _grow(branch, shared, chain, padding, group)
 

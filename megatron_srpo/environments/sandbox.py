@@ -138,9 +138,9 @@ def weakness(environment: EnvironmentConfig) -> list[str]:
     if not kinds or _works("bubblewrap") or not _works("unshare"):
         return []
     return [
-        f"environment.classes.{kinds[0]}: bubblewrap is missing or cannot be used here, so the code that the model "
-        "writes runs under unshare alone: it can read and write what you can (docs/security.md). Install bubblewrap, or "
-        'accept it with isolation = "unshare"'
+        f"environment.classes.{kinds[0]}: bubblewrap is missing or cannot be used here, so what the model writes runs "
+        "under unshare alone: it can read and write what you can (docs/security.md). Install bubblewrap, or accept it "
+        'with isolation = "unshare"'
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -122,6 +123,19 @@ def test_samples_that_share_a_prompt_read_it_once_and_lose_nothing(case):
             assert sorted(i for row in rows_of(plan, kind) for i in row.samples) == wanted
             full = [row for row in rows_of(plan, kind) if row.samples]
             assert mini.forwarded[kind] == (len(full), sum(row.tokens for row in full))
+
+
+@settings(max_examples=100, deadline=None)
+@given(families(), st.integers(1, 60))
+def test_rows_fit_where_sharing_does_not_always_pay(case, attention_length):
+    """Two parts of a group that meet in a row may share less than each of them alone."""
+    samples, arguments = case
+    padding = dataclasses.replace(arguments["padding"], attention_length=attention_length)
+    with patch.object(prefixes_module, "SHORTEST_SHARED", 1):
+        (mini,) = plan_of(samples, **{**arguments, "padding": padding}).mini_batches
+        for row in itertools.chain(*mini.student):
+            (packed,) = pack_rows([row], samples, padding=padding)
+            assert packed.input_ids.numel() <= arguments["max_tokens"]
 
 
 def check_shared_row(packed, row, samples, stream, padding):

@@ -45,6 +45,11 @@ def test_turns_share_their_history():
     assert ends(make([QUESTION, first, second])) == [[19], [19, 31], [19, 31]]
 
 
+def test_a_prompt_that_ends_early_does_not_keep_longer_ones_from_sharing_its_last_token():
+    history = QUESTION[:8]  # 7 tokens are too few to be shared with the sample that ends here
+    assert ends(make([history, [*history, *[1] * 12], [*history, *[2] * 12]])) == [[], [8], [8]]
+
+
 def test_prompts_of_other_groups_share_nothing():
     one, other = make([QUESTION]), make([QUESTION])
     other[0].uid = "train:1"
