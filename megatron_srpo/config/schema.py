@@ -367,7 +367,7 @@ class RewardConfig(Section):
     """Names of environment variables, for example the key of a service, that the workers inherit. Otherwise they
     inherit only what Python and its libraries need, and no keys."""
     failure_score: float = Field(0.0, ge=-1e12, le=1e12)
-    """Score of a response whose reward function raised, timed out or crashed."""
+    """Score of a response whose reward function or environment raised, timed out or crashed."""
 
 
 class EnvironmentConfig(Section):
