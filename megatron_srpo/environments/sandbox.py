@@ -19,10 +19,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.errors import UserError
+
+if TYPE_CHECKING:  # not needed in the program of the environments, whose Python may have few packages
+    from megatron_srpo.config import EnvironmentConfig
 
 Isolation = Literal["auto", "bubblewrap", "unshare", "none"]
 FIRST_USER = 2**20  # as root every program is a user of its own from here on, so that limits of processes are its own
