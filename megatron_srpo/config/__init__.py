@@ -13,7 +13,7 @@ Every refusal is one `ConfigError` that lists all problems: key, value, what was
 from megatron_srpo.config.check import check, contradictions, layout_problems, listed
 from megatron_srpo.config.check_lora import published_adapters, starts_with_publish
 from megatron_srpo.config.load import load_config, nearest_key, save_resolved, to_toml
-from megatron_srpo.config.model_folder import read_model_folder
+from megatron_srpo.config.model_folder import read_model_folder, require_tokenizer_folder
 from megatron_srpo.config.schema import (
     BUCKET_MIB,
     CheckpointConfig,
@@ -58,6 +58,7 @@ __all__ = [
     "nearest_key",
     "published_adapters",
     "read_model_folder",
+    "require_tokenizer_folder",
     "save_resolved",
     "starts_with_publish",
     "to_toml",

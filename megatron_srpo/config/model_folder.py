@@ -44,6 +44,18 @@ def read_model_folder(path: str) -> dict[str, Any]:
     return hf
 
 
+def require_tokenizer_folder(given: str) -> None:
+    """ConfigError if model.tokenizer is no folder; "" stands for model.path."""
+    folder = Path(given).expanduser()
+    if not given or os.path.isdir(folder):
+        return
+    what = "is a file" if os.path.exists(folder) else f"no such folder (looked from {Path.cwd()})"
+    raise ConfigError(
+        f'model.tokenizer = "{given}": {what}. Expected a Hugging Face folder with a tokenizer on this machine; nothing '
+        "is downloaded by itself. Leave the key out to use the tokenizer in model.path"
+    )
+
+
 def _require_weights(folder: Path, given: str) -> None:
     present = {file.name for file in folder.glob("*.safetensors") if file.stat().st_size > 0}
     if not present:

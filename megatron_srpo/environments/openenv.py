@@ -7,18 +7,40 @@ Every episode is a session of its own. The library is needed where the server ru
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import aiohttp
-from pydantic import StringConstraints, validate_call
+from pydantic import AfterValidator, validate_call
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.server import HOST, start_server
 
-Address = Annotated[str, StringConstraints(pattern="^(https?://.*)?$")]
 _PORTS: dict[tuple[str, ...], int] = {}  # of the servers that were started, by command
+
+
+def _address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        fine = (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        )  # reading a port checks it
+    except ValueError:
+        fine = False
+    if url and not fine:
+        raise ValueError("expected an address as http://HOST:PORT")
+    return url
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class _Refused(Exception):
+    """The server does not accept an action or a reset; str() is its reason."""
 
 
 class OpenEnv(Environment):
@@ -42,6 +64,7 @@ class OpenEnv(Environment):
             )
         self._url = f"http://{HOST}:{_PORTS.get(tuple(command), 0)}" if command else url.rstrip("/")
         self._action, self._observation, self._options = action, observation, options or {}
+        self._closing = AsyncExitStack()
 
     @classmethod
     def prepare(cls, **arguments: Any) -> None:
@@ -51,12 +74,32 @@ class OpenEnv(Environment):
             _PORTS[command] = start_server(command)
 
     async def start(self, task: Task) -> Sequence[Message]:
-        self._session = aiohttp.ClientSession()  # trust_env stays off: a proxy is not meant for it
-        self._socket = await self._session.ws_connect(f"{self._url}/ws", max_msg_size=2**20)
+        # trust_env stays off: a proxy is not meant for it
+        session = await self._closing.enter_async_context(aiohttp.ClientSession())
+        self._socket = await self._connect(session)
+        self._closing.push_async_callback(self._socket.close)
         given = task.metadata.get("reset")
         data = {"seed": task.seed % 2**31, **self._options, **(given if isinstance(given, Mapping) else {})}
-        observation, _, _ = await self._ask("reset", data)
+        try:
+            observation, _, _ = await self._ask("reset", data)
+        except _Refused as error:
+            raise UserError(
+                f"the OpenEnv server at {self._url} refuses the reset: {error}. Correct options, or the row's reset"
+            ) from None
         return [*task.messages[:-1], {**task.messages[-1], "content": f"{task.messages[-1]['content']}\n{observation}"}]
+
+    async def _connect(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse:
+        """A session of the server. UserError if there is none at the address."""
+        place = f"expected an OpenEnv server at {self._url}"
+        try:
+            return await session.ws_connect(f"{self._url}/ws", max_msg_size=2**20)
+        except aiohttp.WSServerHandshakeError as error:
+            raise UserError(
+                f"{place}, but {self._url}/ws answers with status {error.status} and opens no WebSocket; url must be "
+                "the address before /ws"
+            ) from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UserError(f"{place}, but it cannot be reached ({_why(error)}); start it, or correct url") from error
 
     async def step(self, reply: str) -> Step:
         text = reply.rpartition("</think>")[2].strip()
@@ -67,23 +110,52 @@ class OpenEnv(Environment):
             return Step([{"role": "user", "content": wrong}], feedback=wrong, tool_calls=1, tool_errors=1)
         try:
             observation, reward, done = await self._ask("step", action)
-        except ValueError as error:  # the server refuses this action: the model may try another
+        except _Refused as error:  # the model may try another
             wrong = f"Error: {str(error)[:500]}"
             return Step([{"role": "user", "content": wrong}], feedback=wrong, tool_calls=1, tool_errors=1)
         return Step([{"role": "user", "content": observation}], done, reward, tool_calls=1)
 
     async def _ask(self, kind: str, data: object) -> tuple[str, float | None, bool]:
-        """Observation as text, reward and whether it is over. ValueError for what the server refuses."""
-        await self._socket.send_json({"type": kind, "data": data})
-        answer = await self._socket.receive_json()
-        if answer["type"] == "error":
-            raise ValueError(answer["data"].get("message", "the server refuses it"))
-        found = answer["data"]
-        observation = found.get("observation", {})
-        text = observation.get(self._observation) if self._observation else json.dumps(observation, ensure_ascii=False)
-        reward = found.get("reward")
-        return str(text), None if reward is None else float(reward), bool(found.get("done"))
+        """Observation as text, reward and whether it is over. _Refused for what the server refuses, UserError if it
+        does not answer as an OpenEnv server does."""
+        answer = await self._answer({"type": kind, "data": data})
+        try:
+            found = answer["data"]
+            if answer["type"] == "error":
+                raise _Refused(found.get("message", "the server refuses it"))
+            observation, reward = found.get("observation", {}), found.get("reward")
+            text = (
+                observation.get(self._observation) if self._observation else json.dumps(observation, ensure_ascii=False)
+            )
+            return str(text), None if reward is None else float(reward), bool(found.get("done"))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(
+                f"expected observation, reward and done from the OpenEnv server at {self._url} after a {kind}, got "
+                f"{str(answer)[:200]}"
+            ) from None
+
+    async def _answer(self, message: dict[str, object]) -> Any:
+        """The server's answer to a message, from JSON."""
+        try:
+            await self._socket.send_json(message)
+            answer = await self._socket.receive()
+        except (aiohttp.ClientError, OSError) as error:
+            raise UserError(f"the OpenEnv server at {self._url} is lost: {_why(error)}") from error
+        if answer.type is not aiohttp.WSMsgType.TEXT:
+            raise UserError(f"the OpenEnv server at {self._url} has ended the session ({answer.type.name})")
+        try:
+            return json.loads(answer.data)
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"expected JSON from the OpenEnv server at {self._url}, got {answer.data[:200]!r}"
+            ) from None
 
     async def close(self) -> None:
-        await self._socket.close()
-        await self._session.close()
+        await self._closing.aclose()
+
+
+def _why(error: Exception) -> str:
+    """The system's words for a failed connection, without aiohttp's."""
+    if isinstance(error, OSError) and (error.errno or 0) > 0:
+        return os.strerror(error.errno or 0)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

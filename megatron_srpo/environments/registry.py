@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.user_code import load_file
 from megatron_srpo.environments.base import Environment
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 BUILT_IN = {
     "tools": "megatron_srpo.environments.tools:Tools",
@@ -33,26 +36,47 @@ def resolve(reference: str) -> type[Environment]:
         )
     if found.step is Environment.step:
         raise UserError(f"environment {reference!r}: the class has no method step(self, reply)")
+    if not isinstance(inspect.getattr_static(found, "prepare"), classmethod | staticmethod):
+        raise UserError(f"environment {reference!r}: prepare must be a class method; write @classmethod above it")
     return found
 
 
-def check_arguments(environment: type[Environment], arguments: Mapping[str, Any], name: str) -> None:
-    """Make a built-in environment once. UserError names every argument that it does not take."""
-    try:
-        environment(**arguments)
-    except ValidationError as error:
-        wrong = [_wrong(one) for one in error.errors()]
-        known = ", ".join(list(inspect.signature(environment.__init__).parameters)[1:])
-        raise UserError(f'arguments of a "{name}" environment: {"; ".join(wrong)} (it takes {known})') from None
+def check_arguments(environment: type[Environment], arguments: Mapping[str, Any], name: str, kind: str) -> None:
+    """Whether the class `name` of `kind` takes these arguments; a built-in one, which costs little, is made once.
+    UserError names every argument that is missing, unknown or wrong, and its key."""
+    wrong = list(_misfits(environment, arguments, kind))
+    if not wrong and name in BUILT_IN:
+        try:
+            environment(**arguments)
+        except ValidationError as error:
+            wrong = [_wrong(one, kind) for one in error.errors()]
+    if wrong:
+        subject = f'a "{name}" environment' if name in BUILT_IN else environment.__name__
+        known = ", ".join(inspect.signature(environment).parameters) or "none"
+        raise UserError(f"arguments of {subject}: {'; '.join(wrong)} (it takes {known})")
 
 
-def _wrong(one: Mapping[str, Any]) -> str:
-    """One error of pydantic's in words. The `input` of a missing argument is all arguments, so it is not shown."""
-    argument = ".".join(map(str, one["loc"]))
-    missing = str(one["type"]).startswith("missing")
-    if missing:
-        return f'the argument "{argument}" is missing; give it in environment.arguments'
-    return f"{argument} = {one['input']!r}: {one['msg']}"
+def _misfits(environment: type[Environment], arguments: Mapping[str, Any], kind: str) -> Iterator[str]:
+    """The arguments that the constructor or `prepare`, which gets the same ones, does not take or lacks."""
+    told: set[str] = set()
+    for method in (environment, environment.prepare):
+        known = inspect.signature(method).parameters.values()
+        named = [one for one in known if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        missing = {one.name for one in named if one.default is one.empty} - arguments.keys() - told
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in known)
+        unknown = set() if takes_all else arguments.keys() - {one.name for one in named} - told
+        told |= missing | unknown
+        for name in sorted(missing):
+            yield f'the argument "{name}" is missing; set environment.arguments.{kind}.{name}'
+        where = "prepare() takes" if method == environment.prepare else "there is"
+        for name in sorted(unknown):
+            yield f"environment.arguments.{kind}.{name}: {where} no such argument"
+
+
+def _wrong(one: ErrorDetails, kind: str) -> str:
+    """One error of pydantic's in words; a check of ours raises ValueError with its own."""
+    problem = str(one["ctx"]["error"]) if one["type"] == "value_error" else one["msg"]
+    return f"environment.arguments.{kind}.{'.'.join(map(str, one['loc']))} = {one['input']!r}: {problem}"
 
 
 def load_object(reference: str, what: str) -> object:
@@ -62,7 +86,12 @@ def load_object(reference: str, what: str) -> object:
         module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except UserError:
         raise
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name and (where == error.name or where.startswith(f"{error.name}.")):
+            raise UserError(
+                f"{what} {reference!r}: there is no module {error.name!r}. Expected one of an installed package or of "
+                f"the working directory {Path.cwd()}; name another, or a file: path/file.py:{name}"
+            ) from error
         package = (error.name or where).partition(".")[0].replace("_", "-")
         raise UserError(f"{what} {reference!r} needs a package: {error}. Install it: pip install {package}") from error
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported

@@ -38,7 +38,14 @@ class TextArena(Environment):
     async def start(self, task: Task) -> Sequence[Message]:
         import textarena
 
-        self._game = textarena.make(str(task.metadata.get("game") or self._name), **self._options)
+        name = str(task.metadata.get("game") or self._name)
+        try:
+            self._game = textarena.make(name, **self._options)
+        except Exception as error:  # the library raises what it likes
+            raise UserError(
+                f"textarena cannot make the game {name!r}: {type(error).__name__}: {error}. Name one of its games in "
+                'the row\'s field "game" or the argument "game"'
+            ) from error
         self._game.reset(num_players=1, seed=task.seed % 2**32)
         first = task.messages[:-1] if task.messages[0]["role"] == "system" else ()
         return [*first, {"role": "user", "content": self._observe()}]

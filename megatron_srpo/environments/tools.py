@@ -20,10 +20,11 @@ from typing import Annotated, Any, get_type_hints
 
 from annotated_types import MinLen
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     PositiveInt,
-    StringConstraints,
+    TypeAdapter,
     ValidationError,
     create_model,
     validate_call,
@@ -33,7 +34,15 @@ from megatron_srpo.core.errors import UserError, nearest
 from megatron_srpo.environments.base import Environment, Message, Step
 from megatron_srpo.environments.registry import load_object
 
-Reference = Annotated[str, StringConstraints(pattern=r".:.")]  # "module:function" or "path/file.py:function"
+
+def _reference(text: str) -> str:
+    where, _, name = text.rpartition(":")
+    if not where or not name:
+        raise ValueError('expected "module:function" or "path/file.py:function"')
+    return text
+
+
+Reference = Annotated[str, AfterValidator(_reference)]
 OWN_PARSER = "hermes"
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -83,15 +92,7 @@ class Tool:
 
     def __init__(self, function: Callable[..., object]) -> None:
         self.name, self._function = function.__name__, function
-        hints = get_type_hints(function)
-        fields: dict[str, Any] = {}
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise UserError(f"tool {self.name!r}: parameter {parameter.name!r} has no name that a call could give")
-            if parameter.name not in hints:
-                raise UserError(f"tool {self.name!r}: parameter {parameter.name!r} has no type; annotate it")
-            default = ... if parameter.default is parameter.empty else parameter.default
-            fields[parameter.name] = (hints[parameter.name], default)
+        fields = _fields(function)
         self._model: type[BaseModel] = create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
 
     @property
@@ -110,6 +111,45 @@ class Tool:
         if inspect.isawaitable(result):
             result = await result
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+
+
+def _fields(function: Callable[..., object]) -> dict[str, Any]:
+    """By parameter: its type and default. UserError names one that a call, which is JSON, cannot give."""
+    try:
+        parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
+    except Exception as error:  # a builtin has no signature; an annotation may name what does not exist
+        raise UserError(
+            f"tool {function.__name__!r}: its parameters cannot be read: {type(error).__name__}: {error}. Expected a "
+            "Python function whose types are defined or imported in its file"
+        ) from error
+    for parameter in parameters.values():
+        if problem := _problem(parameter, hints, function.__module__):
+            raise UserError(f"tool {function.__name__!r}: parameter {parameter.name!r} {problem}")
+    return {
+        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in parameters.items()
+    }
+
+
+def _problem(parameter: inspect.Parameter, hints: Mapping[str, object], module: str) -> str:
+    """Why a call cannot give a parameter, and the cure; "" if it can."""
+    name = parameter.name
+    if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        return "has no name that a call could give"
+    if name not in hints:
+        return "has no type; annotate it"
+    if name.startswith("_") or (name.startswith("model_") and hasattr(BaseModel, name)):
+        return "has a name that pydantic does not take; rename it"
+    try:
+        TypeAdapter(hints[name]).json_schema()
+    except Exception:  # pydantic's, or of a class that describes itself to pydantic
+        hint = hints[name]
+        shown = hint.__qualname__ if isinstance(hint, type) else str(hint).replace(f"{module}.", "")
+        return (
+            f"has the type {shown}, which JSON cannot express; expected str, int, float, bool, list, dict, Literal, or "
+            "a dataclass, TypedDict or pydantic model of these"
+        )
+    return ""
 
 
 def _without_titles(schema: Any) -> Any:

@@ -31,7 +31,7 @@ from typing import Any
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.user_code import limit_memory
 from megatron_srpo.environments.base import Environment, Step, Task
-from megatron_srpo.environments.registry import BUILT_IN, check_arguments, resolve
+from megatron_srpo.environments.registry import check_arguments, resolve
 from megatron_srpo.environments.server import die_with_parent, server_of, uses_server
 
 HEADER_BYTES = 8
@@ -65,8 +65,7 @@ def main(descriptor: int) -> None:
         try:
             arguments = setup.arguments.get(kind, {})
             classes[kind] = resolve(reference)
-            if reference in BUILT_IN:
-                check_arguments(classes[kind], arguments, reference)
+            check_arguments(classes[kind], arguments, reference, kind)
             classes[kind].prepare(**arguments)
         except Exception as error:
             text = str(error)
@@ -212,6 +211,8 @@ class _Episode:
                 line = _to_json({"error": "out of memory (environment.memory_mib limits it)"})
             except Exception as error:
                 text = f"exception: {type(error).__name__}: {error}"[:ERROR_LIMIT] + _place(error)
+                if isinstance(error, UserError):  # it says all that is needed
+                    text = str(error)[:ERROR_LIMIT]
                 line = _to_json({"error": text, "served": uses_server()})
             if os.getpid() != owner:  # a process that the environment has forked returns here too
                 os._exit(0)

@@ -30,7 +30,15 @@ import typer
 
 from megatron_srpo import __version__
 from megatron_srpo.commands import TOOLS
-from megatron_srpo.config import Config, contradictions, listed, load_config, nearest_key, read_model_folder
+from megatron_srpo.config import (
+    Config,
+    contradictions,
+    listed,
+    load_config,
+    nearest_key,
+    read_model_folder,
+    require_tokenizer_folder,
+)
 from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.atomic import remove_leftovers
 from megatron_srpo.core.disk import disk_problem
@@ -328,12 +336,16 @@ def check_run(config: Config, *, train: bool = False, splits: tuple[str, ...] = 
     if train:
         splits = ("train", "test") if config.eval.every and config.data.test else ("train",)
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if ranks else None
-    hf, folder_problem = None, []
+    hf, of_folders = None, []
     try:
         hf = read_model_folder(config.model.path)
     except ConfigError as problem:
-        folder_problem = [str(problem)]
-    problems = [*contradictions(config, hf, world_size, splits=splits), *folder_problem]
+        of_folders.append(str(problem))
+    try:
+        require_tokenizer_folder(config.model.tokenizer)
+    except ConfigError as problem:
+        of_folders.append(str(problem))
+    problems = [*contradictions(config, hf, world_size, splits=splits), *of_folders]
     if problems:
         raise ConfigError(listed("this configuration", problems))
 

@@ -130,9 +130,11 @@ def start_servers(
 
 def serve(config: Config, host: str, port: int) -> None:
     """Become a vLLM server for runs with this configuration; does not return."""
+    from megatron_srpo.data import load_tokenizer
     from megatron_srpo.mcore.device import choose_device
     from megatron_srpo.rollout import become_server
 
+    load_tokenizer(config.model.tokenizer or config.model.path)  # what is wrong with it is told before vLLM starts
     for line in unset_variables("rollout.server_environment", config.rollout.server_environment):
         print(f"warning: {line}", file=sys.stderr, flush=True)
     become_server(config, _longest(config), choose_device(config.run.device, 0).device.type, host, port)

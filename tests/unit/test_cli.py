@@ -266,6 +266,11 @@ def test_every_command_with_a_configuration_takes_several_files(run_file, launch
 # ---- report, help, usage ---------------------------------------------------------------------------------------------
 
 
+def test_a_server_is_refused_a_tokenizer_that_is_not_there(run_file, capfd):
+    assert cli.main(["serve", str(run_file), "--model.tokenizer=nope"]) == 2
+    assert 'model.tokenizer = "nope": no such folder' in capfd.readouterr().err
+
+
 def test_a_server_takes_a_configuration_for_any_number_of_ranks(run_file, monkeypatch, capfd):
     served = []
     monkeypatch.setattr("megatron_srpo.run.engines.serve", lambda config, host, port: served.append((host, port)))

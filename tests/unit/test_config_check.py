@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_srpo.config import Config, check, read_model_folder
+from megatron_srpo.config import Config, check, read_model_folder, require_tokenizer_folder
 from megatron_srpo.config.check import contradictions
 from megatron_srpo.core.errors import ConfigError
 
@@ -490,6 +490,16 @@ def refused(folder):
 
 def test_a_folder_that_is_not_there_is_told_with_the_way_to_fetch_it(tmp_path):
     assert "no such folder" in refused(tmp_path / "x") and "hf download" in refused("Qwen/Qwen3-8B")
+
+
+def test_a_tokenizer_that_is_no_folder_is_told_with_the_cure(tmp_path):
+    (tmp_path / "file").write_text("")
+    for given, what in (("nope", "no such folder (looked from "), (str(tmp_path / "file"), "is a file. Expected")):
+        with pytest.raises(ConfigError) as caught:
+            require_tokenizer_folder(given)
+        assert f'model.tokenizer = "{given}": {what}' in str(caught.value) and "Leave the key out" in str(caught.value)
+    require_tokenizer_folder("")
+    require_tokenizer_folder(str(tmp_path))
 
 
 def test_a_folder_without_configuration_is_told(folder):

@@ -16,6 +16,7 @@ from megatron_srpo.environments.sandbox import Limits
 from megatron_srpo.environments.tools import Tools, read_hermes
 
 TOOLS = '''
+from collections.abc import Callable
 from typing import Literal
 
 
@@ -38,6 +39,26 @@ def endless(x: int) -> str:
 
 def untyped(x):
     return x
+
+
+class Point:
+    pass
+
+
+def draw(points: list[Point]) -> str:
+    return ""
+
+
+def later(how: Callable[[int], int]) -> str:
+    return ""
+
+
+def hidden(_x: int) -> str:
+    return ""
+
+
+def undefined(x: "Circle") -> str:
+    return ""
 
 
 not_a_function = 3
@@ -127,17 +148,33 @@ def test_results_and_calls_of_a_turn_are_limited(functions):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("untyped", "has no type"), ("absent", "has no 'absent'"), ("not_a_function", "expected a function")],
+    [
+        ("untyped", "has no type"),
+        ("absent", "has no 'absent'"),
+        ("not_a_function", "expected a function"),
+        ("draw", "tool 'draw': parameter 'points' has the type list.Point., which JSON cannot express; expected str, "),
+        ("later", "'how' has the type collections.abc.Callable.*expected str, int, float, .* or a dataclass"),
+        ("hidden", "parameter '_x' has a name that pydantic does not take; rename it"),
+        ("undefined", "its parameters cannot be read: NameError: name 'Circle' is not defined. Expected a Python"),
+    ],
 )
 def test_what_is_no_tool_is_refused_before_any_episode(functions, name, told):
     with pytest.raises(UserError, match=told):
-        check_arguments(Tools, {"functions": functions(name)}, "tools")
+        check_arguments(Tools, {"functions": functions(name)}, "tools", "sums")
+
+
+def test_a_reference_without_a_function_is_told_in_our_words():
+    with pytest.raises(
+        UserError, match=r"\.functions\.0 = 'add': expected \"module:function\" or \"path/file"
+    ) as caught:
+        check_arguments(Tools, {"functions": ["add"]}, "tools", "sums")
+    assert "environment.arguments.sums.functions" in str(caught.value) and "pattern" not in str(caught.value)
 
 
 def test_unknown_environments_are_refused():
     with pytest.raises(UserError, match="expected a subclass"):
         resolve("megatron_srpo.environments.base:Task")
-    with pytest.raises(UserError, match="needs a package"):
+    with pytest.raises(UserError, match="there is no module 'no_such_package'. Expected one of an installed package"):
         resolve("no_such_package.at_all:Thing")
 
 

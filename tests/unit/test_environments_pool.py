@@ -16,6 +16,7 @@ from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task
 from megatron_srpo.environments.episodes import EpisodeRunner
 from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, ProgramLost
+from tests.tiny_models import tiny_tokenizer
 
 ECHO = """
 from megatron_srpo.environments import Environment, Step
@@ -115,7 +116,7 @@ def test_an_interpreter_that_is_no_python_is_told():
 
 def test_a_missing_argument_is_told_by_its_name():
     text = refusal(classes={"row": "tools"})
-    assert 'the argument "functions" is missing; give it in environment.arguments (it takes functions, parser' in text
+    assert 'the argument "functions" is missing; set environment.arguments.row.functions (it takes functions, ' in text
     assert "object at" not in text
     assert "max_calls = 'x'" in refusal(
         classes={"row": "tools"}, arguments={"row": {"functions": ["a"], "max_calls": "x"}}
@@ -141,13 +142,14 @@ def test_a_run_is_told_once_of_variables_that_do_not_exist(tmp_path, monkeypatch
         assert len(said) == 1 and said[0].startswith("environment.variables: UNSET is not set")
 
 
-def test_a_server_that_is_started_by_itself_tells_of_variables_that_do_not_exist(monkeypatch, capsys):
+def test_a_server_that_is_started_by_itself_tells_of_variables_that_do_not_exist(tmp_path, monkeypatch, capsys):
     import megatron_srpo.rollout
     from megatron_srpo.run import engines
 
     monkeypatch.delenv("UNSET", raising=False)
     monkeypatch.setattr(megatron_srpo.rollout, "become_server", lambda *settings: None)
-    config = Config(model={"path": "m"}, data={"train": "t"}, rollout={"server_environment": ["UNSET"]})
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = Config(model={"path": str(tmp_path)}, data={"train": "t"}, rollout={"server_environment": ["UNSET"]})
     engines.serve(config, "127.0.0.1", 8000)
     assert "warning: rollout.server_environment: UNSET is not set" in capsys.readouterr().err
 
@@ -233,6 +235,45 @@ def test_a_server_that_was_killed_is_told_and_started_again_and_ends_with_the_pr
 )
 def test_a_server_that_does_not_start_is_told(command, told):
     assert re.search(told, refusal(classes={"row": "openenv"}, arguments={"row": {"command": command}}))
+
+
+OWN = """
+from megatron_srpo.environments import Environment, Step
+class Own(Environment):
+    def __init__(self, level, wait=0.0):
+        self.level = level
+    @classmethod
+    def prepare(cls, level, wait=0.0):
+        pass
+    def step(self, reply):
+        return Step(done=True, reward=self.level)
+class Narrow(Own):
+    @classmethod
+    def prepare(cls):
+        pass
+class NoClassMethod(Own):
+    def prepare(self, **arguments):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        (
+            "Own",
+            {},
+            'arguments of Own: the argument "level" is missing; set environment.arguments.row.level (it takes ',
+        ),
+        ("Own", {"levle": 1}, "environment.arguments.row.levle: there is no such argument (it takes level, wait)"),
+        ("Narrow", {"level": 1}, "environment.arguments.row.level: prepare() takes no such argument"),
+        ("NoClassMethod", {"level": 1}, "prepare must be a class method; write @classmethod above it"),
+    ],
+)
+def test_arguments_that_a_users_class_lacks_or_does_not_take_are_told_at_the_start(tmp_path, name, arguments, told):
+    (tmp_path / "own.py").write_text(OWN)
+    text = refusal(classes={"row": f"{tmp_path}/own.py:{name}"}, arguments={"row": arguments})
+    assert told in text and "TypeError" not in text, text
 
 
 WRONG = """

@@ -263,6 +263,10 @@ def test_vllms_parser_reads_calls_as_our_own(engine, faithful, reply):
     assert parse("<tool_call>{broken")[0] == [] and "cannot be read" in parse("<tool_call>{broken")[1]
     with pytest.raises(UserError, match="no tool parser 'herms'"):
         engine_tool_parser("herms", str(faithful))
+    with pytest.raises(
+        UserError, match="tokenizer = 'nope': no such folder .* expected the model's Hugging Face folder"
+    ):
+        engine_tool_parser("hermes", "nope")
 
 
 def test_environments_do_not_inherit_secrets(engine, faithful, tmp_path, monkeypatch):

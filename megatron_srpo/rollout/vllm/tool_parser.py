@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_srpo.core.errors import UserError, nearest
@@ -12,8 +13,8 @@ ParsedCalls = tuple[list[tuple[str, dict[str, Any]]], str]  # (name, arguments) 
 
 
 def engine_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls]:
-    """The parser that vLLM knows as `name`. Importing vLLM takes seconds. UserError for an unknown name."""
-    from transformers import AutoTokenizer
+    """The parser that vLLM knows as `name`. Importing vLLM takes seconds. UserError for an unknown name, and for a
+    folder `tokenizer` without one."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager
 
@@ -23,7 +24,7 @@ def engine_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls
     if not tokenizer:
         raise UserError(f'tool parser {name!r} needs the model\'s tokenizer: set "tokenizer" to its folder')
     cls = ToolParserManager.get_tool_parser(name)
-    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    loaded = _load_tokenizer(tokenizer)
     request = ChatCompletionRequest(messages=[], model="policy")
     marks = [mark for mark in (_mark(cls, loaded, key) for key in MARKS) if mark]
 
@@ -43,6 +44,23 @@ def engine_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls
 
 
 MARKS = ("tool_call_start_token", "bot_token", "tool_calls_start_token")  # where parsers keep how a call begins
+
+
+def _load_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(
+            f"tokenizer = {folder!r}: no such folder (looked from {Path.cwd()}); expected the model's Hugging Face folder "
+            "on this machine"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(Path(folder).expanduser()), local_files_only=True, trust_remote_code=False
+        )  # fmt: skip
+    except Exception as error:  # the library raises almost any exception for a broken folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {reason[:300]}") from error
 
 
 def _mark(cls: type, tokenizer: Any, key: str) -> str:

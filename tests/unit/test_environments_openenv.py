@@ -1,0 +1,90 @@
+"""What is told about OpenEnv servers that are not there, or are something else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from aiohttp import WSMsgType, web
+
+from examples.tiny.launch import free_port
+from megatron_srpo.core.errors import UserError
+from megatron_srpo.environments import Task
+from megatron_srpo.environments.openenv import OpenEnv
+from megatron_srpo.environments.registry import check_arguments
+
+TASK = Task(({"role": "user", "content": "x"},), "", {}, 0, 0)
+RESET = {"type": "observation", "data": {"observation": {"message": "hello"}, "reward": None, "done": False}}
+
+
+async def played(path, answers):
+    """The environment's answer to one turn, with a server that gives `answers` at `path`."""
+
+    async def talk(request):
+        session = web.WebSocketResponse()
+        await session.prepare(request)
+        for answer in answers:
+            if (await session.receive()).type is not WSMsgType.TEXT:
+                break
+            await session.send_str(answer if isinstance(answer, str) else json.dumps(answer))
+        await session.close()
+        return session
+
+    app = web.Application()
+    app.router.add_get(path, talk)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port := free_port()).start()
+    environment = OpenEnv(url=f"http://127.0.0.1:{port}", action="message", observation="message")
+    try:
+        await environment.start(TASK)
+        return await environment.step("go")
+    finally:
+        await environment.close()
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "http://", "http://host:port", "ws://127.0.0.1:8000"])
+def test_what_is_no_address_is_told_in_our_words(url):
+    with pytest.raises(UserError) as caught:
+        check_arguments(OpenEnv, {"url": url}, "openenv", "echo")
+    assert f"environment.arguments.echo.url = {url!r}: expected an address as http://HOST:PORT" in str(caught.value)
+
+
+def test_a_server_that_is_down_is_told_with_the_cure():
+    async def begin():
+        environment = OpenEnv(url=f"http://127.0.0.1:{free_port()}/")
+        try:
+            await environment.start(TASK)
+        finally:
+            await environment.close()
+
+    with pytest.raises(UserError, match=r"expected an OpenEnv server at http://127.0.0.1:\d+, but it cannot be reached "
+                       r"\(Connection refused\); start it, or correct url"):  # fmt: skip
+        asyncio.run(begin())
+
+
+def test_another_server_is_told_by_its_status():
+    with pytest.raises(UserError, match="expected an OpenEnv server at .*/ws answers with status 404 .*; url must be"):
+        asyncio.run(played("/elsewhere", []))
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        (["hello"], "expected JSON from the OpenEnv server at .*, got 'hello'"),
+        ([{"hello": 1}], "expected observation, reward and done from the OpenEnv server at .* after a reset, got "),
+        ([{"type": "error", "data": {"message": "no such seed"}}], "refuses the reset: no such seed. Correct options"),
+        ([RESET], r"the OpenEnv server at .* has ended the session \(CLOSE"),
+        ([RESET, {**RESET, "data": {"observation": {}, "reward": "high"}}], "after a step, got .*high"),
+    ],
+)
+def test_answers_that_are_not_openenvs_end_the_episode_and_are_not_told_to_the_model(answers, told):
+    with pytest.raises(UserError, match=told):
+        asyncio.run(played("/ws", answers))
+
+
+def test_an_action_that_the_server_refuses_is_told_to_the_model():
+    step = asyncio.run(played("/ws", [RESET, {"type": "error", "data": {"message": "no such move"}}]))
+    assert (step.messages[0]["content"], step.tool_errors) == ("Error: no such move", 1)
