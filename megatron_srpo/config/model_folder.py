@@ -51,8 +51,8 @@ def require_tokenizer_folder(given: str) -> None:
         return
     what = "is a file" if os.path.exists(folder) else f"no such folder (looked from {Path.cwd()})"
     raise ConfigError(
-        f'model.tokenizer = "{given}": {what}. Expected a Hugging Face folder with a tokenizer on this machine; nothing '
-        "is downloaded by itself. Leave the key out to use the tokenizer in model.path"
+        f'model.tokenizer = "{given}": {what}. Expected a Hugging Face folder with a tokenizer on this machine; '
+        "nothing is downloaded by itself. Leave the key out to use the tokenizer in model.path"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,14 @@ def load_file(path: Path, *, error: type[UserError] = UserError) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def print_line_by_line() -> None:
+    """Write every printed line at once: a process that is killed would take its buffer with it. No text fails because
+    of its encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def limit_memory(mib: int) -> None:

@@ -70,4 +70,5 @@ class Environment:
         raise NotImplementedError(type(self).__name__)
 
     async def close(self) -> None:
-        """Called at the end of the episode, if it comes to its end."""
+        """Called at the end of the episode, also after an exception, but not if a step took too long. It has ten
+        seconds, and what it raises is in the log alone."""

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_srpo.config import Config
 from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.output_log import OutputLog
 from megatron_srpo.core.records import Episode, Experts, Prompt, Reward, Rollout
 from megatron_srpo.data import Chat, Conversation, DataError
 from megatron_srpo.environments.base import Step, Task
@@ -33,23 +34,27 @@ T = TypeVar("T")
 
 
 class EpisodeRunner:
-    """The environments of one engine. `scored`: kinds that have a reward function. `say` takes a line for the user."""
+    """The environments of one engine. `scored`: kinds that have a reward function. `say` takes a line for the user, and
+    `log` what environments print."""
 
-    def __init__(self, config: Config, chat: Chat, scored: Collection[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, chat: Chat, scored: Collection[str], say: Callable[[str], None],
+        log: OutputLog | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.chat, self.scored = config, chat, scored
         self._say, self._told = say, set[str]()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
-        self.pool = self._run(self._open(say))
+        self.pool = self._run(self._open(say, log))
         for line in [
             *unset_variables("environment.variables", config.environment.variables), *weakness(config.environment)
         ]:  # fmt: skip
             say(line)
         self._run(self.pool.begin())
 
-    async def _open(self, say: Callable[[str], None]) -> EnvironmentPool:
-        return EnvironmentPool(self.config.environment, say)
+    async def _open(self, say: Callable[[str], None], log: OutputLog | None) -> EnvironmentPool:
+        return EnvironmentPool(self.config.environment, say, log)
 
     def _run(self, work: Coroutine[None, None, T]) -> T:
         return self.start(work).result()

@@ -20,8 +20,9 @@ from typing import Any
 from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.environment import inherited
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.output_log import OutputLog
 from megatron_srpo.environments.base import Message, Step, Task
-from megatron_srpo.environments.worker import LARGEST_PACKET, Setup, encode
+from megatron_srpo.environments.worker import LARGEST_PACKET, Setup, encode, exit_words
 
 START_SECONDS = 300.0  # limit for importing the classes, and maybe vLLM for its tool parsers
 LONGEST_ANSWER = 2**20  # bytes of an environment's answer
@@ -29,7 +30,10 @@ LONGEST_TEXT = 2**16  # characters of one message or feedback
 LARGEST_REWARD = 1e12  # as for reward functions: larger ones overflow in fp32
 END_SECONDS = 3.0  # limit for ending all episodes
 QUEUE_SECONDS = 0.005  # until an order is tried again
+CLOSE_SECONDS = 10.0  # limit for an environment's close()
 SERVER_SECONDS = 1.0  # until the end of a server is told after an episode has failed by it
+OUTPUT_BYTES = 2**16  # that are read at a time of what is printed
+LAST_READS = 64  # of it when the program has ended: other processes may print for ever
 FAILED_STARTS = 3  # of the program, in a row, end the run
 
 # Another Python may lack packages of ours, or be too old: it says so instead of taking the setup.
@@ -67,17 +71,19 @@ class Started:
 class EnvironmentPool:
     """The program with its episodes, at most `environment.processes` at a time; more wait for their turn.
 
-    `say` gets a line when the program was lost and started again.
+    `say` gets a line when the program was lost and started again. `log` gets what it and the episodes print, and the
+    tracebacks of environments; by default only the last output is kept, for messages.
     """
 
-    def __init__(self, config: EnvironmentConfig, say: Callable[[str], None]) -> None:
-        self._config, self._say = config, say
+    def __init__(self, config: EnvironmentConfig, say: Callable[[str], None], log: OutputLog | None = None) -> None:
+        self._config, self._say, self.log = config, say, log or OutputLog()
         self._setup = Setup(dict(config.classes), dict(config.arguments), config.memory_mib)
         self._numbers = itertools.count()
         self._episodes: dict[int, EpisodeProcess] = {}
         self._room = asyncio.Semaphore(config.processes)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._output: int | None = None  # where its output can be read
         self._ready: asyncio.Future[None] | None = None
         self._failed_starts = 0
         self.last_loss = ""  # why the program was lost last
@@ -139,10 +145,19 @@ class EnvironmentPool:
                 await asyncio.wait_for(asyncio.shield(self._ready), START_SECONDS)
                 return
             except TimeoutError:
-                raise UserError("the environments did not start: importing their classes takes too long") from None
+                raise UserError(
+                    f"the environments did not start: importing their classes takes too long{self._printed()}"
+                ) from None
             except ProgramLost:
                 continue
-        raise UserError(f"{self._program_name()} ended {FAILED_STARTS} times before the environments were ready")
+        raise UserError(
+            f"{self._program_name()} ended {FAILED_STARTS} times before the environments were ready{self._printed()}"
+        )
+
+    def _printed(self) -> str:
+        """The last lines of its output, as a part of a message; "" if there are none."""
+        words = self.log.last_words()
+        return f". Its output ends with: {words}" if words else ""
 
     def _program_name(self) -> str:
         other = self._config.interpreter
@@ -150,10 +165,11 @@ class EnvironmentPool:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self._output, printing = os.pipe()
+        with theirs, open(printing, "wb") as printed:
             self._process = subprocess.Popen(
                 self._command(theirs.fileno()),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, stdout=printed, stderr=printed,
                 pass_fds=(theirs.fileno(),), start_new_session=True,
                 env=inherited(self._config.variables) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
@@ -161,7 +177,23 @@ class EnvironmentPool:
         with suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, which `_hear` finds out
             ours.send(encode_setup(self._setup))
         ours.setblocking(False)
+        os.set_blocking(self._output, False)
         asyncio.get_running_loop().add_reader(ours, self._hear)
+        asyncio.get_running_loop().add_reader(self._output, self._read_output)
+
+    def _read_output(self) -> bool:
+        """Log what was printed; whether there may be more of it."""
+        assert self._output is not None
+        try:
+            data = os.read(self._output, OUTPUT_BYTES)
+        except BlockingIOError:
+            return False
+        if data:
+            self.log.write(data)
+        else:
+            with suppress(RuntimeError):  # it is read for the last time, outside of the loop
+                asyncio.get_running_loop().remove_reader(self._output)
+        return bool(data)
 
     def _command(self, descriptor: int) -> list[str]:
         """A Python of another virtual environment has packages of its own: our package and the working directory come
@@ -198,7 +230,7 @@ class EnvironmentPool:
                     )
                 )
         elif "lost" in message:
-            self._lost(message["lost"])
+            self._lost(str(message["lost"]), str(message.get("said", "")))
         elif "ready" in message:
             self._failed_starts = 0
             if not self._ready.done():
@@ -206,11 +238,14 @@ class EnvironmentPool:
         elif (episode := self._episodes.get(message.get("ended", -1))) is not None:
             episode.ended(str(message.get("how", "")))
 
-    def _lost(self, why: str = "the program in which environments run was lost") -> None:
-        """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again."""
-        self.last_loss = why
+    def _lost(self, why: str = "", printed: str = "") -> None:
+        """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again. `why`,
+        `printed`: what it said itself, of a server that it has started."""
         ready = self._ready
-        self._close_program()
+        how = self._close_program()
+        if not why:
+            why, printed = f"the program in which environments run was lost ({how})", self._printed()
+        self.last_loss = why + printed
         for episode in list(self._episodes.values()):
             episode.lost = True
             episode.ended("the program of the environments was lost")
@@ -225,35 +260,60 @@ class EnvironmentPool:
                         if self._config.interpreter
                         else ""
                     )
+                    + self._printed()
                 )
             ready.set_exception(wrong)
         else:
-            self._say(f"{why}; it is started again, and its episodes with it")
+            self._say(f"{why}; it is started again, and its episodes with it{printed}")
 
-    def end(self, episode: EpisodeProcess) -> None:
-        """Forget an episode, and end what is left of its process."""
-        if self._episodes.pop(episode.number, None) is None:
+    def end(self, episode: EpisodeProcess, *, at_once: bool) -> None:
+        """End an episode's process, and forget it. Unless `at_once`, it ends by itself after its environment's `close`,
+        which has CLOSE_SECONDS; its place is free afterwards."""
+        if episode.gone or at_once:
+            if not episode.gone:
+                self._kill(episode.number)
+            self._forget(episode)
             return
-        self._room.release()
-        if not episode.gone:
-            self._kill(episode.number)
+        limit = asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._kill, episode.number)
 
-    def _close_program(self) -> None:
+        def ended(how: asyncio.Future[str]) -> None:
+            limit.cancel()
+            self._forget(episode)
+
+        episode.how.add_done_callback(ended)
+
+    def _forget(self, episode: EpisodeProcess) -> None:
+        if self._episodes.pop(episode.number, None) is not None:
+            self._room.release()
+
+    def _close_program(self) -> str:
+        """End the program, if there is one. Returns how it has ended."""
+        how = "it did not start"
         if self._control is not None:
             with suppress(RuntimeError, ValueError):
                 asyncio.get_running_loop().remove_reader(self._control)
             self._control.close()
         if self._process is not None:
+            how = "it does not answer"
             with suppress(subprocess.TimeoutExpired):  # it ends by itself, and its episodes with all that they started
-                self._process.wait(END_SECONDS)
+                how = exit_words(self._process.wait(END_SECONDS))
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._control = self._process = self._ready = None
+        if self._output is not None:
+            for _ in range(LAST_READS):
+                if not self._read_output():
+                    break
+            with suppress(RuntimeError, ValueError):
+                asyncio.get_running_loop().remove_reader(self._output)
+            os.close(self._output)
+        self._control = self._process = self._ready = self._output = None
+        return how
 
     def close(self) -> None:
         """End the program and all episodes."""
         self._close_program()
+        self.log.close()
 
 
 class EpisodeProcess:
@@ -265,7 +325,8 @@ class EpisodeProcess:
     ) -> None:  # fmt: skip
         self.number, self.lost, self.gone = number, False, False
         self._pool, self._reader, self._writer, self._timeout = pool, reader, writer, timeout_s
-        self._how: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._waits, self._closed = True, False  # _waits: for an order, as it has answered the last one
+        self.how: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # in words, when it has ended
 
     async def start(self, kind: str, task: Task) -> Started:
         """Make the environment, and get its first messages."""
@@ -291,6 +352,7 @@ class EpisodeProcess:
         return step
 
     async def _ask(self, message: object) -> dict[str, Any]:
+        self._waits = False
         try:
             async with asyncio.timeout(self._timeout):
                 self._writer.write(encode(message))
@@ -304,6 +366,7 @@ class EpisodeProcess:
             line = b""
         if not line.endswith(b"\n"):
             raise await self._crash()
+        self._waits = True
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError):
@@ -313,7 +376,7 @@ class EpisodeProcess:
         if "error" in answer:
             if answer.get("served"):  # the failure may be that a server has ended, which is about to be told
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(self._how), SERVER_SECONDS)
+                    await asyncio.wait_for(asyncio.shield(self.how), SERVER_SECONDS)
                 if self.lost:
                     raise ProgramLost
             raise EpisodeError(str(answer["error"])[:1000].encode("utf-8", "backslashreplace").decode())
@@ -321,7 +384,7 @@ class EpisodeProcess:
 
     async def _crash(self) -> Exception:
         try:
-            how = await asyncio.wait_for(asyncio.shield(self._how), 5)
+            how = await asyncio.wait_for(asyncio.shield(self.how), 5)
         except TimeoutError:
             how = "it has closed its channel"
         return ProgramLost() if self.lost else EpisodeError(f"crash: {how}")
@@ -329,13 +392,15 @@ class EpisodeProcess:
     def ended(self, how: str) -> None:
         """Its process has ended."""
         self.gone = True
-        if not self._how.done():
-            self._how.set_result(how)
+        if not self.how.done():
+            self.how.set_result(how)
 
     async def close(self) -> None:
-        """End the process. It may be called again."""
-        self._writer.close()
-        self._pool.end(self)
+        """End the process, after its environment's `close` if it waits for an order. It may be called again."""
+        if not self._closed:
+            self._closed = True
+            self._writer.close()
+            self._pool.end(self, at_once=not self._waits)
 
 
 def encode_setup(setup: Setup) -> bytes:

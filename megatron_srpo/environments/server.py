@@ -7,6 +7,8 @@ It lives as long as the program. If it ends by itself, the program ends with it,
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 import shlex
 import signal
 import socket
@@ -15,14 +17,39 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.output_log import last_words
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
 POLL_SECONDS = 0.1
-SHOWN = 500  # characters of what a server said before it ended
-_running: dict[int, str] = {}  # pid → command line
+MOST_SAID = 2**20  # bytes of what a server prints, then it is forgotten
+READ_BYTES = 2**14  # of it, for its last words
+
+
+@dataclass
+class Server:
+    """A server that runs. `said`: a file without a name, with what it prints."""
+
+    line: str  # its command line
+    said: IO[bytes]
+
+    def last_words(self) -> str:
+        """The last lines that it has printed, as a part of a message; "" if it has printed nothing."""
+        size = os.fstat(self.said.fileno()).st_size
+        words = last_words(os.pread(self.said.fileno(), READ_BYTES, max(0, size - READ_BYTES)).decode(errors="replace"))
+        return f". It said: {words}" if words else ""
+
+    def forget_much(self) -> None:
+        """Empty the file if it has grown too large: a server may print a line for each request of a long run."""
+        if os.fstat(self.said.fileno()).st_size > MOST_SAID:
+            self.said.truncate(0)  # it is open for appending, so the next line is at its beginning
+
+
+_running: dict[int, Server] = {}  # by pid
 
 
 def start_server(command: Sequence[str]) -> int:
@@ -35,29 +62,29 @@ def start_server(command: Sequence[str]) -> int:
         port = probe.getsockname()[1]
     words = [word.replace("{port}", str(port)) for word in command]
     line = shlex.join(words)
-    with tempfile.TemporaryFile() as said:
-        try:
-            server = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, preexec_fn=die_with_parent
-            )
-        except OSError as error:
-            raise UserError(f"the server {line!r} cannot be started: {error}") from error
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex((HOST, port)) == 0:
-                    _running[server.pid] = line
-                    return port
-            time.sleep(POLL_SECONDS)
-        how = f"has not listened on {HOST}:{port} in {START_SECONDS:g} s; does the command use {{port}}?"
-        if server.poll() is None:
-            server.kill()
-            server.wait()
-        else:
-            how = f"ended with exit code {server.returncode}"
-        said.seek(0)
-        words_said = said.read()[-SHOWN:].decode(errors="replace").strip()
-    raise UserError(f"the server {line!r} {how}" + (f". It said: {words_said}" if words_said else ""))
+    said = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the server
+    fcntl.fcntl(said, fcntl.F_SETFL, os.O_APPEND)
+    try:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, preexec_fn=die_with_parent
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"the server {line!r} cannot be started: {error}") from error
+    server = Server(line, said)
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                _running[process.pid] = server
+                return port
+        time.sleep(POLL_SECONDS)
+    how = f"has not listened on {HOST}:{port} in {START_SECONDS:g} s; does the command use {{port}}?"
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    else:
+        how = f"ended with exit code {process.returncode}"
+    raise UserError(f"the server {line!r} {how}{server.last_words()}")
 
 
 def die_with_parent() -> None:
@@ -71,6 +98,12 @@ def uses_server() -> bool:
     return bool(_running)
 
 
-def server_of(pid: int) -> str | None:
-    """The command line of the server that has this number, None if it is none of ours."""
+def server_of(pid: int) -> Server | None:
+    """The server that has this number, None if it is none of ours."""
     return _running.get(pid)
+
+
+def forget_much() -> None:
+    """Keep what the servers print small."""
+    for server in _running.values():
+        server.forget_much()

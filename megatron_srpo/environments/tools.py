@@ -131,7 +131,7 @@ def _fields(function: Callable[..., object]) -> dict[str, Any]:
     }
 
 
-def _problem(parameter: inspect.Parameter, hints: Mapping[str, object], module: str) -> str:
+def _problem(parameter: inspect.Parameter, hints: Mapping[str, Any], module: str) -> str:
     """Why a call cannot give a parameter, and the cure; "" if it can."""
     name = parameter.name
     if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

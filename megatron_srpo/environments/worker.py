@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.user_code import limit_memory
+from megatron_srpo.core.user_code import limit_memory, print_line_by_line
 from megatron_srpo.environments.base import Environment, Step, Task
 from megatron_srpo.environments.registry import check_arguments, resolve
-from megatron_srpo.environments.server import die_with_parent, server_of, uses_server
+from megatron_srpo.environments.server import die_with_parent, forget_much, server_of, uses_server
 
 HEADER_BYTES = 8
 LARGEST_PACKET = 2**17  # bytes of a message to the program, or of its; a socket of packets keeps them apart
@@ -59,6 +59,7 @@ def encode(message: object) -> bytes:
 def main(descriptor: int) -> None:
     """Serve the trainer at the other end of the socket until it closes it. Never returns."""
     control = socket.socket(fileno=descriptor)
+    print_line_by_line()
     setup = pickle.loads(control.recv(LARGEST_PACKET))
     classes: dict[str, type[Environment]] = {}
     for kind, reference in setup.classes.items():
@@ -118,6 +119,7 @@ class _Zygote:
             return False
         name, number = data.decode().split()
         if name == "fork":
+            forget_much()
             self._fork(int(number), descriptors[0])
         else:
             for pid, episode in self._children.items():
@@ -157,15 +159,16 @@ class _Zygote:
                 return
             if ended.si_pid in self._children:
                 _kill(ended.si_pid)  # what it has started; before its number can mean something else
-            _, status = os.waitpid(ended.si_pid, 0)
+            how = exit_words(os.waitstatus_to_exitcode(os.waitpid(ended.si_pid, 0)[1]))
             if (server := server_of(ended.si_pid)) is not None:
-                _tell(self._control, {"lost": f"the server {server!r} has ended ({_how(status)})"})
+                why = f"the server {server.line!r} has ended ({how})"
+                _tell(self._control, {"lost": why, "said": server.last_words()})
                 self._end_all()
                 os._exit(0)
             number = self._children.pop(ended.si_pid, None)
             self._kill_orphans()
             if number is not None:
-                _tell(self._control, {"ended": number, "how": _how(status)})
+                _tell(self._control, {"ended": number, "how": how})
 
     def _kill_orphans(self) -> None:
         """End what ended episodes have started in sessions of their own."""
@@ -187,11 +190,14 @@ class _Episode:
 
     def __init__(self, channel: socket.socket, setup: Setup, classes: Mapping[str, type[Environment]]) -> None:
         self._channel, self._setup, self._classes = channel, setup, classes
+        self._name = ""  # for the log
 
     def serve(self) -> None:
         """Answer the trainer until it closes the socket."""
         owner = os.getpid()
         asyncio.run(self._serve(owner))
+        with suppress(Exception):  # an environment may have put something else in its place
+            sys.stdout.flush()
         os._exit(0)
 
     async def _serve(self, owner: int) -> None:
@@ -204,6 +210,7 @@ class _Episode:
                     answer = asdict(_checked(await _awaited(environment.step(message))))
                 else:
                     kind, fields = message
+                    self._name = f"kind {kind!r}, sample {fields['sample']} of {fields['messages'][-1:]!r:.200}"
                     environment = self._classes[kind](**self._setup.arguments.get(kind, {}))
                     answer = await _started(environment, Task(**fields))
                 line = _to_json(answer)
@@ -213,13 +220,23 @@ class _Episode:
                 text = f"exception: {type(error).__name__}: {error}"[:ERROR_LIMIT] + _place(error)
                 if isinstance(error, UserError):  # it says all that is needed
                     text = str(error)[:ERROR_LIMIT]
+                self._print_traceback(error)
                 line = _to_json({"error": text, "served": uses_server()})
             if os.getpid() != owner:  # a process that the environment has forked returns here too
                 os._exit(0)
             writer.write(line.encode() + b"\n")
             await writer.drain()
         if environment is not None:
-            await environment.close()
+            try:
+                await _awaited(environment.close())
+            except Exception as error:  # the episode has its reward: the log alone tells
+                self._print_traceback(error)
+
+    def _print_traceback(self, error: Exception) -> None:
+        """Into the log. What the environment has done to its standard error must not hide the error itself."""
+        with suppress(Exception):
+            trace = "".join(traceback.format_exception(error))
+            print(f"---- {self._name}\n{trace}", end="", file=sys.stderr, flush=True)
 
 
 async def _started(environment: Environment, task: Task) -> dict[str, Any]:
@@ -323,8 +340,8 @@ def _parent(pid: str) -> int | None:
     return None
 
 
-def _how(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
+def exit_words(code: int) -> str:
+    """How a process has ended: "exit code 3", or "killed by SIGKILL" for -9."""
     if code >= 0:
         return f"exit code {code}"
     try:

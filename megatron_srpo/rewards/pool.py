@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from megatron_srpo.config import RewardConfig
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.output_log import OutputLog
 from megatron_srpo.core.records import Reward
 from megatron_srpo.rewards.process import STOP_SECONDS, WorkerProcess
 from megatron_srpo.rewards.registry import PREDICTION_IS_ANSWER
@@ -73,11 +74,11 @@ class RewardPool:
     `score` takes a whole batch; `add` and `finish` take a batch that arrives in parts.
 
     The constructor returns when every function is imported. It raises UserError if one cannot be: an unknown kind, or
-    an error in the user's module.
+    an error in the user's module. `log` gets what the functions print; by default it is discarded.
     """
 
-    def __init__(self, config: RewardConfig, kinds: Iterable[str]) -> None:
-        self._config = config
+    def __init__(self, config: RewardConfig, kinds: Iterable[str], log: OutputLog | None = None) -> None:
+        self._config, self._log = config, log or OutputLog()
         functions = FORMATS[config.mcq_format] | config.functions
         self._setup = Setup(
             tuple(sorted(set(kinds))), functions, config.timeout_seconds, config.memory_mib, tuple(config.environment)
@@ -139,6 +140,7 @@ class RewardPool:
         """End the workers. It may be called again."""
         self._finalizer()
         self._selector.close()
+        self._log.close()
 
     @contextmanager
     def _discard_batch_on_error(self) -> Iterator[None]:
@@ -236,7 +238,7 @@ class RewardPool:
         self._start()
 
     def _start(self) -> None:
-        worker = WorkerProcess(self._setup)
+        worker = WorkerProcess(self._setup, self._log)
         self._workers.append(worker)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         self._selector.register(worker.output, selectors.EVENT_READ, worker)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import IO
 
 from megatron_srpo.core.environment import inherited
+from megatron_srpo.core.output_log import OutputLog
 from megatron_srpo.rewards.registry import LARGEST_SCORE
 from megatron_srpo.rewards.worker import Result, Setup, Task, encode
 
@@ -37,8 +38,9 @@ class WorkerProcess:
     """`ready`: its functions are imported. `pending`: the tasks of its chunk that have no result, by the caller's
     numbers; it works on the first one. `deadline`: it hangs after this monotonic time; None while it is idle."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.ready = False
+    def __init__(self, setup: Setup, log: OutputLog) -> None:
+        """`log` gets what it prints."""
+        self.ready, self._log = False, log
         self.pending: list[int] = []
         self.deadline: float | None = time.monotonic() + START_SECONDS
         self._timeout = setup.timeout_seconds
@@ -110,8 +112,8 @@ class WorkerProcess:
         return number
 
     def drain_output(self) -> bool:
-        """Discard what the worker printed, except for its tail. False if it will print no more. Call it when the output
-        is readable."""
+        """Log what the worker printed, and keep its tail. False if it will print no more. Call it when the output is
+        readable."""
         try:
             data = os.read(self.output.fileno(), 1 << 16)
         except BlockingIOError:
@@ -119,6 +121,8 @@ class WorkerProcess:
         except OSError:
             return False
         self._tail = (self._tail + data)[-TAIL_BYTES:]
+        if data:
+            self._log.write(data)
         return bool(data)
 
     def end(self) -> str:

@@ -17,7 +17,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_srpo.core.user_code import limit_memory
+from megatron_srpo.core.user_code import limit_memory, print_line_by_line
 from megatron_srpo.rewards.registry import RewardError, RewardFunction, as_verdict, resolve
 
 HEADER_BYTES = 8
@@ -61,6 +61,7 @@ def encode(message: Setup | list[Task]) -> bytes:
 def main(descriptor: int) -> None:
     """Serve the driver at the other end of the socket until the driver closes it. Never returns."""
     channel = socket.socket(fileno=descriptor)
+    print_line_by_line()
     setup = _receive(channel)
     if setup is not None:
         functions = _resolve_all(channel, setup)

@@ -213,8 +213,8 @@ class Fleet(Generic[ServerT]):
             except ServerError as error:
                 if asyncio.get_running_loop().time() > deadline:
                     raise RolloutError(
-                        f"no server answers at {server.client.url}: {error}. Is it running, or does it need longer "
-                        "(rollout.server_start_seconds)?"
+                        f"no server answers at {server.client.url}: {_with_last_words(server, str(error))}. Is it "
+                        "running, or does it need longer (rollout.server_start_seconds)?"
                     ) from error
                 await asyncio.sleep(0.2)
         server.alive = True
@@ -241,6 +241,7 @@ class Fleet(Generic[ServerT]):
         """A server has failed: its requests go to others, and it is started again if it is ours."""
         if not server.alive or self._closing:
             return
+        why = _with_last_words(server, why)
         server.alive, server.version, server.trouble = False, None, why
         server.losses += 1
         for job in list(server.jobs):
@@ -286,8 +287,7 @@ class Fleet(Generic[ServerT]):
         if not all(server.gone for server in self.servers):
             return
         troubles = [f"{server.name}: {server.trouble}" for server in self.servers]
-        words = [f"Its last words: {server.process.last_words()}" for server in self.servers[-1:] if server.process]
-        error = RolloutError(". ".join([f"no rollout server is left: {'; '.join(troubles)}", *words]))
+        error = RolloutError(f"no rollout server is left: {'; '.join(troubles)}")
         while self._pending:
             answer = self._pending.popleft().answer
             if not answer.done():
@@ -449,3 +449,13 @@ class Fleet(Generic[ServerT]):
                 )
             )
         self.lost(server, str(error))
+
+
+def _with_last_words(server: Server, why: str) -> str:
+    """Why a server is lost, with the end of its log if it is ours: a request sees only that nobody answers."""
+    if server.process is None:
+        return why
+    ended = server.process.ended()
+    if ended is not None:
+        return ended if why in ended else f"{why}; {ended}"
+    return f"{why}; its last words: {server.process.last_words()}"

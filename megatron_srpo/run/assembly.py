@@ -20,6 +20,7 @@ from megatron_srpo.config import (
     starts_with_publish,
 )
 from megatron_srpo.core.environment import unset_variables
+from megatron_srpo.core.output_log import rank_log
 from megatron_srpo.core.protocols import Scorer, Store
 from megatron_srpo.families import HfConfig, ModelShape
 from megatron_srpo.run.engines import build_engine
@@ -58,7 +59,9 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
             return IdleScorer(control)
         for line in unset_variables("reward.environment", config.reward.environment):
             role.log.warn(line)
-        pool = closing.enter_context(RewardPool(config.reward.model_copy(update={"workers": workers}), kinds))
+        log = rank_log(config.run.output_dir, "rewards", topology.rank, lambda text: role.log.warn(text))
+        reward = config.reward.model_copy(update={"workers": workers})
+        pool = closing.enter_context(RewardPool(reward, kinds, log))
         return PoolScorer(
             pool, control, threshold=config.algorithm.success_reward_threshold, leads=control.is_driver
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config, published_adapters, starts_with_publish
 from megatron_srpo.core.environment import unset_variables
+from megatron_srpo.core.output_log import rank_log
 from megatron_srpo.rewards.registry import unknown
 from megatron_srpo.rollout import RolloutEngine, RolloutError
 from megatron_srpo.run.roles import Driver, Role
@@ -49,7 +50,8 @@ def _episode_runner(config: Config, session: Session, role: Role) -> EpisodeRunn
             gaps=config.teacher.feedback_at == "turn",
         )  # fmt: skip
         scored = {kind for kind in config.environment.classes if unknown(kind, config.reward.functions) is None}
-        return EpisodeRunner(config, chat, scored, lambda text: role.log.warn(text))
+        log = rank_log(config.run.output_dir, "environments", topology.rank, lambda text: role.log.warn(text))
+        return EpisodeRunner(config, chat, scored, lambda text: role.log.warn(text), log)
 
     return control.everywhere(build)
 

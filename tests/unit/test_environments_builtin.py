@@ -174,7 +174,7 @@ def test_a_reference_without_a_function_is_told_in_our_words():
 def test_unknown_environments_are_refused():
     with pytest.raises(UserError, match="expected a subclass"):
         resolve("megatron_srpo.environments.base:Task")
-    with pytest.raises(UserError, match="there is no module 'no_such_package'. Expected one of an installed package"):
+    with pytest.raises(UserError, match=r"there is no module 'no_such_package'\. Expected one of an installed package"):
         resolve("no_such_package.at_all:Thing")
 
 

@@ -66,7 +66,7 @@ def test_a_server_that_is_down_is_told_with_the_cure():
 
 
 def test_another_server_is_told_by_its_status():
-    with pytest.raises(UserError, match="expected an OpenEnv server at .*/ws answers with status 404 .*; url must be"):
+    with pytest.raises(UserError, match=r"expected an OpenEnv server at .*/ws answers with status 404 .*; url must be"):
         asyncio.run(played("/elsewhere", []))
 
 

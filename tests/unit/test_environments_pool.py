@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from megatron_srpo.config import Config, EnvironmentConfig
+from megatron_srpo.core import output_log
 from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.output_log import printed_where, rank_log
 from megatron_srpo.environments import Task
 from megatron_srpo.environments.episodes import EpisodeRunner
 from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, ProgramLost
@@ -86,6 +88,7 @@ def test_what_an_episode_has_started_ends_with_it_and_other_episodes_keep_theirs
         try:
             (closed, first), (ending, second), (_, third) = [await begun(pool) for _ in range(3)]
             await closed.close()
+            await closed.how
             assert gone(first) and second.is_running() and third.is_running()
             with pytest.raises(EpisodeError, match="exit code 3"):
                 await ending.step("end")
@@ -180,12 +183,13 @@ class Pid(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers(); self.wfile.write(str(os.getpid()).encode())
     def log_message(self, *args): pass
+print("serving on", sys.argv[1])
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Pid).serve_forever()
 '''
 class Served(Environment):
     @classmethod
     def prepare(cls):
-        cls.port = start_server([sys.executable, "-c", SERVER, "{port}"])
+        cls.port = start_server([sys.executable, "-u", "-c", SERVER, "{port}"])
     async def step(self, reply):
         return Step([{"role": "user", "content": urllib.request.urlopen(f"http://127.0.0.1:{self.port}").read().decode()}])
 """
@@ -221,6 +225,7 @@ def test_a_server_that_was_killed_is_told_and_started_again_and_ends_with_the_pr
 
     assert gone(asyncio.run(play()))
     assert len(said) == 1 and "has ended (killed by SIGKILL); it is started again, and its episodes" in said[0], said
+    assert re.search(r"its episodes with it\. It said: serving on \d+$", said[0]), "its last words"
 
 
 @pytest.mark.parametrize(
@@ -354,3 +359,99 @@ def test_an_episode_that_fails_because_its_server_has_ended_begins_again(tmp_pat
         return losses
 
     assert asyncio.run(play()) == 5
+
+
+TALKING = """
+import os, subprocess, sys
+from pathlib import Path
+from megatron_srpo.environments import Environment, Step
+print("imported")
+class Talking(Environment):
+    def step(self, reply):
+        print("model said", reply, "\\udc80")
+        if reply == "raise":
+            {}["no such level"]
+        if reply == "flood":
+            for _ in range(40):
+                print("x" * 2**20)
+        if reply == "kill the program":
+            os.kill(os.getppid(), 9)
+        return Step(done=True, reward=1.0)
+    def close(self):
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        Path("closed").write_text("")
+        raise RuntimeError("cannot close")
+"""
+
+
+def talk(tmp_path, *replies, log=None, classes="talking.py:Talking"):
+    """What the pool says while one episode after the other gets a reply."""
+    (tmp_path / "talking.py").write_text(TALKING)
+    said = []
+
+    async def play():
+        config = EnvironmentConfig(classes={"row": f"{tmp_path}/{classes}"}, step_timeout_seconds=60.0)
+        with closing(EnvironmentPool(config, said.append, log)) as pool:
+            for reply in replies:
+                episode = await pool.open()
+                await episode.start("row", TASK)
+                try:
+                    await episode.step(reply)
+                except (EpisodeError, ProgramLost) as error:
+                    said.append(str(error))
+                await episode.close()
+                await asyncio.wait_for(asyncio.shield(episode.how), 60)
+
+    asyncio.run(play())
+    return said
+
+
+def test_what_environments_print_and_raise_is_in_a_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (error,) = talk(tmp_path, "hello", "raise", log=rank_log(str(tmp_path / "out"), "environments", 3, [].append))
+    assert error == "exception: KeyError: 'no such level' (talking.py, line 10, in step)"
+    text = (tmp_path / "out/environments/rank3.log").read_text()
+    assert "imported\n" in text and "model said hello \\udc80\n" in text
+    assert "---- kind 'row', sample 0 of" in text and 'talking.py", line 10, in step\n' in text
+    assert printed_where(str(tmp_path / "out")) == f"; what user code printed is in {tmp_path}/out/environments"
+    assert printed_where(str(tmp_path)) == ""
+
+
+def test_an_episode_that_has_ended_closes_its_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = rank_log(str(tmp_path), "environments", 0, [].append)
+    assert talk(tmp_path, "hello", log=log) == []
+    assert (tmp_path / "closed").exists()
+    assert "RuntimeError: cannot close" in (tmp_path / "environments/rank0.log").read_text()
+
+
+def test_a_flood_of_output_leaves_two_files_of_limited_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert talk(tmp_path, "flood", "hello", log=rank_log(str(tmp_path), "environments", 0, [].append)) == []
+    files = sorted((tmp_path / "environments").iterdir())
+    assert [file.name for file in files] == ["rank0.log", "rank0.log.old"]
+    assert all(file.stat().st_size <= output_log.LARGEST + 2**16 for file in files)
+    assert "model said hello" in files[0].read_text(), "the newest output stays"
+
+
+def test_the_last_words_of_a_program_that_was_lost_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = talk(tmp_path, "kill the program", log=rank_log(str(tmp_path), "environments", 0, [].append))
+    assert (
+        "was lost (killed by SIGKILL); it is started again, and its episodes with it. Its output ends with: " in said[0]
+    )
+    assert f"model said kill the program \\udc80 (log: {tmp_path}/environments/rank0.log)" in said[0]
+
+
+def test_the_last_words_of_a_program_that_does_not_start_are_told(tmp_path):
+    (tmp_path / "dies.py").write_text("import os\nprint('no licence found')\nos._exit(4)\n")
+    text = refusal(classes={"row": f"{tmp_path}/dies.py:Any"})
+    assert "while it imported environment.classes. Its output ends with: " in text and "no licence found" in text
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "environments").write_text("a file")
+    warned = []
+    assert talk(tmp_path, "hello", "again", log=rank_log(str(tmp_path), "environments", 0, warned.append)) == []
+    assert len(warned) == 1 and "rank0.log cannot be written (" in warned[0]

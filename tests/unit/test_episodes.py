@@ -264,7 +264,7 @@ def test_vllms_parser_reads_calls_as_our_own(engine, faithful, reply):
     with pytest.raises(UserError, match="no tool parser 'herms'"):
         engine_tool_parser("herms", str(faithful))
     with pytest.raises(
-        UserError, match="tokenizer = 'nope': no such folder .* expected the model's Hugging Face folder"
+        UserError, match=r"tokenizer = 'nope': no such folder .* expected the model's Hugging Face folder"
     ):
         engine_tool_parser("hermes", "nope")
 

@@ -17,6 +17,7 @@ import torch
 from megatron_srpo.config import Config, published_adapters
 from megatron_srpo.core import loopback
 from megatron_srpo.core.environment import inherited
+from megatron_srpo.core.output_log import last_words
 from megatron_srpo.rollout.engine import RolloutError
 from megatron_srpo.rollout.vllm import parent_watcher
 from megatron_srpo.rollout.vllm.client import MODEL_NAME
@@ -33,9 +34,9 @@ from megatron_srpo.rollout.vllm.settings import (
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE, TokenMiddleware
 from megatron_srpo.rollout.vllm.worker_extension import TRANSFER_BACKEND, ServerExtension
 
+READ_BYTES = 2**16  # of a log, for its last words
 # Our own in-process engines set these for this process, or the server gets them in another way.
 NOT_INHERITED = ("VLLM_ENABLE_V1_MULTIPROCESSING", KV_SPACE)
-TAIL_LINES = 3
 
 
 def watched(*command: str) -> list[str]:
@@ -142,13 +143,12 @@ class VllmServerProcess:
 
     def last_words(self) -> str:
         """The last lines of its log that tell something, on one line."""
-        lines = [line.strip() for line in self._since_start().splitlines() if line.strip()]
-        telling = [line for line in lines if "Error" in line and not line.startswith("File")] or lines
-        return " | ".join(line[:300] for line in telling[-TAIL_LINES:]) + f" (log: {self._log})"
+        return f"{last_words(self._since_start()) or 'it has printed nothing'} (log: {self._log})"
 
     def _since_start(self) -> str:
+        """The end of what it has logged since its last start."""
         with suppress(OSError), self._log.open("rb") as log:
-            log.seek(self._started_at)
+            log.seek(max(self._started_at, log.seek(0, os.SEEK_END) - READ_BYTES))
             return log.read().decode(errors="replace")
         return ""
 

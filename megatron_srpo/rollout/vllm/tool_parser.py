@@ -51,8 +51,8 @@ def _load_tokenizer(folder: str) -> Any:
 
     if not Path(folder).expanduser().is_dir():
         raise UserError(
-            f"tokenizer = {folder!r}: no such folder (looked from {Path.cwd()}); expected the model's Hugging Face folder "
-            "on this machine"
+            f"tokenizer = {folder!r}: no such folder (looked from {Path.cwd()}); expected the model's Hugging Face "
+            "folder on this machine"
         )
     try:
         return AutoTokenizer.from_pretrained(
