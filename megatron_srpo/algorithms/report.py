@@ -32,7 +32,7 @@ class RoutingReport:
     truncated: int = 0  # those of them whose demonstration was shortened
     unfit: int = 0  # attempts whose teacher prompt did not fit at any length
     nonfinite: list[str] = field(default_factory=list)  # attempts left out as the engine's log-probs are not finite
-    failed: list[str] = field(default_factory=list)  # attempts whose reward could not be had, and why
+    failed: list[tuple[str, str]] = field(default_factory=list)  # attempts whose reward could not be had, and why
 
     def add(self, group: Group, left_out: Container[int]) -> None:
         """Count one routed group. `left_out`: the numbers of its attempts that may not be in the loss, among them all
@@ -42,7 +42,7 @@ class RoutingReport:
             if number in left_out and not attempt.rollout.finite:
                 self.nonfinite.append(f"{sample.uid} sample {sample.sample}")
             if attempt.reward.error is not None:
-                self.failed.append(f"{sample.uid} sample {sample.sample}: {attempt.reward.error}")
+                self.failed.append((f"{sample.uid} sample {sample.sample}", attempt.reward.error))
 
     @property
     def samples(self) -> list[Sample]:

@@ -22,8 +22,10 @@ from megatron_srpo.batching.handover import Handover
 from megatron_srpo.batching.plan import plan_batch, share_of
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.output_log import printed_where
 from megatron_srpo.core.protocols import Log, RoleControl, State, Timer
 from megatron_srpo.core.records import Batch, BatchPlan, Group, Padding, Prompt, Sample
+from megatron_srpo.core.text import causes
 
 
 class Generator(Protocol):
@@ -105,8 +107,9 @@ class DriverSource:
         self._histories.observe(groups, iteration)
         if report.failed:
             self._log.warn(
-                f"iteration {iteration + 1}: {len(report.failed)} of {len(report.samples)} rewards failed, and count "
-                f"as reward.failure_score; the first: {report.failed[0]}"
+                f"iteration {iteration + 1}: {len(report.failed)} of {len(report.attempts)} rewards failed, and count "
+                f"as reward.failure_score: {causes(error for _, error in report.failed)}; the first is that of "
+                f"{report.failed[0][0]}{printed_where(self._config.run.output_dir)}"
             )
         if report.nonfinite:
             self._log.warn(

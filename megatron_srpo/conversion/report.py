@@ -12,6 +12,7 @@ from megatron_srpo.conversion.store_group import StoreGroup
 from megatron_srpo.core.atomic import atomic_folder
 from megatron_srpo.core.disk import disk_problem, interrupt
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 
 Tell = Callable[[int, int], None]  # this process's bytes done, of how many
 LAYER = "decoder.layers."
@@ -77,4 +78,6 @@ def written_aside(out_dir: Path, processes: StoreGroup) -> Iterator[Path]:
         problem = disk_problem(error)
         if problem is None:
             raise
-        raise UserError(f"{out_dir} could not be written: {problem}. Make room, or choose another --out") from error
+        raise UserError(
+            f"{out_dir} could not be written: {clause(problem)}. Make room, or choose another --out"
+        ) from error

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 # C0 and C1 control characters except the tab and the line break, and the marks that turn the direction of writing.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+MOST_CAUSES, LONGEST_CAUSE = 3, 300  # characters
+
+
+def causes(errors: Iterable[str]) -> str:
+    """The distinct errors, the most frequent first: "time-out (5 times); KeyError: 'x' (once)"; "" for none."""
+    counts = Counter(errors)
+    if len(counts) < 2:
+        return "".join(counts)[:LONGEST_CAUSE]
+    found = [
+        f"{error[:LONGEST_CAUSE]} ({'once' if count == 1 else f'{count} times'})"
+        for error, count in counts.most_common(MOST_CAUSES)
+    ]
+    rest = len(counts) - len(found)
+    return "; ".join(found) + (f"; and {rest} other cause{'s' if rest > 1 else ''}" if rest else "")
+
+
+def clause(text: object) -> str:
+    """A message, of a library for example, as a part of a sentence: without the stop at its end."""
+    return str(text).rstrip().rstrip(".")
 
 
 def visible(text: str) -> str:

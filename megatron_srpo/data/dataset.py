@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -316,7 +317,7 @@ def _type(value: object) -> str:
 
 def _complain(problem: str, config: DataConfig, report: LoadReport) -> None:
     if config.on_bad_row == "error":
-        raise DataError(f'{problem}. Correct the row, or skip bad rows: data.on_bad_row = "skip"')
+        raise DataError(f'{clause(problem)}. Correct the row, or skip bad rows: data.on_bad_row = "skip"')
     report.skipped += 1
     if len(report.problems) < _REPORTED:
         report.problems.append(problem)

@@ -17,6 +17,7 @@ import aiohttp
 from pydantic import AfterValidator, validate_call
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.server import HOST, start_server
 
@@ -84,7 +85,8 @@ class OpenEnv(Environment):
             observation, _, _ = await self._ask("reset", data)
         except _Refused as error:
             raise UserError(
-                f"the OpenEnv server at {self._url} refuses the reset: {error}. Correct options, or the row's reset"
+                f"the OpenEnv server at {self._url} refuses the reset: {clause(error)}. Correct options, or the row's "
+                "reset"
             ) from None
         return [*task.messages[:-1], {**task.messages[-1], "content": f"{task.messages[-1]['content']}\n{observation}"}]
 
@@ -106,7 +108,7 @@ class OpenEnv(Environment):
         try:
             action = {self._action: text} if self._action else json.loads(text)
         except ValueError as error:
-            wrong = f"Error: an action must be JSON: {error}."
+            wrong = f"Error: an action must be JSON: {clause(error)}."
             return Step([{"role": "user", "content": wrong}], feedback=wrong, tool_calls=1, tool_errors=1)
         try:
             observation, reward, done = await self._ask("step", action)

@@ -21,6 +21,7 @@ from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.environment import inherited
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.output_log import OutputLog
+from megatron_srpo.core.text import clause
 from megatron_srpo.environments.base import Message, Step, Task
 from megatron_srpo.environments.worker import LARGEST_PACKET, Setup, encode, exit_words
 
@@ -225,8 +226,8 @@ class EnvironmentPool:
             if not self._ready.done():
                 self._ready.set_exception(
                     UserError(
-                        f"{self._program_name()} cannot import megatron_srpo.environments: {message['unfit']}. Install "
-                        "what is missing there, or name the Python of another virtual environment"
+                        f"{self._program_name()} cannot import megatron_srpo.environments: {clause(message['unfit'])}. "
+                        "Install what is missing there, or name the Python of another virtual environment"
                     )
                 )
         elif "lost" in message:

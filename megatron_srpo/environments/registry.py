@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 from megatron_srpo.core.user_code import load_file
 from megatron_srpo.environments.base import Environment
 
@@ -93,7 +94,9 @@ def load_object(reference: str, what: str) -> object:
                 f"the working directory {Path.cwd()}; name another, or a file: path/file.py:{name}"
             ) from error
         package = (error.name or where).partition(".")[0].replace("_", "-")
-        raise UserError(f"{what} {reference!r} needs a package: {error}. Install it: pip install {package}") from error
+        raise UserError(
+            f"{what} {reference!r} needs a package: {clause(error)}. Install it: pip install {package}"
+        ) from error
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         raise UserError(f"{what} {reference!r}: cannot import {where!r}: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)

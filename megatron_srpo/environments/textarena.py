@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import validate_call
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 
 
@@ -31,8 +32,8 @@ class TextArena(Environment):
             import textarena  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"environment textarena needs a package: {error}. Install it: pip install textarena==0.7.4, or name "
-                "the Python of a virtual environment that has it: environment.interpreter"
+                f"environment textarena needs a package: {clause(error)}. Install it: pip install textarena==0.7.4, or "
+                "name the Python of a virtual environment that has it: environment.interpreter"
             ) from error
 
     async def start(self, task: Task) -> Sequence[Message]:
@@ -43,8 +44,8 @@ class TextArena(Environment):
             self._game = textarena.make(name, **self._options)
         except Exception as error:  # the library raises what it likes
             raise UserError(
-                f"textarena cannot make the game {name!r}: {type(error).__name__}: {error}. Name one of its games in "
-                'the row\'s field "game" or the argument "game"'
+                f"textarena cannot make the game {name!r}: {type(error).__name__}: {clause(error)}. Name one of its "
+                'games in the row\'s field "game" or the argument "game"'
             ) from error
         self._game.reset(num_players=1, seed=task.seed % 2**32)
         first = task.messages[:-1] if task.messages[0]["role"] == "system" else ()

@@ -31,6 +31,7 @@ from pydantic import (
 )
 
 from megatron_srpo.core.errors import UserError, nearest
+from megatron_srpo.core.text import clause
 from megatron_srpo.environments.base import Environment, Message, Step
 from megatron_srpo.environments.registry import load_object
 
@@ -119,8 +120,8 @@ def _fields(function: Callable[..., object]) -> dict[str, Any]:
         parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
     except Exception as error:  # a builtin has no signature; an annotation may name what does not exist
         raise UserError(
-            f"tool {function.__name__!r}: its parameters cannot be read: {type(error).__name__}: {error}. Expected a "
-            "Python function whose types are defined or imported in its file"
+            f"tool {function.__name__!r}: its parameters cannot be read: {type(error).__name__}: {clause(error)}. "
+            "Expected a Python function whose types are defined or imported in its file"
         ) from error
     for parameter in parameters.values():
         if problem := _problem(parameter, hints, function.__module__):
@@ -192,7 +193,7 @@ class Tools(Environment):
         problems = list(found.problems)
         if len(found.calls) > self._max_calls:
             problems.append(f"only the first {self._max_calls} calls of a turn are carried out")
-        messages += [{"role": "tool", "content": f"Error: {problem}."} for problem in problems]
+        messages += [{"role": "tool", "content": f"Error: {clause(problem)}."} for problem in problems]
         wrong = [message["content"] for message in messages if message["content"].startswith("Error: ")]
         self._wrong += wrong
         return Step(

@@ -27,6 +27,7 @@ from typing import Any
 from pydantic import ValidationError, validate_call
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.tools import OPEN, read_hermes
 
@@ -54,9 +55,9 @@ class Verifiers(Environment):
             import verifiers.v1  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"environment verifiers needs a package: {error}. Make a virtual environment of its own (python -m "
-                "venv envs/verifiers && envs/verifiers/bin/pip install -r requirements/verifiers.txt) and name its "
-                "Python: environment.interpreter"
+                f"environment verifiers needs a package: {clause(error)}. Make a virtual environment of its own "
+                "(python -m venv envs/verifiers && envs/verifiers/bin/pip install -r requirements/verifiers.txt) and "
+                "name its Python: environment.interpreter"
             ) from error
         os.environ["PYTHONPATH"] = os.getcwd()  # servers of tools find a taskset there too
         taskset, config = str(arguments.get("taskset", "")), arguments.get("config") or {}

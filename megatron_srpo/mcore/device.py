@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -88,7 +89,7 @@ def _transformer_engine() -> bool:
     except Exception as error:  # a missing library, another CUDA, an undefined symbol …
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"transformer_engine is installed, but cannot be imported: {reason}. Install it again (make setup "
+            f"transformer_engine is installed, but cannot be imported: {clause(reason)}. Install it again (make setup "
             "DEVICE=gpu), or remove it to run with Megatron's local layers (pip uninstall transformer_engine)"
         ) from error
     return True

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import clause
 from megatron_srpo.core.user_code import load_file
 from megatron_srpo.rewards.signatures import RewardFunction, UnknownSignature, adapted
 
@@ -127,7 +128,7 @@ def _import_built_in(name: str) -> None:
     except ImportError as error:
         package = (error.name or name).replace("_", "-")
         raise RewardError(
-            f"reward kind {name!r} needs a package: {error}. Install it: pip install {package}"
+            f"reward kind {name!r} needs a package: {clause(error)}. Install it: pip install {package}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from megatron_srpo.core.records import Rollout
+from megatron_srpo.core.text import clause
 from megatron_srpo.rollout.engine import Feed, GenerateRequest, OnRollout, RolloutError, SamplingSettings
 from megatron_srpo.rollout.http import BadAnswer, ServerError, UnacceptableRequest
 
@@ -204,7 +205,7 @@ class Fleet(Generic[ServerT]):
                     process.start()
                 elif ended:
                     cure = "Choose another rollout.server_port" if process.port_was_taken() else "See its log"
-                    raise RolloutError(f"{server.name} did not start: {ended}. {cure}")
+                    raise RolloutError(f"{server.name} did not start: {clause(ended)}. {cure}")
             try:
                 server.world_size = await server.client.world_size(timeout=5)
                 break
@@ -213,8 +214,8 @@ class Fleet(Generic[ServerT]):
             except ServerError as error:
                 if asyncio.get_running_loop().time() > deadline:
                     raise RolloutError(
-                        f"no server answers at {server.client.url}: {_with_last_words(server, str(error))}. Is it "
-                        "running, or does it need longer (rollout.server_start_seconds)?"
+                        f"no server answers at {server.client.url}: {clause(_with_last_words(server, str(error)))}. Is "
+                        "it running, or does it need longer (rollout.server_start_seconds)?"
                     ) from error
                 await asyncio.sleep(0.2)
         server.alive = True
@@ -457,5 +458,5 @@ def _with_last_words(server: Server, why: str) -> str:
         return why
     ended = server.process.ended()
     if ended is not None:
-        return ended if why in ended else f"{why}; {ended}"
-    return f"{why}; its last words: {server.process.last_words()}"
+        return ended if why in ended else f"{clause(why)}; {ended}"
+    return f"{clause(why)}; its last words: {server.process.last_words()}"

@@ -14,7 +14,7 @@ from megatron_srpo.config import Config, listed, read_model_folder
 from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.records import Prompt, Reward
-from megatron_srpo.core.text import visible
+from megatron_srpo.core.text import causes, visible
 from megatron_srpo.rewards import RewardPool, RewardTask
 from megatron_srpo.rewards.made_up import forms
 from megatron_srpo.rewards.registry import unknown
@@ -41,7 +41,7 @@ class KindReport:
     right: int  # responses with the answer itself that are correct
     empty: Reward
     wrong: list[tuple[Reward, bool]]  # of responses with another row's answer; whether it counts as correct
-    error: str | None  # of the first reward that failed
+    error: str  # why rewards failed, or ""
     seconds: float  # of one reward
 
     def problems(self) -> Iterator[str]:
@@ -111,7 +111,8 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
                     say("what its teacher reads before turn 2, if a reward gives feedback on both turns:")
                     _show(prompting.tokenizer.decode(reading.teacher), say)
             if unknown(kind, config.reward.functions):
-                say("its environment gives the rewards")
+                failed = "its environment has failed, so its rewards could not be looked at; the reason is below"
+                say("its environment gives the rewards" if kind in readings else failed)
                 continue
             report = examine(pool, group, own=kind in config.reward.functions, threshold=threshold(config))
             say(str(report))
@@ -154,7 +155,7 @@ def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold
         right=right,
         empty=empty,
         wrong=[(reward, reward.error is None and reward.score >= threshold) for reward in wrong],
-        error=next((reward.error for reward in rewards if reward.error), None),
+        error=causes(reward.error for reward in rewards if reward.error),
         seconds=seconds,
     )
 

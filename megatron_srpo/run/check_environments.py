@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_srpo.config import Config
 from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.records import Prompt, TurnFeedback
+from megatron_srpo.core.text import visible
 from megatron_srpo.data import Chat, TeacherPromptBuilder
 from megatron_srpo.data.conversation import Conversation
 from megatron_srpo.data.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ from megatron_srpo.environments.base import Message
 from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError, Started
 from megatron_srpo.environments.sandbox import weakness
 
+SHOWN = 2000  # characters of what environments print
 MADE_UP_TURN, MADE_UP_FEEDBACK = "(a made-up turn)", "(made-up feedback on turn {})"
 
 
@@ -84,6 +86,8 @@ def first_readings(
                     )
         finally:
             pool.close()
+            if printed := pool.log.tail.decode(errors="replace").strip():
+                say(f"\nthe last of what the environments have printed, and tracebacks:\n{visible(printed[-SHOWN:])}")
 
     asyncio.run(begin_all())
     return readings, problems

@@ -44,7 +44,7 @@ from megatron_srpo.core.atomic import remove_leftovers
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.core.installation import is_ours, missing_module
-from megatron_srpo.core.text import visible
+from megatron_srpo.core.text import clause, visible
 from megatron_srpo.run import stopping
 from megatron_srpo.run.output_lock import OutputLock
 
@@ -394,7 +394,9 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         problem = error.strerror or str(error)
     if problem:
-        raise UserError(f"eval: the responses cannot be written to {folder}: {problem}. Name a file: --responses FILE")
+        raise UserError(
+            f"eval: the responses cannot be written to {folder}: {clause(problem)}. Name a file: --responses FILE"
+        )
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -439,7 +441,7 @@ def message_for_user(error: BaseException) -> str | None:
         )
     problem = disk_problem(error)
     if problem:
-        return f"{problem}. Make room, or choose another run.output_dir."
+        return f"{clause(problem)}. Make room, or choose another run.output_dir."
     if isinstance(error, ModuleNotFoundError) and not is_ours(error):
         return missing_module(error)
     if lost_rank(error):

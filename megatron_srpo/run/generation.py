@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Literal
 
 from megatron_srpo.config import Config, read_model_folder
+from megatron_srpo.core.output_log import printed_where
 from megatron_srpo.core.protocols import Scorer, Timer
 from megatron_srpo.core.records import Group, Prompt
+from megatron_srpo.core.text import causes
 from megatron_srpo.families import expert_count
 from megatron_srpo.rollout import GenerateRequest, Prefetcher, RolloutEngine, SamplingSettings, request_seed
 from megatron_srpo.run.evaluation import accuracy_metrics
@@ -87,6 +89,7 @@ class Evaluator:
         self._generate = GroupGenerator(engine, scorer, asked, sampling)
         self._same = scorer.same_answers
         self._prompts, self._keep = prompts, keep
+        self._output_dir = config.run.output_dir
         self._samples = settings.n_samples
         self._stop, self._say = stop, say
         self._batch = max(1, requests // settings.n_samples) if stop else max(1, len(self._prompts))
@@ -109,6 +112,6 @@ class Evaluator:
         if errors:
             self._say(
                 f"warning: evaluation: {len(errors)} of {sum(len(group.attempts) for group in groups)} rewards failed, "
-                f"and count as reward.failure_score; the first: {errors[0]}"
+                f"and count as reward.failure_score: {causes(errors)}{printed_where(self._output_dir)}"
             )
         return accuracy_metrics(groups, k=self._samples, same=self._same)

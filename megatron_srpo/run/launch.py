@@ -17,6 +17,7 @@ from megatron_srpo.core import exit_codes
 from megatron_srpo.core.disk import disk_problem
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.protocols import Weights
+from megatron_srpo.core.text import clause
 from megatron_srpo.run.output_lock import OutputLock
 from megatron_srpo.run.session import Session, open_session
 from megatron_srpo.run.stopping import StopRequest
@@ -113,7 +114,7 @@ def _rescue_weights(config: Config, control: Control, weights: Weights, iteratio
         if not problem:
             return f"The weights of iteration {iteration} are in {Path(root) / name}, without the optimizer's state."
         problems.append(problem)
-    return f"Its weights could not be exported either: {'; '.join(problems)}."
+    return f"Its weights could not be exported either: {'; '.join(map(clause, problems))}."
 
 
 def _export_problem(config: Config, weights: Weights, target: Path, is_driver: bool) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_srpo.config import Config, read_model_folder
 from megatron_srpo.config.check import teacher_prompt_limit
 from megatron_srpo.core.errors import ConfigError, nearest
+from megatron_srpo.core.text import clause
 from megatron_srpo.run.first_start import first_start
 
 # What the rewards look for in a response's text, by kind; a user's own function may look for any of it.
@@ -120,8 +121,8 @@ class Prompting:
             environment = self._config.environment.classes.get(prompt.kind)
             if problem and environment == "tools":
                 raise RewardError(
-                    f'{prompt.source}: the environment "tools" gives no reward, and {problem}. Name a function that '
-                    f"scores the last turn: reward.functions.{prompt.kind}"
+                    f'{prompt.source}: the environment "tools" gives no reward, and {clause(problem)}. Name a function '
+                    f"that scores the last turn: reward.functions.{prompt.kind}"
                 )
             if problem and environment is None:  # others give the rewards themselves
                 raise RewardError(f"{prompt.source}: {problem}")

@@ -14,7 +14,7 @@ JUDGES = """
 def fair(response, answer, metadata): return float(response == f"#### {answer}")
 def deaf(response, answer, metadata): return 0.0
 def generous(response, answer, metadata): return 1.0
-def broken(response, answer, metadata): return answer["no such field"]
+def broken(response, answer, metadata): return answer["no such field"] if answer == "4" else {}
 """
 
 
@@ -69,7 +69,7 @@ def test_check_tells_of_variables_that_are_not_set(checked):
         ("fair", []),
         ("deaf", ["is the reference answer itself is not correct in any of 2 rows (tried: ANSWER, <answer>ANSWER"]),
         ("generous", ["with the answer of another row is correct in all of 2 rows", "an empty response is correct"]),
-        ("broken", ["the function failed: exception: TypeError"]),
+        ("broken", ["the function failed: exception: TypeError", "(once); exception: expected 'score' in the dict"]),
     ],
 )
 def test_check_refuses_a_reward_that_does_not_tell_right_from_wrong(checked, tmp_path, judge, problems):
@@ -117,6 +117,26 @@ def test_a_chat_template_that_shows_no_tools_is_warned_about(checked, tmp_path, 
     )  # fmt: skip
     assert code == exit_codes.DONE and "its environment gives the rewards" in out
     assert ("the chat template of this tokenizer does not show the tools" in out) is tools
+
+
+FAILS = """
+from megatron_srpo.environments import Environment
+
+
+class Fails(Environment):
+    async def step(self, reply):
+        print("the reply was", repr(reply))
+        return self.task.metadata["level"]
+"""
+
+
+def test_an_environment_that_fails_is_not_said_to_give_rewards_and_its_output_is_shown(checked, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    rows = [row("hello", "4", "talk"), row("hi", "5", "talk")]
+    code, out, err = checked(rows, "--environment.classes", f'{{talk = "{tmp_path}/fails.py:Fails"}}')
+    assert code == exit_codes.MISTAKE and "its environment does not work: exception: KeyError: 'level'" in err
+    assert "its environment has failed, so its rewards" in out and "gives the rewards" not in out
+    assert "the reply was ''" in out and "Traceback" in out
 
 
 ASKS_AGAIN = """

@@ -146,9 +146,7 @@ def test_a_request_to_stop_ends_an_evaluation_after_its_batch_without_half_a_res
     assert said == ["the run was asked to stop: its evaluation ends after 6 of 7 prompts, without a result"]
 
 
-def test_rewards_that_fail_in_an_evaluation_are_told_with_the_first_reason():
+def test_rewards_that_fail_in_an_evaluation_are_told_with_their_reasons():
     said = []
     _evaluation(error="crash: KeyError", say=said.append)
-    assert said == [
-        "warning: evaluation: 6 of 14 rewards failed, and count as reward.failure_score; the first: crash: KeyError"
-    ]
+    assert said == ["warning: evaluation: 6 of 14 rewards failed, and count as reward.failure_score: crash: KeyError"]

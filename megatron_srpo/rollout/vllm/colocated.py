@@ -15,6 +15,7 @@ from megatron_srpo.bridge import Verifier
 from megatron_srpo.bridge.verify import Report
 from megatron_srpo.config import LoraConfig, RolloutConfig
 from megatron_srpo.core.records import Rollout
+from megatron_srpo.core.text import clause
 from megatron_srpo.rollout.balance import split_requests
 from megatron_srpo.rollout.engine import (
     Feed,
@@ -220,8 +221,8 @@ class ColocatedEngine:
             text = decode_inside(self._shape.vocab, lambda _: "", ids) if part else self._decode([*request.begun, *ids])
         except ValueError as error:
             raise RolloutError(
-                f"vLLM's answer to prompt {request.prompt}, sample {request.sample} cannot be used: {error}. The "
-                "engine's weights or its sampler are damaged; start the run again."
+                f"vLLM's answer to prompt {request.prompt}, sample {request.sample} cannot be used: {clause(error)}. "
+                "The engine's weights or its sampler are damaged; start the run again."
             ) from error
         drafted, accepted = _draft_counts(answer)
         return Rollout(

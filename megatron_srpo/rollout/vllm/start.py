@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_srpo.core.text import clause
 from megatron_srpo.rollout.engine import RolloutError
 from megatron_srpo.rollout.vllm.process_state import preserved_generators, preserved_settings
 from megatron_srpo.rollout.vllm.settings import KV_SPACE, Arguments, EngineSettings, engine_arguments, qualified_name
@@ -93,7 +94,7 @@ def _explanation(error: Exception, settings: EngineSettings) -> str:
     if "KV cache" in reason or "kv cache" in reason or "memory" in reason.lower():
         key = "rollout.cpu_kv_cache_gib" if settings.device == "cpu" else "rollout.gpu_memory_utilization"
         cure = f"Change {key}, or lower data.max_prompt_length + rollout.max_response_length. {cure}"
-    return f"vLLM did not start on {settings.hf_dir} ({settings.device}): {reason} {cure}"
+    return f"vLLM did not start on {settings.hf_dir} ({settings.device}): {clause(reason)}. {cure}"
 
 
 def stop_engine(llm: LLM) -> None:
