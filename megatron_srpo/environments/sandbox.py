@@ -119,9 +119,9 @@ class Outcome:
 
 def choose(isolation: Isolation) -> str:
     """The isolation that this machine has. UserError if it has not the one that was asked for."""
-    found = {name: _works(name) for name in (("bubblewrap", "unshare") if isolation == "auto" else (isolation,))}
-    for name, works in found.items():
-        if works:
+    found = {name: works(name) for name in (("bubblewrap", "unshare") if isolation == "auto" else (isolation,))}
+    for name, usable in found.items():
+        if usable:
             return name
     raise UserError(
         f"the sandbox for model-written code: {' and '.join(found)} cannot be used here. Install bubblewrap "
@@ -137,7 +137,7 @@ def weakness(environment: EnvironmentConfig) -> list[str]:
         for kind, reference in environment.classes.items()
         if reference == "python" and environment.arguments.get(kind, {}).get("isolation", "auto") == "auto"
     ]
-    if not kinds or _works("bubblewrap") or not _works("unshare"):
+    if not kinds or works("bubblewrap") or not works("unshare"):
         return []
     return [
         f"environment.classes.{kinds[0]}: bubblewrap is missing or cannot be used here, so what the model writes runs "
@@ -147,7 +147,8 @@ def weakness(environment: EnvironmentConfig) -> list[str]:
 
 
 @cache
-def _works(name: str) -> bool:
+def works(name: str) -> bool:
+    """Whether a program can be started in this isolation here, which is tried once."""
     if name == "none":
         return True
     command = [*_prefix(name, Limits(), ()), interpreter(), "-I", "-S", "-c", "print(1)"]

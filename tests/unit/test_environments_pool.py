@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import venv
 from contextlib import closing
+from pathlib import Path
 
 import psutil
 import pytest
@@ -455,3 +457,46 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, mo
     warned = []
     assert talk(tmp_path, "hello", "again", log=rank_log(str(tmp_path), "environments", 0, warned.append)) == []
     assert len(warned) == 1 and "rank0.log cannot be written (" in warned[0]
+
+
+PAGE = Path(__file__).parents[2] / "docs/environments.md"
+
+
+def test_the_classes_and_rows_of_the_documentation_work(tmp_path):
+    """Each class of "Write one", with the row that stands behind it."""
+    section = PAGE.read_text().partition("\n## Write one\n")[2].partition("\n## ")[0]
+    classes = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", section, re.S)
+    rows = {row["kind"]: row for row in map(json.loads, re.findall(r"```json\n(.*?)```", section, re.S))}
+    for file, source in classes:
+        (tmp_path / file).write_text(source)
+    replies = {
+        "guess": ["hm", "50", "37"],
+        "files": [
+            '<tool_call>{"name": "read", "arguments": {"name": "b.txt"}}</tool_call>',
+            '<tool_call>{"name": "read", "arguments": {"name": "a.txt"}}</tool_call>',
+            "It is Rome.",
+        ],
+    }
+    names = {"guess": f"{tmp_path}/my_envs.py:Guess", "files": f"{tmp_path}/my_files.py:Files"}
+
+    async def episode(pool, kind):
+        row = rows[kind]
+        process = await pool.open()
+        task = Task(({"role": "user", "content": row["prompt"]},), row["answer"], row, 0, 0)
+        started = await process.start(kind, task)
+        steps = [await process.step(reply) for reply in replies[kind]]
+        await process.close()
+        assert await process.how == "exit code 0"
+        return started, steps
+
+    async def play():
+        log = rank_log(str(tmp_path), "environments", 0, [].append)
+        with closing(EnvironmentPool(EnvironmentConfig(classes=names), [].append, log)) as pool:
+            return [await episode(pool, kind) for kind in ("guess", "files")]
+
+    (_, guesses), (started, reads) = asyncio.run(play())
+    assert [step.done for step in guesses] == [False, False, True] and guesses[-1].reward == 1.0
+    assert started.tools[0]["function"]["name"] == "read"
+    assert [(step.tool_calls, step.tool_errors) for step in reads] == [(1, 1), (1, 0), (0, 0)]
+    assert reads[1].messages[0]["content"] == "Rome is a city." and (reads[2].done, reads[2].reward) == (True, 1.0)
+    assert not (tmp_path / "environments").exists(), "nothing was printed, so close() has not failed"

@@ -397,3 +397,10 @@ def test_the_warning_of_a_mismatch_names_the_age_of_responses_if_they_may_be_old
         config = Config(model={"path": "unused"}, data={"train": "unused"}, rollout={"max_staleness": staleness})
         text, is_warning = watches(config)[0].look({"rollout_corr/logprob_diff_mean": 1.0})
         assert is_warning and ("the policy has moved since" in text) == bool(staleness)
+
+
+def test_the_warning_of_a_mismatch_says_that_it_is_normal_with_partial_rollouts():
+    rollout = {"max_staleness": 1, "partial_tokens": 8}
+    config = Config(model={"path": "unused"}, data={"train": "unused"}, rollout=rollout)
+    text, _ = watches(config)[0].look({"rollout_corr/logprob_diff_mean": 0.06})
+    assert "rollout/older_token_fraction), which is normal with rollout.partial_tokens" in text
