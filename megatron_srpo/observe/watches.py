@@ -50,8 +50,8 @@ def _of_age(config: Config) -> str:
     """What else may be the reason if responses may be older than the policy."""
     if config.rollout.partial_tokens:
         return (
-            ", or earlier weights have sampled a part of the tokens (rollout/older_token_fraction), which is normal with "
-            "rollout.partial_tokens"
+            ", or earlier weights have sampled a part of the tokens (rollout/older_token_fraction), which is normal "
+            "with rollout.partial_tokens"
         )
     return ", or the policy has moved since (rollout/staleness_mean)" if config.rollout.max_staleness else ""
 
