@@ -167,6 +167,7 @@ class EnvironmentPool:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output, printing = os.pipe()
+        self.log.tail = b""  # what an earlier program has printed is not this one's last word
         with theirs, open(printing, "wb") as printed:
             self._process = subprocess.Popen(
                 self._command(theirs.fileno()),

@@ -26,6 +26,7 @@ START_SECONDS = 120.0  # limit for starting a worker, importing the user's funct
 SEND_SECONDS = 30.0  # limit for sending a chunk: an idle worker reads at once
 STOP_SECONDS = 1.0  # limit for workers to end by themselves
 LONGEST_MESSAGE = 2**20  # bytes; the limits of the texts keep a result far below it
+LAST_READS = 64  # of its output when it has ended: a process that it has started may print for ever
 TAIL_BYTES = 2048  # how much of its last output is kept, for the message when the worker dies
 
 _PROGRAM = (
@@ -131,8 +132,6 @@ class WorkerProcess:
             self._process.wait(0.2)  # it has closed its channel, so it is about to exit: report that exit code
         code = self._process.poll()
         self._kill()
-        while self.drain_output() and self._printed_more():
-            pass
         self._close()
         if self._junk:
             return self._junk
@@ -163,6 +162,9 @@ class WorkerProcess:
         self._process.wait()
 
     def _close(self) -> None:
+        for _ in range(LAST_READS):
+            if not (self._printed_more() and self.drain_output()):
+                break
         self.channel.close()
         self.output.close()
 

@@ -229,17 +229,17 @@ class Fleet(Generic[ServerT]):
             await asyncio.sleep(HEALTH_SECONDS)
             if not server.alive:
                 continue
-            ended = server.process.ended() if server.process is not None else None
+            if server.process is not None and server.process.ended() is not None:
+                self.lost(server)
+                continue
             try:
-                if ended is None:
-                    await server.client.health(timeout=self._timeout)
+                await server.client.health(timeout=self._timeout)
             except ServerError as error:
-                ended = str(error)
-            if ended is not None and server.alive:
-                self.lost(server, ended)
+                self.lost(server, str(error))
 
-    def lost(self, server: ServerT, why: str) -> None:
-        """A server has failed: its requests go to others, and it is started again if it is ours."""
+    def lost(self, server: ServerT, why: str = "") -> None:
+        """A server has failed: its requests go to others, and it is started again if it is ours. `why` may be "" if its
+        process has ended."""
         if not server.alive or self._closing:
             return
         why = _with_last_words(server, why)
@@ -456,7 +456,5 @@ def _with_last_words(server: Server, why: str) -> str:
     """Why a server is lost, with the end of its log if it is ours: a request sees only that nobody answers."""
     if server.process is None:
         return why
-    ended = server.process.ended()
-    if ended is not None:
-        return ended if why in ended else f"{clause(why)}; {ended}"
-    return f"{clause(why)}; its last words: {server.process.last_words()}"
+    ended = server.process.ended() or f"its last words: {server.process.last_words()}"
+    return f"{clause(why)}; {ended}" if why else ended

@@ -19,7 +19,7 @@ from examples.tiny.launch import free_port
 from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task
-from megatron_srpo.environments.pool import EnvironmentPool
+from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError
 
 PYTHON = os.environ.get("SRPO_ADAPTERS_PYTHON", "")
 needs_libraries = [
@@ -102,6 +102,16 @@ def test_a_game_of_textarena_is_played_to_its_end(mark):
     assert re.search("lower|higher", steps[0].messages[0]["content"])
     assert "between 1 and 20" not in steps[0].messages[0]["content"], "what was said is not said again"
     assert (started, steps) == again, "the seed decides"
+
+
+@pytest.mark.parametrize("mark", [pytest.param(0, marks=needs_libraries)])
+def test_a_game_that_textarena_does_not_have_is_told_with_the_cure(mark):
+    config = EnvironmentConfig(
+        classes={"row": "textarena"}, arguments={"row": {"game": "NoSuchGame"}}, interpreter=PYTHON,
+        step_timeout_seconds=120.0,
+    )  # fmt: skip
+    with pytest.raises(EpisodeError, match=r"^textarena cannot make the game 'NoSuchGame': .*Name one of its games in"):
+        play(config, [])
 
 
 @pytest.mark.parametrize("mark", [pytest.param(0, marks=needs_libraries)])
