@@ -136,7 +136,7 @@ class Driver:
         elif config.rollout.max_staleness:
             loader = Prefetcher(
                 cast("AsyncEngine", engine), loader, requests, sampling, batches=config.rollout.max_staleness,
-                start=start, total=config.run.iterations,
+                start=start, total=config.run.iterations, on_rollout=scorer.read,
             )  # fmt: skip
             generate, metrics = GroupGenerator(loader, scorer, requests, sampling), loader.metrics
         else:
