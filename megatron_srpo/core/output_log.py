@@ -28,7 +28,7 @@ class OutputLog:
 
     def write(self, data: bytes) -> None:
         """Append output, as it comes from a pipe."""
-        self.tail = (self.tail + data)[-TAIL_BYTES:]
+        self.tail = (self.tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
         if self.path is None:
             return
         try:

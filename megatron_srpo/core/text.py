@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 
 # C0 and C1 control characters except the tab and the line break, and the marks that turn the direction of writing.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 MOST_CAUSES, LONGEST_CAUSE = 3, 300  # characters
 
 
 def causes(errors: Iterable[str]) -> str:
-    """The distinct errors, the most frequent first: "time-out (5 times); KeyError: 'x' (once)"; "" for none."""
-    counts = Counter(errors)
+    """The distinct errors, the most frequent first: "time-out (5 times); KeyError: 'x' (once)"; "" for none.
+
+    Exceptions that differ in what they quote count as one, because they quote what a response says: "KeyError: '…'".
+    """
+    groups: dict[str, list[str]] = {}
+    for error in errors:
+        groups.setdefault(_cause(error), []).append(error)
+    counts = {cause if len(set(same)) > 1 else same[0]: len(same) for cause, same in groups.items()}
     if len(counts) < 2:
         return "".join(counts)[:LONGEST_CAUSE]
     found = [
-        f"{error[:LONGEST_CAUSE]} ({'once' if count == 1 else f'{count} times'})"
-        for error, count in counts.most_common(MOST_CAUSES)
+        f"{cause[:LONGEST_CAUSE]} ({'once' if count == 1 else f'{count} times'})"
+        for cause, count in sorted(counts.items(), key=lambda one: -one[1])[:MOST_CAUSES]
     ]
     rest = len(counts) - len(found)
     return "; ".join(found) + (f"; and {rest} other cause{'s' if rest > 1 else ''}" if rest else "")
+
+
+def _cause(error: str) -> str:
+    before, exception, said = error.partition("exception: ")
+    return before + exception + QUOTED.sub("'…'", said) if exception else error
 
 
 def clause(text: object) -> str:

@@ -27,10 +27,8 @@ _PORTS: dict[tuple[str, ...], int] = {}  # of the servers that were started, by 
 def _address(url: str) -> str:
     try:
         parts = urlsplit(url)
-        fine = (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        )  # reading a port checks it
-    except ValueError:
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number
         fine = False
     if url and not fine:
         raise ValueError("expected an address as http://HOST:PORT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import json
 import math
@@ -33,8 +34,8 @@ END_SECONDS = 3.0  # limit for ending all episodes
 QUEUE_SECONDS = 0.005  # until an order is tried again
 CLOSE_SECONDS = 10.0  # limit for an environment's close()
 SERVER_SECONDS = 1.0  # until the end of a server is told after an episode has failed by it
-OUTPUT_BYTES = 2**16  # that are read at a time of what is printed
-LAST_READS = 64  # of it when the program has ended: other processes may print for ever
+OUTPUT_BYTES = 2**20  # that are read at a time of what is printed
+LAST_READS = 16  # of it when the program has ended: other processes may print for ever
 FAILED_STARTS = 3  # of the program, in a row, end the run
 
 # Another Python may lack packages of ours, or be too old: it says so instead of taking the setup.
@@ -167,6 +168,9 @@ class EnvironmentPool:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output, printing = os.pipe()
+        os.set_blocking(self._output, False)
+        with suppress(OSError, AttributeError):  # Linux: an environment that prints much waits less for the trainer
+            fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, OUTPUT_BYTES)
         self.log.tail = b""  # what an earlier program has printed is not this one's last word
         with theirs, open(printing, "wb") as printed:
             self._process = subprocess.Popen(
@@ -179,7 +183,6 @@ class EnvironmentPool:
         with suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, which `_hear` finds out
             ours.send(encode_setup(self._setup))
         ours.setblocking(False)
-        os.set_blocking(self._output, False)
         asyncio.get_running_loop().add_reader(ours, self._hear)
         asyncio.get_running_loop().add_reader(self._output, self._read_output)
 
@@ -221,16 +224,12 @@ class EnvironmentPool:
         if not isinstance(message, dict):
             self._lost()
         elif "failed" in message:
-            if not self._ready.done():
-                self._ready.set_exception(UserError(f"environment.classes: {message['failed']}"))
+            self._unusable(f"environment.classes: {message['failed']}")
         elif "unfit" in message:
-            if not self._ready.done():
-                self._ready.set_exception(
-                    UserError(
-                        f"{self._program_name()} cannot import megatron_srpo.environments: {clause(message['unfit'])}. "
-                        "Install what is missing there, or name the Python of another virtual environment"
-                    )
-                )
+            self._unusable(
+                f"{self._program_name()} cannot import megatron_srpo.environments: {clause(message['unfit'])}. Install "
+                "what is missing there, or name the Python of another virtual environment"
+            )
         elif "lost" in message:
             self._lost(str(message["lost"]), str(message.get("said", "")))
         elif "ready" in message:
@@ -239,6 +238,12 @@ class EnvironmentPool:
                 self._ready.set_result(None)
         elif (episode := self._episodes.get(message.get("ended", -1))) is not None:
             episode.ended(str(message.get("how", "")))
+
+    def _unusable(self, why: str) -> None:
+        """The program says that it cannot run the environments, and ends."""
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(UserError(why))
+        self._close_program()
 
     def _lost(self, why: str = "", printed: str = "") -> None:
         """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again. `why`,

@@ -71,6 +71,7 @@ def main(descriptor: int) -> None:
         except Exception as error:
             text = str(error)
             if not isinstance(error, UserError):
+                traceback.print_exc()
                 text = f"it cannot be prepared: {type(error).__name__}: {error}{_place(error)}"
             _tell(control, {"failed": f"kind {kind!r}: {text}"})
             os._exit(0)

@@ -23,6 +23,15 @@ def test_causes_are_counted_and_the_most_frequent_three_are_named():
     assert len(causes(["x" * 10_000])) < 1000
 
 
+def test_exceptions_that_differ_in_what_they_quote_are_one_cause():
+    keys = [f"kind 'sums': exception: KeyError: {key!r} (judge.py, line 3)" for key in ("a", "b c", "a")]
+    assert causes(keys) == "kind 'sums': exception: KeyError: '…' (judge.py, line 3)"
+    assert (
+        causes([keys[0], keys[2], "crash: 'x'", "crash: 'y'"])
+        == f"{keys[0]} (2 times); crash: 'x' (once); crash: 'y' (once)"
+    )
+
+
 def test_the_warning_of_an_iteration_names_all_causes_and_the_first_response(tmp_path):
     errors = ["time-out", None, "crash", "time-out"]
     prompts = [Prompt(f"train:{i}", (), [1], "", "exact") for i in range(2)]
