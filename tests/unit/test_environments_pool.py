@@ -287,6 +287,7 @@ def test_arguments_that_a_users_class_lacks_or_does_not_take_are_told_at_the_sta
 
 WRONG = """
 import numpy as np
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Environment, Step
 MESSAGE = [{"role": "user", "content": "x"}]
 class Wrong(Environment):
@@ -297,10 +298,12 @@ class Wrong(Environment):
             "text": lambda: Step("hello"), "dict": lambda: Step(MESSAGE[0]),
             "reward": lambda: Step(MESSAGE, reward="good"), "feedback": lambda: Step(MESSAGE, feedback=["bad"]),
             "role": lambda: Step([{"role": "function", "content": "x"}]),
-            "raise": self.fail,
+            "raise": self.fail, "cure": self.refuse,
         }[reply]()
     def fail(self):
         raise KeyError("no such level")
+    def refuse(self):
+        raise UserError("expected a level, got none; name one")
 class NoStep(Environment):
     pass
 """
@@ -316,7 +319,7 @@ def test_whatever_is_wrong_with_a_step_is_told_by_its_name(tmp_path):
         "reward": "Step.reward must be a number or None, got 'good'",
         "feedback": "Step.feedback must be a text or None, got list",
         "role": '"user", "tool", "system" or "assistant"',
-        "raise": "KeyError: 'no such level' (wrong.py, line 16, in fail)",
+        "raise": "KeyError: 'no such level' (wrong.py, line 17, in fail)",
     }
 
     async def answers():
@@ -324,7 +327,7 @@ def test_whatever_is_wrong_with_a_step_is_told_by_its_name(tmp_path):
         with closing(
             EnvironmentPool(EnvironmentConfig(classes={"row": f"{tmp_path}/wrong.py:Wrong"}), [].append)
         ) as pool:
-            for reply in ("sync", *told):
+            for reply in ("sync", "cure", *told):
                 episode = await pool.open()
                 await episode.start("row", TASK)
                 try:
@@ -335,7 +338,8 @@ def test_whatever_is_wrong_with_a_step_is_told_by_its_name(tmp_path):
         return found
 
     found = asyncio.run(answers())
-    step = found.pop("sync")
+    step, cure = found.pop("sync"), found.pop("cure")
+    assert cure == "expected a level, got none; name one", "such a message says all"
     assert (step.done, step.reward, step.tool_calls) == (True, 0.5, 2)
     assert [name for name, text in told.items() if text not in found[name]] == [], found
     assert "has no method step(self, reply)" in refusal(classes={"row": f"{tmp_path}/wrong.py:NoStep"})
