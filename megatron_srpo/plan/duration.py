@@ -35,8 +35,8 @@ from megatron_srpo.plan.parameters import published_adapters, trained_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
-# Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning), for a token
-# (pickling), and for the teacher prompts of one question of 280 tokens, whose demonstrations other ranks tokenize.
+# Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning), for a
+# token (pickling), and for the teacher prompts of one question of 280 tokens; other ranks tokenize demonstrations.
 DRIVER_ROLLOUT, DRIVER_TOKEN, DRIVER_TEACHER = 6e-5, 4e-9, 2.7e-3
 DRIVER_EXPERT_BYTE = 2e-10  # seconds for a byte of the tokens' experts (rollout.routing_replay), measured alike
 HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory
