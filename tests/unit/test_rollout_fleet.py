@@ -74,7 +74,8 @@ def fleet_of(tmp_path, monkeypatch) -> Callable:
             decode=lambda ids: " ".join(map(str, ids)),
         )  # fmt: skip
         try:
-            fleet.run(fleet.bring_up())
+            fleet.launch()
+            fleet.run(fleet.wait_until_up())
             yield fleet, said
         finally:
             fleet.close()
@@ -280,7 +281,8 @@ def test_a_server_of_somebody_else_is_one_message(tmp_path, fleet_of):
         )  # fmt: skip
         try:
             with pytest.raises(RolloutError, match=r"server 0 at http://127.0.0.1:[0-9]+ refuses us: .*status 401"):
-                stranger.run(stranger.bring_up())
+                stranger.launch()
+                stranger.run(stranger.wait_until_up())
         finally:
             stranger.close()
 
