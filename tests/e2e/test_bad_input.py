@@ -26,7 +26,7 @@ from megatron_srpo.core import exit_codes
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
-SERVERS = ("--rollout.placement", "servers", "--rollout.num_servers", "2")
+SERVERS = ("--rollout.placement", "servers")
 QUIET, TORCHRUN = "megatron_srpo.torchrun", "torch.distributed.run"
 CONFIG = """
 [run]
@@ -211,11 +211,9 @@ def test_servers_start_before_the_policy_is_loaded_and_end_if_that_fails(folder)
     save_file({**tensors, "model.stranger": torch.zeros(1)}, model / "model.safetensors")  # vLLM meets it later
     options = ["--model.path", str(model), "--run.output_dir", str(out), *SERVERS]
     told = refused(*ranks("train", str(folder / "run.toml"), *options))
-    started, error = told.index("engine servers are starting (2)"), told.index("error: ")
+    started, error = told.index("engine servers are starting (1)"), told.index("error: ")
     assert started < error and "does not know, the first is 'model.stranger'" in told[error:]
-    for number in range(2):
-        log = out / f"engines/server-{number}.log"
-        assert log.read_text().startswith("---- start: http://127.0.0.1:")
+    assert (out / "engines/server-0.log").read_text().startswith("---- start: http://127.0.0.1:")
     assert servers_of(model) == []
 
 
@@ -235,7 +233,7 @@ def test_ctrl_c_during_the_start_ends_it_at_once_in_one_line(folder):
 def test_ctrl_c_while_servers_start_leaves_none_of_them(folder):
     out = folder / "early_servers"
     run = Started(ranks("train", str(folder / "run.toml"), "--run.output_dir", str(out), *SERVERS))
-    run.wait_for("engine servers are starting (2)")
+    run.wait_for("engine servers are starting (1)")
     assert servers_of(folder / "model")
     run.interrupt()
     assert run.end() == 130
