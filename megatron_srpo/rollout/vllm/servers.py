@@ -202,7 +202,7 @@ class ServersEngine:
             self._fleet.close()
             raise
         if not rollout.servers:
-            say(f"engine servers are starting ({rollout.num_servers}), their logs are in {logs}")
+            say(f"engine servers are starting ({rollout.num_servers}); their logs are in {logs}")
 
     def _client(self, url: str, token: str) -> VllmClient:
         return VllmClient(
