@@ -3,10 +3,13 @@
     python -m benchmarks.driver --rollouts 1000 --rollouts 10000 --rollouts 100000 --tokens 8192 --fixed
     python -m benchmarks.driver --plan-only            # 10⁴ samples of log-normal lengths: how well they pack
     python -m benchmarks.driver --rollouts 1000 --tokens 2000 --fixed --experts 384   # with the experts of every token
+    python -m benchmarks.driver --rollouts 256 --tokens 2000 --tokenizer FOLDER   # routing with real teacher prompts
 
 The rollouts are made up; what is timed is the trainer's own code. Dealing is timed twice: every share cut out
 and pickled, as for any number of receivers, and (`--ranks R`) sent to R − 1 other processes over gloo on loopback. The
-teacher's prompt is the question and the sibling's tokens: its tokenization is not in these figures.
+teacher's prompt is the question and the sibling's tokens: its tokenization is not in these figures. With `--tokenizer`
+routing alone is timed, with teacher prompts of this tokenizer: once where rank 0 tokenizes the demonstrations, and once
+where the ranks that have them did it before.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import resource
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -84,7 +88,7 @@ def routed(lengths: np.ndarray, experts: int = 0) -> tuple[Callable[[], list[lis
     groups = made_up(lengths, experts=experts)
     ids = [attempt.rollout.token_ids for group in groups for attempt in group.attempts]
 
-    def teacher_prompt(prompt: Prompt, solution: str, feedback: str | None) -> TeacherIds:
+    def teacher_prompt(prompt: Prompt, solution: str, feedback: str | None, **_: object) -> TeacherIds:
         return TeacherIds(array("i", prompt.token_ids) + ids[int(solution)])
 
     def call() -> list[list[Sample]]:
@@ -92,6 +96,40 @@ def routed(lengths: np.ndarray, experts: int = 0) -> tuple[Callable[[], list[lis
         return [group.samples for group in groups]
 
     return call, int(lengths.sum()) * 8
+
+
+def real_prompts(folder: str, count: int, tokens: int) -> dict[str, float]:
+    """Seconds of routing with real teacher prompts. The responses are the project's own pages, cut at random places."""
+    from megatron_srpo.config import DataConfig, TeacherConfig
+    from megatron_srpo.data import Demonstrations, TeacherPromptBuilder, load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    pages = "\n".join(path.read_text() for path in sorted(Path("docs").glob("*.md")))
+    length = round(tokens * len(pages) / len(tokenizer.encode(pages)))  # letters of so many tokens
+    rng, groups = np.random.default_rng(0), made_up(np.full(count, tokens))
+    for group in groups:
+        at = int(rng.integers(len(pages) - length))
+        group.prompt = replace(group.prompt, messages=({"role": "user", "content": pages[at : at + 1_000]},))
+        for attempt in group.attempts:
+            at = int(rng.integers(len(pages) - length))
+            attempt.rollout.text = pages[at : at + length]
+    build = TeacherPromptBuilder(tokenizer, TeacherConfig(), DataConfig(train="unused"), limit=10 * tokens)
+
+    def call() -> None:
+        build._inserted.cache_clear()
+        route(groups, algorithm(), seed=0, iteration=0, teacher_prompt=build)
+
+    with without_cycle_collector():
+        seconds = {"rank 0 tokenizes": timed(call)[1]}
+        demonstrations = Demonstrations(folder, {})
+        for group in groups:
+            for attempt in group.attempts:
+                if attempt.correct:
+                    demonstrations.begin(attempt.rollout.text)
+                    (attempt.demonstration,) = demonstrations.take([attempt.rollout.text]).values()
+        demonstrations.close()
+        seconds["tokens are known"] = timed(call)[1]
+    return seconds
 
 
 def timed(call: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> tuple[Any, float]:
@@ -174,9 +212,16 @@ def main(
     ranks: Annotated[int, typer.Option(help="processes that samples are really dealt to; 0: none")] = 0,
     port: Annotated[int, typer.Option(help="for --ranks")] = 29731,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="packing quality on 10⁴ samples")] = False,
+    tokenizer: Annotated[str, typer.Option(help="folder; times routing with real teacher prompts instead")] = "",
 ) -> None:
     """Print a line a size, and the lines as JSON."""
     console = Console(width=120)
+    if tokenizer:
+        for count in rollouts or [256]:
+            found = real_prompts(tokenizer, count, tokens)
+            parts = [f"{name}: {seconds:.2f} s" for name, seconds in found.items()]
+            console.print(f"route, {count:,} responses of {tokens:,} tokens, {', '.join(parts)}")
+        return
     counts = rollouts or ([10_000] if plan_only else [1_000, 10_000])
     lines = [in_process_of_its_own(count, tokens, fixed, experts) for count in counts]
     table = Table(title=f"driver, {RANKS} data-parallel ranks, responses of {'' if fixed else 'up to '}{tokens} tokens")

@@ -114,7 +114,7 @@ def real_engine(options: argparse.Namespace) -> Iterator[Any]:
 class Scorer:
     """Every response is worth nothing."""
 
-    def start(self, prompts: list[Any]) -> None:
+    def start(self, prompts: list[Any], *, taught: bool = True) -> None:
         self._prompts = prompts
 
     def finish(self, rollouts: Sequence[Any]) -> list[Any]:

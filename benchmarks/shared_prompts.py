@@ -63,7 +63,7 @@ def made_up(
             group.attempts.append(Attempt(rollout, Reward(float(sample % 2)), sample % 2 == 1))
         made.append(group)
 
-    def teacher_prompt(asked: Prompt, solution: str, feedback: str | None) -> SimpleNamespace:
+    def teacher_prompt(asked: Prompt, solution: str, feedback: str | None, **_: object) -> SimpleNamespace:
         number, sample = map(int, solution.split())
         shown = made[number].attempts[sample].rollout.token_ids
         return SimpleNamespace(ids=array("i", asked.token_ids) + shown + array("i", [1] * HINT), truncated=False)

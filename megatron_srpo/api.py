@@ -47,20 +47,27 @@ def spawn(config: Config, ranks: int) -> int:
 
 
 def evaluate(
-    config: Config, *, checkpoint: str | Path | None = None, split: str = "test", responses: str | Path | None = None
-) -> dict[str, float]:
+    config: Config, *, checkpoint: str | Path | None = None, split: str = "test", responses: str | Path | None = None,
+    as_teacher: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """Evaluate model.path, or a checkpoint or run, in this process: the metrics of docs/metrics.md. `responses`: a
     file for the responses, by default output_dir/eval/SPLIT.jsonl. It takes the first eval.max_prompts prompts, or all
-    if that is 0. The layout must be that of one rank."""
-    from megatron_srpo.run.cli import check_run, make_folder, run_alone
+    if that is 0. The layout must be that of one rank. `as_teacher`: the model is shown the data's own solutions, as the
+    self-teacher is; the file is then SPLIT-taught.jsonl."""
+    from megatron_srpo.run.cli import check_run, make_folder, no_solutions, run_alone
 
+    if as_teacher and (problem := no_solutions(config)):
+        raise UserError(f"evaluate(as_teacher=True): {problem}")
     check_run(config, splits=(split,))
-    file = Path(responses) if responses else Path(config.run.output_dir) / "eval" / f"{split}.jsonl"
+    name = f"{split}-taught.jsonl" if as_teacher else f"{split}.jsonl"
+    file = Path(responses) if responses else Path(config.run.output_dir) / "eval" / name
     make_folder(file.parent)
     run_alone()
     from megatron_srpo.run import launch
 
-    return launch.measure(config, checkpoint=Path(checkpoint) if checkpoint else None, split=split, responses=file)
+    return launch.measure(
+        config, checkpoint=Path(checkpoint) if checkpoint else None, split=split, responses=file, taught=as_teacher
+    )
 
 
 def convert_to_hf(run: str | Path, out: str | Path, *, dtype: str | None = None) -> None:

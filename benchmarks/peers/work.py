@@ -118,7 +118,7 @@ def ours(work: Work, folder: Path, *, algorithm: dict[str, Any], train: dict[str
             group.attempts.append(Attempt(rollout, Reward(float(right)), right))
         made.append(group)
 
-    def teacher_prompt(asked: Prompt, solution: str, feedback: str | None) -> SimpleNamespace:
+    def teacher_prompt(asked: Prompt, solution: str, feedback: str | None, **_: object) -> SimpleNamespace:
         return SimpleNamespace(ids=array("i", work.teacher_prompt(*map(int, solution.split()))), truncated=False)
 
     route(made, config.algorithm, seed=0, iteration=1, teacher_prompt=teacher_prompt)

@@ -34,9 +34,11 @@ class TeacherPromptFunction(Protocol):
     """Makes enriched prompts. `turns` is given where feedback stands at its turn (teacher.feedback_at)."""
 
     def __call__(
-        self, prompt: Prompt, solution: str | None, feedback: str | None, turns: TurnFeedback = ..., /
-    ) -> TeacherPromptLike | None:
-        """From the text of a correct solution and from feedback; None if none fits."""
+        self, prompt: Prompt, solution: str | None, feedback: str | None, turns: TurnFeedback = ..., /, *,
+        solution_ids: array[int] | None,
+    ) -> TeacherPromptLike | None:  # fmt: skip
+        """From the text of a correct solution and from feedback; None if none fits. `solution_ids`: the solution's
+        tokens, where they are known."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Lesson:
     solution: str | None = None
     feedback: str | None = None
     sibling: int | None = None  # the sample whose answer is the solution
+    solution_ids: array[int] | None = None  # Attempt.demonstration of this sample
     turns: tuple[str, ...] = ()  # feedback on each turn, to be read right before it; that on the first is `feedback`
 
 
@@ -90,14 +93,14 @@ class Siblings:
         return any(other is not attempt for other in self._found)
 
     def lesson(self, attempt: Attempt) -> Lesson:
-        candidates = [other.rollout for other in self._found if other is not attempt]
+        candidates = [other for other in self._found if other is not attempt]
         if self._choice != "random":
-            rank = self._rank(candidates)
-            best = min(map(rank, candidates))
-            candidates = [other for other in candidates if rank(other) == best]
+            rank = self._rank([other.rollout for other in candidates])
+            best = min(rank(other.rollout) for other in candidates)
+            candidates = [other for other in candidates if rank(other.rollout) == best]
         draw = stable_hash(*self._draw, self._uid, attempt.rollout.sample)
         chosen = candidates[draw % len(candidates)]
-        return Lesson(solution=chosen.text, sibling=chosen.sample)
+        return Lesson(chosen.rollout.text, sibling=chosen.rollout.sample, solution_ids=chosen.demonstration)
 
     def _rank(self, candidates: Sequence[Rollout]) -> Callable[[Rollout], float]:
         """What the chosen sibling has least of."""
@@ -236,11 +239,12 @@ class GroupTeachers:
         if lesson.solution is None and lesson.feedback is None and not at_turns:
             return Shown(self._shared(array("i", prompt.token_ids)), truncated=False, sibling=None, source=source)
         if at_turns:  # of this attempt alone
-            built = self._build(prompt, lesson.solution, lesson.feedback, turns)
+            built = self._build(prompt, lesson.solution, lesson.feedback, turns, solution_ids=lesson.solution_ids)
         else:
             key = (lesson.solution, lesson.feedback, None if context is None else context.token_ids.tobytes())
             if key not in self._built:
-                self._built[key] = self._build(prompt, lesson.solution, lesson.feedback)
+                ids = lesson.solution_ids
+                self._built[key] = self._build(prompt, lesson.solution, lesson.feedback, solution_ids=ids)
             built = self._built[key]
         if built is None:
             return None

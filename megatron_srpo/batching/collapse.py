@@ -119,8 +119,12 @@ class CollapseAlarm:
     def _advice(self, iteration: int, metrics: Mapping[str, float]) -> str:
         algorithm, teacher = self._config.algorithm, self._config.teacher
         if algorithm.teaching is None:
-            return "What helps: a reward that looks at more than the final answer, or algorithm.kl_loss_coef."
+            return "What may help: a reward that looks at more than the final answer, or algorithm.kl_loss_coef."
         helps = []
+        if not getattr(algorithm, "distill_iterations", 1) and not getattr(algorithm, "distill_patience", 1):
+            helps.append(f"algorithm.distill_iterations (fewer than {iteration}: reinforce afterwards)")
+        if "solution" in algorithm.teaching.sources:
+            helps.append('algorithm.teachers without "solution" (a model that cannot use a solution is no teacher)')
         if algorithm.teaching.sibling_min_length < SUGGESTED_MIN_LENGTH:
             helps.append(f"algorithm.sibling_min_length = {SUGGESTED_MIN_LENGTH} (no short demonstrations)")
         if teacher.mode == "ema":
@@ -133,9 +137,7 @@ class CollapseAlarm:
             helps.append('teacher.mode = "refresh" or "frozen"')
         elif teacher.mode == "refresh" and teacher.refresh_when == "always":
             helps.append('teacher.refresh_when = "improved"')
-        if not getattr(algorithm, "distill_iterations", 1) and not getattr(algorithm, "distill_patience", 1):
-            helps.append(f"algorithm.distill_iterations (fewer than {iteration}: reinforce afterwards)")
-        return f"What helps: {'; '.join(helps or ['a reward that looks at more than the final answer'])}."
+        return f"What may help: {'; '.join(helps or ['a reward that looks at more than the final answer'])}."
 
 
 def _short(value: float) -> str:

@@ -146,8 +146,12 @@ class Engine(Protocol):
 class Scorer(Protocol):
     """Scores responses while others are still being generated."""
 
-    def start(self, prompts: list[Prompt]) -> Callable[[Rollout], None] | None:
-        """Begin a batch; returns what an engine calls with each response that is complete."""
+    def start(self, prompts: list[Prompt], *, taught: bool = True) -> Callable[[Rollout], None] | None:
+        """Begin a batch; returns what an engine calls with each response that is complete. `taught`: teachers may be
+        shown them."""
+
+    def read(self, rollout: Rollout) -> None:
+        """Begin what a teacher needs of a response that comes before its batch is started. It is quick."""
 
     def finish(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """The groups of rank 0's `rollouts`, by prompt; [] on other ranks."""

@@ -201,6 +201,8 @@ class Attempt:
     teachable: bool = False  # there is something to show a teacher of this attempt; routing finds it out
     why: str = ""  # why routing gave it its branch, in words for the log: "wrong, taught by sibling"
     turn_feedback: tuple[str, ...] = ()  # what was wrong in each turn of an episode; "" where nothing was said
+    demonstration: array[int] | None = field(default=None, compare=False)
+    """The tokens of its text as a teacher reads it, where they are known before routing."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
     loader.py               makes batches in a deterministic order, at which a checkpoint can resume
     conversation.py         the token stream of a conversation in several turns
     control_tokens.py       tokens that mark turns, which text of others must not contain
+    demonstrations.py       answers as a teacher reads them, tokenized in the background
     teacher_prompt.py       builds question + demonstration + feedback, cut to length
 
 A mistake of the user is a DataError, which says what was expected, what came, and the cure.
@@ -14,15 +15,17 @@ A mistake of the user is a DataError, which says what was expected, what came, a
 
 from megatron_srpo.data.conversation import Chat, Conversation
 from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows, look_up, read_records
+from megatron_srpo.data.demonstrations import Demonstrations, strip_thinking
 from megatron_srpo.data.loader import PromptLoader
 from megatron_srpo.data.prompts import hides_system, render_prompts
-from megatron_srpo.data.teacher_prompt import TeacherPrompt, TeacherPromptBuilder, strip_thinking
+from megatron_srpo.data.teacher_prompt import TeacherPrompt, TeacherPromptBuilder
 from megatron_srpo.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from
 
 __all__ = [
     "Chat",
     "Conversation",
     "DataError",
+    "Demonstrations",
     "Example",
     "LoadReport",
     "PromptLoader",

@@ -15,8 +15,8 @@ from typing import Literal
 from megatron_srpo.core.records import Context, Gap, Prompt
 from megatron_srpo.data.control_tokens import control_tokens, defused
 from megatron_srpo.data.dataset import DataError
+from megatron_srpo.data.demonstrations import strip_thinking
 from megatron_srpo.data.prompts import encode, render_chat
-from megatron_srpo.data.teacher_prompt import strip_thinking
 from megatron_srpo.data.tokenizer import Tokenizer
 
 Message = dict[str, str]

@@ -18,12 +18,11 @@ from functools import lru_cache
 from megatron_srpo.config import DataConfig, TeacherConfig
 from megatron_srpo.config.templates import Piece, template_pieces
 from megatron_srpo.core.records import Prompt, TurnFeedback
-from megatron_srpo.data.control_tokens import control_tokens
 from megatron_srpo.data.dataset import DataError
+from megatron_srpo.data.demonstrations import UntrustedText, strip_thinking
 from megatron_srpo.data.prompts import encode, render_chat
 from megatron_srpo.data.tokenizer import Tokenizer
 
-_THINKING = re.compile("</?think>")
 _GAP = "\n[…]\n"  # stands for the part of a demonstration that was left out
 _RECENT = 64  # texts whose tokens are kept: the samples of a group share the question, and mostly the demonstration
 _NO_TURNS = TurnFeedback()
@@ -58,20 +57,23 @@ class TeacherPromptBuilder:
             name: template_pieces(f"{name}_section", getattr(teacher, f"{name}_section"))
             for name in ("solution", "feedback")
         }
-        self._untrusted = _UntrustedText(tokenizer, control_tokens(tokenizer, self._kwargs))
+        self._untrusted = UntrustedText(tokenizer, self._kwargs)
         self._gap = self._untrusted.encode(_GAP)
         self._inserted = lru_cache(_RECENT)(self._untrusted.encode)
-        self._literal = lru_cache(_RECENT)(lambda texts: encode(tokenizer, list(texts)))
+        self._literal = lru_cache(_RECENT)(lambda texts: [array("i", ids) for ids in encode(tokenizer, list(texts))])
+        self._last: tuple[Prompt, tuple[str, ...], list[Piece]] | None = None  # a group's attempts share the question
         self._check_chat_template()
         if teacher.feedback_at == "turn":
             self._check_later_messages()
 
     def __call__(
-        self, prompt: Prompt, solution: str | None, feedback: str | None, turns: TurnFeedback = _NO_TURNS
+        self, prompt: Prompt, solution: str | None, feedback: str | None, turns: TurnFeedback = _NO_TURNS, *,
+        solution_ids: array[int] | None = None,
     ) -> TeacherPrompt | None:  # fmt: skip
         """Removes thinking from the solution. If the prompt is too long, cuts the middle of the demonstration, then
         the end of the longest feedback, never the question. None if no token of them is left, or if the chat template
-        changes the end of a message that feedback is added to."""
+        changes the end of a message that feedback is added to. `solution_ids`: the tokens that `Demonstrations` has
+        made of the solution."""
         shown = {"solution": strip_thinking(solution or ""), "feedback": (feedback or "").strip()}
         shown = {name: text for name, text in shown.items() if text and ("field", name) in self._template}
         messages = {_name(index): text for index, text in turns.messages.items()}
@@ -82,7 +84,9 @@ class TeacherPromptBuilder:
         if any(pieces.count(("field", name)) != 1 for name in messages):
             return None
         section = self._sections["feedback"]
-        inserted = {name: list(self._inserted(text)) for name, text in {**shown, **messages, **gaps}.items()}
+        known = {} if solution_ids is None else {"solution": solution_ids}
+        texts = {**shown, **messages, **gaps}
+        inserted = {name: (known[name] if name in known else self._inserted(text))[:] for name, text in texts.items()}
         literals = self._literals([*pieces, *section])
         fixed = sum(len(literals[text]) for kind, text in pieces if kind == "text") if pieces else len(prompt.token_ids)
         words = sum(len(literals[text]) for kind, text in section if kind == "text")
@@ -93,8 +97,10 @@ class TeacherPromptBuilder:
             return None
 
         def tokens(pieces: Iterable[Piece], **fields: str) -> array[int]:
-            parts = (literals[text] if kind == "text" else inserted[fields.get(text, text)] for kind, text in pieces)
-            return array("i", [token for part in parts for token in part])
+            found = array("i")
+            for kind, text in pieces:
+                found += literals[text] if kind == "text" else inserted[fields.get(text, text)]
+            return found
 
         ids = tokens(pieces) if pieces else array("i", prompt.token_ids)
         filled = tuple(
@@ -103,7 +109,7 @@ class TeacherPromptBuilder:
         )
         return TeacherPrompt(ids, truncated, filled)
 
-    def _literals(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
+    def _literals(self, pieces: Sequence[Piece]) -> dict[str, array[int]]:
         texts = list(dict.fromkeys(text for kind, text in pieces if kind == "text"))
         return dict(zip(texts, self._literal(tuple(texts)), strict=True))
 
@@ -116,7 +122,7 @@ class TeacherPromptBuilder:
         question, *rest = encode(self._tokenizer, [plain, *(text for kind, text in pieces if kind == "text")])
         return sum(map(len, rest)) - len(question)
 
-    def _cut(self, inserted: dict[str, list[int]], excess: int) -> bool:
+    def _cut(self, inserted: dict[str, array[int]], excess: int) -> bool:
         """Shorten the solution in its middle, then the longest feedback at its end, by `excess` tokens. Returns whether
         anything was cut."""
         cut = False
@@ -129,7 +135,7 @@ class TeacherPromptBuilder:
                 ids[:] = self._without_middle(ids, kept) if name == "solution" else ids[:kept]
         return cut
 
-    def _without_middle(self, ids: list[int], kept: int) -> list[int]:
+    def _without_middle(self, ids: array[int], kept: int) -> array[int]:
         """`kept` tokens: the beginning, the sign of a gap, and the end. In little room only the end."""
         if kept < _WITH_GAP * len(self._gap):
             return ids[len(ids) - kept :]
@@ -140,6 +146,8 @@ class TeacherPromptBuilder:
     def _pieces(self, prompt: Prompt, shown: Collection[str]) -> list[Piece]:
         """The whole chat, as literal text and the places of the untrusted texts in it: of "solution" and "feedback" in
         the question, and at the ends of messages (`_name`)."""
+        if self._last is not None and self._last[0] is prompt and self._last[1] == tuple(shown):
+            return self._last[2]
         marks = _marks(prompt.messages, shown)
         messages = list(prompt.messages)
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
@@ -154,7 +162,9 @@ class TeacherPromptBuilder:
         text = render_chat(self._tokenizer, messages, self._kwargs, prompt.uid, prompt.tools)
         names = {mark: name for name, mark in marks.items()}
         parts = re.split("(" + "|".join(names) + ")", text)
-        return [("field", names[part]) if part in names else ("text", part) for part in parts if part]
+        pieces = [("field", names[part]) if part in names else ("text", part) for part in parts if part]
+        self._last = prompt, tuple(shown), pieces
+        return pieces
 
     def _content(self, question: str, marks: dict[str, str]) -> str:
         """The user's message, with a mark in place of each untrusted text. Fields that are not shown are empty."""
@@ -187,43 +197,6 @@ class TeacherPromptBuilder:
                 "the tokenizer's chat template does not show a message behind an answer once, as it is, so that "
                 'teacher.feedback_at = "turn" cannot add feedback to it; set it to "prompt"'
             )
-
-
-class _UntrustedText:
-    """Encodes text that a model wrote, so that nothing in it becomes a control token."""
-
-    def __init__(self, tokenizer: Tokenizer, tokens: list[str]) -> None:
-        self._tokenizer = tokenizer
-        control = set(tokenizer.convert_tokens_to_ids(tokens))
-        obeyed = [token for token in tokens if control & set(self._split(f"a{token}a"))]
-        # Some tokenizers cannot be told to read these tokens as letters. Then they are removed from the text.
-        self._removed = re.compile("|".join(map(re.escape, obeyed))) if obeyed else None
-
-    def encode(self, text: str) -> list[int]:
-        while self._removed is not None and self._removed.search(text):  # removing one may form another
-            text = self._removed.sub("", text)
-        return self._split(text)
-
-    def _split(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def strip_thinking(text: str) -> str:
-    """The text without its `<think>…</think>` parts, stripped. A part that never closes reaches to the end; a
-    `</think>` alone closes a part that began with the text, because its opening tag is in the prompt."""
-    kept: list[str] = []
-    start, thinking = 0, False
-    for tag in _THINKING.finditer(text):
-        if tag.group() == "</think>":
-            if not thinking:
-                kept.clear()
-            start, thinking = tag.end(), False
-        elif not thinking:
-            kept.append(text[start : tag.start()])
-            thinking = True
-    if not thinking:
-        kept.append(text[start:])
-    return "".join(kept).strip()
 
 
 def _fill(pieces: Sequence[Piece], fields: dict[str, str]) -> str:

@@ -55,13 +55,15 @@ class EpisodeEngine:
         begin = self._begin(feeds, sampling, on_rollout)
         return self._gathered(feeds, lambda: self._engine.converse(requests, sampling, begin))
 
-    def submit(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> Future[list[Rollout]]:
+    def submit(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
+    ) -> Future[list[Rollout]]:
         """See AsyncEngine: rank 0, with servers."""
         engine = cast("AsyncEngine", self._engine)
         if all(request.row is None for request in requests):
-            return engine.submit(requests, sampling)
+            return engine.submit(requests, sampling, on_rollout)
         feeds: list[BatchFeed] = []
-        answers = engine.submit_feed(requests, sampling, self._begin(feeds, sampling))
+        answers = engine.submit_feed(requests, sampling, self._begin(feeds, sampling, on_rollout))
         self._ahead[answers] = feeds
         return answers
 

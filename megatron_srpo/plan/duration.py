@@ -35,9 +35,9 @@ from megatron_srpo.plan.parameters import published_adapters, trained_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
-# Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning) and for a
-# token (pickling).
-DRIVER_ROLLOUT, DRIVER_TOKEN = 1.1e-4, 4e-9
+# Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning), for a
+# token (pickling), and for the teacher prompts of one question of 280 tokens; other ranks tokenize demonstrations.
+DRIVER_ROLLOUT, DRIVER_TOKEN, DRIVER_TEACHER = 6e-5, 4e-9, 2.7e-3
 DRIVER_EXPERT_BYTE = 2e-10  # seconds for a byte of the tokens' experts (rollout.routing_replay), measured alike
 HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory
 GATHER_RATE = 1e9  # bytes/s at which rank 0 receives token ids, log-probs and text, over gloo on Ethernet
@@ -292,7 +292,8 @@ def driver_seconds(arch: Architecture, workload: Workload) -> float:
     their tokens if there are any."""
     tokens, experts = workload.student_tokens, arch.expert_bytes
     gathered = tokens * (12 + experts) / GATHER_RATE  # ids, log-probs, text and experts
-    return workload.rollouts * DRIVER_ROLLOUT + tokens * (DRIVER_TOKEN + experts * DRIVER_EXPERT_BYTE) + gathered
+    seconds = workload.rollouts * DRIVER_ROLLOUT + tokens * (DRIVER_TOKEN + experts * DRIVER_EXPERT_BYTE) + gathered
+    return seconds + (workload.prompts * DRIVER_TEACHER if workload.distilled else 0.0)
 
 
 def offload_seconds(arch: Architecture, layout: Layout) -> float:

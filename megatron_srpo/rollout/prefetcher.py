@@ -24,7 +24,9 @@ from megatron_srpo.rollout.engine import Feed, GenerateRequest, OnRollout, Sampl
 class AsyncEngine(Protocol):
     """An engine that generates in the background."""
 
-    def submit(self, requests: Sequence[GenerateRequest], sampling: SamplingSettings) -> Future[list[Rollout]]:
+    def submit(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingSettings, on_rollout: OnRollout | None = None
+    ) -> Future[list[Rollout]]:
         """Begin to generate."""
         ...
 
@@ -73,16 +75,17 @@ class Prefetcher:
     """Replaces the prompt loader and the engine, both of which it wraps.
 
     `batches` is the number of batches that are generated ahead. `requests` is (prompts, iteration, refill) → requests.
-    No batch is begun for iteration `total` or a later one.
+    No batch is begun for iteration `total` or a later one. `on_rollout` is called, in another thread, with each
+    response that comes early.
     """
 
     def __init__(
         self, engine: AsyncEngine, loader: PromptLoader,
         requests: Callable[[list[Prompt], int, int], list[GenerateRequest]], sampling: SamplingSettings, *,
-        batches: int, start: int, total: int,
+        batches: int, start: int, total: int, on_rollout: OnRollout | None = None,
     ) -> None:  # fmt: skip
         self._engine, self._loader, self._requests, self._sampling = engine, loader, requests, sampling
-        self._depth, self._next, self._total = batches, start, total
+        self._depth, self._next, self._total, self._on_rollout = batches, start, total, on_rollout
         self._batches: deque[Batch] = deque()
         self._metrics: dict[str, float] = {}
 
@@ -136,7 +139,7 @@ class Prefetcher:
         prompts = self._loader.next_batch()
         requests = self._requests(prompts, self._next, 0)
         # Rewards are computed when the batch is collected, because an evaluation may come in between.
-        answers = self._engine.submit(requests, self._sampling)
+        answers = self._engine.submit(requests, self._sampling, self._on_rollout)
         batch = Batch(prompts, requests, state, answers, time.monotonic())
         answers.add_done_callback(lambda _: setattr(batch, "done", time.monotonic()))
         self._batches.append(batch)

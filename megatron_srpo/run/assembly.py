@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 def build_scorer(config: Config, session: Session, role: Role, closing: ExitStack) -> Scorer:
     """Reward workers on every rank that an engine hands its responses to; the configured number is shared among
     them."""
+    from megatron_srpo.data import Demonstrations
     from megatron_srpo.rewards import RewardPool
     from megatron_srpo.rewards.registry import unknown
     from megatron_srpo.run.scorer import IdleScorer, PoolScorer
@@ -53,6 +54,7 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
     # Environments may give the rewards of their kinds themselves.
     own = {kind for kind in config.environment.classes if unknown(kind, config.reward.functions)}
     kinds = control.share(role.kinds) - own
+    chat_options = control.share(role.chat_options)
 
     def build() -> Scorer:
         if topology.rank % size:
@@ -60,9 +62,15 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
         for line in unset_variables("reward.environment", config.reward.environment):
             role.log.warn(line)
         pool = closing.enter_context(RewardPool(config.reward.model_copy(update={"workers": workers}), kinds))
-        return PoolScorer(
+        scorer = PoolScorer(
             pool, control, threshold=config.algorithm.success_reward_threshold, leads=control.is_driver
         )  # fmt: skip
+        teaching = config.algorithm.teaching
+        if teaching is not None and ("sibling" in teaching.sources or teaching.needs.contrast):
+            demonstrations = Demonstrations(config.model.tokenizer or config.model.path, chat_options)
+            closing.callback(demonstrations.close)
+            scorer.tokenize(demonstrations, wrong=teaching.needs.contrast)
+        return scorer
 
     return control.everywhere(build)
 

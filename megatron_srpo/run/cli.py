@@ -123,11 +123,18 @@ def evaluate(
             metavar="FILE", help="Where the responses go: eval/SPLIT.jsonl in the checkpoint's run or run.output_dir."
         ),
     ] = None,
+    as_teacher: Annotated[
+        bool,
+        typer.Option("--as-teacher", help="Show the model the data's own solutions, as the self-teacher sees them."),
+    ] = False,
 ) -> int:
     """Evaluate: avg@k, pass@k and maj@k on a split, with k = eval.n_samples. Any key can be set: --section.key VALUE.
 
     It takes all prompts of the split, whatever eval.max_prompts the file has; --eval.max_prompts N takes the first N.
     Without a launcher it runs as one process, whatever layout the configuration has.
+
+    --as-teacher tells whether the model can teach itself: its accuracy should be far higher than without. Responses
+    go to eval/SPLIT-taught.jsonl.
     """
     if (checkpoint is None) == (hf is None):
         raise UserError("eval: expected one of --checkpoint DIR and --hf DIR, got " + ("both" if hf else "neither"))
@@ -141,14 +148,16 @@ def evaluate(
     if "eval.max_prompts" not in named_keys(overrides):
         overrides += ["--eval.max_prompts", "0"]
     settings = load_config(config, overrides)
+    if as_teacher and (problem := no_solutions(settings)):
+        raise UserError(f"eval --as-teacher: {problem}")
     check_run(settings, splits=(split,))
     run = (checkpoint and run_of(checkpoint)) or Path(settings.run.output_dir)
-    file = responses or run / "eval" / f"{split}.jsonl"
+    file = responses or run / "eval" / f"{split}{'-taught' if as_teacher else ''}.jsonl"
     make_folder(file.parent)
     run_alone()
     from megatron_srpo.run import launch
 
-    return launch.evaluate(settings, checkpoint=checkpoint, split=split, responses=file)
+    return launch.evaluate(settings, checkpoint=checkpoint, split=split, responses=file, taught=as_teacher)
 
 
 @app.command()
@@ -372,6 +381,15 @@ def run_of(checkpoint: Path) -> Path | None:
     of these."""
     folders = (checkpoint, *checkpoint.absolute().parents[:2])
     return next((folder for folder in folders if (folder / "checkpoints").is_dir()), None)
+
+
+def no_solutions(config: Config) -> str:
+    """Why the model cannot be shown the data's solutions (eval --as-teacher); "" if it can."""
+    if config.environment.classes:
+        return "it evaluates one turn; leave out the section [environment] and its rows"
+    return (
+        "" if config.data.solution_key else "set data.solution_key to the field of the rows that has a worked solution"
+    )
 
 
 def make_folder(folder: Path) -> None:

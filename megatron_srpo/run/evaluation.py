@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import compress
 
+from megatron_srpo.algorithms.teachers import TeacherPromptFunction
 from megatron_srpo.config.schema import EvalConfig
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Attempt, Group, Prompt
 
 Pair = tuple[Prompt, str, str]  # a prompt, a response to it, and the prediction of another response
@@ -72,6 +75,25 @@ def chosen_prompts(prompts: Sequence[Prompt], settings: EvalConfig, split: str) 
         text += ": " + ", ".join(f"{count} of kind {kind}" for kind, count in kinds.items())
         text += f"; none of kind {', '.join(missing)}" if missing else ""
     return chosen, text
+
+
+def taught_prompts(
+    prompts: Sequence[Prompt], build: TeacherPromptFunction, split: str
+) -> tuple[list[Prompt], str]:  # fmt: skip
+    """The prompts as the self-teacher reads them when it is shown the data's own solution, those without one left out;
+    and a line for the user. UserError if there is none."""
+    found = []
+    for prompt in prompts:
+        shown = build(prompt, prompt.solution, None, solution_ids=None) if prompt.solution.strip() else None
+        if shown is not None:
+            found.append(replace(prompt, token_ids=shown.ids.tolist()))
+    if not found:
+        raise UserError(
+            f"eval --as-teacher: none of {len(prompts)} {split} prompts has a solution that fits: set "
+            "data.solution_key to the field of the rows that has a worked solution, or raise teacher.max_prompt_length"
+        )
+    text = f"the model reads the solutions of {len(found)} {split} prompts, as the self-teacher does"
+    return found, text if len(found) == len(prompts) else f"{text}; {len(prompts) - len(found)} have none, or none fits"
 
 
 def _majorities(groups: Sequence[Group], same: SameAnswers | None) -> list[bool]:

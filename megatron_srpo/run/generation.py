@@ -39,18 +39,21 @@ class Requests:
 
 
 class GroupGenerator:
-    """Answers prompts and scores the answers."""
+    """Answers prompts and scores the answers. `taught`: teachers may be shown them."""
 
     def __init__(
-        self, engine: RolloutEngine | Prefetcher, scorer: Scorer, requests: Requests, sampling: SamplingSettings
-    ) -> None:
+        self, engine: RolloutEngine | Prefetcher, scorer: Scorer, requests: Requests, sampling: SamplingSettings, *,
+        taught: bool = True,
+    ) -> None:  # fmt: skip
         self._engine, self._scorer, self._requests, self._sampling = engine, scorer, requests, sampling
+        self._taught = taught
 
     def __call__(self, prompts: list[Prompt], iteration: int, refill: int, timer: Timer) -> list[Group]:
         """The groups on rank 0, by prompt; [] on the other ranks."""
         with timer.phase("gen"):
             requests = self._requests(prompts, iteration, refill)
-            rollouts = self._engine.generate(requests, self._sampling, self._scorer.start(prompts))
+            score = self._scorer.start(prompts, taught=self._taught)
+            rollouts = self._engine.generate(requests, self._sampling, score)
         with timer.phase("reward"):
             return self._scorer.finish(rollouts)
 
@@ -84,7 +87,7 @@ class Evaluator:
         settings = config.eval
         sampling = replace(training_sampling(config), temperature=settings.temperature, top_p=settings.top_p)
         asked = Requests(config.run.seed, settings.n_samples, config.environment.classes)
-        self._generate = GroupGenerator(engine, scorer, asked, sampling)
+        self._generate = GroupGenerator(engine, scorer, asked, sampling, taught=False)
         self._same = scorer.same_answers
         self._prompts, self._keep = prompts, keep
         self._samples = settings.n_samples

@@ -139,17 +139,20 @@ def _ending(config: Config, done: bool, start: int, folder: Path, saved: Path | 
     return f"stopped; last checkpoint: {saved} (the same command goes on from it)"
 
 
-def evaluate(config: Config, *, checkpoint: Path | None, split: str, responses: Path) -> int:
+def evaluate(config: Config, *, checkpoint: Path | None, split: str, responses: Path, taught: bool = False) -> int:
     """`measure`; rank 0 prints the metrics as JSON."""
-    metrics = measure(config, checkpoint=checkpoint, split=split, responses=responses)
+    metrics = measure(config, checkpoint=checkpoint, split=split, responses=responses, taught=taught)
     if metrics:
         print(json.dumps(metrics, indent=1), flush=True)
     return 0
 
 
-def measure(config: Config, *, checkpoint: Path | None, split: str, responses: Path) -> dict[str, float]:
+def measure(
+    config: Config, *, checkpoint: Path | None, split: str, responses: Path, taught: bool = False
+) -> dict[str, float]:  # fmt: skip
     """Evaluate model.path, or a checkpoint of ours, on a split. Returns the metrics on rank 0, {} on the other ranks.
-    Rank 0 writes the responses to the file `responses`; an earlier one is set aside."""
+    Rank 0 writes the responses to the file `responses`; an earlier one is set aside. `taught`: the model reads the
+    data's own solution with each question, as the self-teacher does."""
     with open_session(config) as session, ExitStack() as closing:
         from megatron_srpo import checkpoints
         from megatron_srpo.run.assembly import build_scorer
@@ -160,15 +163,18 @@ def measure(config: Config, *, checkpoint: Path | None, split: str, responses: P
         control = session.control
         role = _open_role(config, session, (split,), closing)
         scorer = build_scorer(config, session, role, closing)
+        prompts = control.share(lambda: role.taught_prompts(split) if taught else role.prompts(split))
         folder = control.share(lambda: checkpoints.whole(checkpoint) if checkpoint else None)
         control.share(lambda: _require_same_adapters(config, folder))
         untrained = config.rollout.model_copy(update={"routing_replay": "off"})  # nobody asks for experts
-        engine = build_engine(config.model_copy(update={"rollout": untrained}), session, role)
+        longest = max([config.data.max_prompt_length, *(len(prompt.token_ids) for prompt in prompts)])
+        room = config.data.model_copy(update={"max_prompt_length": longest})
+        engine = build_engine(config.model_copy(update={"rollout": untrained, "data": room}), session, role)
         closing.callback(engine.close)
         # External servers may still hold another run's weights, and adapters are not in model.path.
         if folder is not None or config.rollout.servers or starts_with_publish(config):
             engine.publish(_evaluated_weights(config, session, folder), 1)
-        prompts, chosen = chosen_prompts(control.share(lambda: role.prompts(split)), config.eval, split)
+        prompts, chosen = chosen_prompts(prompts, config.eval, split)
         role.log.message(chosen)
         timer = PhaseTimer(Watchdog(0).phase)
         metrics = Evaluator(config, engine, prompts, scorer, keep=partial(_write_responses, responses))(timer)

@@ -15,6 +15,7 @@ from megatron_srpo.core.records import Padding, Prompt
 from megatron_srpo.core.text import visible
 from megatron_srpo.observe import Observer, SilentLog
 from megatron_srpo.rollout import PartialPool, Prefetcher, RolloutEngine, SamplingSettings, under_way
+from megatron_srpo.run.evaluation import taught_prompts
 from megatron_srpo.run.generation import GroupGenerator, Requests, replay_mode, training_sampling
 from megatron_srpo.run.partial import PartialFollower, PartialGenerator
 
@@ -41,6 +42,9 @@ class Role(Protocol):
 
     def prompts(self, split: str) -> list[Prompt]:
         """The prompts of a split, on rank 0."""
+
+    def taught_prompts(self, split: str) -> list[Prompt]:
+        """Those with a solution, as the self-teacher reads them, on rank 0."""
 
     def chat_options(self) -> Mapping[str, object]:
         """The arguments of the chat template, on rank 0."""
@@ -95,6 +99,11 @@ class Driver:
     def prompts(self, split: str) -> list[Prompt]:
         return self._prompts.get(split, [])
 
+    def taught_prompts(self, split: str) -> list[Prompt]:
+        prompts, line = taught_prompts(self.prompts(split), self._prompting.teacher_prompt, split)
+        self.log.message(line)
+        return prompts
+
     def chat_options(self) -> Mapping[str, object]:
         return self._prompting.chat_options
 
@@ -136,7 +145,7 @@ class Driver:
         elif config.rollout.max_staleness:
             loader = Prefetcher(
                 cast("AsyncEngine", engine), loader, requests, sampling, batches=config.rollout.max_staleness,
-                start=start, total=config.run.iterations,
+                start=start, total=config.run.iterations, on_rollout=scorer.read,
             )  # fmt: skip
             generate, metrics = GroupGenerator(loader, scorer, requests, sampling), loader.metrics
         else:
@@ -161,6 +170,9 @@ class Follower:
         return set()
 
     def prompts(self, split: str) -> list[Prompt]:
+        return []
+
+    def taught_prompts(self, split: str) -> list[Prompt]:
         return []
 
     def chat_options(self) -> Mapping[str, object]:

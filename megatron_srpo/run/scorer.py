@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_srpo.core.records import Attempt, Episode, Group, Prompt, Reward, Rollout
+from megatron_srpo.data import Demonstrations
 from megatron_srpo.rewards import RewardPool, RewardTask
 
 Key = tuple[int, int]  # prompt, sample
-Scored = tuple[dict[Key, Reward], Exception | None]  # what a rank has scored, or what failed there
+
+
+@dataclass
+class Scored:
+    """What a rank knows of responses before rank 0 does, or what failed there."""
+
+    rewards: dict[Key, Reward]
+    demonstrations: dict[Key, array[int]]  # Attempt.demonstration
+    error: Exception | None = None
 
 
 class Gathering(Protocol):
@@ -27,12 +37,15 @@ class IdleScorer:
     def __init__(self, control: Gathering) -> None:
         self._control = control
 
-    def start(self, prompts: list[Prompt]) -> None:
+    def start(self, prompts: list[Prompt], *, taught: bool = True) -> None:
         """Begin a batch."""
+
+    def read(self, rollout: Rollout) -> None:
+        """Never called: responses that come early come to rank 0."""
 
     def finish(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """Nothing; raises when scoring failed on one of the ranks."""
-        self._control.gather(({}, None))
+        self._control.gather(Scored({}, {}))
         self._control.share(lambda: None)
         return []
 
@@ -50,59 +63,101 @@ class PoolScorer:
 
     def __init__(self, pool: RewardPool, control: Gathering, *, threshold: float, leads: bool) -> None:
         self._pool, self._control, self._threshold, self._leads = pool, control, threshold, leads
+        self._demonstrations: Demonstrations | None = None
+        self._wrong_too = False
         self._prompts: list[Prompt] = []
-        self._added: dict[Key, None] = {}  # in order
+        self._added: dict[Key, None] = {}  # to the pool, in order
+        self._texts: dict[Key, str] = {}  # of responses that teachers may be shown
+        self._taught = True
         self._error: Exception | None = None
 
-    def start(self, prompts: list[Prompt]) -> Callable[[Rollout], None]:
+    def tokenize(self, demonstrations: Demonstrations, *, wrong: bool) -> None:
+        """Have `demonstrations` tokenize what teachers may be shown, `wrong` responses too, while others are being
+        generated. Without it rank 0 does, when it routes."""
+        self._demonstrations, self._wrong_too = demonstrations, wrong
+
+    def start(self, prompts: list[Prompt], *, taught: bool = True) -> Callable[[Rollout], None]:
         """Begin a batch; returns what an engine calls with each response that is complete."""
-        self._prompts, self._added, self._error = prompts, {}, None
+        self._prompts, self._added, self._texts, self._taught, self._error = prompts, {}, {}, taught, None
         return self._add
+
+    def read(self, rollout: Rollout) -> None:
+        """See Scorer."""
+        if self._demonstrations is not None:
+            self._demonstrations.begin(rollout.text)
 
     def _add(self, rollout: Rollout) -> None:
         key = rollout.prompt, rollout.sample
-        if self._error is not None or key in self._added or _own_reward(rollout) is not None:
+        if self._error is not None or key in self._added:
             return
+        own = _own_reward(rollout)
         try:
-            self._pool.add([self._task(rollout)])
-            self._added[key] = None
+            if own is None:
+                self._pool.add([self._task(rollout)])
+                self._added[key] = None
+            if self._taught and (own is None or self._shown(own)):
+                self.read(rollout)
+                self._texts[key] = rollout.text
         except Exception as error:  # inside an engine's loop it would leave the other ranks waiting: `finish` raises it
             self._error = error
 
     def finish(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """Rank 0: the groups of `rollouts`, by prompt and sample; it scores what no other rank has. Other ranks: [].
         Raises on every rank when scoring failed on one."""
-        scored: dict[Key, Reward] = {}
+        scored = Scored({}, {})
         try:
             if self._error is None:
-                scored = dict(zip(self._added, self._pool.finish(), strict=True))
+                scored.rewards = dict(zip(self._added, self._pool.finish(), strict=True))
+                if not self._leads:
+                    scored.demonstrations = self._read(self._texts, scored.rewards)
         except Exception as error:
             self._error = error
-        parts = self._control.gather((scored, self._error))
+        scored.error = self._error
+        parts = self._control.gather(scored)
         groups = [Group(prompt, []) for prompt in self._prompts] if self._leads else []
         self._control.share(lambda: self._fill(groups, rollouts, parts))
         return groups
 
+    def _shown(self, reward: Reward) -> bool:
+        """Whether a teacher may be shown a response with this reward."""
+        return self._wrong_too or reward.score >= self._threshold
+
+    def _read(self, texts: Mapping[Key, str], rewards: Mapping[Key, Reward]) -> dict[Key, array[int]]:
+        """The tokens of those of the texts that were read and that teachers may be shown."""
+        if self._demonstrations is None:
+            return {}
+        found = self._demonstrations.take(texts.values())
+        return {
+            key: found[text]
+            for key, text in texts.items()
+            if text in found and (key not in rewards or self._shown(rewards[key]))
+        }
+
     def _fill(self, groups: list[Group], rollouts: Sequence[Rollout], parts: list[Scored]) -> None:
-        for _, error in parts:
-            if error is not None:
-                raise error
-        rewards = {key: reward for scored, _ in parts for key, reward in scored.items()}
+        for part in parts:
+            if part.error is not None:
+                raise part.error
+        rewards = {key: reward for part in parts for key, reward in part.rewards.items()}
         for rollout in rollouts:
             if (own := _own_reward(rollout)) is not None:
                 rewards[rollout.prompt, rollout.sample] = own
         rest = [rollout for rollout in rollouts if (rollout.prompt, rollout.sample) not in rewards]
         for rollout, reward in zip(rest, self._pool.score([self._task(rollout) for rollout in rest]), strict=True):
             rewards[rollout.prompt, rollout.sample] = reward
+        demonstrations = self._read({(rollout.prompt, rollout.sample): rollout.text for rollout in rollouts}, rewards)
+        for part in parts:
+            demonstrations |= part.demonstrations
         for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
-            reward = rewards[rollout.prompt, rollout.sample]
+            key = rollout.prompt, rollout.sample
+            reward = rewards[key]
             by_turn: tuple[str, ...] = ()
             if rollout.episode is not None:
                 by_turn = _feedback_by_turn(rollout.episode, reward)
                 if rollout.episode.reward is None:
                     reward = replace(reward, feedback=_joined(rollout.episode.feedback, reward.feedback))
-            correct = reward.score >= self._threshold
-            groups[rollout.prompt].attempts.append(Attempt(rollout, reward, correct, turn_feedback=by_turn))
+            attempt = Attempt(rollout, reward, reward.score >= self._threshold, turn_feedback=by_turn)
+            attempt.demonstration = demonstrations.get(key)
+            groups[rollout.prompt].attempts.append(attempt)
 
     def same_answers(self, pairs: Sequence[tuple[Prompt, str, str]]) -> list[bool]:
         """Scores each response as if the other response's prediction were the right answer, where the kind can do that.

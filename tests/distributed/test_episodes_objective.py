@@ -41,7 +41,7 @@ def episodes(model, *, split):
             group.attempts.append(attempt_of(sample, prompt, split=split))
         groups.append(group)
 
-    def teacher_prompt(prompt, solution, feedback):
+    def teacher_prompt(prompt, solution, feedback, *, solution_ids=None):
         number = int(solution.replace(".", ""))
         shown = [1 + (number + 3 * i) % (VOCAB - 1) for i in range(9)]
         own = len(next(group.prompt.token_ids for group in groups if group.prompt.uid == prompt.uid))
@@ -126,7 +126,7 @@ def told_episodes(model):
                 mask = np.concatenate([trained[:middle], np.zeros(len(more), dtype=bool), trained[middle:]])
             by_hand.append(Stream(prompt_ids, read, mask))
 
-    def teacher_prompt(prompt, solution, feedback, turns=None):
+    def teacher_prompt(prompt, solution, feedback, turns=None, *, solution_ids=None):
         ids = array("i", prompt.token_ids) + (shown(feedback) if feedback else array("i"))
         filled = [gap.before + shown(words) + gap.after for gap, words in turns.gaps] if turns else []
         return SimpleNamespace(ids=ids, truncated=False, filled=filled)

@@ -254,7 +254,7 @@ def make_groups(model, variant):
                 rollout.experts[:same] = drawn_experts(engine.config, same, 1000 + group)
             groups[-1].attempts.append(Attempt(rollout, Reward(float(right)), bool(right)))
 
-    def teacher_prompt(prompt, solution, feedback):
+    def teacher_prompt(prompt, solution, feedback, *, solution_ids=None):
         number = int(solution.replace(".", ""))
         return SimpleNamespace(
             ids=array("i", [*prompt.token_ids, *[1 + (number + 3 * i) % (VOCAB - 1) for i in range(9)]]),

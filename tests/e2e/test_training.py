@@ -126,6 +126,14 @@ def test_the_export_loads_in_transformers_and_holds_what_the_checkpoint_holds(ru
     assert by_export == by_checkpoint
     assert by_export == metrics_of(run)[-1]["eval/accuracy"]
 
+    accuracy("--hf", str(run / "out" / "hf"), "--as-teacher", "--data.solution_key", "answer")
+    plain, taught = (_responses(run / "out" / "eval" / name) for name in ("test.jsonl", "test-taught.jsonl"))
+    assert plain.keys() == taught.keys() and plain != taught  # the same questions, with more to read
+
+
+def _responses(file: Path) -> dict[str, list[str]]:
+    return {row["uid"]: row["responses"] for row in map(json.loads, file.read_text().splitlines())}
+
 
 def test_a_run_that_goes_on_from_a_checkpoint_equals_the_straight_one_bit_for_bit(run, tmp_path):
     """As if every process had been killed between the two checkpoints; epochs end in between."""

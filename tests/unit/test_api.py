@@ -68,6 +68,10 @@ def test_training_and_evaluation_in_this_process_check_the_configuration_first(r
     assert api.train(config) == 0 and calls == [config]
     assert api.evaluate(config, checkpoint="runs/x") == {"eval/accuracy": 1.0}
     assert str(calls[1]["checkpoint"]) == "runs/x" and calls[1]["responses"].name == "test.jsonl"
+    with pytest.raises(UserError, match=r"set data\.solution_key"):
+        api.evaluate(config, as_teacher=True)
+    api.evaluate(api.load(run_file, {"data.solution_key": "worked"}), as_teacher=True)
+    assert calls[2]["taught"] and calls[2]["responses"].name == "test-taught.jsonl"
     with pytest.raises(ConfigError, match=r"parallel.tensor_model_parallel_size|one copy of the model"):
         api.train(api.load(run_file, {"parallel.tensor_model_parallel_size": 2}))
 

@@ -180,8 +180,15 @@ def test_eval_without_torchrun_folds_the_layout_into_one_process(run_file, launc
     assert (name, config.eval.n_samples) == ("evaluate", 4)
     assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (1, False)
     responses = Path(config.run.output_dir) / "eval" / "test.jsonl"
-    assert options == {"checkpoint": Path("some/run"), "split": "test", "responses": responses}
+    assert options == {"checkpoint": Path("some/run"), "split": "test", "responses": responses, "taught": False}
     assert responses.parent.is_dir()
+
+
+def test_eval_as_teacher_needs_solutions_and_writes_a_file_of_its_own(run_file, launch, capsys):
+    asked = ["eval", str(run_file), "--checkpoint", "some/run", "--as-teacher"]
+    assert cli.main(asked) == 2 and "data.solution_key" in capsys.readouterr().err
+    assert cli.main([*asked, "--data.solution_key", "worked"]) == 0
+    assert launch.calls[-1][2]["taught"] and launch.calls[-1][2]["responses"].name == "test-taught.jsonl"
 
 
 @pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/step_00000002"])

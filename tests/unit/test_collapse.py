@@ -142,6 +142,8 @@ def test_a_checkpoint_keeps_the_history():
         ({"algorithm": {"name": "grpo"}}, "algorithm.kl_loss_coef", "sibling"),
         ({"algorithm": {"name": "sdpo"}}, "sibling_min_length", "distill_iterations"),
         ({"teacher": {"mode": "refresh"}}, 'teacher.refresh_when = "improved"', "EMA"),
+        ({"algorithm": {"teachers": ["sibling", "solution"]}}, 'algorithm.teachers without "solution"', "no settings"),
+        ({"algorithm": {"teachers": ["sibling"]}}, "distill_iterations", "algorithm.teachers"),
         ({"teacher": {"mode": "frozen"}, "algorithm": {"sibling_min_length": 0.9}}, "distill_iterations", "min_length"),
     ],
 )

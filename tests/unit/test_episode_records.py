@@ -42,7 +42,7 @@ def rollout(sample=0, *, reward=None, cut="", split=False, turns=(2, 3)):
 def routed(rollouts, name="grpo", **settings):
     group = Group(PROMPT, [Attempt(r, Reward(float(i)), bool(i)) for i, r in enumerate(rollouts)])
 
-    def teacher_prompt(prompt, solution, feedback):
+    def teacher_prompt(prompt, solution, feedback, *, solution_ids=None):
         return SimpleNamespace(ids=array("i", [7, *prompt.token_ids]), truncated=False)
 
     report = route([group], algorithm(name, **settings), seed=0, iteration=0, teacher_prompt=teacher_prompt)

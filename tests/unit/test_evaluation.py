@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, DataConfig, TeacherConfig
 from megatron_srpo.config.schema import EvalConfig
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Prompt, Reward, Rollout
+from megatron_srpo.data import TeacherPromptBuilder
 from megatron_srpo.run import launch
-from megatron_srpo.run.evaluation import accuracy_metrics, chosen_prompts
+from megatron_srpo.run.evaluation import accuracy_metrics, chosen_prompts, taught_prompts
 from megatron_srpo.run.generation import Evaluator
 from tests.made_samples import make_groups
+from tests.unit.chat_tokenizer import chat_tokenizer
 
 
 def answers(prompt, *given):
@@ -109,7 +112,7 @@ class Answering:
     def __init__(self, error=None):
         self.batches, self._prompts, self._error = [], [], error
 
-    def start(self, prompts):
+    def start(self, prompts, *, taught=True):
         self._prompts = prompts
         self.batches.append(len(prompts))
 
@@ -152,3 +155,17 @@ def test_rewards_that_fail_in_an_evaluation_are_told_with_the_first_reason():
     assert said == [
         "warning: evaluation: 6 of 14 rewards failed, and count as reward.failure_score; the first: crash: KeyError"
     ]
+
+
+def test_a_prompt_is_evaluated_as_its_teacher_reads_it():
+    teacher = TeacherConfig(template="{question}{solution}", solution_section="|S:{solution}:S")
+    build = TeacherPromptBuilder(chat_tokenizer(), teacher, DataConfig(train="unused"), 40)
+    asked = Prompt("test:0", ({"role": "user", "content": "Q"},), [1], "A", "exact", solution="so A")
+    prompts, line = taught_prompts(
+        [asked, replace(asked, solution=" "), replace(asked, solution="A" * 90)], build, "test"
+    )
+    shown = "<|im_start|>user\nQ|S:so A:S<|im_end|>\n<|im_start|>assistant\n"
+    assert chat_tokenizer().decode(prompts[0].token_ids) == shown and prompts[0].answer == "A"
+    assert len(prompts) == 2 and "2 test prompts" in line and "1 have none" in line  # the long one is cut to fit
+    with pytest.raises(UserError, match=r"none of 1 test prompts has a solution.*data\.solution_key"):
+        taught_prompts([replace(asked, solution="")], build, "test")

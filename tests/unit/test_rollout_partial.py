@@ -217,7 +217,7 @@ class Scorer:
     def __init__(self):
         self.heard = []
 
-    def start(self, prompts):
+    def start(self, prompts, *, taught=True):
         self.prompts = prompts
         return lambda rollout: self.heard.append((prompts[rollout.prompt].uid, rollout.sample, rollout.text))
 

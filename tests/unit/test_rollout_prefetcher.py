@@ -34,7 +34,9 @@ class Engine:
     def __init__(self) -> None:
         self.log: list[tuple] = []
 
-    def submit(self, requests: list[GenerateRequest], sampling: SamplingSettings) -> Future:
+    def submit(self, requests: list[GenerateRequest], sampling: SamplingSettings, on_rollout=None) -> Future:
+        for request in requests if on_rollout else ():
+            on_rollout(request.prompt)
         self.log.append(("submit", requests[0].prompt, self.weight_version))
         answers: Future = Future()
         answers.set_result([request.prompt for request in requests])
@@ -107,3 +109,12 @@ def test_the_rest_is_the_engines_and_the_loaders_own():
     metrics = ahead.metrics()
     assert metrics["rollout/staleness_max"] == 1 and 0 <= metrics["rollout/overlap_fraction"] <= 1
     assert metrics["rollout/generation_seconds"] > 0
+
+
+def test_a_response_that_comes_early_is_handed_on_at_once():
+    early: list[int] = []
+    ahead = Prefetcher(
+        Engine(), Loader(), requests, SAMPLING, batches=1, start=0, total=3, on_rollout=early.append
+    )  # fmt: skip
+    ahead.generate(requests(ahead.next_batch(), 0, 0), SAMPLING)
+    assert early == [0, 1]

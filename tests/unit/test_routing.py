@@ -40,11 +40,15 @@ class Teacher:
     """Records what it is asked for; `fits` and `truncates` by the solution's text."""
 
     calls: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    known: list[array | None] = field(default_factory=list)  # the tokens that came with each
     fits: bool = True
     truncated: bool = False
 
-    def __call__(self, prompt: Prompt, solution: str | None, feedback: str | None) -> FakeTeacherPrompt | None:
+    def __call__(
+        self, prompt: Prompt, solution: str | None, feedback: str | None, *, solution_ids=None
+    ) -> FakeTeacherPrompt | None:
         self.calls.append((prompt.uid, solution, feedback))
+        self.known.append(solution_ids)
         return FakeTeacherPrompt(array("i", [*prompt.token_ids, 7, 7]), self.truncated) if self.fits else None
 
 
@@ -561,3 +565,14 @@ def test_histories_fade_forget_duplicates_and_survive_a_checkpoint():
         assert seen.solved == pytest.approx((2 * 0.85 + 1) * 0.85**2)
         assert seen.failed == pytest.approx((1 * 0.85 + 2) * 0.85**2)
         assert seen.answers == ("text 0.0", "text 0.1")
+
+
+def test_a_teacher_prompt_is_made_of_the_tokens_of_its_sibling_where_they_are_known():
+    scores, teacher = [1.0, 0.0, 1.0, 0.0, 0.0], Teacher()
+    rollouts = [rollout_of(i) for i in range(len(scores))]
+    groups = make_groups([prompt_of(0)], rollouts, [Reward(score, None) for score in scores], threshold=0.5)
+    groups[0].attempts[2].demonstration = array("i", [2, 2])
+    route(groups, algorithm("srpo"), seed=0, iteration=0, teacher_prompt=teacher)
+    expected = {"text 0.0": None, "text 0.2": array("i", [2, 2])}
+    assert {text for _, text, _ in teacher.calls} == set(expected)  # both have taught
+    assert teacher.known == [expected[text] for _, text, _ in teacher.calls]

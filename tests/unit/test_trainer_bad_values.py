@@ -158,7 +158,7 @@ def test_a_rollout_whose_engine_log_probs_are_not_finite_is_left_out_and_named(b
     groups = make_groups([prompt], rollouts, [Reward(1.0), Reward(0.0), Reward(0.0)])
     report = route(
         groups, algorithm(), seed=0, iteration=0,
-        teacher_prompt=lambda *parts: SimpleNamespace(ids=array("i", [1, 2, 3]), truncated=False),
+        teacher_prompt=lambda *parts, **known: SimpleNamespace(ids=array("i", [1, 2, 3]), truncated=False),
     )  # fmt: skip
     assert [s.counted for s in groups[0].samples] == [True, False, True]
     assert report.nonfinite == ["train:5 sample 1"] and report.metrics()["rollout/nonfinite_samples"] == 1
