@@ -1,10 +1,12 @@
 """The CPU time of a training job from the start of its process to its first iteration, and whose it is.
 
-    python -m benchmarks.start
+    python -m benchmarks.start [key=value …]
 
-A model of almost no size on one rank. Imports are those of all packages, ours too, whenever they happen. What is left
-after imports, process groups, model and engine is ours: settings, checks, prompts, reward workers, the comparison of
-trainer and engine (which generates and scores), and the log. Seconds of this process's processors.
+A model of almost no size on one rank; `key=value` changes the configuration, as in `rollout.placement=servers`. Imports
+are those of all packages, ours too, whenever they happen. What is left after imports, process groups, model and engine
+is ours: settings, checks, prompts, reward workers, the comparison of trainer and engine (which generates and scores),
+and the log. Seconds are those of this process's processors. The last figure is of the clock, and so counts the start of
+servers, which are other processes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import builtins
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -59,7 +62,7 @@ class Clock:
         self._since = now
 
     def _timed_import(self, *given: Any, **named: Any) -> Any:
-        if self._open[-1] == "imports":
+        if self._open[-1] == "imports" or threading.current_thread() is not threading.main_thread():
             return self._import(*given, **named)
         self.enter("imports")
         try:
@@ -106,23 +109,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = make_run(Path(folder))
         prepared = time.process_time() - begun
-        clock = Clock()
+        clock, started = Clock(), time.perf_counter()
         from megatron_srpo.run.cli import main as command
         from megatron_srpo.trainer import Trainer
 
         found: dict[str, float] = {}
+        waited: list[float] = []
 
         def stop(trainer: Trainer) -> None:
             found.update(clock.seconds)  # what follows is the end of the process
+            waited.append(time.perf_counter() - started)
             raise Started
 
         Trainer.run = stop  # type: ignore[method-assign]
         with suppress(Started):
-            command(["train", str(config), "run.iterations=1"])
+            command(["train", str(config), "run.iterations=1", *sys.argv[1:]])
     for phase, seconds in sorted(found.items(), key=lambda item: -item[1]):
         print(f"RESULT {phase}: {seconds:.3f} CPU s")
     ours = sum(seconds for phase, seconds in found.items() if phase not in NOT_OURS)
     print(f"RESULT ours together: {ours:.3f} CPU s")
+    print(f"RESULT until the first iteration: {waited[0]:.1f} s of the clock")
     print(f"(before it: {prepared:.1f} CPU s for the libraries with which this benchmark makes its model)")
 
 

@@ -103,6 +103,7 @@ def tiny_servers(
         say=[].append if said is None else said.append, adapters=adapters, folder_is_first=adapters is None,
     )  # fmt: skip
     try:
+        engine._fleet.run(engine._fleet.wait_until_up())
         yield engine
     finally:
         engine.close()

@@ -144,6 +144,7 @@ class Fleet(Generic[ServerT]):
         self._homes: dict[tuple[str, int], ServerT] = {}  # (salt of the call, prompt) → the server of its samples
         self._held = False
         self._closing = False
+        self._all_up: Future[None] | None = None  # None: not launched
         self._tasks: set[asyncio.Task[None]] = set()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="engine-servers", daemon=True)
@@ -164,10 +165,10 @@ class Fleet(Generic[ServerT]):
         if self._closing:
             return
         self._closing = True
+        self.run(self._close())  # first, because what it cancels may start a server again
         own = [server.process for server in self.servers if server.process is not None]
         for process in own:
             process.ask_to_stop()
-        self.run(self._close())
         for process in own:
             process.wait()
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -184,11 +185,20 @@ class Fleet(Generic[ServerT]):
 
     # ---- life of servers ---------------------------------------------------------------------------------------------
 
-    async def bring_up(self) -> None:
-        """Start all servers and wait until they answer. Raises RolloutError when one does not."""
+    def launch(self) -> None:
+        """Start all servers. Returns at once; `wait_until_up`, `generate` and `converse` wait until they answer. Called
+        once, from outside."""
         for server in self.servers:
             if server.process is not None:
                 server.process.start()
+        self._all_up = self.start(self._bring_up())
+
+    async def wait_until_up(self) -> None:
+        """Wait until all servers have answered once. Raises RolloutError when one has not."""
+        assert self._all_up is not None, "launch() comes first"
+        await asyncio.shield(asyncio.wrap_future(self._all_up))  # several calls may wait, and one may be cancelled
+
+    async def _bring_up(self) -> None:
         await asyncio.gather(*(self._until_up(server) for server in self.servers))
         for server in self.servers:
             self._keep(asyncio.ensure_future(self._watch(server)))
@@ -301,6 +311,7 @@ class Fleet(Generic[ServerT]):
     ) -> list[Rollout]:
         """An answer to each request, sorted by (prompt, sample). `salt` separates this call's entries in the prefix
         cache, because entries of an earlier call would change roundings."""
+        await self.wait_until_up()
         ordered = sorted(requests, key=lambda request: (request.prompt, request.sample))
         jobs = [self._job(request, sampling, salt, on_rollout) for request in ordered]
         return await self._answers(jobs, salt)
@@ -326,6 +337,7 @@ class Fleet(Generic[ServerT]):
     async def converse(self, feed: Feed, sampling: SamplingSettings, salt: str) -> list[Rollout]:
         """Answer the requests of a feed until it has no more; see RolloutEngine. The turns of an episode share the
         prefix cache, and so do the samples of a prompt. Returns the feed's rollouts."""
+        await self.wait_until_up()
         jobs: set[asyncio.Future[Rollout]] = set()
         failed: list[BaseException] = []
 

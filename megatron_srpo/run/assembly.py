@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from megatron_srpo.bridge import Exporter
     from megatron_srpo.checkpoints.saving import Restored
     from megatron_srpo.mcore.policy import Policy
+    from megatron_srpo.rollout import RolloutEngine
     from megatron_srpo.trainer import Components
 
 
@@ -134,7 +135,14 @@ def build_parts(
     from megatron_srpo.run.start_check import check_start, probes, routing_note
     from megatron_srpo.trainer import Components
 
+    def open_engine() -> RolloutEngine:
+        engine = build_engine(config, session, role)
+        closing.callback(engine.close)
+        return engine
+
     control, topology = session.control, session.topology
+    # Servers start in processes of their own while this one loads the policy; the first call that needs them waits.
+    servers = open_engine() if config.rollout.placement == "servers" else None
     policy = build_policy(config, session, trainable=True)
     hf = read_model_folder(config.model.path)
     architecture = Architecture.from_hf(hf)
@@ -149,8 +157,7 @@ def build_parts(
         control.share(lambda: role.restore_data(store.restore_data, state.get("loader", {})))
     control.share(lambda: save_resolved(config, Path(config.run.output_dir) / "config.toml"))  # nothing refused it
     with policy.on_host() if config.train.offload_while_generating else nullcontext():
-        engine = build_engine(config, session, role)
-        closing.callback(engine.close)
+        engine = servers or open_engine()
         if config.rollout.sleep_while_training:
             engine.sleep()
     # External servers may still hold another run's weights, and adapters are not in model.path.

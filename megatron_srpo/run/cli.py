@@ -52,9 +52,9 @@ PACKAGE, SCRIPT = "megatron_srpo", "megatron-srpo"
 COMPLETION = "_MEGATRON_SRPO_COMPLETE"  # typer's name of the variable for SCRIPT
 TRACEBACK = "MEGATRON_SRPO_TRACEBACK"  # set this variable to see tracebacks of users' mistakes too
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # names the file from which torchrun's report takes its text
-# Rank 0 prints an error at once, and torchrun then ends the other ranks. Another rank that failed waits this long
-# before it prints, so that the same error is printed once.
-SPEAK_AFTER_SECONDS = 10.0
+# Rank 0 ends its engine servers and prints an error, and torchrun then ends the other ranks. Another rank that failed
+# waits this long before it prints, so that the same error is printed once. A server takes up to 15 s to end.
+SPEAK_AFTER_SECONDS = 30.0
 # Texts of gloo and NCCL after another rank has ended.
 LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Connection refused|ncclRemoteError|remote process exited")
 
@@ -484,7 +484,7 @@ def _usage(error: CommandLineError) -> str:
 def _fail(text: str, *, secondary: bool = False) -> int:
     """Print an error once in the whole run; returns the exit code.
 
-    Rank 0 prints at once and ends, and torchrun then ends the other ranks. A rank that is still alive after
+    Rank 0 prints and ends, and torchrun then ends the other ranks. A rank that is still alive after
     SPEAK_AFTER_SECONDS is the only one with this error, so it prints too, unless the error is `secondary`: the
     consequence of another rank's end.
     """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_srpo.config import Config
 from megatron_srpo.core import loopback
 from megatron_srpo.run.open_files import allow_open_files
+from megatron_srpo.run.read_ahead import read_ahead
 
 if TYPE_CHECKING:
     from megatron_srpo.mcore.control import Control
@@ -45,6 +46,8 @@ def prepare_libraries(config: Config) -> DevicePath:
 @contextmanager
 def open_session(config: Config) -> Iterator[Session]:
     """Inside the block this rank is in its process groups, and vLLM may be imported."""
+    if config.rollout.placement == "colocated":  # the engines of a node need all weights, its policy only a share
+        read_ahead(config.model.path)
     path = prepare_libraries(config)
     from megatron_srpo.mcore import groups
     from megatron_srpo.mcore.control import Control

@@ -6,16 +6,20 @@ Each start of a server takes half a minute of CPU: these tests are not in the de
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import RolloutError, SamplingSettings
 from megatron_srpo.rollout.fleet import Server
 from tests.distributed.test_rollout_servers import Running, check_equal, publish, start
-from tests.tiny_engines import SAMPLED, answers, largest_error, tiny_requests, weights
+from tests.tiny_engines import PROMPTS, SAMPLED, answers, largest_error, tiny_requests, weights
 
 pytestmark = pytest.mark.slow
 LONG = SamplingSettings(temperature=1.0, max_tokens=100, ignore_eos=True)
@@ -50,6 +54,41 @@ def test_servers_that_draft_answer_as_an_engine_that_does_not(tmp_path_factory, 
         assert 0 < sum(rollout.accepted for rollout in rollouts) < sum(rollout.drafted for rollout in rollouts)
         assert largest_error(running.new, rollouts) < 1e-4
         check_equal(answers(running.engine), running.expected)
+
+
+@torch.no_grad()
+def largest_error_by_version(running: Running, rollouts: Sequence[Rollout]) -> float:
+    """Largest |engine's − transformers'| log-prob of responses that publishes have paused. The engine has computed
+    their caches again, so a token and all of its context are of the weights of its version."""
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (running.old, running.new)]
+    largest = 0.0
+    for rollout in rollouts:
+        start = len(PROMPTS[rollout.prompt])
+        ids = torch.tensor([[*PROMPTS[rollout.prompt], *rollout.token_ids]])
+        both = torch.stack([model(ids).logits[0, start - 1 : -1].log_softmax(-1) for model in models])
+        expected = both[rollout.token_versions, range(len(rollout.token_ids)), ids[0, start:]]
+        largest = max(largest, (torch.tensor(rollout.logprobs) - expected).abs().max().item())
+    return largest
+
+
+def test_drafts_change_nothing_in_responses_that_a_publish_pauses(tmp_path_factory):
+    settings = {"tensor_parallel_size": 2, "speculative_tokens": 4, "max_staleness": 1, "in_flight": "pause"}
+    with contextmanager(start)(tmp_path_factory.mktemp, "qwen3", "float32", **settings) as running:
+        engine = running.engine
+        under_way = engine.submit(tiny_requests(8), replace(LONG, max_tokens=140))
+        wait_until(running, lambda: sum(len(server.jobs) for server in engine._fleet.servers) > 20)
+        # When one more is answered, those before it have tokens, too.
+        engine.collect(engine.submit(tiny_requests(1), replace(LONG, max_tokens=1)))
+        publish(running, running.new, 1)
+        rollouts = engine.collect(under_way)
+        of_both = [rollout for rollout in rollouts if {0, 1} == set(rollout.token_versions or ())]
+        assert of_both and not any(rollout.stale for rollout in rollouts)
+        assert 0 < sum(rollout.accepted for rollout in of_both) < sum(rollout.drafted for rollout in of_both)
+        assert largest_error_by_version(running, of_both) < 1e-4
+        assert (
+            min(largest_error(folder, of_both) for folder in (running.old, running.new)) > 0.1
+        )  # or it could not fail
+        check_equal(answers(engine), running.expected)
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_srpo.config import load_config
 from megatron_srpo.core import exit_codes
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
+SERVERS = ("--rollout.placement", "servers")
 QUIET, TORCHRUN = "megatron_srpo.torchrun", "torch.distributed.run"
 CONFIG = """
 [run]
@@ -142,6 +144,14 @@ def refused(*command: str) -> str:
     return started.text
 
 
+def servers_of(model: Path) -> list[psutil.Process]:
+    """Processes of servers, and of their watchers, with this model."""
+    lines = [(process, process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return [
+        process for process, line in lines if any(word.endswith(str(model)) for word in line) and "vllm" in str(line)
+    ]
+
+
 # ---- refused before anything heavy starts ----------------------------------------------------------------------------
 
 
@@ -195,6 +205,18 @@ def test_a_broken_row_is_told_with_file_and_line(folder):
     assert f"{broken}:2: not JSON: Expecting value at column 27." in told and 'data.on_bad_row = "skip"' in told
 
 
+def test_servers_start_before_the_policy_is_loaded_and_end_if_that_fails(folder):
+    model, out = Path(make_tiny_model(folder / "strange", initializer_range=0.05)), folder / "refused"
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "model.stranger": torch.zeros(1)}, model / "model.safetensors")  # vLLM meets it later
+    options = ["--model.path", str(model), "--run.output_dir", str(out), *SERVERS]
+    told = refused(*ranks("train", str(folder / "run.toml"), *options))
+    started, error = told.index("engine servers are starting (1)"), told.index("error: ")
+    assert started < error and "does not know, the first is 'model.stranger'" in told[error:]
+    assert (out / "engines/server-0.log").read_text().startswith("---- start: http://127.0.0.1:")
+    assert servers_of(model) == []
+
+
 # ---- interrupted -----------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +228,17 @@ def test_ctrl_c_during_the_start_ends_it_at_once_in_one_line(folder):
     assert "Traceback" not in run.text and "iteration 1" not in run.text
     assert run.text.count("stopped before the first iteration: there is nothing to save") == 1
     assert not (folder / "early/checkpoints").exists()
+
+
+def test_ctrl_c_while_servers_start_leaves_none_of_them(folder):
+    out = folder / "early_servers"
+    run = Started(ranks("train", str(folder / "run.toml"), "--run.output_dir", str(out), *SERVERS))
+    run.wait_for("engine servers are starting (1)")
+    assert servers_of(folder / "model")
+    run.interrupt()
+    assert run.end() == 130
+    assert "Traceback" not in run.text and "iteration 1" not in run.text
+    assert servers_of(folder / "model") == []
 
 
 def test_a_run_survives_a_log_that_cannot_be_written_and_stops_cleanly_at_ctrl_c(folder):

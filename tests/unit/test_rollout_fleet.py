@@ -50,10 +50,13 @@ def requests(prompts: int = 6, samples: int = 4) -> list[GenerateRequest]:
 
 @pytest.fixture
 def fleet_of(tmp_path, monkeypatch) -> Callable:
-    """Makes a fleet of stand-ins; a server's behaviours are those of its starts, one after the other."""
+    """Makes a fleet of stand-ins; a server's behaviours are those of its starts, one after the other. Without `wait`
+    the servers are launched, and may not be up."""
 
     @contextmanager
-    def make(*behaviours: list[str], port: int = 0, **settings) -> Iterator[tuple[Fleet, list[str]]]:
+    def make(
+        *behaviours: list[str], port: int = 0, wait: bool = True, **settings
+    ) -> Iterator[tuple[Fleet, list[str]]]:  # fmt: skip
         def arguments(made: EngineSettings, host: str, at: int) -> list[str]:
             return ["-m", "tests.fake_server", host, str(at), made.hf_dir]
 
@@ -74,7 +77,9 @@ def fleet_of(tmp_path, monkeypatch) -> Callable:
             decode=lambda ids: " ".join(map(str, ids)),
         )  # fmt: skip
         try:
-            fleet.run(fleet.bring_up())
+            fleet.launch()
+            if wait:
+                fleet.run(fleet.wait_until_up())
             yield fleet, said
         finally:
             fleet.close()
@@ -250,6 +255,25 @@ def test_a_server_that_does_not_start_is_one_message_with_its_log(fleet_of):
         pass
 
 
+def test_requests_wait_for_servers_that_start(fleet_of, expected):
+    with fleet_of([], [], wait=False) as (fleet, said):
+        assert generate(fleet, requests()) == expected
+        assert all(server.answered for server in fleet.servers) and said == []
+
+
+def test_requests_to_servers_of_which_one_does_not_start_end_with_its_message(fleet_of):
+    with fleet_of([], ["no start"], wait=False) as (fleet, _):
+        for _ in range(2):
+            with pytest.raises(RolloutError, match=r"server 1 did not start: .*exit code 1: ValueError: the model is"):
+                generate(fleet, requests())
+
+
+def test_a_fleet_that_is_closed_while_its_servers_start_leaves_no_process(fleet_of):
+    with fleet_of([], ["no start"], wait=False) as (fleet, _):
+        processes = [psutil.Process(server.process.pid) for server in fleet.servers]
+    assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
+
+
 @contextmanager
 def taken_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -281,7 +305,8 @@ def test_a_server_of_somebody_else_is_one_message(tmp_path, fleet_of):
         )  # fmt: skip
         try:
             with pytest.raises(RolloutError, match=r"server 0 at http://127.0.0.1:[0-9]+ refuses us: .*status 401"):
-                stranger.run(stranger.bring_up())
+                stranger.launch()
+                stranger.run(stranger.wait_until_up())
         finally:
             stranger.close()
 

@@ -147,10 +147,11 @@ def _require_repeatable(weights: Weights) -> None:
 class ServersEngine:
     """Rank 0's RolloutEngine, whose engines are HTTP servers that it starts unless rollout.servers names running ones.
 
-    Making one is collective. `make_sender(host)` makes this end of the weight streams to servers on that host. `logs`
-    is a folder. `decode` turns response ids into text, and `say` takes a line for the user. `adapters`: what publishes
-    bring, if not whole models. `folder_is_first`: whether the weights of `hf_dir` are those of version 0; a new server
-    else needs a publish before it answers.
+    Making one is collective. It launches the servers and does not wait for them: the first publish or generation does,
+    and raises RolloutError on all ranks if one did not start. `make_sender(host)` makes this end of the weight streams
+    to servers on that host. `logs` is a folder. `decode` turns response ids into text, and `say` takes a line for the
+    user. `adapters`: what publishes bring, if not whole models. `folder_is_first`: whether the weights of `hf_dir` are
+    those of version 0; a new server else needs a publish before it answers.
     """
 
     _sender: Sender
@@ -183,7 +184,7 @@ class ServersEngine:
         self, logs: Path, make_sender: Callable[[str], Sender], decode: Callable[[list[int]], str],
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """Start the servers, or find those that run already."""
+        """Launch the servers, or begin to look for those that run already."""
         rollout = self._rollout
         settings = self._settings
         check_model(settings.hf_dir, rollout, self._max_model_len, settings.device, settings.adapters)
@@ -196,10 +197,12 @@ class ServersEngine:
             decode=partial(decode_inside, self._shape.vocab, decode), folder_is_first=self._folder_is_first,
         )  # fmt: skip
         try:
-            self._fleet.run(self._fleet.bring_up())
+            self._fleet.launch()
         except BaseException:
             self._fleet.close()
             raise
+        if not rollout.servers:
+            say(f"engine servers are starting ({rollout.num_servers}); their logs are in {logs}")
 
     def _client(self, url: str, token: str) -> VllmClient:
         return VllmClient(
@@ -329,6 +332,7 @@ class ServersEngine:
         fleet, mode = self._fleet, self._rollout.in_flight
 
         async def settle() -> None:
+            await fleet.wait_until_up()
             fleet.hold()
             fleet.version = self.weight_version
             if mode == "finish":
