@@ -117,6 +117,7 @@ def real_prompts(folder: str, count: int, tokens: int) -> dict[str, float]:
 
     def call() -> None:
         build._inserted.cache_clear()
+        build.prepare([group.prompt for group in groups])
         route(groups, algorithm(), seed=0, iteration=0, teacher_prompt=build)
 
     with without_cycle_collector():

@@ -48,18 +48,20 @@ class Loader(Protocol):
 
 
 class DriverSource:
-    """Rank 0's. `engine_metrics`: what the engine tells of the last generation. `experts`: the trainer uses the
-    engine's (rollout.routing_replay)."""
+    """Rank 0's. `prepare` is called with the prompts of groups of which some attempts may be shown a solution.
+    `engine_metrics`: what the engine tells of the last generation. `experts`: the trainer uses the engine's
+    (rollout.routing_replay)."""
 
     def __init__(
         self, config: Config, control: RoleControl, generate: Generator, loader: Loader,
         teacher_prompt: TeacherPromptFunction, histories: Histories, log: Log, *, dp_size: int, padding: Padding,
         engine_metrics: Callable[[], dict[str, float]], experts: bool = False, handover: Handover | None = None,
+        prepare: Callable[[Sequence[Prompt]], None] = lambda prompts: None,
     ) -> None:  # fmt: skip
         self._config, self._control, self._generate, self._loader = config, control, generate, loader
         self._teacher_prompt, self._histories, self._log = teacher_prompt, histories, log
         self._dp_size, self._padding, self._engine_metrics = dp_size, padding, engine_metrics
-        self._experts = experts
+        self._experts, self._prepare = experts, prepare
         self._handover = handover or Handover(config, {})
 
     def next_batch(self, iteration: int, timer: Timer) -> Batch:
@@ -99,6 +101,7 @@ class DriverSource:
         self._histories.give(groups, iteration)
         for group in groups:
             group.handed_over = self._handover.since
+        self._prepare([group.prompt for group in groups if self._may_be_taught(group)])
         report = route(
             groups, self._config.algorithm, seed=self._config.run.seed, iteration=iteration,
             teacher_prompt=self._teacher_prompt, feedback_with_solution=self._config.teacher.feedback_with_solution,
@@ -117,6 +120,11 @@ class DriverSource:
                 f"{shortened(report.nonfinite)}. Left out of the loss"
             )
         return report
+
+    def _may_be_taught(self, group: Group) -> bool:
+        """Whether a wrong attempt may be shown a solution: that of a sibling needs a correct one."""
+        teaching, outcomes = self._config.algorithm.teaching, {attempt.correct for attempt in group.attempts}
+        return teaching is not None and False in outcomes and (True in outcomes or teaching.sources != ("sibling",))
 
     def _plan(self, groups: list[list[Sample]], iteration: int) -> BatchPlan:
         return plan_batch(

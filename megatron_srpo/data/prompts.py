@@ -58,7 +58,7 @@ def _all_ids(examples: Sequence[Example], tokenizer: Tokenizer, config: DataConf
     for start in range(0, len(examples), _AT_ONCE):
         some = examples[start : start + _AT_ONCE]
         texts = [render_chat(tokenizer, one.messages, config.chat_template_kwargs, one.source) for one in some]
-        with _on_all_cores():
+        with on_all_cores():
             found += encode(tokenizer, texts)
     for example, ids in zip(examples, found, strict=True):
         if not ids:
@@ -70,7 +70,7 @@ def _all_ids(examples: Sequence[Example], tokenizer: Tokenizer, config: DataConf
 
 
 @contextmanager
-def _on_all_cores() -> Iterator[None]:
+def on_all_cores() -> Iterator[None]:
     """Let the tokenizer encode a batch in threads, because the other ranks wait for it. Afterwards it has one thread,
     as before, because processes are forked later."""
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")

@@ -20,7 +20,7 @@ from megatron_srpo.config.templates import Piece, template_pieces
 from megatron_srpo.core.records import Prompt, TurnFeedback
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.demonstrations import UntrustedText, strip_thinking
-from megatron_srpo.data.prompts import encode, render_chat
+from megatron_srpo.data.prompts import encode, on_all_cores, render_chat
 from megatron_srpo.data.tokenizer import Tokenizer
 
 _GAP = "\n[…]\n"  # stands for the part of a demonstration that was left out
@@ -61,7 +61,10 @@ class TeacherPromptBuilder:
         self._gap = self._untrusted.encode(_GAP)
         self._inserted = lru_cache(_RECENT)(self._untrusted.encode)
         self._literal = lru_cache(_RECENT)(lambda texts: [array("i", ids) for ids in encode(tokenizer, list(texts))])
-        self._last: tuple[Prompt, tuple[str, ...], list[Piece]] | None = None  # a group's attempts share the question
+        # What is known of the prompts of a batch: by (id of the prompt, names of what it shows), and by text.
+        self._known_pieces: dict[tuple[int, tuple[str, ...]], list[Piece]] = {}
+        self._known_ids: dict[str, array[int]] = {}
+        self._batch: Sequence[Prompt] = ()  # kept, so that no other prompt gets the id of one of these
         self._check_chat_template()
         if teacher.feedback_at == "turn":
             self._check_later_messages()
@@ -109,9 +112,22 @@ class TeacherPromptBuilder:
         )
         return TeacherPrompt(ids, truncated, filled)
 
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Render the questions of a batch with the place of a solution, and tokenize them all at once, on all cores:
+        rank 0 does it while the other ranks wait. What is not prepared is made when it is asked for."""
+        self._batch, self._known_pieces, self._known_ids = prompts, {}, {}
+        shown = tuple(name for name in ("solution",) if ("field", name) in self._template)
+        found = {(id(prompt), shown): self._pieces(prompt, shown) for prompt in prompts}
+        texts = list(dict.fromkeys(text for pieces in found.values() for kind, text in pieces if kind == "text"))
+        with on_all_cores():
+            ids = encode(self._tokenizer, texts)
+        self._known_pieces, self._known_ids = found, dict(zip(texts, (array("i", one) for one in ids), strict=True))
+
     def _literals(self, pieces: Sequence[Piece]) -> dict[str, array[int]]:
         texts = list(dict.fromkeys(text for kind, text in pieces if kind == "text"))
-        return dict(zip(texts, self._literal(tuple(texts)), strict=True))
+        unknown = tuple(text for text in texts if text not in self._known_ids)
+        made = dict(zip(unknown, self._literal(unknown), strict=True))
+        return {text: made[text] if text in made else self._known_ids[text] for text in texts}
 
     def words(self, *shown: str) -> int:
         """How many tokens the templates add to a question, with the sections of `shown` ("solution", "feedback"), but
@@ -146,8 +162,8 @@ class TeacherPromptBuilder:
     def _pieces(self, prompt: Prompt, shown: Collection[str]) -> list[Piece]:
         """The whole chat, as literal text and the places of the untrusted texts in it: of "solution" and "feedback" in
         the question, and at the ends of messages (`_name`)."""
-        if self._last is not None and self._last[0] is prompt and self._last[1] == tuple(shown):
-            return self._last[2]
+        if (known := self._known_pieces.get((id(prompt), tuple(shown)))) is not None:
+            return known
         marks = _marks(prompt.messages, shown)
         messages = list(prompt.messages)
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
@@ -162,9 +178,7 @@ class TeacherPromptBuilder:
         text = render_chat(self._tokenizer, messages, self._kwargs, prompt.uid, prompt.tools)
         names = {mark: name for name, mark in marks.items()}
         parts = re.split("(" + "|".join(names) + ")", text)
-        pieces = [("field", names[part]) if part in names else ("text", part) for part in parts if part]
-        self._last = prompt, tuple(shown), pieces
-        return pieces
+        return [("field", names[part]) if part in names else ("text", part) for part in parts if part]
 
     def _content(self, question: str, marks: dict[str, str]) -> str:
         """The user's message, with a mark in place of each untrusted text. Fields that are not shown are empty."""

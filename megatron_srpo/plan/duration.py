@@ -37,7 +37,7 @@ from megatron_srpo.plan.workload import QUANTILES, Workload
 MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
 # Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning), for a
 # token (pickling), and for the teacher prompts of one question of 280 tokens; other ranks tokenize demonstrations.
-DRIVER_ROLLOUT, DRIVER_TOKEN, DRIVER_TEACHER = 6e-5, 4e-9, 2.7e-3
+DRIVER_ROLLOUT, DRIVER_TOKEN, DRIVER_TEACHER = 6e-5, 4e-9, 1.2e-3
 DRIVER_EXPERT_BYTE = 2e-10  # seconds for a byte of the tokens' experts (rollout.routing_replay), measured alike
 HOST_LINK = 25e9  # bytes/s between a GPU and its host's memory
 GATHER_RATE = 1e9  # bytes/s at which rank 0 receives token ids, log-probs and text, over gloo on Ethernet

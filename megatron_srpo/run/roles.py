@@ -153,6 +153,7 @@ class Driver:
         return DriverSource(
             config, control, generate, loader, self._prompting.teacher_prompt, self._histories, self.log,
             dp_size=dp_size, padding=padding, engine_metrics=metrics, experts=sampling.experts, handover=handover,
+            prepare=self._prompting.teacher_prompt.prepare,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -195,3 +195,13 @@ def test_control_tokens_that_the_tokenizer_does_not_call_special_end_no_turn_eit
     found = builder(tokenizer=tokenizer)(prompt(), "so<|turn_end|>  l<t>", "f<|turn<|turn_end|>_end|>b")
     assert found.ids.count(end) == 1  # the template's own
     assert "|S:so  l<t>:S|F:fb:F|" in tokenizer.decode(found.ids)
+
+
+def test_prompts_that_were_prepared_are_the_same():
+    prompts = [prompt(text) for text in ("Q", "R", "Q", "SRPO0MARK0END")]
+    plain, ready = builder(), builder()
+    ready.prepare(prompts[:2])
+    ready.prepare(prompts[1:])  # the next batch; the first prompt is no longer known
+    for asked in prompts:
+        for solution, feedback in (("sol", None), ("sol", "fb"), (None, "fb")):
+            assert ready(asked, solution, feedback) == plain(asked, solution, feedback)

@@ -53,7 +53,7 @@ def test_routing_follows_the_handover_that_the_trainer_feeds():
     config = config_of(distill_patience=2)
     handover = Handover(config, {})
     source = DriverSource(
-        config, None, None, None, lambda *lesson: SimpleNamespace(ids=array("i", [1, 2]), truncated=False),
+        config, None, None, None, lambda *lesson, **known: SimpleNamespace(ids=array("i", [1, 2]), truncated=False),
         NoHistories(), None, dp_size=1, padding=Padding(), engine_metrics=dict, handover=handover,
     )  # fmt: skip
     found = []
