@@ -623,8 +623,8 @@ def check_steps(steps, samples, student, teacher, variant, layout):
             # One token's exp(−βH): an entropy that is off by δ nats makes it off by the factor e^δ; 6 % were seen.
             one_weight = "srpo/distill_weight_max"
             assert logged.pop(one_weight, 0.0) == pytest.approx(metrics.pop(one_weight, 0.0), rel=BF16_TOKEN), where
-            # k3's exp(gap) makes of a log-prob that is off by δ a term that is off by the factor e^δ: 5.09 % was seen on
-            # a GPU, and 5.43 % on an Intel Xeon.
+            # k3's exp(gap) makes of a log-prob that is off by δ a term that is off by the factor e^δ: 5.09 % was seen
+            # on a GPU, and 5.43 % on an Intel Xeon.
             gap = "actor/kl_loss"
             assert logged.pop(gap, 0.0) == pytest.approx(metrics.pop(gap, 0.0), rel=BF16_TOKEN, abs=BF16_TOKEN), where
             for shares in (logged, metrics):  # of tokens beyond a threshold: one of seven tokens may cross it
