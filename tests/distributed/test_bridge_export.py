@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 
 import pytest
@@ -85,6 +86,15 @@ def _check_live(folder: str) -> None:
     assert all(torch.equal(tensor, expected[name] * 2) for name, tensor in kept)  # never overwritten afterwards
 
 
+def _settled(alive, most):
+    """Whether at most so many of the buffers are alive: gloo's thread may hold one a moment longer than its result is
+    known."""
+    end = time.monotonic() + 10
+    while (found := sum(storage() is not None for storage in alive)) > most and time.monotonic() < end:
+        time.sleep(0.01)
+    return found <= most
+
+
 def _check_memory(folder: str, place: dict, bucket_bytes: int) -> None:
     """What is gathered at once is bounded by the bucket, and while one is consumed one more is there."""
     gathered: list[int] = []
@@ -104,7 +114,7 @@ def _check_memory(folder: str, place: dict, bucket_bytes: int) -> None:
         buckets = [bucket for bucket in exporter.buckets if bucket[0].copies > 1]
         begun = []
         for _ in exporter.items():
-            assert sum(storage() is not None for storage in alive) <= 2
+            assert _settled(alive, 2)
             begun.append(len(gathered))
         assert max(gathered) <= size
         assert len(buckets) == len(gathered)
