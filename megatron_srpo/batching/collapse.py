@@ -122,7 +122,10 @@ class CollapseAlarm:
             return "What may help: a reward that looks at more than the final answer, or algorithm.kl_loss_coef."
         helps = []
         if not getattr(algorithm, "distill_iterations", 1) and not getattr(algorithm, "distill_patience", 1):
-            helps.append(f"algorithm.distill_iterations (fewer than {iteration}: reinforce afterwards)")
+            helps.append(
+                "algorithm.distill_patience = 10 with distill_decay = 10, or algorithm.distill_iterations (fewer than "
+                f"{iteration}): reinforce afterwards"
+            )
         if "solution" in algorithm.teaching.sources:
             helps.append('algorithm.teachers without "solution" (a model that cannot use a solution is no teacher)')
         if algorithm.teaching.sibling_min_length < SUGGESTED_MIN_LENGTH:

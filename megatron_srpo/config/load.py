@@ -86,6 +86,9 @@ def nearest_key(key: str) -> str | None:
     if others:
         return OTHER_NAMES[others[0]]
     same = [known for known in keys if known.rpartition(".")[2] == leaf]
+    begun = [known for known in keys if known.startswith(key)]  # rollout.n_samples is the beginning of one key
+    if len(begun) == 1:
+        return begun[0]
     for pool in (same, keys):
         found = difflib.get_close_matches(key, pool, n=1, cutoff=0.0 if pool is same else 0.6)
         if found:

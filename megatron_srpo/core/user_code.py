@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import site
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -50,3 +53,10 @@ def limit_memory(mib: int) -> None:
         with open("/proc/self/statm") as statm:
             present = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (present + mib * 2**20,) * 2)
+
+
+def place(error: BaseException) -> str:
+    """Where in the user's code it was raised, as " (file.py, line 5, in name)"; "" if it was raised elsewhere."""
+    others = (str(Path(__file__).resolve().parents[1]), *site.getsitepackages(), sysconfig.get_path("stdlib"))
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(others)]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""

@@ -17,19 +17,16 @@ import os
 import pickle
 import selectors
 import signal
-import site
 import socket
 import sys
-import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.user_code import limit_memory, print_line_by_line
+from megatron_srpo.core.user_code import limit_memory, place, print_line_by_line
 from megatron_srpo.environments.base import Environment, Step, Task
 from megatron_srpo.environments.registry import check_arguments, resolve
 from megatron_srpo.environments.server import die_with_parent, forget_much, server_of, uses_server
@@ -72,7 +69,7 @@ def main(descriptor: int) -> None:
             text = str(error)
             if not isinstance(error, UserError):
                 traceback.print_exc()
-                text = f"it cannot be prepared: {type(error).__name__}: {error}{_place(error)}"
+                text = f"it cannot be prepared: {type(error).__name__}: {error}{place(error)}"
             _tell(control, {"failed": f"kind {kind!r}: {text}"})
             os._exit(0)
     gc.collect()
@@ -218,7 +215,7 @@ class _Episode:
             except MemoryError:
                 line = _to_json({"error": "out of memory (environment.memory_mib limits it)"})
             except Exception as error:
-                text = f"exception: {type(error).__name__}: {error}"[:ERROR_LIMIT] + _place(error)
+                text = f"exception: {type(error).__name__}: {error}"[:ERROR_LIMIT] + place(error)
                 if isinstance(error, UserError):  # it says all that is needed
                     text = str(error)[:ERROR_LIMIT]
                 self._print_traceback(error)
@@ -281,13 +278,6 @@ def _message_list(must: str, messages: object) -> list[dict[str, Any]]:
 def _plain(value: Any) -> Any:
     """A number of NumPy's as Python's."""
     return value.item() if hasattr(value, "item") else value
-
-
-def _place(error: BaseException) -> str:
-    """Where in the user's code it was raised, if it was."""
-    others = (str(Path(__file__).resolve().parents[1]), *site.getsitepackages(), sysconfig.get_path("stdlib"))
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(others)]
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 async def _receive(reader: asyncio.StreamReader) -> Any:

@@ -17,7 +17,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_srpo.core.user_code import limit_memory, print_line_by_line
+from megatron_srpo.core.user_code import limit_memory, place, print_line_by_line
 from megatron_srpo.rewards.registry import RewardError, RewardFunction, as_verdict, resolve
 
 HEADER_BYTES = 8
@@ -81,8 +81,8 @@ def score_one(function: RewardFunction, response: str, answer: object, metadata:
     except RewardError as error:
         text = str(error)
     except BaseException as error:  # SystemExit too: a reward function must not end the worker
-        text = f"{type(error).__name__}: {error}"
-    return Result(error=f"exception: {text[:ERROR_LIMIT]}")
+        text = f"{type(error).__name__}: {error}"[:ERROR_LIMIT] + place(error)
+    return Result(error=f"exception: {text[: 2 * ERROR_LIMIT]}")
 
 
 def _resolve_all(channel: socket.socket, setup: Setup) -> dict[str, RewardFunction] | None:

@@ -78,22 +78,29 @@ def chosen_prompts(prompts: Sequence[Prompt], settings: EvalConfig, split: str) 
 
 
 def taught_prompts(
-    prompts: Sequence[Prompt], build: TeacherPromptFunction, split: str
-) -> tuple[list[Prompt], str]:  # fmt: skip
+    prompts: Sequence[Prompt], build: TeacherPromptFunction, decode: Callable[[list[int]], str], split: str
+) -> tuple[list[Prompt], list[str]]:  # fmt: skip
     """The prompts as the self-teacher reads them when it is shown the data's own solution, those without one left out;
-    and a line for the user. UserError if there is none."""
-    found = []
+    and lines for the user. `decode` gives the text of a prompt. UserError if none is left."""
+    found, cut = [], 0
     for prompt in prompts:
         shown = build(prompt, prompt.solution, None, solution_ids=None) if prompt.solution.strip() else None
         if shown is not None:
-            found.append(replace(prompt, token_ids=shown.ids.tolist()))
+            ids, cut = shown.ids.tolist(), cut + shown.truncated
+            found.append(replace(prompt, token_ids=ids, messages=({"role": "user", "content": decode(ids)},)))
     if not found:
         raise UserError(
             f"eval --as-teacher: none of {len(prompts)} {split} prompts has a solution that fits: set "
             "data.solution_key to the field of the rows that has a worked solution, or raise teacher.max_prompt_length"
         )
     text = f"the model reads the solutions of {len(found)} {split} prompts, as the self-teacher does"
-    return found, text if len(found) == len(prompts) else f"{text}; {len(prompts) - len(found)} have none, or none fits"
+    lines = [text if len(found) == len(prompts) else f"{text}; {len(prompts) - len(found)} have none, or none fits"]
+    if cut:
+        lines.append(
+            f"warning: {cut} of {len(found)} solutions are cut to fit, so the model does not read them whole; raise "
+            "teacher.max_prompt_length"
+        )
+    return found, lines
 
 
 def _majorities(groups: Sequence[Group], same: SameAnswers | None) -> list[bool]:

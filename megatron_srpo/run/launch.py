@@ -153,7 +153,8 @@ def measure(
 ) -> dict[str, float]:  # fmt: skip
     """Evaluate model.path, or a checkpoint of ours, on a split. Returns the metrics on rank 0, {} on the other ranks.
     Rank 0 writes the responses to the file `responses`; an earlier one is set aside. `taught`: the model reads the
-    data's own solution with each question, as the self-teacher does."""
+    data's own solution with each question, as the self-teacher does; eval/accuracy_untaught is then the accuracy for
+    the same questions alone."""
     with open_session(config) as session, ExitStack() as closing:
         from megatron_srpo import checkpoints
         from megatron_srpo.run.assembly import build_scorer
@@ -164,7 +165,8 @@ def measure(
         control = session.control
         role = _open_role(config, session, (split,), closing)
         scorer = build_scorer(config, session, role, closing)
-        prompts = control.share(lambda: role.taught_prompts(split) if taught else role.prompts(split))
+        plain = control.share(lambda: role.prompts(split))
+        prompts = control.share(lambda: role.taught_prompts(split)) if taught else plain
         folder = control.share(lambda: checkpoints.whole(checkpoint) if checkpoint else None)
         control.share(lambda: _require_same_adapters(config, folder))
         untrained = config.rollout.model_copy(update={"routing_replay": "off"})  # nobody asks for experts
@@ -179,6 +181,11 @@ def measure(
         role.log.message(chosen)
         timer = PhaseTimer(Watchdog(0).phase)
         metrics = Evaluator(config, engine, prompts, scorer, keep=partial(_write_responses, responses))(timer)
+        if taught:
+            uids = {prompt.uid for prompt in prompts}
+            same = [prompt for prompt in plain if prompt.uid in uids]
+            untaught = Evaluator(config, engine, same, scorer)(timer)
+            metrics |= {"eval/accuracy_untaught": untaught["eval/accuracy"]} if control.is_driver else {}
         if control.is_driver:
             role.log.message(f"the responses are in {responses}")
     return metrics

@@ -95,8 +95,8 @@ def _advice(
     half = search(arch, gpus // 2, machine, workload, show=1, lora=lora).best if gpus >= 2 else []
     if half and half[0].step_seconds < ENOUGH * found.best[0].step_seconds:
         yield (
-            f"{gpus // 2} GPUs are enough: an iteration takes {half[0].step_seconds:.1f} s there, and "
-            f"{found.best[0].step_seconds:.1f} s on {gpus} GPUs ({half[0].layout.name()})."
+            f"{gpus // 2} GPUs are enough: an iteration takes {half[0].step_seconds:.1f} s there "
+            f"({half[0].layout.name()}), and {found.best[0].step_seconds:.1f} s on {gpus} GPUs."
         )
 
 

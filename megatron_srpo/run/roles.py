@@ -100,8 +100,10 @@ class Driver:
         return self._prompts.get(split, [])
 
     def taught_prompts(self, split: str) -> list[Prompt]:
-        prompts, line = taught_prompts(self.prompts(split), self._prompting.teacher_prompt, split)
-        self.log.message(line)
+        build = self._prompting.teacher_prompt
+        prompts, lines = taught_prompts(self.prompts(split), build, self._decode_prompt, split)
+        for line in lines:
+            self.log.message(line)
         return prompts
 
     def chat_options(self) -> Mapping[str, object]:

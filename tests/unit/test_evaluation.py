@@ -156,14 +156,16 @@ def test_rewards_that_fail_in_an_evaluation_are_told_with_their_reasons():
 
 
 def test_a_prompt_is_evaluated_as_its_teacher_reads_it():
+    decode = chat_tokenizer().decode
     teacher = TeacherConfig(template="{question}{solution}", solution_section="|S:{solution}:S")
     build = TeacherPromptBuilder(chat_tokenizer(), teacher, DataConfig(train="unused"), 40)
     asked = Prompt("test:0", ({"role": "user", "content": "Q"},), [1], "A", "exact", solution="so A")
-    prompts, line = taught_prompts(
-        [asked, replace(asked, solution=" "), replace(asked, solution="A" * 90)], build, "test"
-    )
+    given = [asked, replace(asked, solution=" "), replace(asked, solution="A" * 90)]
+    prompts, (line, warning) = taught_prompts(given, build, decode, "test")
     shown = "<|im_start|>user\nQ|S:so A:S<|im_end|>\n<|im_start|>assistant\n"
     assert chat_tokenizer().decode(prompts[0].token_ids) == shown and prompts[0].answer == "A"
-    assert len(prompts) == 2 and "2 test prompts" in line and "1 have none" in line  # the long one is cut to fit
+    assert prompts[0].messages == ({"role": "user", "content": shown},)  # what the file of responses shows
+    assert len(prompts) == 2 and "2 test prompts" in line and "1 have none" in line
+    assert "1 of 2 solutions are cut to fit" in warning
     with pytest.raises(UserError, match=r"none of 1 test prompts has a solution.*data\.solution_key"):
-        taught_prompts([replace(asked, solution="")], build, "test")
+        taught_prompts([replace(asked, solution="")], build, decode, "test")
