@@ -278,6 +278,7 @@ def test_tasks_that_come_bit_by_bit_are_scored_like_a_batch_and_meanwhile(pool):
         pool.add(own(response))
     assert pool.finish() == whole
     assert pool.finish() == []
+    pool.score(own("1"))  # the workers of "hang" and "exit" begin again meanwhile; now one of them is idle
     pool.add(own("0.75"))  # an idle worker has it now, whether or not anybody asks for the result
     (worker,) = [worker for worker in pool._workers if worker.pending]
     wait([worker.channel])
