@@ -117,6 +117,7 @@ def test_a_wrong_value_is_told_with_what_was_expected(minimal, override, expecte
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
+        ("rollout.n_samples", "rollout.n_samples_per_prompt"),  # the beginning of one key
         ("optimizer.warmup_step", "optimizer.warmup_steps"),
         ("rollout.temprature", "rollout.temperature"),
         ("train.lr", "optimizer.lr"),
