@@ -35,7 +35,7 @@ from megatron_srpo.mcore import checkpoint, groups
 from megatron_srpo.mcore.device import choose_device
 from megatron_srpo.run.cli import run_alone
 
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # glibc's malloc.h
 
 
 def _bytes(snapshot: checkpoint.Snapshot) -> int:
@@ -66,9 +66,10 @@ def main(
 ) -> None:
     """Print every rank's bytes, peak and seconds."""
     run_alone()
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**17)
     path = choose_device("auto", groups.local_rank())
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # after the trainer, which keeps all memory
+        libc.mallopt(M_MMAP_MAX, 2**16)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**17)
     config = Config(
         model={"path": "random", "dtype": dtype}, data={"train": "unused"},
         parallel={"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1},

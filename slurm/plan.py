@@ -21,6 +21,7 @@ from megatron_srpo.plan import (
     shipped_if_absent,
 )
 from megatron_srpo.plan.configuration import layout_of, workload_of
+from megatron_srpo.plan.hardware import GIB
 from slurm.job import files_and_overrides
 
 
@@ -64,12 +65,12 @@ def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Itera
     for role, memory in (("a training GPU", found.memory), ("an engine's GPU", found.engine)):
         if memory is not None:
             verdict = "fits" if memory.fits else "; ".join(["DOES NOT FIT", *memory.notes])
-            yield f"memory of {role}, GB: {_sum(memory.lines, 1e9)} of {memory.limit / 1e9:.1f}: {verdict}"
-    phases = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.memory.phases.items())
-    margin = (found.memory.limit - found.memory.total) / 1e9
-    yield f"a training GPU by phase, GB: {phases}; margin {margin:.1f}"
-    saving, loading = found.memory.host_saving / 1e9, found.memory.host_loading / 1e9
-    yield f"a node's host memory, GB: saving a checkpoint {saving:.0f}, loading one {loading:.0f}"
+            yield f"memory of {role}, GiB: {_sum(memory.lines, GIB)} of {memory.limit / GIB:.1f}: {verdict}"
+    phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.memory.phases.items())
+    margin = (found.memory.limit - found.memory.total) / GIB
+    yield f"a training GPU by phase, GiB: {phases}; margin {margin:.1f}"
+    saving, loading = found.memory.host_saving / GIB, found.memory.host_loading / GIB
+    yield f"a node's host memory, GiB: saving a checkpoint {saving:.0f}, loading one {loading:.0f}"
     if found.time is not None:
         yield f"an iteration, s: {_sum(found.time.lines, 1)}"
 

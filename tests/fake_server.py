@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import signal
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +105,8 @@ def main(host: str, port: str, file: str) -> None:
     if lines:
         Handler.behaviour = lines[0]
         Path(file).write_text("".join(f"{line}\n" for line in lines[1:]))
+    if Handler.behaviour == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if Handler.behaviour == "no start":
         sys.exit("ValueError: the model is too large")
     if Handler.behaviour == "shared memory":

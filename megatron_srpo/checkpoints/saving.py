@@ -325,7 +325,9 @@ class Checkpoints(Generic[Policy]):
         aside = found.with_name(f"damaged_{found.name}")
         shutil.rmtree(aside, ignore_errors=True)
         found.rename(aside)
-        self._say(f"warning: checkpoint {found} is damaged ({problem}): the one before it is used; it is now {aside}")
+        self._say(
+            f"warning: checkpoint {found} is damaged ({problem}): it is now {aside}, and the next older one is tried"
+        )
 
     def _examine(self, found: Path, policy: Policy) -> folders.Manifest:
         """(rank 0) UserError for a checkpoint of another run, or for a reset that is not allowed. Prints every other

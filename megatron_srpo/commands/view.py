@@ -117,14 +117,24 @@ def view(
             console.print(text)
     if len(wanted) > prompts:
         console.print(f"{len(wanted) - prompts} more of such prompts: --prompts {len(wanted)} shows all", style="dim")
+    if evaluated := _evaluated(run):
+        console.print(f"Evaluations have files of their own: {evaluated}", style="dim")
     return 0
+
+
+def _evaluated(run: Path) -> str:
+    """The files that eval has written into a run's folder, in words; "" if there are none."""
+    return ", ".join(map(str, sorted((run / "eval").glob("*.jsonl"))))
 
 
 def _read(run: Path, iteration: int | None) -> tuple[str, list[Record]]:
     """The prompts of one iteration, or of an evaluation, and where they are from."""
     file = run / ROLLOUTS_FILE if run.is_dir() else run
     if not file.is_file():
-        raise UserError(f"view: expected a run's folder with {ROLLOUTS_FILE}, or a file that eval has written: {run}")
+        instead = f"; eval has written {files}" if (files := _evaluated(run)) else ""
+        raise UserError(
+            f"view: expected a run's folder with {ROLLOUTS_FILE}, or a file that eval has written: {run}{instead}"
+        )
     found, steps = "", []
     evaluated: list[Record] = []
     try:

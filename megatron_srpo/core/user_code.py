@@ -37,11 +37,11 @@ def load_file(path: Path, *, error: type[UserError] = UserError) -> ModuleType:
 
 
 def print_line_by_line() -> None:
-    """Write every printed line at once: a process that is killed would take its buffer with it. No text fails because
-    of its encoding."""
+    """Write every printed line at once and whole: a process that is killed would take its buffer with it, and under
+    PYTHONUNBUFFERED pieces of lines of several processes would mix. No text fails because of its encoding."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+            stream.reconfigure(line_buffering=True, write_through=False, errors="backslashreplace")
 
 
 def limit_memory(mib: int) -> None:

@@ -21,10 +21,11 @@ from typing import Any
 from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.environment import inherited
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.exit_codes import exit_words
 from megatron_srpo.core.output_log import OutputLog
 from megatron_srpo.core.text import clause
 from megatron_srpo.environments.base import Message, Step, Task
-from megatron_srpo.environments.worker import LARGEST_PACKET, Setup, encode, exit_words
+from megatron_srpo.environments.worker import LARGEST_PACKET, Setup, encode
 
 START_SECONDS = 300.0  # limit for importing the classes, and maybe vLLM for its tool parsers
 LONGEST_ANSWER = 2**20  # bytes of an environment's answer

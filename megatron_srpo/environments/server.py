@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.exit_codes import exit_words
 from megatron_srpo.core.output_log import last_words
 
 HOST = "127.0.0.1"
@@ -83,7 +84,7 @@ def start_server(command: Sequence[str]) -> int:
         process.kill()
         process.wait()
     else:
-        how = f"ended with exit code {process.returncode}"
+        how = f"ended: {exit_words(process.returncode)}"
     raise UserError(f"the server {line!r} {how}{server.last_words()}")
 
 

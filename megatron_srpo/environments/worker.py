@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.exit_codes import exit_words
 from megatron_srpo.core.user_code import limit_memory, place, print_line_by_line
 from megatron_srpo.environments.base import Environment, Step, Task
 from megatron_srpo.environments.registry import check_arguments, resolve
@@ -329,13 +330,3 @@ def _parent(pid: str) -> int | None:
     with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/stat", errors="replace") as file:
         return int(file.read().rpartition(")")[2].split()[1])
     return None
-
-
-def exit_words(code: int) -> str:
-    """How a process has ended: "exit code 3", or "killed by SIGKILL" for -9."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"

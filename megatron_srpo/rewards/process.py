@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import IO
 
 from megatron_srpo.core.environment import inherited
+from megatron_srpo.core.exit_codes import exit_words
 from megatron_srpo.core.output_log import OutputLog
 from megatron_srpo.rewards.registry import LARGEST_SCORE
 from megatron_srpo.rewards.worker import Result, Setup, Task, encode
@@ -135,7 +136,7 @@ class WorkerProcess:
         self._close()
         if self._junk:
             return self._junk
-        how = "killed" if code is None else f"exit code {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
+        how = "killed" if code is None else exit_words(code)
         last = self._tail.decode(errors="replace").strip().splitlines()[-1:]
         return f"{how}: {last[0][:200]}" if last else how
 
@@ -195,10 +196,3 @@ def _search_path() -> list[str]:
     here = os.getcwd()
     path = list(dict.fromkeys(os.path.abspath(entry or here) for entry in sys.path))
     return path if here in path else [*path, here]
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -51,7 +51,10 @@ class Prompting:
 
         files = self._config.data.train if split == "train" else self._config.data.test
         if not files:
-            raise ConfigError(f"data.{split} is empty: name the file of the {split} split.")
+            raise ConfigError(
+                f"data.{split} is empty: name the file of the {split} split"
+                + (", or evaluate the training data with --split train" if split == "test" else "")
+            )
         examples, report = load_rows(files, self._config.data, self._problem)
         folder = Path(self._config.run.output_dir)
         cache = folder / FOLDER if folder.is_dir() else None  # `check` leaves nothing behind

@@ -235,7 +235,7 @@ def test_a_server_that_was_killed_is_told_and_started_again_and_ends_with_the_pr
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (["false", "{port}"], "the server 'false .*' ended with exit code 1"),
+        (["false", "{port}"], "the server 'false .*' ended: exit code 1"),
         (["sh", "-c", "echo no such app >&2; exit 3", "{port}"], "exit code 3. It said: no such app"),
         (["no-such-program", "{port}"], "cannot be started: .*No such file"),
         (["sleep", "9"], r"expected \"\{port\}\" in it"),

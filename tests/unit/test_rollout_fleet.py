@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from megatron_srpo.config import Config, RolloutConfig
-from megatron_srpo.core.exit_codes import STOPPED
+from megatron_srpo.core.exit_codes import STOPPED, exit_words
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
 from megatron_srpo.rollout.engine import decode_inside
@@ -33,6 +33,7 @@ from megatron_srpo.rollout.vllm.server_process import (
     check_address,
     server_environment,
 )
+from megatron_srpo.rollout.vllm.servers import ServersEngine
 from megatron_srpo.rollout.vllm.settings import EngineSettings
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 from tests.fake_server import answer, damaged, packed
@@ -255,6 +256,27 @@ def test_a_server_that_does_not_start_is_one_message_with_its_log(fleet_of):
         pass
 
 
+def test_a_server_that_is_killed_while_it_starts_is_told_by_its_signal(fleet_of):
+    expected = pytest.raises(RolloutError, match=r"server 0 did not start: it ended with exit code 137 \(SIGKILL\): ")
+    with expected, fleet_of(["killed"]):
+        pass
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (3, "exit code 3"),
+        (-9, "killed by SIGKILL"),
+        (137, "exit code 137 (SIGKILL)"),
+        (130, "exit code 130 (SIGINT)"),
+        (250, "exit code 250"),
+        (-99, "killed by signal 99"),
+    ],
+)
+def test_how_a_process_ended(code, words):
+    assert exit_words(code) == words
+
+
 def test_requests_wait_for_servers_that_start(fleet_of, expected):
     with fleet_of([], [], wait=False) as (fleet, said):
         assert generate(fleet, requests()) == expected
@@ -378,11 +400,21 @@ def test_servers_end_with_a_trainer_that_is_killed(tmp_path):
     assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
 
 
+def own_servers(rollout: RolloutConfig) -> list:
+    """The servers that a run would start, not started."""
+    engine = object.__new__(ServersEngine)
+    engine._rollout, engine._settings = rollout, EngineSettings("", "", "float32", rollout, 100, 0, "cpu", "")
+    return engine._own_servers(Path("unused"))
+
+
 def test_a_server_that_cannot_listen_is_refused_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RolloutError, match=f"--port {port}: another program listens on it"):
             check_address("127.0.0.1", port)
+        rollout = RolloutConfig(placement="servers", server_port=port)
+        with pytest.raises(RolloutError, match=f"rollout.server_port: port {port}: another program listens on it"):
+            own_servers(rollout)
     check_address("127.0.0.1", port)
     for host in ("203.0.113.7", "no-such-host.invalid"):
         with pytest.raises(RolloutError, match=f"--host {host}: .*expected an address of this machine"):

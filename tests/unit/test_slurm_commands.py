@@ -120,9 +120,9 @@ def test_a_dry_run_reads_the_engines_size_without_todays_python(tmp_path, monkey
 
 def test_a_dry_run_ends_with_what_the_planner_says_of_memory_and_time():
     fits, phases, host, time = dry_run("srpo_qwen3_32b.sh", SRPO_PYTHON=sys.executable)[-4:]
-    assert fits.startswith("# memory of a training GPU, GB: weights 8.2 + gradients 16.4") and fits.endswith("fits")
-    assert re.search("GB: generate .* swap .* score .* train .* publish .* save .* load .*; margin", phases)
-    assert "host memory, GB: saving a checkpoint" in host
+    assert fits.startswith("# memory of a training GPU, GiB: weights 7.6 + gradients 15.3") and fits.endswith("fits")
+    assert re.search("GiB: generate .* swap .* score .* train .* publish .* save .* load .*; margin", phases)
+    assert "host memory, GiB: saving a checkpoint" in host
     assert time.startswith("# an iteration, s: ")
     tight = dry_run("srpo_qwen3_32b.sh", "--nodes=1", SRPO_PYTHON=sys.executable, SRPO_GPU="a100")
     assert "32 h100" not in "".join(tight) and "DOES NOT FIT" in tight[-3]

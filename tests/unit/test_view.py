@@ -32,6 +32,14 @@ def shown(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def test_the_files_of_evaluations_are_named(run, capsys):
+    assert "Evaluations have" not in shown(capsys, run)
+    (run / "eval").mkdir()
+    file = run / "eval" / "test.jsonl"
+    file.write_text("")
+    assert f"Evaluations have files of their own: {file}" in " ".join(shown(capsys, run).split())
+
+
 def test_the_newest_iteration_with_its_texts(run, capsys):
     text = shown(capsys, run)
     assert 'iteration 2 · train:0 · kind exact · 2 of 3 correct · answer "7"' in text

@@ -4,7 +4,7 @@
     python parent_watcher.py --alone COMMAND …   there is no trainer: the server runs until this process is stopped
 
 It uses the standard library only and is started by its path, because it must be up at once and stay small. Its exit
-code is that of the command.
+code is that of the command; if a signal ended the command, it is the signal's number + 128, as in a shell.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
-STOPPED = 130  # megatron_srpo.core.exit_codes.STOPPED, which cannot be imported here
+STOPPED, SIGNALLED = 130, 128  # as in megatron_srpo.core.exit_codes, which cannot be imported here
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ALONE = "--alone"
 SHARED_MEMORY = re.compile(r"(/dev/shm/\S+)")
@@ -118,4 +118,5 @@ def main(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]) & 0xFF)
+    code = main(sys.argv[1:])
+    sys.exit(code if code >= 0 else SIGNALLED - code)

@@ -17,6 +17,7 @@ import torch
 from megatron_srpo.config import Config, published_adapters
 from megatron_srpo.core import loopback
 from megatron_srpo.core.environment import inherited
+from megatron_srpo.core.exit_codes import exit_words
 from megatron_srpo.core.output_log import last_words
 from megatron_srpo.rollout.engine import RolloutError
 from megatron_srpo.rollout.vllm import parent_watcher
@@ -136,7 +137,8 @@ class VllmServerProcess:
         code = None if self._process is None else self._process.poll()
         if self._process is not None and code is None:
             return None
-        return f"it ended with exit code {code}: {self.last_words()}"
+        how = "it was not started" if code is None else f"it ended with {exit_words(code)}"
+        return f"{how}: {self.last_words()}"
 
     def port_was_taken(self) -> bool:
         return "address already in use" in self._since_start().lower()
@@ -192,16 +194,19 @@ def visible_devices(server: int, tensor_parallel_size: int, given: list[int]) ->
     return ",".join(mine)
 
 
-def check_address(host: str, port: int) -> None:
-    """Raise RolloutError if a server cannot listen there: vLLM itself would find out after half a minute."""
+def check_address(host: str, port: int, host_option: str = "--host", port_option: str = "--port") -> None:
+    """Raise RolloutError, with the option that gave it, if a server cannot listen there: vLLM itself would find out
+    when it has loaded the model."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise RolloutError(f"--port {port}: another program listens on it at {host}; choose a free one") from error
+            raise RolloutError(
+                f"{port_option} {port}: another program listens on it at {host}; choose a free one"
+            ) from error
         raise RolloutError(
-            f"--host {host}: {error.strerror}; expected an address of this machine, as the run will reach it"
+            f"{host_option} {host}: {error.strerror}; expected an address of this machine, as the run will reach it"
         ) from error
 
 

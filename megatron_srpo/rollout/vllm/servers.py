@@ -43,7 +43,12 @@ from megatron_srpo.rollout.fleet import Fleet, Server
 from megatron_srpo.rollout.http import ServerError, UnacceptableRequest, results_or_errors
 from megatron_srpo.rollout.vllm.adapter_loader import ADAPTER
 from megatron_srpo.rollout.vllm.client import MODEL_NAME, VllmClient
-from megatron_srpo.rollout.vllm.server_process import VllmServerProcess, server_environment, visible_devices
+from megatron_srpo.rollout.vllm.server_process import (
+    VllmServerProcess,
+    check_address,
+    server_environment,
+    visible_devices,
+)
 from megatron_srpo.rollout.vllm.settings import EngineSettings, check_model, model_shape
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 
@@ -226,6 +231,8 @@ class ServersEngine:
             devices = None if cpu else visible_devices(i, rollout.tensor_parallel_size, rollout.server_devices)
             environment = server_environment(token, devices, threads if cpu else None, rollout.server_environment)
             port = rollout.server_port and rollout.server_port + i
+            if port:
+                check_address(rollout.server_host, port, "rollout.server_host", "rollout.server_port: port")
             log = logs / f"server-{i}.log"
             process = VllmServerProcess(self._settings, environment, rollout.server_host, port, log)
             servers.append(VllmServer(f"server {i}", self._client("", token), process))
