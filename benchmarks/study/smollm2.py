@@ -31,6 +31,13 @@ METHODS = {
     "grpo": SMALL["grpo"].keys,
     "srpo": SMALL["srpo"].keys,
     RECIPE: {**SMALL[RECIPE].keys, "data.solution_key": "solution"},
+    f"{RECIPE}-readable": {
+        **SMALL[RECIPE].keys,
+        "data.solution_key": "solution",
+        # The words with which this model is right most often when it reads a solution (eval --as-teacher).
+        "teacher.template": "{question}{solution}",
+        "teacher.solution_section": "\nCopy this line:\n{solution}",
+    },
 }
 SEEDS = 3
 # Two answered sums, because the model does not write <answer> when it is only told to.
