@@ -64,9 +64,10 @@ class Algorithm(Section):
     rollout_correction_cap: float = Field(2.0, gt=0)
     """Largest importance weight of rollout_correction. Must be at least 1 with "truncate" and 1.05 with the masks."""
     kl_loss_coef: float = Field(0.0, ge=0)
-    """Coefficient of the KL divergence (k3 estimate) from the initial model. 0 switches it off."""
+    """Coefficient of the KL divergence (k3 estimate) from the initial model, on responses with a policy gradient: its
+    teacher holds a response that is distilled. 0 switches it off."""
     entropy_coef: float = Field(0.0, ge=0)
-    """Coefficient of the entropy bonus. 0 switches it off."""
+    """Coefficient of the entropy bonus, on responses with a policy gradient. 0 switches it off."""
 
     @field_validator("dual_clip")
     @classmethod
@@ -137,10 +138,11 @@ class SelfTeaching(GroupAdvantage):
     default_teachers: ClassVar[tuple[SourceName, ...]] = ("sibling",)
 
     teachers: list[SourceName] = Field([])
-    """What the teacher may be shown, in order; the first that exists for a response is shown. "sibling" is a correct
-    response of the group, "solution" the data's own solution (data.solution_key), "memory" a correct response of an
-    earlier iteration, "feedback" the reward function's feedback. "none" shows the question alone, as a control. Empty
-    takes the algorithm's own order: sibling, then memory for drift, and sibling for the others."""
+    """What the teacher may be shown, in order; the first that exists for a response is shown. "sibling" is a
+    correct response of the group, "solution" the data's own solution (data.solution_key), "memory" a correct
+    response of an earlier iteration, "feedback" the reward function's feedback. "none" shows the question
+    alone, as a control, and is the last if there are several. Empty takes the algorithm's own order: sibling,
+    then memory for drift, and sibling for the others."""
     use_feedback: bool = False
     """Let the reward function's feedback teach a response that no other source can teach. The same as "feedback" at the
     end of teachers."""
@@ -149,7 +151,7 @@ class SelfTeaching(GroupAdvantage):
     the one that has taught least in this group."""
     sibling_min_length: float = Field(0.0, ge=0, le=1)
     """Shortest response that may teach, as a share of the median length of the group's correct responses. Protects from
-    collapsing lengths; 0 allows all."""
+    collapsing lengths; 0 allows all. "solution" and "memory" are not looked at."""
 
     @property
     def teaching(self) -> SelfTeaching:
@@ -164,6 +166,15 @@ class SelfTeaching(GroupAdvantage):
     @property
     def needs(self) -> Needs:
         return Needs(teacher=True, reference=self.kl_loss_coef > 0, history="memory" in self.sources)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if unused := self.sources[self.sources.index("none") + 1 :] if "none" in self.sources else ():
+            key = "algorithm.teachers" if unused[0] in self.teachers else "algorithm.use_feedback"
+            yield (
+                f'{key}: "none" always has something to show, the question alone, so {unused[0]} behind it never '
+                'teaches; let "none" be the last source'
+            )
 
 
 class Distillation(SelfTeaching):

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from megatron_srpo.algorithms.base import Algorithm
 from megatron_srpo.algorithms.routing import may_count
+from megatron_srpo.algorithms.teachers import can_teach_all_wrong
 from megatron_srpo.core.records import Group
 
 
 class ContrastingGroups:
     """Groups of one iteration: all of one batch, or with `choose` up to `wanted` groups of any number of batches that
-    have a contrast: right and wrong answers, or feedback that may teach. If too few have one, the iteration is smaller;
-    if none has, it is the last batch as it came.
+    have a contrast: right and wrong answers, or only wrong ones of which one can be distilled. If too few have one, the
+    iteration is smaller; if none has, it is the last batch as it came.
     """
 
     def __init__(self, wanted: int, algorithm: Algorithm, *, choose: bool) -> None:
@@ -36,12 +37,8 @@ class ContrastingGroups:
         correct = [attempt.correct for attempt in group.attempts]
         if any(correct):
             return not all(correct)
-        settings = self._algorithm.teaching
-        if settings is None:
-            return False
-        # Sources that can teach a group without any correct answer.
-        taught = "feedback" in settings.sources and any(attempt.reward.feedback for attempt in group.attempts)
-        return taught or ("solution" in settings.sources and bool(group.prompt.solution))
+        settings = self._algorithm.distillation  # other methods with a teacher learn from advantages, which are 0 here
+        return settings is not None and can_teach_all_wrong(group, settings)
 
     @property
     def full(self) -> bool:

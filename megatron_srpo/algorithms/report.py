@@ -54,7 +54,7 @@ class RoutingReport:
 
     def metrics(self) -> dict[str, float]:
         """Values for the log. Names ending in _fraction are shares of attempts (of loss tokens for
-        sdpo_token_fraction); critic/advantages/* is over trained tokens, lengths are in trained tokens."""
+        sdpo_token_fraction); critic/advantages/* is over the tokens of all responses, lengths are in trained tokens."""
         samples, attempts = self.samples, self.attempts
         return {
             **self._branches(samples, attempts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -23,6 +24,15 @@ class Sdpo(Distillation):
     @property
     def needs(self) -> Needs:
         return replace(super().needs, group_baseline=False)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for key in ("kl_loss_coef", "entropy_coef"):
+            if value := getattr(self, key):
+                yield (
+                    f"algorithm.{key} = {value}: it regularises the policy gradient, and {self.name} has none; leave "
+                    "it out"
+                )
 
     def credit(self, group: Group) -> list[Credit]:
         advantages = group_advantages(group.scores, divide_by_std=self.advantage_std)  # for the log alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -28,7 +29,7 @@ class Srpo(Distillation):
     distill_patience: int = Field(0, ge=0)
     """End full distillation when the gap between teacher and student has stopped falling: its mean over this number of
     iterations (srpo/distill_loss) has not reached a new lowest value for as many iterations. With distill_iterations
-    the earlier of the two counts. 20 is a start. 0 does not look at the gap."""
+    the earlier of the two counts. 10 is a start. 0 does not look at the gap."""
     distill_decay: int = Field(0, ge=0)
     """Number of iterations over which the distillation weight falls linearly from 1 to 0, after distill_iterations or
     distill_patience has ended full distillation. 0 drops it at once."""
@@ -40,6 +41,14 @@ class Srpo(Distillation):
         if not ends or iteration < min(ends):
             return 1.0
         return max(0.0, 1.0 - (iteration - min(ends) + 1) / (self.distill_decay + 1))
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.distill_decay and not (self.distill_iterations or self.distill_patience):
+            yield (
+                f"algorithm.distill_decay = {self.distill_decay}: full distillation never ends, so its weight never "
+                "falls; set distill_iterations or distill_patience, or leave it out"
+            )
 
     def credit(self, group: Group) -> list[Credit]:
         advantages = group_advantages(group.scores, divide_by_std=self.advantage_std)

@@ -172,6 +172,19 @@ class NoDemonstration:
         return Lesson()
 
 
+def can_teach_all_wrong(group: Group, settings: SelfTeaching) -> bool:
+    """Whether a source can teach an attempt of a group without any correct one."""
+    sources: dict[SourceName, TeacherSource] = {
+        "solution": ReferenceSolution(group), "memory": SuccessMemory(group, 0), "feedback": Feedback(by_turn=False),
+        "none": NoDemonstration(),
+    }  # fmt: skip
+    return any(
+        name in settings.sources and source.has_lesson(attempt)
+        for name, source in sources.items()
+        for attempt in group.attempts
+    )
+
+
 class GroupTeachers:
     """The teacher prompts of one group. `settings`: the algorithm's."""
 

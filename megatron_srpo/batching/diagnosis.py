@@ -32,7 +32,7 @@ class SkippedSteps:
     def count(self, steps: Sequence[StepStats | None], metrics: Mapping[str, float]) -> None:
         """One iteration's steps; None stands for no step."""
         self.in_a_row = consecutive_skips(self.in_a_row, steps)
-        if metrics["rollout/nonfinite_samples"] == metrics["perf/sequences"]:
+        if metrics["rollout/nonfinite_samples"] == metrics["rollout/responses"]:
             self.in_a_row += 1  # there was no step to take
         for name, share in metrics.items():
             if name.startswith(KIND) and name.endswith(ERRORS):

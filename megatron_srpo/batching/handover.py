@@ -51,7 +51,7 @@ class Handover:
 
     def state_dict(self) -> State:
         """Where a resumed run goes on."""
-        if not self._patience:
+        if not self._patience and self.since is None:
             return {}
         lowest = {} if math.isinf(self._lowest) else {"lowest": self._lowest}
         return {"recent": self._recent, "waited": self._waited, "since": self.since, **lowest}

@@ -90,7 +90,9 @@ class DriverSource:
             with self._control.failing_together():
                 prompts = self._loader.next_batch()
             self._control.broadcast(prompts)
-            groups.add(self._generate(prompts, iteration, refill, timer))
+            generated = self._generate(prompts, iteration, refill, timer)
+            self._histories.give(generated, iteration)
+            groups.add(generated)
             if groups.full:
                 break
         return groups
@@ -98,7 +100,6 @@ class DriverSource:
     def _route(self, groups: list[Group], iteration: int) -> RoutingReport:
         if self._experts:
             require_experts(groups)
-        self._histories.give(groups, iteration)
         for group in groups:
             group.handed_over = self._handover.since
         self._prepare([group.prompt for group in groups if self._may_be_taught(group)])
@@ -140,6 +141,7 @@ class DriverSource:
             "perf/imbalance": plan.imbalance,
             "perf/total_tokens": sum(sample.student_length for sample in samples),
             "perf/sequences": len(samples),
+            "rollout/responses": len(report.attempts),
             "rollout/weight_version": max(attempt.rollout.weight_version for attempt in report.attempts),
             "data/epoch": self._loader.epoch,
         }

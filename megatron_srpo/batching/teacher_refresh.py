@@ -1,7 +1,7 @@
 """When a "refresh" teacher takes the student's weights: every N iterations, or only when the student has improved.
 
-The gate follows CGTR (arXiv 2606.03532): the teacher never learns from a student that is worse than the best one so
-far, or whose responses are collapsing. Every rank decides the same from the same metrics.
+The gate follows CGTR (arXiv 2606.03532): the teacher takes only a student with a higher reward than all that it took
+before, whose responses are not collapsing. Every rank decides the same from the same metrics.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from megatron_srpo.config import Config
 from megatron_srpo.core.protocols import State
 
 REWARD, LENGTH, TRUNCATED = "critic/score/mean", "response_length/mean", "response_length/clip_ratio"
-MORE_TRUNCATED = 0.1  # share of responses that may be cut in addition to those at the last refresh
+MORE_TRUNCATED = 0.1  # share of responses that may be cut in addition to the fewest at a refresh
 
 
 class TeacherRefresh:
-    """Counts iterations since the last refresh, and remembers the metrics of the student that was copied last: at first
-    those of the initial policy."""
+    """Counts iterations since the last refresh, and remembers the best metrics of the students that were copied, the
+    initial policy among them: a bar that followed the last one could sink step by step."""
 
     def __init__(self, config: Config, state: State) -> None:
         self._teacher = config.teacher
@@ -34,7 +34,8 @@ class TeacherRefresh:
         self._age += 1
         if self._age % self._teacher.refresh_every or not self._passes(found):
             return False
-        self._age, self._copied = 0, found
+        best = {REWARD: max, LENGTH: max, TRUNCATED: min}
+        self._age, self._copied = 0, {name: best[name](found[name], self._copied[name]) for name in found}
         return True
 
     def _passes(self, found: Mapping[str, float]) -> bool:

@@ -272,6 +272,11 @@ def _schedule(config: Config) -> Iterator[str]:
         )
     if config.eval.every and not config.data.test:
         yield f"eval.every = {config.eval.every}: data.test is empty; name the held-out file, or set eval.every = 0"
+    if config.train.stop_on_collapse and not config.train.collapse_share:
+        yield (
+            "train.stop_on_collapse = true: train.collapse_share = 0 switches the warning off at which it would stop; "
+            "set a share (0.5 is the default), or stop_on_collapse = false"
+        )
     saved, evaluated = config.checkpoint.every, config.eval.every
     best = config.checkpoint.keep_best
     if best.removeprefix("-").startswith("eval/") and (not evaluated or saved % evaluated):

@@ -59,6 +59,23 @@ OTHER_NAMES = {  # what neighbouring projects call a key
     "hf_checkpoint": "model.path",
     "save_interval": "checkpoint.every",
     "eval_interval": "eval.every",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "eval.every",
+    "beta": "algorithm.kl_loss_coef",
+    "prompt_data": "data.train",
+    "train_dataset": "data.train",
+    "eval_prompt_data": "data.test",
+    "eval_dataset": "data.test",
+    "ground_truth": "data.answer_key",
+    "rollout_max_prompt_len": "data.max_prompt_length",
+    "rollout_max_response_len": "rollout.max_response_length",
+    "global_batch_size": "train.prompts_per_mini_batch",
+    "rollout_num_gpus_per_engine": "rollout.tensor_parallel_size",
+    "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "rollout.tensor_parallel_size",
+    "custom_reward_function.path": "reward.functions",
+    "custom_rm_path": "reward.functions",
+    "reward_funcs": "reward.functions",
 }
 
 
@@ -78,8 +95,10 @@ def section_fields(name: str) -> dict[str, FieldInfo]:
 
 
 def nearest_key(key: str) -> str | None:
-    """The existing key that `key` most likely means: its last part in another section first, then another project's
-    name for it, then by spelling."""
+    """The existing key that `key` most likely means: another project's name first, then its last part in another
+    section, then by spelling."""
+    if key in OTHER_NAMES:
+        return OTHER_NAMES[key]
     keys = list(config_fields())
     leaf = key.rpartition(".")[2].replace("-", "_")
     others = difflib.get_close_matches(leaf, OTHER_NAMES, n=1, cutoff=0.9)

@@ -227,7 +227,7 @@ class RolloutConfig(Section):
     """Free the GPU memory of a colocated engine while the trainer trains."""
     max_refills: int = Field(0, ge=0)
     """Dynamic sampling: how many more batches may be generated per iteration to replace groups whose responses are all
-    correct or all wrong. 0 trains on these groups too."""
+    correct, or all wrong with nothing that could teach them. 0 trains on these groups too."""
     routing_replay: Literal["auto", "off", "rollout", "old"] = "auto"
     """Which experts the trainer uses for a token of a model with experts. "rollout" uses those that the engine chose
     when it generated the token (R3). "old" uses those that the trainer chose when it computed the old log-probs, in
@@ -317,11 +317,12 @@ class TeacherConfig(Section):
     refresh_every: int = Field(10, ge=1)
     """Number of iterations between two refreshes of a "refresh" teacher."""
     refresh_when: Literal["always", "improved"] = "always"
-    """Condition of a refresh. "improved" copies the student only if its mean reward is above the one at the last
-    refresh, its responses have not become much shorter (refresh_min_length), and at most 10 % more of them are cut."""
+    """Condition of a refresh. "improved" copies the student only if its mean reward is above those at all earlier
+    refreshes, its responses have not become much shorter (refresh_min_length), and at most 10 % more of them are
+    cut."""
     refresh_min_length: float = Field(0.8, ge=0, le=1)
-    """With refresh_when = "improved": shortest mean response length that allows a refresh, as a share of the length at
-    the last one."""
+    """With refresh_when = "improved": shortest mean response length that allows a refresh, as a share of the longest one
+    at an earlier refresh, or at the start."""
     offload: bool = False
     """Keep the weights of the teacher and of the reference in host memory. Useful on GPUs only."""
     max_prompt_length: int = Field(0, ge=0)

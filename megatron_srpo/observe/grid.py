@@ -76,6 +76,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder / 'config.toml'} cannot be read: {error}") from None
     run, algorithm = config.get("run", {}), config.get("algorithm", {})
     method = run.get("method") or algorithm.get("name") or folder.name
+    if config.get("lora", {}).get("rank"):
+        method += " (LoRA)"  # no seed of the run of all weights
     return Run(folder, Path(config.get("model", {}).get("path", "")).name, run.get("benchmark", ""), method, records)
 
 

@@ -134,6 +134,23 @@ def test_an_unknown_key_is_told_with_the_nearest_one(key, nearest):
     assert nearest_key(key) == nearest
 
 
+def names_of_other_projects():
+    """(their name, ours) of the table in docs/bring-your-own-task.md, where one name stands for one key."""
+    text = (ROOT / "docs/bring-your-own-task.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") == 6]
+    for row in rows:
+        ours, *theirs = ([*re.findall(r"`([^`]*)`", cell)] for cell in row.split("|")[2:-1])
+        for names in theirs:
+            if len(names) == len(ours) and all(our in config_fields() for our in ours):
+                yield from zip(names, ours, strict=True)
+
+
+def test_every_name_in_the_table_of_other_projects_leads_to_its_key_here():
+    pairs = [pair for pair in names_of_other_projects() if pair[0] not in ("model", "prompt", "num_generations")]
+    assert len(pairs) > 40
+    assert [(name, nearest_key(name.removeprefix("--"))) for name, _ in pairs] == pairs
+
+
 def test_other_projects_names_lead_to_keys_that_exist_and_hide_none():
     keys = config_fields()
     assert set(OTHER_NAMES.values()) <= set(keys)

@@ -182,6 +182,28 @@ def test_a_sound_configuration_passes_all_checks():
             "lower it",
         ),
         (
+            {"train__stop_on_collapse": True, "train__collapse_share": 0},
+            "train.stop_on_collapse = true",
+            "set a share",
+        ),
+        ({"algorithm__distill_decay": 5}, "algorithm.distill_decay = 5: full distillation never ends", "leave it out"),
+        (
+            {"algorithm__name": "sdpo", "algorithm__kl_loss_coef": 0.1},
+            "algorithm.kl_loss_coef = 0.1: it regularises the policy gradient, and sdpo has none",
+            "leave it out",
+        ),
+        ({"algorithm__name": "scsdpo", "algorithm__entropy_coef": 0.1}, "algorithm.entropy_coef = 0.1", "scsdpo has"),
+        (
+            {"algorithm__teachers": ["none", "sibling"]},
+            'algorithm.teachers: "none" always has something to show',
+            'let "none" be the last',
+        ),
+        (
+            {"algorithm__teachers": ["none"], "algorithm__use_feedback": True},
+            'algorithm.use_feedback: "none" always has something to show',
+            'let "none" be the last',
+        ),
+        (
             {"parallel__virtual_pipeline_model_parallel_size": 2},
             "parallel.virtual_pipeline_model_parallel_size = 2",
             "set it to 1",

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_srpo.algorithms.contrast import ContrastingGroups
+from megatron_srpo.algorithms.history import NoHistories
 from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching.source import DriverSource
 from megatron_srpo.config import Config
-from megatron_srpo.core.records import Padding, Prompt, Reward, Rollout
+from megatron_srpo.core.records import History, Padding, Prompt, Reward, Rollout
 from tests.made_samples import make_groups
 
 MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
@@ -68,6 +69,21 @@ def test_a_group_that_feedback_can_teach_has_a_contrast(use_feedback, kept):
     assert uids(groups) == kept
 
 
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ({"name": "drift"}, ["train:0"]),
+        ({"name": "srpo", "teachers": ["sibling", "none"]}, ["train:0"]),
+        ({"name": "srpo"}, ["train:1"]),
+        ({"name": "rlsd", "teachers": ["memory"]}, ["train:1"]),  # its advantages are 0
+    ],
+)
+def test_a_group_that_an_earlier_answer_or_the_control_can_teach_has_a_contrast(keys, kept):
+    wrong = batch(WRONG)
+    wrong[0].history = History(answers=("the right one",))
+    assert uids(groups_of(1, wrong, batch(MIXED, first=1), **keys)) == kept
+
+
 @pytest.mark.parametrize(("refills", "asked"), [(0, [0]), (1, [0, 1]), (5, [0, 1, 2])])
 def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refills, asked):
     batches = iter([batch(WRONG, MIXED), batch(RIGHT, RIGHT, first=10), batch(MIXED, MIXED, first=20)])
@@ -83,7 +99,7 @@ def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refill
     control = SimpleNamespace(broadcast=sent.append, failing_together=nullcontext)
     loader = SimpleNamespace(next_batch=lambda: ["prompts"])
     source = DriverSource(
-        config, control, generate, loader, None, None, None, dp_size=1, padding=Padding(), engine_metrics=dict
+        config, control, generate, loader, None, NoHistories(), None, dp_size=1, padding=Padding(), engine_metrics=dict
     )
     found = uids(source._groups(0, None))
     assert numbers == asked and sent == [["prompts"]] * len(asked)

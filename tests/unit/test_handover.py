@@ -73,6 +73,14 @@ def test_without_patience_nothing_is_watched_logged_or_saved():
         assert handover.watch(99, {}) == {} and handover.state_dict() == {}
 
 
+def test_a_handover_stays_when_its_setting_is_taken_away():
+    done = Handover(config_of(distill_patience=3), {})
+    watch(done, [5.0] * 10)
+    assert done.since is not None
+    once = Handover(config_of(), done.state_dict())
+    assert Handover(config_of(), once.state_dict()).since == once.since == done.since
+
+
 def test_a_checkpoint_keeps_it_at_every_point():
     gaps = [9, 8, 7, 6, 5, 7, 7, 6, 5, 4]
     whole = watch(Handover(config_of(distill_patience=3), {}), gaps)

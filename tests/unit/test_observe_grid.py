@@ -59,6 +59,13 @@ def test_the_band_is_the_five_step_mean_and_its_standard_deviation_over_all_seed
     assert math.isnan(rolling([one])[0].half_width) and rolling([]) == {}
 
 
+def test_a_run_of_adapters_is_no_seed_of_a_run_of_all_weights(tmp_path):
+    folders = [made_run(tmp_path / name, accuracy=[0.4, 0.5]) for name in ("whole", "adapters")]
+    with (folders[1] / "config.toml").open("a") as file:
+        file.write("[lora]\nrank = 16\n")
+    assert [read_run(folder).method for folder in folders] == ["srpo", "srpo (LoRA)"]
+
+
 def test_tables_show_the_best_within_hours_beside_the_papers_numbers(tmp_path):
     runs = [
         made_run(tmp_path / "a", accuracy=[0.40, 0.5, 0.7, 0.6, *[0.65] * 7, 0.8], **{"srpo/teacher_entropy": 1.0}),

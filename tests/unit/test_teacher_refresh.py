@@ -53,6 +53,14 @@ def test_it_is_a_ratchet_that_a_checkpoint_keeps():
         assert [each.due(seen(reward)) for reward in (0.65, 0.71)] == [False, True]
 
 
+def test_lengths_that_shrink_little_by_little_do_not_lower_the_bar():
+    refresh = TeacherRefresh(config_of(refresh_every=1, refresh_when="improved"), {})
+    rising = [seen(0.5 + 0.01 * i, length=100 * 0.93**i) for i in range(9)]
+    assert [refresh.due(each) for each in rising] == [False, True, True, True, *[False] * 5]  # 0.93³ = 0.804
+    cut = [seen(0.9 + 0.01 * i, cut=0.06 * i) for i in range(4)]
+    assert [refresh.due(each) for each in cut] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("keys", [{"teacher": {"mode": "ema"}}, {"algorithm": {"name": "grpo"}}])
 def test_other_teachers_are_never_refreshed(keys):
     config = Config(**{"model": {"path": "m"}, "data": {"train": "d"}, "teacher": {"mode": "refresh"}} | keys)

@@ -89,7 +89,7 @@ class Run:
         )  # fmt: skip
 
     def _next_batch(self, iteration, timer):
-        usual = {"rollout/nonfinite_samples": 0, "perf/sequences": 1, "perf/total_tokens": 1}
+        usual = {"rollout/nonfinite_samples": 0, "rollout/responses": 1, "perf/sequences": 2, "perf/total_tokens": 1}
         return Batch([], BatchPlan([], 1, 0), usual | next(self.metrics))
 
     def _end(self, *, refresh_teacher):
