@@ -321,8 +321,8 @@ class TeacherConfig(Section):
     refreshes, its responses have not become much shorter (refresh_min_length), and at most 10 % more of them are
     cut."""
     refresh_min_length: float = Field(0.8, ge=0, le=1)
-    """With refresh_when = "improved": shortest mean response length that allows a refresh, as a share of the longest one
-    at an earlier refresh, or at the start."""
+    """With refresh_when = "improved": shortest mean response length that allows a refresh, as a share of the longest
+    one at an earlier refresh, or at the start."""
     offload: bool = False
     """Keep the weights of the teacher and of the reference in host memory. Useful on GPUs only."""
     max_prompt_length: int = Field(0, ge=0)
