@@ -9,6 +9,7 @@ The thread writes this rank's own files only; all collectives happen in the meth
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import math
 import os
@@ -225,6 +226,12 @@ class Checkpoints(Generic[Policy]):
 
     def _settle(self) -> str | None:
         """As `finish`; returns the disk's problem."""
+        problem = self._end_pending()
+        if problem:
+            gc.collect()  # the error and its frames, which hold the whole copy of the state, are cycles
+        return problem
+
+    def _end_pending(self) -> str | None:
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None

@@ -24,6 +24,7 @@ from megatron_srpo.losses.vocab_parallel import (
     local_candidates,
     local_statistics,
     merge_candidates,
+    rows_at_once,
     write_logits_gradient,
 )
 
@@ -61,7 +62,7 @@ class _LinearGatherLogprobs(torch.autograd.Function):
             logits = hidden[part] @ head.T
             mine[part] = local_statistics(logits, columns[part], here[part], sums[part], scale)
             if at is not None:
-                candidates.append(local_candidates(_rows_of(logits, at, part), k, vocab_start))
+                candidates += [local_candidates(rows, k, vocab_start) for rows in _rows_of(logits, at, part)]
         normaliser, entropy, logprobs = combine_statistics(mine, sums, here, group)
         found = ids.new_zeros(len(ids), 0)
         if at is not None:
@@ -100,10 +101,15 @@ class _LinearGatherLogprobs(torch.autograd.Function):
         return grad_hidden, None if total is None else total.result(), *(None,) * 8
 
 
-def _rows_of(logits: Tensor, at: Tensor, part: slice) -> Tensor:
-    """Those rows of a piece of the logits that are among the ascending positions `at`."""
+def _rows_of(logits: Tensor, at: Tensor, part: slice) -> Iterator[Tensor]:
+    """Those rows of a piece of the logits that are among the ascending positions `at`: all at once if they are all of
+    it, else copies of a few rows at a time."""
     mine = at[(at >= part.start) & (at < part.stop)] - part.start
-    return logits if len(mine) == len(logits) else logits[mine]
+    if len(mine) == len(logits):
+        yield logits
+        return
+    for rows in mine.split(rows_at_once(logits)):
+        yield logits[rows]
 
 
 class _WeightGradient:

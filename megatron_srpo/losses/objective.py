@@ -165,6 +165,8 @@ class Objective:
     def end_step(self) -> None:
         """Frees what the scoring passes have kept for an optimizer step."""
         self._teacher_head = None
+        if self._trust_region is not None:
+            self._trust_region.free()
 
     def _score_contrast(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         return {"contrast_logprob": self._target_logprobs(given, row)}
@@ -233,15 +235,19 @@ class _TrustRegion:
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
-        self._initial_weight: Tensor | None = None  # the same in every iteration
+        self._initial_weight: Tensor | None = None  # in host memory; the same in every iteration
         self._joined: Tensor | None = None  # [initial weight, current weight], made once a teacher pass
 
     def score_initial(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         """Under the initial weights: hidden states, and the head for later."""
         if self._initial_weight is None:
-            self._initial_weight = given.weight.detach().clone()
+            self._initial_weight = given.weight.detach().to("cpu", copy=True)
         self._joined = None  # the current weights will have moved since the last teacher pass
         return {"initial_hidden": given.hidden}
+
+    def free(self) -> None:
+        """Give the memory of the joined head back; the next teacher pass makes it anew."""
+        self._joined = None
 
     def joined(self, given: HeadInput, row: PackedBatch) -> HeadInput:
         """The teacher's head under the current weights. An empty row has no initial hidden states: any teacher will
@@ -250,6 +256,6 @@ class _TrustRegion:
             return given
         if self._joined is None:
             assert self._initial_weight is not None, "the initial model is scored before the teacher"
-            self._joined = torch.cat([self._initial_weight, given.weight], -1)
+            self._joined = torch.cat([self._initial_weight.to(given.weight.device), given.weight], -1)
         hidden = torch.cat([(1 - self._rate) * row.scores.initial_hidden, self._rate * given.hidden], -1)
         return replace(given, hidden=hidden, weight=self._joined)

@@ -32,9 +32,14 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows have an fp32 copy below CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES[logits.device.type] // max(1, 4 * logits.size(1)))
+
+
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Slices of tokens whose fp32 copy stays below CHUNK_BYTES."""
-    size = max(1, CHUNK_BYTES[logits.device.type] // max(1, 4 * logits.size(1)))
+    """Slices of tokens of rows_at_once."""
+    size = rows_at_once(logits)
     return (slice(start, start + size) for start in range(0, logits.size(0), size))
 
 

@@ -18,10 +18,11 @@ import base64
 import io
 import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 
@@ -87,18 +88,19 @@ class _UnderWay:
 class PartialPool:
     """The groups under way, the oldest first. It replaces the prompt loader, which it wraps.
 
-    `seeds` is (prompt, iteration) → the seeds of its samples, for the iteration that would draw the prompt without
-    partial rollouts. Set `iteration` to that of the run, from 0, before the first draw. No group is started that
-    iteration `total` or a later one would train.
+    `seeds` is (prompt, iteration, again) → the seeds of its samples, for the iteration that would draw the prompt
+    without partial rollouts, and that has drawn it `again` times before. Set `iteration` to that of the run, from
+    0, before the first draw. No group is started that iteration `total` or a later one would train.
     """
 
     def __init__(
-        self, loader: OneByOne, seeds: Callable[[Prompt, int], list[int]], rollout: RolloutConfig, *, total: int
+        self, loader: OneByOne, seeds: Callable[[Prompt, int, int], list[int]], rollout: RolloutConfig, *, total: int
     ) -> None:  # fmt: skip
         self._loader, self._seeds, self._settings, self._total = loader, seeds, rollout, total
         self._batch, self._size = rollout.rollout_batch_size, rollout.rollout_batch_size + rollout.extra_groups
         self._groups: list[_UnderWay] = []
         self._drawn = 0  # groups so far
+        self._seen: Counter[str] = Counter()  # by uid, of the batch that is being drawn
         self._rounds = 0  # of this iteration
         self._metrics: dict[str, float] = {}
         self.iteration = 0
@@ -115,7 +117,10 @@ class PartialPool:
         self._drawn = max(self._drawn, self.iteration * self._batch)  # of a run that went on without a pool
         while len(self._groups) < min(self._size, (self._total - self.iteration) * self._batch):
             (prompt,) = self._loader.next_batch()
-            seeds = self._seeds(prompt, self._drawn // self._batch)
+            if self._drawn % self._batch == 0:
+                self._seen.clear()
+            seeds = self._seeds(prompt, self._drawn // self._batch, self._seen[prompt.uid])
+            self._seen[prompt.uid] += 1
             self._groups.append(_UnderWay(prompt, dict(enumerate(seeds))))
             self._drawn += 1
         return [group.prompt for group in self._groups]
@@ -199,15 +204,18 @@ class PartialPool:
         """The loader's state, and the groups under way: about 11 bytes of JSON for a token, and 1.3 for each byte of
         its experts."""
         groups = [_saved(group) for group in self._groups]
-        return {**self._loader.state_dict(), UNDER_WAY: {"drawn": self._drawn, "groups": groups}}
+        return {
+            **self._loader.state_dict(),
+            UNDER_WAY: {"drawn": self._drawn, "seen": dict(self._seen), "groups": groups},
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Go on where `state` was taken; without a pool in it, start with an empty one."""
         self._loader.load_state_dict(state)
-        self._groups, self._drawn = [], 0
+        self._groups, self._drawn, self._seen = [], 0, Counter()
         if UNDER_WAY in state:
             saved = cast("_SavedPool", state[UNDER_WAY])
-            self._drawn = saved["drawn"]
+            self._drawn, self._seen = saved["drawn"], Counter(saved.get("seen", {}))
             prompts = {prompt.uid: prompt for prompt in self._loader.prompts}
             self._groups = [self._restored(group, prompts[group["uid"]]) for group in saved["groups"]]
 
@@ -282,6 +290,7 @@ class _SavedGroup(TypedDict):
 
 class _SavedPool(TypedDict):
     drawn: int
+    seen: NotRequired[dict[str, int]]
     groups: list[_SavedGroup]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Literal
@@ -19,23 +20,35 @@ EVALUATION = -1  # the iteration of its seeds: the same at every evaluation, so 
 
 
 class Requests:
-    """The requests of a batch: all samples of all prompts. A prompt that comes again in a refill gets new seeds.
-    Prompts of the kinds in `episodes` are talked about with an environment."""
+    """The requests of a batch: all samples of all prompts. A prompt that comes again, in a refill or in the same batch
+    (where an epoch ends, or with less data than a batch), gets new seeds. Prompts of the kinds in `episodes` are talked
+    about with an environment."""
 
     def __init__(self, seed: int, samples: int, episodes: Collection[str] = ()) -> None:
         self._seed, self._samples, self._episodes = seed, samples, episodes
 
     def __call__(self, prompts: list[Prompt], iteration: int, refill: int) -> list[GenerateRequest]:
+        seen: Counter[str] = Counter()
+        requests = []
+        for index, prompt in enumerate(prompts):
+            requests += self.of_prompt(prompt, iteration, refill, index, seen[prompt.uid])
+            seen[prompt.uid] += 1
+        return requests
+
+    def of_prompt(
+        self, prompt: Prompt, iteration: int, refill: int, index: int, again: int
+    ) -> list[GenerateRequest]:  # fmt: skip
+        """Those of prompt number `index`, which is in the batch `again` times before it."""
+        name = f"{prompt.uid} again {again}" if again else prompt.uid
         return [
             GenerateRequest(
                 prompt=index,
                 sample=sample,
                 token_ids=prompt.token_ids,
-                seed=request_seed(self._seed, iteration, prompt.uid, refill * self._samples + sample),
+                seed=request_seed(self._seed, iteration, name, refill * self._samples + sample),
                 row=prompt if prompt.kind in self._episodes else None,
-                group_seed=request_seed(self._seed, iteration, prompt.uid, -1 - refill),
+                group_seed=request_seed(self._seed, iteration, name, -1 - refill),
             )
-            for index, prompt in enumerate(prompts)
             for sample in range(self._samples)
         ]
 

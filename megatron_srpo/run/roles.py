@@ -88,8 +88,8 @@ class Driver:
             return loader
         requests = _requests(config)
 
-        def seeds(prompt: Prompt, iteration: int) -> list[int]:
-            return [request.seed for request in requests([prompt], iteration, 0)]
+        def seeds(prompt: Prompt, iteration: int, again: int) -> list[int]:
+            return [request.seed for request in requests.of_prompt(prompt, iteration, 0, 0, again)]
 
         return PartialPool(loader, seeds, rollout, total=config.run.iterations)
 

@@ -134,6 +134,18 @@ def test_the_head_finds_the_top_k_ids_itself(tokens_at_once, at, monkeypatch):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(("at", "largest"), [(range(0, T, 2), 3), (range(T), T)])
+def test_the_distilled_rows_of_the_logits_are_not_copied_all_at_once(at, largest, monkeypatch):
+    monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", {"cpu": 3 * V * 4})
+    sizes, candidates = [], linear.local_candidates
+    monkeypatch.setattr(
+        linear, "local_candidates", lambda rows, *given: sizes.append(len(rows)) or candidates(rows, *given)
+    )
+    hidden, weight, ids, _ = case()
+    LinearHead(hidden, weight, V).gather_topk(ids[:, :1], 6, torch.tensor(at))
+    assert sum(sizes) == len(at) and max(sizes) == largest
+
+
 @pytest.mark.parametrize("rows", [0, 1000])  # rows of the weight are fetched; all products are made
 def test_log_probs_at_ids_from_a_known_normaliser(rows, monkeypatch):
     monkeypatch.setattr(linear, "FETCHED_ROW", rows)

@@ -48,8 +48,8 @@ def settings(batch=4, extra=3, staleness=2, longest=LONGEST):
 def make_pool(rollout, total, prompts=50, salt=0):
     rows = [Prompt(f"train:{i}", (), [i], "", "exact") for i in range(prompts)]
 
-    def seeds(prompt, iteration):
-        return [request_seed(salt, iteration, prompt.uid, sample) for sample in range(SAMPLES)]
+    def seeds(prompt, iteration, again):
+        return [r.seed for r in Requests(salt, SAMPLES).of_prompt(prompt, iteration, 0, 0, again)]
 
     return PartialPool(PromptLoader(rows, 1), seeds, rollout, total=total)
 
@@ -133,6 +133,29 @@ def test_a_response_is_that_of_one_request_and_a_groups_seeds_are_those_without_
             computed = [versions[0]] * PROMPT + versions[1:]
             experts = attempt.rollout.experts[:, 0, 0].astype(int)
             assert (experts == np.arange(len(experts)) + computed).all()
+
+
+@pytest.mark.parametrize("prompts", [3, 5])  # fewer than a batch, and an epoch that ends inside one
+def test_a_prompt_that_comes_twice_in_a_batch_gets_other_seeds_as_without_partial_rollouts(prompts):
+    requests, order = (
+        Requests(0, SAMPLES),
+        PromptLoader([Prompt(f"train:{i}", (), [i], "", "") for i in range(prompts)], 4),
+    )
+    batches = [requests(order.next_batch(), iteration, 0) for iteration in range(6)]
+    for batch in batches:
+        assert len({request.seed for request in batch}) == len(batch)
+        assert len({request.group_seed for request in batch}) == 4
+    pool, states = make_pool(settings(), 6, prompts=prompts), []
+    found = []
+    for _ in range(6):
+        states.append(json.dumps(pool.state_dict()))
+        found.append(facts(iterate(pool)))
+    seeds = {request.seed % 1000 for batch in batches for request in batch}
+    assert {rollout.token_ids[0] for batch in found for _, rollout, *_ in batch} == seeds
+    resumed = make_pool(settings(), 6, prompts=prompts)
+    resumed.load_state_dict(json.loads(states[3]))
+    resumed.iteration = 3
+    assert [facts(iterate(resumed)) for _ in range(3)] == found[3:]
 
 
 def test_a_resumed_pool_goes_on_as_if_nothing_had_happened():
@@ -240,8 +263,9 @@ def partial_run(engine, tokens, iterations, samples=4):
     )  # fmt: skip
     requests, scorer = Requests(0, samples), Scorer()
     pool = PartialPool(
-        PromptLoader(rows(), 1), lambda prompt, iteration: [r.seed for r in requests([prompt], iteration, 0)], rollout,
-        total=iterations,
+        PromptLoader(rows(), 1),
+        lambda prompt, at, again: [r.seed for r in requests.of_prompt(prompt, at, 0, 0, again)],
+        rollout, total=iterations,
     )  # fmt: skip
     control = SimpleNamespace(share=lambda compute: compute())
     generate = PartialGenerator(engine, scorer, control, SamplingSettings(max_tokens=MAX_TOKENS), tokens, pool)

@@ -1,6 +1,7 @@
 """Which forward passes an iteration makes: no more than the objective needs, and as many as the log says."""
 
 import itertools
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from megatron_srpo.batching.rows import pack_rows
 from megatron_srpo.config import Config
 from megatron_srpo.core.records import Batch, Padding, Row
 from megatron_srpo.core.tensors import HeadInput, Scores
-from megatron_srpo.losses.objective import Objective
+from megatron_srpo.losses.objective import Objective, _TrustRegion
 from tests.made_samples import make_sample
 
 TEACHER_PROMPT = [1] * 9
@@ -231,6 +232,22 @@ def test_the_copy_of_the_teachers_head_is_freed_after_the_step_and_its_inputs_wi
     objective.end_step()
     with pytest.raises(AssertionError, match="the teacher's head was kept"):
         loss(student, row)
+
+
+def test_the_joined_heads_of_a_trust_region_are_freed_after_the_step():
+    trust = _TrustRegion(0.5)
+    weight = torch.nn.Parameter(torch.randn(11, 8))
+    given = HeadInput(torch.randn(4, 8), weight, 11, 0, None)
+    row = SimpleNamespace(scores=Scores(initial_hidden=torch.randn(4, 8)))
+    trust.score_initial(given, row)
+    first = trust.joined(given, row)
+    kept, expected = weakref.ref(first.weight), first.hidden @ first.weight.T
+    del first
+    assert kept() is not None
+    trust.free()
+    assert kept() is None
+    again = trust.joined(given, row)
+    assert expected.equal(again.hidden @ again.weight.T)
 
 
 @pytest.mark.parametrize("keep", [{"train": {"skip_zero_advantage": False}}, {"algorithm": {"kl_loss_coef": 0.1}}])
