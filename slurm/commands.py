@@ -107,7 +107,7 @@ def environment(job: Job) -> dict[str, str]:
     """What the steps get on top of the job's own variables."""
     added = {}
     if job.interface:
-        added |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), job.interface)
+        added["NCCL_SOCKET_IFNAME"] = job.interface  # slurm/node.py finds the name for gloo
     if job.scratch:
         caches = Path(job.scratch) / "srpo-cache"
         added |= {

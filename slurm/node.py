@@ -5,7 +5,8 @@
 the command has explained (exit_codes.TOLD) is a good one, so that the other nodes can end by themselves; any other end
 is a bad exit, at which Slurm ends the step. With --scratch, COMMAND has a temporary folder of its own there. With
 --interface, an engine over several nodes finds this node at the address of that interface (VLLM_HOST_IP); vLLM itself
-would take the interface of the default route, which on a cluster is often one that other nodes cannot reach.
+would take the interface of the default route, which on a cluster is often one that other nodes cannot reach. gloo gets
+the interface's full name (GLOO_SOCKET_IFNAME), because it knows neither NCCL's lists nor its signs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_srpo.core import streams
 from megatron_srpo.core.exit_codes import TOLD, UNHEALTHY
 from megatron_srpo.run.stopping import hold_requeue
 
-VLLM_ADDRESS = "VLLM_HOST_IP"
+VLLM_ADDRESS, GLOO_INTERFACE = "VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     added = {}
-    if options.interface and VLLM_ADDRESS not in os.environ:
-        address = interface_address(options.interface)
+    if options.interface:
+        interface, address = interface_of(options.interface)
         if not address:
             host, known = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), ", ".join(psutil.net_if_addrs())
             print(
@@ -53,16 +54,18 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             return UNHEALTHY
-        added[VLLM_ADDRESS] = address
+        found = {VLLM_ADDRESS: address, GLOO_INTERFACE: interface}
+        added = {name: value for name, value in found.items() if name not in os.environ}  # what the site has set stays
     with _temporary(options.scratch) as folder:
         environment = {**os.environ, **added, **folder}
         code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
     return code if code >= 0 else 128 - code
 
 
-def interface_address(names: str) -> str:
-    """The address of the first of these interfaces, separated by commas, that has one; "" if none has. A name stands
-    for all that begin with it, as in NCCL_SOCKET_IFNAME. IPv4 goes before IPv6, link-local addresses are left out."""
+def interface_of(names: str) -> tuple[str, str]:
+    """Name and address of the first of these interfaces, separated by commas, that has an address; "" and "" if none
+    has. A name stands for all that begin with it, as in NCCL_SOCKET_IFNAME. IPv4 goes before IPv6, link-local addresses
+    are left out."""
     found = psutil.net_if_addrs()
     for name in names.removeprefix("=").split(","):
         matching = [name] if name in found else sorted(other for other in found if other.startswith(name))
@@ -70,8 +73,8 @@ def interface_address(names: str) -> str:
             for interface in matching:
                 for entry in found[interface]:
                     if entry.family == family and not entry.address.startswith("fe80"):
-                        return entry.address
-    return ""
+                        return interface, entry.address
+    return "", ""
 
 
 @contextlib.contextmanager

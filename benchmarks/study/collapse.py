@@ -20,9 +20,10 @@ LOST_ACCURACY = 0.1  # below the best evaluation before
 
 @dataclass(frozen=True)
 class Collapse:
-    """`alarm`: iteration of the first alarm. `lost`: iteration of the first evaluation from which on the accuracy stays
-    at least LOST_ACCURACY below the best one before. `collapsed`: the responses ended at less than LOST_LENGTH of their
-    first length, or the accuracy was lost."""
+    """`alarm`: iteration of the first alarm. `lost`: iteration of the first of at least two evaluations, to the end of
+    the run, whose accuracy is at least LOST_ACCURACY below the best one before; a single one may be chance. `held`: the
+    last evaluation before `lost`. `collapsed`: the responses ended at less than LOST_LENGTH of their first length, or
+    the accuracy was lost."""
 
     first_length: float
     last_length: float
@@ -30,6 +31,7 @@ class Collapse:
     last_accuracy: float
     shrank: bool
     lost: int | None
+    held: int | None
     alarm: int | None
 
     @property
@@ -38,19 +40,25 @@ class Collapse:
 
     @property
     def in_time(self) -> bool:
-        """The alarm came before the accuracy was lost."""
-        return self.alarm is not None and (self.lost is None or self.alarm < self.lost)
+        """The alarm came before the accuracy was lost, which is sure up to the last evaluation that held it."""
+        return self.alarm is not None and (self.held is None or self.alarm <= self.held)
+
+    @property
+    def maybe_in_time(self) -> bool:
+        """The alarm came between the last evaluation that held the accuracy and the first one that did not."""
+        return self.alarm is not None and self.lost is not None and not self.in_time and self.alarm < self.lost
 
 
 def collapse_of(result: Mapping[str, Any]) -> Collapse:
     """What became of one finished run of the study."""
     evaluations = result["evaluations"]
     accuracies = [row[3] for row in evaluations]
-    lost = None
+    lost = held = None
     for place in range(len(evaluations) - 1, 0, -1):
         if accuracies[place] > max(accuracies[:place]) - LOST_ACCURACY:
             break
-        lost = evaluations[place][0]
+        if place < len(evaluations) - 1:
+            lost, held = evaluations[place][0], evaluations[place - 1][0]
     return Collapse(
         first_length=evaluations[0][4],
         last_length=evaluations[-1][4],
@@ -58,6 +66,7 @@ def collapse_of(result: Mapping[str, Any]) -> Collapse:
         last_accuracy=accuracies[-1],
         shrank=evaluations[-1][4] < LOST_LENGTH * evaluations[0][4],
         lost=lost,
+        held=held,
         alarm=alarm_of(result["traced"]),
     )
 

@@ -176,7 +176,8 @@ def _header(runs: Sequence[Mapping[str, Any]]) -> str:
             'Δ: difference to SRPO on the same seeds, ± 95 %. "better" and "worse": p < 0.05 after Holm\'s correction',
             "over all comparisons of the column, on all tasks; the experiment on collapse is corrected by itself.",
             "A run collapsed if its held-out responses ended at less than half their first length, or its accuracy",
-            "stayed 0.1 below its best. An alarm is in time if it came before the accuracy was lost.",
+            "stayed 0.1 below its best for two evaluations or more, to the end. An alarm is in time if it came no",
+            "later than the last evaluation that held the accuracy, and maybe in time if it came before the next one.",
             "",
             f"{len(runs)} runs, {sum(run['whole_cpu_seconds'] for run in runs) / 3600:.1f} CPU hours; "
             f"{', '.join(sorted(facts))}; {', '.join(sorted({run['machine'] for run in runs}))}.",
@@ -206,8 +207,8 @@ def _accuracies(task: str, methods: Mapping[str, Results], compared: Mapping[str
 
 def _collapses(methods: Mapping[str, Results]) -> str:
     lines = [
-        "| method | runs | collapsed | length, start → end | best accuracy → end | collapses with an alarm, in time | "
-        "false alarms |",
+        "| method | runs | collapsed | length, start → end | best accuracy → end | "
+        "collapses with an alarm, in time, maybe | false alarms |",
         "|---" * 7 + "|",
     ]
     for method, runs in methods.items():
@@ -217,7 +218,8 @@ def _collapses(methods: Mapping[str, Results]) -> str:
         n, bad = len(found), [one for one in found if one.collapsed]
         start, end = (sum(getattr(one, name) for one in found) / n for name in ("first_length", "last_length"))
         best, last = (sum(getattr(one, name) for one in found) / n for name in ("best_accuracy", "last_accuracy"))
-        alarms = f"{sum(one.alarm is not None for one in bad)} of {len(bad)}, {sum(one.in_time for one in bad)}"
+        counts = [sum(getattr(one, name) for one in bad) for name in ("in_time", "maybe_in_time")]
+        alarms = f"{sum(one.alarm is not None for one in bad)} of {len(bad)}, {counts[0]}, {counts[1]}"
         false = sum(one.alarm is not None for one in found if not one.collapsed)
         lines.append(
             f"| {method} | {n} | {len(bad)} | {start:.1f} → {end:.1f} | {best:.2f} → {last:.2f} | "

@@ -11,6 +11,7 @@ To add one: a file here with a class, and its line in `__init__.py`. Nothing out
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -175,6 +176,12 @@ class SelfTeaching(GroupAdvantage):
                 f'{key}: "none" always has something to show, the question alone, so {unused[0]} behind it never '
                 'teaches; let "none" be the last source'
             )
+        for name in ("sibling", "sibling_min_length") if "sibling" not in self.sources else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                yield (
+                    f"algorithm.{name} = {value!r}: no sibling teaches with algorithm.teachers = "
+                    f'{json.dumps(list(self.sources))}; leave it out, or add "sibling"'
+                )
 
 
 class Distillation(SelfTeaching):
@@ -182,6 +189,11 @@ class Distillation(SelfTeaching):
 
     default_beta: ClassVar[float] = 0.0
     weighs_tokens: ClassVar[bool] = False  # `token_weights` is to be asked
+
+    @property
+    def distils_all_wrong(self) -> bool:
+        """Whether it distils attempts of a group without any correct one, if there is something to show them."""
+        return True
 
     distillation_topk: int = Field(100, ge=0)
     """Number of the student's most likely tokens on which teacher and student are compared. 0 compares the full

@@ -19,6 +19,8 @@ class ContrastingGroups:
 
     def __init__(self, wanted: int, algorithm: Algorithm, *, choose: bool) -> None:
         self._wanted, self._algorithm, self._choose = wanted, algorithm, choose
+        self.generated: list[Group] = []
+        """All of them, in order."""
         self._kept: list[Group] = []
         self._rest: list[Group] = []  # the last batch, while nothing has a contrast
         self._counts: Counter[str] = Counter()
@@ -26,6 +28,7 @@ class ContrastingGroups:
     def add(self, groups: Sequence[Group]) -> None:
         """One generated batch."""
         self._counts["generated"] += len(groups)
+        self.generated += groups
         chosen = [group for group in groups if not self._choose or self._contrasts(group)]
         self._kept += chosen[: self._wanted - len(self._kept)]
         self._counts["dropped"] += len(groups) - len(chosen)
@@ -38,7 +41,7 @@ class ContrastingGroups:
         if any(correct):
             return not all(correct)
         settings = self._algorithm.distillation  # other methods with a teacher learn from advantages, which are 0 here
-        return settings is not None and can_teach_all_wrong(group, settings)
+        return settings is not None and settings.distils_all_wrong and can_teach_all_wrong(group, settings)
 
     @property
     def full(self) -> bool:

@@ -25,6 +25,10 @@ class Sdpo(Distillation):
     def needs(self) -> Needs:
         return replace(super().needs, group_baseline=False)
 
+    @property
+    def distils_all_wrong(self) -> bool:
+        return self.distill_on != "correct"
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         for key in ("kl_loss_coef", "entropy_coef"):

@@ -72,6 +72,7 @@ class DriverSource:
             with control.failing_together():
                 with timer.phase("route"):
                     report = self._route(groups.groups, iteration)
+                    self._histories.observe(groups.generated, iteration)  # those that are not trained, too
                     plan = self._plan([group.samples for group in groups.groups], iteration)
                 metrics = report.metrics() | groups.metrics() | self._engine_metrics()
                 metrics |= self._batch_metrics(report, plan)
@@ -108,7 +109,6 @@ class DriverSource:
             teacher_prompt=self._teacher_prompt, feedback_with_solution=self._config.teacher.feedback_with_solution,
             feedback_at_turn=self._config.teacher.feedback_at == "turn",
         )  # fmt: skip
-        self._histories.observe(groups, iteration)
         if report.failed:
             self._log.warn(
                 f"iteration {iteration + 1}: {len(report.failed)} of {len(report.attempts)} rewards failed, and count "

@@ -38,17 +38,17 @@ def shapes_and_kinds():
         yield logits
 
 
-def check_statistics_and_gradient(device):
+def check_statistics_and_gradient(count, device):
     from megatron_srpo.losses import gather_logprobs, kernels
 
     g = torch.Generator().manual_seed(1)
     for logits in shapes_and_kinds():
         logits = logits.to(device)
-        ids = torch.randint(0, logits.size(1), (7, 5), generator=g)
+        ids = torch.randint(0, logits.size(1), (7, count), generator=g)
         ids[:, 4] = ids[:, 0]  # an id asked for twice
         ids[2] = 0  # the only one with any probability
         ids[1] = 0
-        mix = torch.randn(7, 6, generator=g, dtype=torch.float64).to(device)
+        mix = torch.randn(7, count + 1, generator=g, dtype=torch.float64).to(device) / count**0.5
         ids = ids.to(device)
         for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
             mine = logits.to(dtype).requires_grad_()
@@ -66,8 +66,9 @@ def check_statistics_and_gradient(device):
 
 
 @pytest.mark.parametrize("device", PLACES)
-def test_statistics_and_gradient_equal_float64_on_every_kind_of_row(device):
-    run_distributed(check_statistics_and_gradient, 1, device, fresh=True)
+@pytest.mark.parametrize("count", [5, 300])  # ids, one tile of them and several
+def test_statistics_and_gradient_equal_float64_on_every_kind_of_row(count, device):
+    run_distributed(check_statistics_and_gradient, 1, count, device, fresh=True)
 
 
 def check_topk(device):

@@ -76,6 +76,9 @@ def test_a_group_that_feedback_can_teach_has_a_contrast(use_feedback, kept):
         ({"name": "srpo", "teachers": ["sibling", "none"]}, ["train:0"]),
         ({"name": "srpo"}, ["train:1"]),
         ({"name": "rlsd", "teachers": ["memory"]}, ["train:1"]),  # its advantages are 0
+        ({"name": "sdpo", "teachers": ["memory"]}, ["train:0"]),
+        ({"name": "sdpo", "teachers": ["memory"], "distill_on": "correct"}, ["train:1"]),
+        ({"name": "scsdpo", "teachers": ["memory"]}, ["train:1"]),  # its weight is 0
     ],
 )
 def test_a_group_that_an_earlier_answer_or_the_control_can_teach_has_a_contrast(keys, kept):
@@ -101,6 +104,11 @@ def test_the_trainer_draws_further_batches_until_it_has_enough_or_may_not(refill
     source = DriverSource(
         config, control, generate, loader, None, NoHistories(), None, dp_size=1, padding=Padding(), engine_metrics=dict
     )
-    found = uids(source._groups(0, None))
+    groups = source._groups(0, None)
+    found = uids(groups)
+    drawn = [["train:0", "train:1"], ["train:10", "train:11"], ["train:20", "train:21"]][: len(asked)]
+    assert [group.prompt.uid for group in groups.generated] == [
+        uid for batch in drawn for uid in batch
+    ]  # for histories
     assert numbers == asked and sent == [["prompts"]] * len(asked)
     assert found == {0: ["train:0", "train:1"], 1: ["train:1"], 5: ["train:1", "train:20"]}[refills]

@@ -545,7 +545,17 @@ def test_sc_sdpo_weighs_prompts_by_how_undecided_the_policy_is():
     assert {round(sample.weights["distill"], 6) for sample in samples} == {1.0}  # 3 of 4 in both groups
     rewards[1] = Reward(1)
     samples, _ = route_plain([prompt_of(0), prompt_of(1)], rollouts, rewards, algorithm("scsdpo"))
-    assert [sample.weights["distill"] for sample in samples] == [0.0] * 4 + [2.0] * 4
+    assert [sample.weights for sample in samples] == [{}] * 4 + [
+        {"distill": 1.0}
+    ] * 4  # the mean is over what is trained
+    rewards[2:4] = [Reward(0), Reward(0)]
+    rollouts += [rollout_of(i, prompt=2) for i in range(4)]
+    rewards += [Reward(score) for score in (1, 0, 0, 0)]
+    samples, _ = route_plain([prompt_of(i) for i in range(3)], rollouts, rewards, algorithm("scsdpo"))
+    weights = [sample.weights["distill"] for sample in samples if sample.weights]
+    spread = {1 / 2: 0.5, 1 / 4: math.sqrt(3) / 4}  # √(p(1 − p))
+    expected = [spread[1 / 2]] * 4 + [spread[1 / 4]] * 4 + [spread[1 / 4]] * 3  # a lone sibling does not teach itself
+    assert weights == pytest.approx([value / (0.5 + math.sqrt(3) / 2) * 3 for value in expected])
 
 
 def test_histories_fade_forget_duplicates_and_survive_a_checkpoint():

@@ -72,7 +72,7 @@ def test_without_scratch_nothing_is_made_and_nothing_removed(tmp_path, monkeypat
 
 
 def test_an_engine_over_several_nodes_finds_each_at_the_address_of_its_interface(tmp_path):
-    say = f'echo "$VLLM_HOST_IP" > {tmp_path}/said'
+    say = f'echo "$VLLM_HOST_IP" > {tmp_path}/said; echo "$GLOO_SOCKET_IFNAME" > {tmp_path}/gloo'
     given = (f"--record={tmp_path}/x", "--interface=nowhere,lo")
     assert run(*given, "--", "bash", "-c", say, VLLM_HOST_IP="10.0.0.7") == 0
     assert (tmp_path / "said").read_text() == "10.0.0.7\n"  # what the site has set stays
@@ -80,6 +80,7 @@ def test_an_engine_over_several_nodes_finds_each_at_the_address_of_its_interface
     command = [sys.executable, "-m", "slurm.node", *given, "--", "bash", "-c", say]
     subprocess.run(command, cwd=ROOT, env={**environment, "SLURM_NODEID": "0"}, timeout=60, check=True)
     assert (tmp_path / "said").read_text() == "127.0.0.1\n"
+    assert (tmp_path / "gloo").read_text() == "lo\n"  # of "nowhere,lo", a list that gloo does not know
 
 
 def test_an_interface_is_a_name_or_its_beginning_and_must_have_an_address(monkeypatch):
@@ -93,9 +94,8 @@ def test_an_interface_is_a_name_or_its_beginning_and_must_have_an_address(monkey
     }  # fmt: skip
     monkeypatch.setattr(node.psutil, "net_if_addrs", lambda: found)
     names = ("ib0", "ib", "=ib01", "down,eth", "eth1,ib0", "down", "wlan")
-    assert [node.interface_address(name) for name in names] == [
-        "10.1.0.3", "10.1.0.3", "10.1.0.4", "fd00::5", "fd00::5", "", ""
-    ]  # fmt: skip
+    first, second, other, none = ("ib0", "10.1.0.3"), ("ib01", "10.1.0.4"), ("eth1", "fd00::5"), ("", "")
+    assert [node.interface_of(name) for name in names] == [first, first, second, other, other, none, none]
 
 
 def test_a_node_without_the_interface_is_not_healthy(tmp_path, capsys, monkeypatch):

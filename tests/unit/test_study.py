@@ -69,6 +69,10 @@ def test_a_collapse_is_short_responses_or_accuracy_that_stays_lost_and_an_alarm_
     traced = {"response_length/mean": lengths, "srpo/response_length_correct": lengths}
     lost = collapse_of(result_of([0.1, 0.5, 0.45, 0.2, 0.3], traced=traced))
     assert (lost.lost, lost.alarm, lost.collapsed, lost.in_time) == (60, 19, True, True)
+    soon = collapse_of(result_of([0.5, 0.2, 0.3], traced=traced))  # lost somewhere between 0 and 20, told at 19
+    assert (soon.lost, soon.alarm, soon.in_time, soon.maybe_in_time) == (20, 19, False, True)
+    once = collapse_of(result_of([0.1, 0.5, 0.45, 0.3]))  # one evaluation may be chance
+    assert (once.lost, once.collapsed) == (None, False)
     late = collapse_of(result_of([0.5, 0.2, 0.1], traced={"response_length/mean": [20.0] * 40}))
     assert (late.lost, late.alarm, late.in_time) == (20, None, False)
 
@@ -78,7 +82,8 @@ def test_the_alarm_came_where_responses_shrank_mostly_in_time_and_hardly_ever_in
     shrunk = [one for one in found if one.shrank]
     healthy = [one for one in found if not one.collapsed]
     assert len(shrunk) >= 10 and all(one.alarm is not None for one in shrunk)
-    assert sum(one.in_time for one in shrunk) >= 0.6 * len(shrunk)
+    assert sum(one.in_time for one in shrunk) >= 0.4 * len(shrunk)
+    assert sum(one.in_time or one.maybe_in_time for one in shrunk) >= 0.6 * len(shrunk)
     assert all(one.lost is None or one.alarm <= one.lost + 45 for one in shrunk)
     assert len(healthy) >= 10 and sum(one.alarm is not None for one in healthy) <= 0.1 * len(healthy)
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096  # columns at a time
+IDS = 128  # ids at a time: a larger tile takes minutes to compile, and 2048 × 2048 cannot be
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
 
@@ -73,21 +74,29 @@ def _gradient_at_ids(
     out, out_stride, columns, here, logprobs, gradients, count,
     entropies, slopes, entropy_slopes, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the whole gradient at the ids that log-probs were asked for; an id that occurs twice gets both parts."""
+    """Write the whole gradient at the ids that log-probs were asked for; an id that occurs twice gets both parts. Ids
+    are compared with ids in tiles of BLOCK × BLOCK."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    asked = at < count
-    column = tl.load(columns + row * count + at, mask=asked, other=-1)
-    mine = tl.load(here + row * count + at, mask=asked, other=0) != 0
-    logp = tl.load(logprobs + row * count + at, mask=asked, other=0.0)
-    given = tl.load(gradients + row * count + at, mask=asked, other=0.0)
-    given = tl.where(mine, given, 0.0)
-    both = (column[:, None] == column[None, :]) & mine[None, :]
-    added = tl.sum(tl.where(both, given[None, :], 0.0), 1)
-    p = tl.exp(logp)
+    entropy = tl.load(entropies + row)
     slope, entropy_slope = tl.load(slopes + row), tl.load(entropy_slopes + row)
-    gradient = added - tl.where(p == 0, 0.0, p * (slope + entropy_slope * (logp + tl.load(entropies + row))))
-    tl.store(out + row * out_stride + column, (gradient * scale).to(out.dtype.element_ty), mask=mine)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        asked = at < count
+        column = tl.load(columns + row * count + at, mask=asked, other=-1)
+        mine = tl.load(here + row * count + at, mask=asked, other=0) != 0
+        logp = tl.load(logprobs + row * count + at, mask=asked, other=0.0)
+        added = tl.zeros([BLOCK], tl.float32)
+        for other in range(0, count, BLOCK):
+            there = other + tl.arange(0, BLOCK)
+            inside = there < count
+            twin = tl.load(columns + row * count + there, mask=inside, other=-1)
+            twins = tl.load(here + row * count + there, mask=inside, other=0) != 0
+            given = tl.load(gradients + row * count + there, mask=inside, other=0.0)
+            both = (column[:, None] == twin[None, :]) & twins[None, :]
+            added += tl.sum(tl.where(both, given[None, :], 0.0), 1)
+        p = tl.exp(logp)
+        gradient = added - tl.where(p == 0, 0.0, p * (slope + entropy_slope * (logp + entropy)))
+        tl.store(out + row * out_stride + column, (gradient * scale).to(out.dtype.element_ty), mask=mine)
 
 
 def write_gradient(
@@ -113,5 +122,5 @@ def write_gradient(
     _gradient_at_ids[(tokens,)](
         out, out.stride(0), columns.contiguous(), here.to(torch.int8), logprobs.contiguous(),
         grad_logprobs.contiguous(), count, entropy, slopes, entropy_slopes, scale,
-        BLOCK=max(16, triton.next_power_of_2(count)),
+        BLOCK=min(IDS, max(16, triton.next_power_of_2(count))),
     )  # fmt: skip
