@@ -167,7 +167,7 @@ class Checkpoints(Generic[Policy]):
 
     def _rescue(self, begin: Callable[[Path], _Pending], target: Path, problem: str) -> None:
         """Try again to write the last checkpoint, and then in the other folder that the configuration names."""
-        minutes, fallback = self._settings.retry_minutes, self._settings.fallback_dir
+        minutes, fallback = self._settings.retry_minutes, self._config.fallback_folder
         if minutes:
             self._tell_driver(
                 f"warning: the last checkpoint {target} could not be written: {clause(problem)}. It is tried again for "

@@ -399,7 +399,7 @@ def _model(config: Config, hf: HfConfig) -> Iterator[str]:
     yield from layout_problems(config.parallel, hf)
     yield from _engine_split(config, shape)
     yield from _experts(config, shape)
-    yield from lora_target_problems(config.lora, shape)
+    yield from lora_target_problems(config.lora, shape, config.parallel.pipeline_model_parallel_size)
     vocabulary, longest = shape.vocab, shape.max_positions
     topk, head = config.algorithm.needs.topk, shape.head_dim
     if distils(config) and topk > vocabulary:

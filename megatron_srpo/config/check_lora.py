@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def lora_problems(config: Config) -> Iterator[str]:
         yield f'lora.path = "{lora.path}": {what}; name the folder of a peft adapter'
 
 
-def lora_target_problems(lora: LoraConfig, shape: ModelShape) -> Iterator[str]:
-    """A line for every target that the model does not have."""
+def lora_target_problems(lora: LoraConfig, shape: ModelShape, stages: int = 1) -> Iterator[str]:
+    """A line for every target that the model does not have, or that a pipeline `stages` deep cannot have."""
     if not lora.rank:
         return
     if lora.experts and not shape.experts:
@@ -56,6 +57,14 @@ def lora_target_problems(lora: LoraConfig, shape: ModelShape) -> Iterator[str]:
         yield (
             f'lora.targets: "{dense[0]}" means the MLPs of layers without experts, and every layer of the model has '
             'experts; write "experts" to adapt these too (an adapter for each), or ["attention"] alone'
+        )
+
+    attention = any(name in lora.targets for name in ("attention", *PROJECTIONS["attention"]))
+    adapted = [lora.experts if expert else bool(dense) for expert in shape.expert_layers if shape.experts]
+    if stages > 1 and not attention and not all(adapted):
+        yield (
+            f"lora.targets = {json.dumps(lora.targets)}: not every layer has such a projection, and a pipeline stage "
+            'without any adapter is not supported; add "attention", or set pipeline_model_parallel_size = 1'
         )
 
 

@@ -7,7 +7,9 @@ docs/configuration.md. A docstring says first what the key does, then its unit, 
 
 from __future__ import annotations
 
+import hashlib
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -486,7 +488,8 @@ class CheckpointConfig(Section):
     """How long the run tries again, in minutes, if the disk does not take its last checkpoint."""
     fallback_dir: str = ""
     """Folder on another disk for the last checkpoint, or for its weights, if output_dir does not take it within
-    checkpoint.retry_minutes. Empty means none."""
+    checkpoint.retry_minutes. Several runs may share it: each writes into a folder of its own there. Empty means
+    none."""
     resume: bool = True
     """Continue from the newest checkpoint in output_dir/checkpoints, if one exists."""
     allow_reset: list[Resettable] = []
@@ -543,6 +546,15 @@ class Config(Section):
     def writes_adapter(self) -> bool:
         """Whether the run's result is an adapter, and not a whole model."""
         return self.lora.rank > 0 and self.lora.export == "adapter"
+
+    @property
+    def fallback_folder(self) -> str:
+        """This run's folder in checkpoint.fallback_dir, named after its output folder; "" without one."""
+        if not self.checkpoint.fallback_dir:
+            return ""
+        output = Path(self.run.output_dir).resolve()
+        digest = hashlib.blake2b(str(output).encode(), digest_size=4).hexdigest()
+        return str(Path(self.checkpoint.fallback_dir) / f"{output.name}-{digest}")
 
     @property
     def row_budget(self) -> int:

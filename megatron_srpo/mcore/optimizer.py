@@ -115,7 +115,9 @@ class ShardedOptimizer:
             if not config.decay_norms_and_biases:
                 group["weight_decay"] *= group.get("wd_mult", 1.0)  # Megatron marks them 0; its scheduler would do this
         megatron_config.grad_scale_func = self._megatron.scale_loss
-        self._parts = getattr(self._megatron, "chained_optimizers", [self._megatron])
+        parts = getattr(self._megatron, "chained_optimizers", [self._megatron])
+        # Without any trained parameter of its kind (LoRA on experts alone) Megatron's part is a stub without state.
+        self._parts = [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
         self._host = HostState() if config.offload else None
         if self._host:
             self._host.leave(_own(self.shards()))

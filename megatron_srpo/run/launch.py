@@ -109,7 +109,7 @@ def _rescue_weights(config: Config, control: Control, weights: Weights, iteratio
     or else into checkpoint.fallback_dir. Returns a sentence about the result. Every rank calls it."""
     name = "hf" if iteration >= config.run.iterations else f"hf_iteration_{iteration:08d}"
     problems = []
-    for root in filter(None, (config.run.output_dir, config.checkpoint.fallback_dir)):
+    for root in filter(None, (config.run.output_dir, config.fallback_folder)):
         problem = control.share(partial(str, _export_problem(config, weights, Path(root) / name, control.is_driver)))
         if not problem:
             return f"The weights of iteration {iteration} are in {Path(root) / name}, without the optimizer's state."

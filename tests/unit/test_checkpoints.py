@@ -502,7 +502,8 @@ def test_a_last_checkpoint_goes_to_the_other_folder_when_its_own_does_not_take_i
     run = checkpoints(out, checkpoint={"retry_minutes": 0, "fallback_dir": str(other)})
     with pytest.raises(UserError) as caught:
         run.save(["p"], 2, {}, {}, last=True)
-    told, found = str(caught.value), other / "step_00000002"
+    told, found = str(caught.value), Path(run._config.fallback_folder) / "step_00000002"
+    assert found.parent.parent == other and found.parent.name.startswith("out-")
     assert "could not be written" in told and f"It is in {found} instead" in told and "Make the folder writable" in told
     assert not isinstance(caught.value, LastCheckpointLost) and whole(found) == found
     out.unlink()

@@ -669,6 +669,14 @@ def test_adapters_need_projections_that_the_model_has():
     assert 'write "experts"' in told(QWEN3_30B_A3B, lora__rank=8)
     for targets in (["attention"], ["attention", "experts"]):
         assert "lora" not in told(QWEN3_30B_A3B, lora__rank=8, lora__targets=targets)
+    mixed = {**QWEN3_30B_A3B, "mlp_only_layers": [0]}
+    deep = {"lora__rank": 8, "parallel__pipeline_model_parallel_size": 2}
+    for targets in (["mlp"], ["experts"], ["up_proj"]):  # a stage may have none of these layers
+        assert "a pipeline stage without any adapter is not" in told(mixed, **deep, lora__targets=targets)
+        assert "lora" not in told(mixed, lora__rank=8, lora__targets=targets)
+    for targets in (["attention"], ["mlp", "experts"], ["q_proj", "mlp"]):
+        assert "lora" not in told(mixed, **deep, lora__targets=targets)
+    assert "lora" not in told(QWEN3_8B, **deep, lora__targets=["mlp"])
     assert "lora" not in told(QWEN3_8B, lora__rank=8) + told(QWEN3_8B, lora__targets=["experts"])
 
 

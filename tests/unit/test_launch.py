@@ -33,11 +33,12 @@ def test_weights_that_no_checkpoint_holds_are_exported_to_the_first_folder_that_
 
     monkeypatch.setattr(launch, "_write_hf", write)
     told = launch._rescue_weights(config, ALONE, [], iteration)
-    assert tried == [f"out/{name}", f"other/{name}"][: len(full) + 1]
+    other = config.fallback_folder
+    assert tried == [f"out/{name}", f"{other}/{name}"][: len(full) + 1]
     if len(full) == 2:
         assert told == (
             f"Its weights could not be exported either: out/{name}: No space left on device; "
-            f"other/{name}: No space left on device."
+            f"{other}/{name}: No space left on device."
         )
     else:
         assert told == f"The weights of iteration {iteration} are in {tried[-1]}, without the optimizer's state."
@@ -64,3 +65,15 @@ def test_a_checkpoint_is_evaluated_with_the_adapters_that_it_was_trained_with(tm
         return
     with pytest.raises(UserError, match=complaint):
         launch._require_same_adapters(config, tmp_path)
+
+
+def test_two_runs_that_share_a_fallback_folder_have_one_each_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def folder(output):
+        shared = {"model": {"path": "m"}, "data": {"train": "t"}, "checkpoint": {"fallback_dir": "/disk"}}
+        return Config(run={"output_dir": output}, **shared).fallback_folder
+
+    assert folder("runs/a/out") != folder("runs/b/out") and folder("runs/a/out") == folder(str(tmp_path / "runs/a/out"))
+    assert folder("runs/a/out").startswith("/disk/out-")
+    assert Config(model={"path": "m"}, data={"train": "t"}).fallback_folder == ""
