@@ -24,7 +24,8 @@ from megatron_srpo.environments import sandbox
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.sandbox import Isolation, Limits
 
-_FENCE = re.compile(r"^```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^(`{3,})([^`\n]*)(?:\n|\Z)", re.MULTILINE)  # a line
+LANGUAGES = ("", "py", "python", "python3")  # of blocks that are read, in any case
 SHOWN = 200  # characters of a value in a feedback
 
 
@@ -90,12 +91,21 @@ def read_tests(answer: object) -> list[Test]:
 
 
 def read_code(reply: str, *, fence: bool) -> str | None:
-    """The code of a reply: its last block in a fence, or without `fence` all of it, thinking left out."""
+    """The code of a reply: its last block of Python in a fence, or without `fence` all of it, thinking left out."""
     text = reply.rpartition("</think>")[2]
     if not fence:
         return text
-    blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else None
+    code, begun = None, None  # begun: the fence that has opened a block
+    for fence_line in _FENCE.finditer(text):
+        if begun is not None and len(fence_line[1]) < len(begun[1]):
+            continue  # a part of the block
+        if begun is None or fence_line[2].rstrip().isalnum():  # a block that was not closed ends where another begins
+            begun = fence_line
+            continue
+        if begun[2].strip().partition(" ")[0].lower() in LANGUAGES:
+            code = text[begun.end() : fence_line.start()]
+        begun = None
+    return code
 
 
 class PythonCode(Environment):

@@ -60,11 +60,49 @@ def plain(value):
     if len(text) > job["longest"]:
         raise ValueError("the value is too long")
     return json.loads(text)
-import io
-names = {"__name__": "solution"}
+def new_file():
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("file"), "w+b")
+    import tempfile
+    return tempfile.TemporaryFile()
+def run_program(given):
+    # As Python itself would: with files as standard input and output, and to the end of its threads.
+    with new_file() as source, new_file() as sink:
+        source.write(given.encode("utf-8", "surrogatepass"))
+        source.seek(0)
+        os.dup2(source.fileno(), 0); os.dup2(sink.fileno(), 1)
+        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogatepass", closefd=False)
+        out = sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        atexit._clear()  # what a program before this one has registered and not reached
+        try:
+            try:
+                exec(code, vars(module))
+            except SystemExit:
+                pass
+            for thread in threading.enumerate():
+                # Workers of an executor that was not shut down wait for the end of Python.
+                if not (thread is threading.current_thread() or thread.daemon or thread.name.startswith("ThreadPool")):
+                    thread.join()
+            atexit._run_exitfuncs()
+            with contextlib.suppress(Exception):  # it may be something of its own by now
+                sys.stdout.flush()
+            vars(module).clear()  # files that it has left open are written
+            if not out.closed:
+                out.flush()
+            sink.seek(0)
+            return plain(sink.read().decode("utf-8", "replace"))
+        finally:
+            os.dup2(null, 0); os.dup2(null, 1)  # what is written later belongs to no test
+            sys.stdin = sys.__stdin__ = sys.stdout = sys.__stdout__ = None
+import atexit, builtins, contextlib, threading, types
+builtins.exit = builtins.quit = sys.exit  # as without -S
+own = sys.modules["__main__"]  # stays alive
 try:
     code = compile(job["code"], "solution.py", "exec")
     if job["calls"] is not None:
+        module = sys.modules["solution"] = types.ModuleType("solution")
+        names = vars(module)
         exec(code, names)
     tell(loaded=True)
 except BaseException as error:
@@ -84,16 +122,10 @@ if job["calls"] is not None:
 else:
     for number, given in enumerate(job["inputs"]):
         tell(begin=number)
-        sys.stdin, out = io.StringIO(given), io.StringIO()
-        sys.stdout = out
         try:
-            exec(code, {"__name__": "__main__"})
-        except SystemExit:
-            pass
+            tell(number=number, value=run_program(given))
         except BaseException as error:
             tell(number=number, error=said(error))
-            continue
-        tell(number=number, value=plain(out.getvalue()))
 os._exit(0)
 """
 
