@@ -58,7 +58,7 @@ def said(error):
 def plain(value):
     text = json.dumps(value)
     if len(text) > job["longest"]:
-        raise ValueError("the value is too long")
+        raise ValueError(f"the value is too long, more than {job['longest'] // 1024} KiB")
     return json.loads(text)
 def new_file():
     if hasattr(os, "memfd_create"):
@@ -138,7 +138,8 @@ class Limits:
     memory_mib: int = 512  # address space of a process
     processes: int = 8  # threads included
     file_mib: int = 16  # of a file, and of all files together
-    output_kib: int = 256  # of what it tells; more ends it
+    output_kib: int = 256  # of all that it tells, as JSON; more ends it
+    value_kib: int = 64  # of one value or output, as JSON; more is an error of that one
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ async def run(
     mib = 2**20
     job = {
         "code": code, "calls": calls if calls is None else list(calls), "inputs": list(inputs),
-        "longest": limits.output_kib * 256,
+        "longest": limits.value_kib * 1024,
         "user": FIRST_USER + os.getpid() % 2**20 if os.geteuid() == 0 and isolation == "bubblewrap" else None,
         "limits": {
             "RLIMIT_AS": limits.memory_mib * mib, "RLIMIT_CPU": max(1, round(limits.seconds + 0.5)),
@@ -243,7 +244,7 @@ async def run(
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
         env={}, start_new_session=True, cwd="/",
     )  # fmt: skip
-    told, ended = b"", ""
+    told, ended = bytearray(), ""
     try:
         async with asyncio.timeout(limits.seconds + 1):
             assert process.stdin is not None and process.stdout is not None
@@ -267,7 +268,7 @@ async def run(
                 while process.stdout is not None and await process.stdout.read(1 << 16):
                     pass
         code_found = await process.wait()
-    facts = _facts(told[: limits.output_kib * 1024])
+    facts = _facts(bytes(told[: limits.output_kib * 1024]))
     if not ended and code_found not in (0, -signal.SIGKILL) and not facts:
         ended = f"the program ended with code {code_found}"
     return Outcome(facts, ended)

@@ -10,7 +10,7 @@ import pytest
 from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task, sandbox
-from megatron_srpo.environments.code import PythonCode, read_code, read_tests
+from megatron_srpo.environments.code import PythonCode, limits_of, read_code, read_tests
 from megatron_srpo.environments.registry import check_arguments, resolve
 from megatron_srpo.environments.sandbox import Limits
 from megatron_srpo.environments.tools import Tools, read_hermes
@@ -255,6 +255,35 @@ def test_a_test_sees_nothing_of_the_one_before():
     tests = [{"input": "1\nmore\n", "output": ""}, {"input": "2\n", "output": "2end"}]
     found = attempt(block(code + "if line == '1': raise ValueError('odd')"), tests, partial=True)
     assert found.reward == 0.5 and "raised ValueError: odd (line 6)" in found.feedback, found.feedback
+
+
+def test_a_row_with_large_outputs_can_be_solved():
+    lines = 60_000
+    tests = [{"input": f"{lines + n}", "output": "x\n" * (lines + n)} for n in range(4)]
+    assert attempt(block("print('x\\n' * int(input()))"), tests, seconds=20.0).reward == 1.0
+    calls = [{"call": "f(50000)", "expected": ["x"] * 50_000}]
+    assert attempt(block("def f(n): return ['x'] * n"), calls, seconds=20.0).reward == 1.0
+    many = [{"call": f"f({n})", "expected": n} for n in range(8000)]
+    assert attempt(block("def f(n): return n"), many, seconds=20.0).reward == 1.0
+
+
+def test_an_output_that_is_too_long_fails_its_own_test_alone():
+    code = "n = int(input())\nprint('x' * (n or 70000))"
+    tests = [{"input": "0", "output": "x"}, {"input": "2", "output": "xx"}]
+    found = attempt(block(code), tests, partial=True)
+    assert found.reward == 0.5 and "ValueError: the value is too long, more than 64 KiB" in found.feedback
+
+
+def test_the_limit_of_an_output_tells_nothing_of_a_short_one():
+    """The code may look at it."""
+    short = [limits_of(read_tests([{"input": "", "output": text}]), Limits()) for text in ("no", "yes", "x" * 1000)]
+    assert {limits.value_kib for limits in short} == {64}
+
+
+def test_outputs_and_inputs_that_no_file_can_hold_are_refused():
+    for field in ("input", "output"):
+        with pytest.raises(UserError, match=rf"1048577 bytes in the {field} of a test.*file_mib = 1; raise that"):
+            attempt(block("1"), [{"input": "", "output": "", field: "x" * (2**20 + 1)}], file_mib=1)
 
 
 def test_text_beyond_ascii_is_read_and_printed():
