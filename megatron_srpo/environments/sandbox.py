@@ -61,7 +61,7 @@ def plain(value):
         raise ValueError(f"the value is too long, more than {job['longest'] // 1024} KiB")
     return json.loads(text)
 def new_file():
-    if hasattr(os, "memfd_create"):
+    if hasattr(os, "memfd_create"):  # not in every build of Python
         return open(os.memfd_create("file"), "w+b")
     import tempfile
     return tempfile.TemporaryFile()
