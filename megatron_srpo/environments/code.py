@@ -15,16 +15,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import DirectoryPath, PositiveFloat, PositiveInt, validate_call
 
+from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import sandbox
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.sandbox import Isolation, Limits
 
-_FENCE = re.compile(r"^```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^(`{3,})([^`\n]*)(?:\n|\Z)", re.MULTILINE)  # a line
+LANGUAGES = ("", "py", "python", "python3")  # of blocks that are read, in any case
 SHOWN = 200  # characters of a value in a feedback
 
 
@@ -89,13 +91,34 @@ def read_tests(answer: object) -> list[Test]:
     return tests
 
 
+def limits_of(tests: Sequence[Test], limits: Limits) -> Limits:
+    """`limits`, with room for twice what the tests expect. The code can look at `value_kib`, so that grows in large
+    steps: the length of a short output would tell "yes" from "no"."""
+    sizes = [2 * len(json.dumps(test.expected)) for test in tests]
+    facts = 128 * len(sizes)  # bytes; what the runner writes around a value
+    return replace(
+        limits,
+        output_kib=limits.output_kib + (sum(sizes) + facts) // 1024,
+        value_kib=limits.value_kib * (1 + max(sizes) // (limits.value_kib * 1024)),
+    )
+
+
 def read_code(reply: str, *, fence: bool) -> str | None:
-    """The code of a reply: its last block in a fence, or without `fence` all of it, thinking left out."""
+    """The code of a reply: its last block of Python in a fence, or without `fence` all of it, thinking left out."""
     text = reply.rpartition("</think>")[2]
     if not fence:
         return text
-    blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else None
+    code, begun = None, None  # begun: the fence that has opened a block
+    for fence_line in _FENCE.finditer(text):
+        if begun is not None and len(fence_line[1]) < len(begun[1]):
+            continue  # a part of the block
+        if begun is None or fence_line[2].rstrip().isalnum():  # a block that was not closed ends where another begins
+            begun = fence_line
+            continue
+        if begun[2].strip().partition(" ")[0].lower() in LANGUAGES:
+            code = text[begun.end() : fence_line.start()]
+        begun = None
+    return code
 
 
 class PythonCode(Environment):
@@ -118,6 +141,14 @@ class PythonCode(Environment):
 
     async def start(self, task: Task) -> Sequence[Message]:
         self._tests = read_tests(task.answer)
+        for test in self._tests if self._tests[0].how == "output" else ():
+            for name, text in (("input", test.text), ("output", test.expected)):
+                size = len(text.encode("utf-8", "surrogatepass"))
+                if size > self._limits.file_mib * 2**20:
+                    raise UserError(
+                        f"{size} bytes in the {name} of a test, expected at most file_mib = {self._limits.file_mib}; "
+                        "raise that, in MiB, or leave the row out"
+                    )
         return task.messages
 
     async def step(self, reply: str) -> Step:
@@ -140,8 +171,8 @@ class PythonCode(Environment):
             {"how": "value" if test.how == "value" else "statement", "text": test.text} for test in self._tests
         ]  # fmt: skip
         outcome = await sandbox.run(
-            code, calls=calls, inputs=[test.text for test in self._tests] if programs else (), limits=self._limits,
-            isolation=self._isolation, folders=self._folders,
+            code, calls=calls, inputs=[test.text for test in self._tests] if programs else (),
+            limits=limits_of(self._tests, self._limits), isolation=self._isolation, folders=self._folders,
         )  # fmt: skip
         failed = next((fact["failed"] for fact in outcome.facts if "failed" in fact), None)
         if failed is not None:

@@ -123,16 +123,30 @@ class OpenEnv(Environment):
             found = answer["data"]
             if answer["type"] == "error":
                 raise _Refused(found.get("message", "the server refuses it"))
-            observation, reward = found.get("observation", {}), found.get("reward")
+            reward, done = found.get("reward"), bool(found.get("done"))
+            reward = None if reward is None else float(reward)
+            last = done and kind == "step"  # nobody reads its observation, which may be missing
+            observation = found.get("observation")
+            if observation is None:
+                if not last:
+                    raise KeyError("observation")
+                observation = {}
+            fields = ", ".join(observation) if self._observation else ""
             text = (
                 observation.get(self._observation) if self._observation else json.dumps(observation, ensure_ascii=False)
             )
-            return str(text), None if reward is None else float(reward), bool(found.get("done"))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
                 f"expected observation, reward and done from the OpenEnv server at {self._url} after a {kind}, got "
                 f"{str(answer)[:200]}"
             ) from None
+        if text is None and not last:
+            raise UserError(
+                f"expected {self._observation!r} in the observation of the OpenEnv server at {self._url} after a "
+                f"{kind}, got {fields[:200] or 'no field'}. Correct observation, or leave it out: the model "
+                "then reads all of it as JSON"
+            )
+        return "" if text is None else str(text), reward, done
 
     async def _answer(self, message: dict[str, object]) -> Any:
         """The server's answer to a message, from JSON."""

@@ -96,31 +96,34 @@ class EnvironmentPool:
         await self._room.acquire()
         try:
             await self.begin()
-            number = next(self._numbers)
             ours, theirs = socket.socketpair()
             with theirs:
+                reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LONGEST_ANSWER)
+                episode = EpisodeProcess(
+                    self, next(self._numbers), reader, writer, self._config.step_timeout_seconds
+                )  # fmt: skip
+                self._episodes[episode.number] = episode  # before the order: what comes of that is told to it
                 try:
-                    await self._fork(number, theirs)
-                except OSError as error:
-                    ours.close()
-                    self._lost()
-                    raise ProgramLost from error
-            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LONGEST_ANSWER)
+                    await self._fork(episode, theirs)
+                except BaseException:
+                    del self._episodes[episode.number]
+                    writer.close()
+                    raise
         except BaseException:
             self._room.release()
             raise
-        episode = EpisodeProcess(self, number, reader, writer, self._config.step_timeout_seconds)
-        self._episodes[number] = episode
         return episode
 
-    async def _fork(self, number: int, channel: socket.socket) -> None:
+    async def _fork(self, episode: EpisodeProcess, channel: socket.socket) -> None:
         """Order a process. The program takes one order at a time, and its queue holds some hundred."""
-        while self._control is not None:
+        while self._control is not None and not episode.lost:
             try:
-                socket.send_fds(self._control, [f"fork {number}".encode()], [channel.fileno()])
+                socket.send_fds(self._control, [f"fork {episode.number}".encode()], [channel.fileno()])
                 return
             except BlockingIOError:
                 await asyncio.sleep(QUEUE_SECONDS)
+            except OSError:
+                self._lost()
         raise ProgramLost
 
     def _kill(self, number: int) -> None:

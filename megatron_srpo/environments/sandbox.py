@@ -58,13 +58,51 @@ def said(error):
 def plain(value):
     text = json.dumps(value)
     if len(text) > job["longest"]:
-        raise ValueError("the value is too long")
+        raise ValueError(f"the value is too long, more than {job['longest'] // 1024} KiB")
     return json.loads(text)
-import io
-names = {"__name__": "solution"}
+def new_file():
+    if hasattr(os, "memfd_create"):  # not in every build of Python
+        return open(os.memfd_create("file"), "w+b")
+    import tempfile
+    return tempfile.TemporaryFile()
+def run_program(given):
+    # As Python itself would: with files as standard input and output, and to the end of its threads.
+    with new_file() as source, new_file() as sink:
+        source.write(given.encode("utf-8", "surrogatepass"))
+        source.seek(0)
+        os.dup2(source.fileno(), 0); os.dup2(sink.fileno(), 1)
+        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogatepass", closefd=False)
+        out = sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        atexit._clear()  # what a program before this one has registered and not reached
+        try:
+            try:
+                exec(code, vars(module))
+            except SystemExit:
+                pass
+            for thread in threading.enumerate():
+                # Workers of an executor that was not shut down wait for the end of Python.
+                if not (thread is threading.current_thread() or thread.daemon or thread.name.startswith("ThreadPool")):
+                    thread.join()
+            atexit._run_exitfuncs()
+            with contextlib.suppress(Exception):  # it may be something of its own by now
+                sys.stdout.flush()
+            vars(module).clear()  # files that it has left open are written
+            if not out.closed:
+                out.flush()
+            sink.seek(0)
+            return plain(sink.read().decode("utf-8", "replace"))
+        finally:
+            os.dup2(null, 0); os.dup2(null, 1)  # what is written later belongs to no test
+            sys.stdin = sys.__stdin__ = sys.stdout = sys.__stdout__ = None
+import atexit, builtins, contextlib, threading, types
+builtins.exit = builtins.quit = sys.exit  # as without -S
+own = sys.modules["__main__"]  # stays alive
 try:
     code = compile(job["code"], "solution.py", "exec")
     if job["calls"] is not None:
+        module = sys.modules["solution"] = types.ModuleType("solution")
+        names = vars(module)
         exec(code, names)
     tell(loaded=True)
 except BaseException as error:
@@ -84,16 +122,10 @@ if job["calls"] is not None:
 else:
     for number, given in enumerate(job["inputs"]):
         tell(begin=number)
-        sys.stdin, out = io.StringIO(given), io.StringIO()
-        sys.stdout = out
         try:
-            exec(code, {"__name__": "__main__"})
-        except SystemExit:
-            pass
+            tell(number=number, value=run_program(given))
         except BaseException as error:
             tell(number=number, error=said(error))
-            continue
-        tell(number=number, value=plain(out.getvalue()))
 os._exit(0)
 """
 
@@ -106,7 +138,8 @@ class Limits:
     memory_mib: int = 512  # address space of a process
     processes: int = 8  # threads included
     file_mib: int = 16  # of a file, and of all files together
-    output_kib: int = 256  # of what it tells; more ends it
+    output_kib: int = 256  # of all that it tells, as JSON; more ends it
+    value_kib: int = 64  # of one value or output, as JSON; more is an error of that one
 
 
 @dataclass(frozen=True)
@@ -198,7 +231,7 @@ async def run(
     mib = 2**20
     job = {
         "code": code, "calls": calls if calls is None else list(calls), "inputs": list(inputs),
-        "longest": limits.output_kib * 256,
+        "longest": limits.value_kib * 1024,
         "user": FIRST_USER + os.getpid() % 2**20 if os.geteuid() == 0 and isolation == "bubblewrap" else None,
         "limits": {
             "RLIMIT_AS": limits.memory_mib * mib, "RLIMIT_CPU": max(1, round(limits.seconds + 0.5)),
@@ -211,7 +244,7 @@ async def run(
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
         env={}, start_new_session=True, cwd="/",
     )  # fmt: skip
-    told, ended = b"", ""
+    told, ended = bytearray(), ""
     try:
         async with asyncio.timeout(limits.seconds + 1):
             assert process.stdin is not None and process.stdout is not None
@@ -235,7 +268,7 @@ async def run(
                 while process.stdout is not None and await process.stdout.read(1 << 16):
                     pass
         code_found = await process.wait()
-    facts = _facts(told[: limits.output_kib * 1024])
+    facts = _facts(bytes(told[: limits.output_kib * 1024]))
     if not ended and code_found not in (0, -signal.SIGKILL) and not facts:
         ended = f"the program ended with code {code_found}"
     return Outcome(facts, ended)

@@ -10,7 +10,7 @@ import pytest
 from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task, sandbox
-from megatron_srpo.environments.code import PythonCode, read_code, read_tests
+from megatron_srpo.environments.code import PythonCode, limits_of, read_code, read_tests
 from megatron_srpo.environments.registry import check_arguments, resolve
 from megatron_srpo.environments.sandbox import Limits
 from megatron_srpo.environments.tools import Tools, read_hermes
@@ -209,6 +209,100 @@ def test_code_that_passes_its_tests_is_rewarded():
     assert attempt("def add(a, b): return a + b", fence=False).reward == 1.0
 
 
+READS = "import os, sys\n"
+RIGHT = {
+    "bytes": READS + "a, b = map(int, sys.stdin.buffer.read().split())\nsys.stdout.buffer.write(b'%d\\n' % (a + b))",
+    "descriptors": READS + "a, b = map(int, os.read(0, os.fstat(0).st_size).split())\nos.write(1, b'%d' % (a + b))",
+    "open": "a, b = map(int, open(0).read().split())\nout = open(1, 'w')\nout.write(str(a + b))",
+    "lines": READS + "input = sys.stdin.readline\na, b = map(int, input().split())\nsys.stdout.write(str(a + b))",
+    "exit": "a, b = map(int, input().split())\nprint(a + b)\nexit()",
+    "quit": "a, b = map(int, input().split())\nprint(a + b)\nquit(0)",
+    "thread": (
+        "import threading\ndef main():\n    for _ in range(10**6): pass\n    print(sum(map(int, input().split())))\n"
+        "threading.Thread(target=main).start()"
+    ),
+    "executor": (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "print(sum(ThreadPoolExecutor(2).map(int, input().split())))"
+    ),
+    "late": (
+        READS + "import atexit, io\nsys.stdout = io.StringIO()\n"
+        "atexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\nprint(sum(map(int, input().split())))"
+    ),
+    "own writer": (
+        READS + "class Fast:\n    parts = []\n    def write(self, text): self.parts.append(text)\n"
+        "    def flush(self): os.write(1, ''.join(self.parts).encode()); self.parts.clear()\n"
+        "sys.stdout = Fast()\nprint(sum(map(int, input().split())))"
+    ),
+    "records": (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import get_type_hints\n"
+        "@dataclass\nclass Pair:\n    a: int\n    b: Other\nOther = int\n"
+        "pair = Pair(*map(get_type_hints(Pair)['b'], input().split()))\nprint(pair.a + pair.b)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_program_reads_writes_and_ends_as_it_likes(name):
+    tests = [{"input": "1 2\n", "output": "3"}, {"input": "4 5\n", "output": "9\n"}]
+    found = attempt(block(RIGHT[name]), tests, seconds=20.0)
+    assert found.reward == 1.0, found.feedback
+
+
+def test_a_test_sees_nothing_of_the_one_before():
+    """Neither its unread input nor what it has left unwritten when it failed."""
+    code = READS + "import atexit\natexit.register(print, 'end')\nline = input()\nsys.stdout.write(line)\n"
+    tests = [{"input": "1\nmore\n", "output": ""}, {"input": "2\n", "output": "2end"}]
+    found = attempt(block(code + "if line == '1': raise ValueError('odd')"), tests, partial=True)
+    assert found.reward == 0.5 and "raised ValueError: odd (line 6)" in found.feedback, found.feedback
+
+
+def test_a_row_with_large_outputs_can_be_solved():
+    lines = 60_000
+    tests = [{"input": f"{lines + n}", "output": "x\n" * (lines + n)} for n in range(4)]
+    assert attempt(block("print('x\\n' * int(input()))"), tests, seconds=20.0).reward == 1.0
+    calls = [{"call": "f(50000)", "expected": ["x"] * 50_000}]
+    assert attempt(block("def f(n): return ['x'] * n"), calls, seconds=20.0).reward == 1.0
+    many = [{"call": f"f({n})", "expected": n} for n in range(8000)]
+    assert attempt(block("def f(n): return n"), many, seconds=20.0).reward == 1.0
+
+
+def test_an_output_that_is_too_long_fails_its_own_test_alone():
+    code = "n = int(input())\nprint('x' * (n or 70000))"
+    tests = [{"input": "0", "output": "x"}, {"input": "2", "output": "xx"}]
+    found = attempt(block(code), tests, partial=True)
+    assert found.reward == 0.5 and "ValueError: the value is too long, more than 64 KiB" in found.feedback
+
+
+def test_the_limit_of_an_output_tells_nothing_of_a_short_one():
+    """The code may look at it."""
+    short = [limits_of(read_tests([{"input": "", "output": text}]), Limits()) for text in ("no", "yes", "x" * 1000)]
+    assert {limits.value_kib for limits in short} == {64}
+
+
+def test_outputs_and_inputs_that_no_file_can_hold_are_refused():
+    for field in ("input", "output"):
+        with pytest.raises(UserError, match=rf"1048577 bytes in the {field} of a test.*file_mib = 1; raise that"):
+            attempt(block("1"), [{"input": "", "output": "", field: "x" * (2**20 + 1)}], file_mib=1)
+
+
+def test_text_beyond_ascii_is_read_and_printed():
+    assert attempt(block("print(input().upper())"), [{"input": "é😀\n", "output": "É😀"}]).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Pair:\n    a: int\n"
+        "def add(a, b): return Pair(a).a + b",
+        "import sys\nassert quit is exit\nONE = 1\ndef add(a, b): return sys.modules[__name__].ONE * a + b",
+    ],
+)  # fmt: skip
+def test_code_whose_functions_are_called_is_a_module(code):
+    found = attempt(block(code))
+    assert found.reward == 1.0, found.feedback
+
+
 @pytest.mark.parametrize(
     ("code", "told"),
     [
@@ -293,8 +387,32 @@ def test_tests_and_code_are_read_from_what_rows_and_models_write():
     for wrong in ([], 3, [{"call": "f()"}], [{"input": "", "output": ""}, "assert 1"]):
         with pytest.raises(ValueError, match="expected"):
             read_tests(wrong)
-    assert read_code("```py\na\n```\n```\nb\n```", fence=True) == "b\n"
-    assert read_code("```" * 50_000, fence=True) is None
+    for many in ("```", "```\n", "```text\n", "````python\n", "```python\n```text\n"):
+        assert not read_code(many * 50_000, fence=True), "and that does not take long"
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        ("```py\na\n```\n```\nb\n```", "b\n"),
+        ("```python\na\n```\nIt prints\n```text\n3\n```\nas it should.", "a\n"),
+        ("```text\n3\n```\nis what this prints:\n```python\na\n```", "a\n"),
+        ("```python3\na\n```", "a\n"),
+        ("```Python\na\n```", "a\n"),
+        ("``` PY title=x\r\na\r\n```\r\n", "a\r\n"),
+        ("```python\na\n\n```", "a\n\n"),
+        ("```python\na\n``` That is it.", "a\n"),
+        ("```python\nstopped, and begun again\n```python\na\n```", "a\n"),
+        ("````markdown\n```python\na\n```\n````", None),
+        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
+        ("```bash\nls\n```", None),
+        ("```python\na\n```\n```python\nhalf of", "a\n"),
+        ("Use ```a``` here.\n```python```\n```python\na\n```", "a\n"),
+        ("```python\n```", ""),
+    ],
+)
+def test_the_last_block_of_python_in_a_reply_is_read(reply, code):
+    assert read_code(reply, fence=True) == code
 
 
 def test_a_weaker_sandbox_than_bubblewrap_is_told_unless_it_was_chosen(monkeypatch):

@@ -18,7 +18,7 @@ TASK = Task(({"role": "user", "content": "x"},), "", {}, 0, 0)
 RESET = {"type": "observation", "data": {"observation": {"message": "hello"}, "reward": None, "done": False}}
 
 
-async def played(path, answers):
+async def played(path, answers, observation="message"):
     """The environment's answer to one turn, with a server that gives `answers` at `path`."""
 
     async def talk(request):
@@ -36,7 +36,7 @@ async def played(path, answers):
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port := free_port()).start()
-    environment = OpenEnv(url=f"http://127.0.0.1:{port}", action="message", observation="message")
+    environment = OpenEnv(url=f"http://127.0.0.1:{port}", action="message", observation=observation)
     try:
         await environment.start(TASK)
         return await environment.step("go")
@@ -88,3 +88,33 @@ def test_answers_that_are_not_openenvs_end_the_episode_and_are_not_told_to_the_m
 def test_an_action_that_the_server_refuses_is_told_to_the_model():
     step = asyncio.run(played("/ws", [RESET, {"type": "error", "data": {"message": "no such move"}}]))
     assert (step.messages[0]["content"], step.tool_errors) == ("Error: no such move", 1)
+
+
+def observed(observation, done=False):
+    return {**RESET, "data": {"observation": observation, "reward": 1.0, "done": done}}
+
+
+@pytest.mark.parametrize(
+    ("answers", "field", "told"),
+    [
+        ([RESET], "text", "'text' in the observation .* after a reset, got message. Correct observation"),
+        ([RESET, observed({"b": 1, "message": None})], "message", "'message' in .* after a step, got b, message. Corr"),
+        ([RESET, observed({})], "message", "'message' in the observation .* after a step, got no field. Correct"),
+        ([RESET, observed("hello")], "message", "expected observation, reward and done .* after a step, got .*hello"),
+        ([observed(None)], "", "expected observation, reward and done from the OpenEnv server at .* after a reset"),
+        ([{**RESET, "data": {"reward": 1.0, "done": False}}], "", "expected observation, reward and done from"),
+    ],
+)
+def test_an_observation_without_what_the_model_should_read_is_told_with_its_fields(answers, field, told):
+    with pytest.raises(UserError, match=told):
+        asyncio.run(played("/ws", answers, field))
+
+
+@pytest.mark.parametrize("last", [{}, {"message": None}, None])
+def test_the_last_observation_which_nobody_reads_may_be_empty(last):
+    step = asyncio.run(played("/ws", [RESET, observed(last, done=True)]))
+    assert (step.done, step.reward, step.messages[0]["content"]) == (True, 1.0, "")
+
+
+def test_a_whole_observation_is_read_as_json():
+    assert asyncio.run(played("/ws", [RESET, observed({"é": 1})], "")).messages[0]["content"] == '{"é": 1}'

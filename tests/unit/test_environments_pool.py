@@ -369,6 +369,66 @@ def test_an_episode_that_fails_because_its_server_has_ended_begins_again(tmp_pat
     assert asyncio.run(play()) == 5
 
 
+@pytest.mark.parametrize("how", ["the program ends", "no process can be made"])
+def test_what_happens_right_behind_the_order_of_a_process_is_not_lost(tmp_path, monkeypatch, how):
+    no_fork = "\nimport os\ndef fork():\n    raise OSError(11, 'no room')\nos.fork = fork\n"
+    (tmp_path / "echo.py").write_text(ECHO + (no_fork if how == "no process can be made" else ""))
+    config = EnvironmentConfig(classes={"row": f"{tmp_path}/echo.py:Echo"}, step_timeout_seconds=60.0)
+    heard, order = asyncio.Event(), EnvironmentPool._fork
+    hear = EnvironmentPool._hear
+
+    async def ordered(pool, *given):
+        heard.clear()
+        await order(pool, *given)
+        if how == "the program ends":
+            pool._process.kill()
+        await heard.wait()
+
+    monkeypatch.setattr(EnvironmentPool, "_fork", ordered)
+    monkeypatch.setattr(EnvironmentPool, "_hear", lambda pool: (hear(pool), heard.set()))
+
+    async def play():
+        with closing(EnvironmentPool(config, [].append)) as pool:
+            try:
+                episode = await pool.open()
+                try:
+                    await episode.start("row", TASK)
+                finally:
+                    await episode.close()
+            finally:
+                assert pool._episodes == {} and pool._room._value == config.processes
+
+    if how == "the program ends":
+        with pytest.raises(ProgramLost):
+            asyncio.run(play())
+    else:
+        with pytest.raises(EpisodeError, match=r"no process for it: \[Errno 11\] no room"):
+            asyncio.run(play())
+
+
+def test_a_program_that_ends_before_the_order_of_a_process_is_told(tmp_path, monkeypatch):
+    (tmp_path / "echo.py").write_text(ECHO)
+    config = EnvironmentConfig(classes={"row": f"{tmp_path}/echo.py:Echo"}, step_timeout_seconds=60.0)
+    connect = asyncio.open_unix_connection
+
+    async def play():
+        with closing(EnvironmentPool(config, [].append)) as pool:
+
+            async def connected(**given):
+                pool._lost()
+                await pool.begin()  # another episode starts it again
+                return await connect(**given)
+
+            monkeypatch.setattr(asyncio, "open_unix_connection", connected)
+            episode = await pool.open()
+            try:
+                assert (await episode.start("row", TASK)).messages
+            finally:
+                await episode.close()
+
+    asyncio.run(play())
+
+
 TALKING = """
 import os, subprocess, sys
 from pathlib import Path

@@ -352,6 +352,19 @@ def test_shared_memory_of_a_killed_server_is_removed(fleet_of, expected):
         assert not block.exists()
 
 
+def test_an_episode_that_failed_before_its_first_turn_has_no_age():
+    """No weights sampled anything of it, so it is neither stale nor in the metrics of the staleness."""
+    engine = ServersEngine.__new__(ServersEngine)
+    engine._rollout, engine.weight_version = RolloutConfig(max_staleness=2), 7
+    rollouts = [Rollout(0, n, [1] * tokens, [-1.0] * tokens, "", "stop", version)
+                for n, (tokens, version) in enumerate([(0, 0), (1, 6), (1, 4)])]  # fmt: skip
+    engine._mark_stale(rollouts)
+    assert [rollout.stale for rollout in rollouts] == [False, False, True]
+    assert engine._metrics == {"rollout/staleness_mean": 2.0, "rollout/staleness_max": 3}
+    engine._mark_stale(rollouts[:1])
+    assert engine._metrics == {"rollout/staleness_mean": 0.0, "rollout/staleness_max": 0}
+
+
 def test_servers_inherit_what_engines_need_and_no_keys_but_what_the_user_names(monkeypatch):
     secrets = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY")
     for name in (*secrets, "MINE", "MASTER_ADDR", "RANK", "TORCHELASTIC_RUN_ID", "LD_PRELOAD"):

@@ -303,9 +303,11 @@ class ServersEngine:
         return []
 
     def _mark_stale(self, rollouts: list[Rollout]) -> None:
-        """Mark the rollouts that are older than allowed: they are left out of the loss."""
-        ages = [self.weight_version - rollout.weight_version for rollout in rollouts]
-        for rollout, age in zip(rollouts, ages, strict=True):
+        """Mark the rollouts that are older than allowed: they are left out of the loss. One without tokens, of an
+        environment that did not start, has no age."""
+        sampled = [rollout for rollout in rollouts if rollout.token_ids]
+        ages = [self.weight_version - rollout.weight_version for rollout in sampled]
+        for rollout, age in zip(sampled, ages, strict=True):
             rollout.stale = age > self._rollout.max_staleness
         self._metrics = {
             "rollout/staleness_mean": sum(ages) / max(1, len(ages)),
