@@ -12,7 +12,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -359,8 +359,11 @@ class Fleet(Generic[ServerT]):
                 failed.append(answer.exception() or RuntimeError())
                 feed.stop()
 
+        # A thread of its own: feeds that wait would take all those of the loop's pool, in which answers are read.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        ready = partial(feed.ready, wait=True)
         try:
-            while (requests := await asyncio.to_thread(feed.ready, wait=True)) is not None:
+            while (requests := await self.loop.run_in_executor(thread, ready)) is not None:
                 for request in requests:
                     job = self._job(request, sampling, salt, feed.answer)
                     jobs.add(job.answer)
@@ -374,6 +377,8 @@ class Fleet(Generic[ServerT]):
         finally:
             for answer in list(jobs):
                 answer.cancel()
+            feed.stop()  # its thread, which may still wait, ends
+            thread.shutdown(wait=False)
             self._forget_homes(salt)
 
     def _forget_homes(self, salt: str) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import math
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,8 +111,6 @@ def wait_until(fleet: Fleet, condition: Callable[[], bool]) -> None:
     """Look again and again; the fleet's own loop does the waiting."""
 
     async def look() -> None:
-        import asyncio
-
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -321,7 +322,8 @@ class Stranger:
 
     async def generate(self, request: GenerateRequest, *_: object) -> Rollout:
         self.may_fail("generate")
-        return Rollout(request.prompt, request.sample, array("i", [5]), array("f", [-1.0]), "5", "stop", 0)
+        read = (request.prompt, request.sample, array("i", [5]), array("f", [-1.0]), "5", "stop", 0)
+        return await asyncio.to_thread(Rollout, *read)  # as VllmClient reads long answers
 
 
 @pytest.fixture
@@ -366,6 +368,57 @@ def test_a_server_whose_health_check_is_refused_is_lost(stranger):
     wait_until(fleet, lambda: bool(said))
     assert said == ["server 0 is lost and waited for: /health: status 404"]
     assert len(generate(fleet, requests())) == 24
+
+
+class OneTurn:
+    """A feed of one request, which ends with its answer; without a request it ends when it is stopped."""
+
+    def __init__(self, *asked: GenerateRequest) -> None:
+        self.rollouts: list[Rollout] = []
+        self.ended = threading.Event()
+        self._events: queue.SimpleQueue[GenerateRequest | None] = queue.SimpleQueue()
+        for request in asked:
+            self._events.put(request)
+
+    def ready(self, *, wait: bool) -> list[GenerateRequest] | None:
+        event = self._events.get()
+        if event is None:
+            self.ended.set()
+        return None if event is None else [event]
+
+    def answer(self, rollout: Rollout) -> None:
+        self.rollouts.append(rollout)
+        self.stop()
+
+    def stop(self) -> None:
+        self._events.put(None)
+
+
+def test_feeds_that_wait_leave_the_threads_of_others_free(stranger):
+    fleet, _, _ = stranger
+    fleet.loop.set_default_executor(ThreadPoolExecutor(1))
+    fleet.launch()
+    feeds = [OneTurn(request) for request in requests(1, 4)]
+    try:
+        answers = [fleet.start(fleet.converse(feed, SAMPLING, "salt")) for feed in feeds]
+        assert [rollout.sample for answer in answers for rollout in answer.result(PATIENCE)] == [0, 1, 2, 3]
+    finally:
+        for feed in feeds:
+            feed.stop()
+
+
+def test_a_feed_whose_conversation_is_cancelled_is_stopped(stranger):
+    fleet, _, _ = stranger
+    fleet.launch()
+    feed = OneTurn()
+    answers = fleet.start(fleet.converse(feed, SAMPLING, "salt"))
+    fleet.run(fleet.wait_until_up())
+    try:
+        wait_until(fleet, lambda: any(thread.name.startswith("feed") for thread in threading.enumerate()))
+        answers.cancel()
+        assert feed.ended.wait(PATIENCE)
+    finally:
+        feed.stop()
 
 
 def test_a_server_that_does_not_start_is_one_message_with_its_log(fleet_of):
