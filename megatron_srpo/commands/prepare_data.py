@@ -42,7 +42,7 @@ import typer
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.atomic import atomic_file
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.data import load_rows, look_up, read_records
+from megatron_srpo.data import drop_null_fields, load_rows, look_up, read_records
 from megatron_srpo.rewards.registry import RewardError, unknown
 from megatron_srpo.rewards.tooluse import expected_calls
 
@@ -182,7 +182,7 @@ def _read_saved(path: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(saved, datasets.DatasetDict):
         raise UserError(f"{path} holds several splits: name one, e.g. {path / sorted(saved)[-1]} (and --test-source)")
     for index, record in enumerate(saved, 1):
-        yield f"{path}:row {index}", record
+        yield f"{path}:row {index}", drop_null_fields(record)
 
 
 def sciknoweval_rows(domains: set[str], level: str) -> Callable[[dict], Iterator[dict[str, Any]]]:

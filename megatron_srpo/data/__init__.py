@@ -14,7 +14,15 @@ A mistake of the user is a DataError, which says what was expected, what came, a
 """
 
 from megatron_srpo.data.conversation import Chat, Conversation
-from megatron_srpo.data.dataset import DataError, Example, LoadReport, load_rows, look_up, read_records
+from megatron_srpo.data.dataset import (
+    DataError,
+    Example,
+    LoadReport,
+    drop_null_fields,
+    load_rows,
+    look_up,
+    read_records,
+)
 from megatron_srpo.data.demonstrations import Demonstrations, strip_thinking
 from megatron_srpo.data.loader import PromptLoader
 from megatron_srpo.data.prompts import hides_system, render_prompts
@@ -32,6 +40,7 @@ __all__ = [
     "TeacherPrompt",
     "TeacherPromptBuilder",
     "Tokenizer",
+    "drop_null_fields",
     "hides_system",
     "load_rows",
     "load_tokenizer",

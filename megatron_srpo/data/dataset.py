@@ -190,16 +190,28 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _rows(batch: RecordBatch) -> list[Any]:
     try:
-        return batch.to_pylist()
+        return [drop_null_fields(row) for row in batch.to_pylist()]
     except UnicodeDecodeError:  # one row is broken: find out which
         return [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
 
 
 def _row(batch: RecordBatch) -> Any:
     try:
-        return batch.to_pylist()[0]
+        return drop_null_fields(batch.to_pylist()[0])
     except UnicodeDecodeError:
         return _BadRow("a text is not UTF-8")
+
+
+def drop_null_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the null fields of its objects: Arrow gives all objects of a column the same
+    fields, and cannot tell a field that was absent from null. The row's own fields stay."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _example(record: object, row: int, place: str, config: DataConfig) -> Example:

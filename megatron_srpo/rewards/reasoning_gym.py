@@ -1,13 +1,15 @@
 """The kind reasoning_gym: tasks of the reasoning-gym library, scored by the library's own scorers.
 
 A row is {"kind": "reasoning_gym", "prompt": …, "answer": …, "dataset": "chain_sum", "entry": {…}}, where `entry` is
-what the library generated ({"question", "answer", "metadata"}). A row without "entry" must have "question" and
-"metadata"; in a row without "dataset", the entry's own "source_dataset" names it.
+what the library generated ({"question", "answer", "metadata"}), or its JSON as text. A row without "entry" must have
+"question" and "metadata"; in a row without "dataset", the entry's own "source_dataset" names it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -48,11 +50,15 @@ def _entry(answer: object, metadata: Mapping[str, object]) -> Entry:
         entry = {
             "question": metadata.get("question", ""), "answer": answer, "metadata": metadata.get("metadata") or {}
         }  # fmt: skip
-    if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict) or "answer" not in entry:
+    if isinstance(entry, str):
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(entry)
+    if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
         raise RewardError(
             'kind \'reasoning_gym\' expects the row\'s "entry" to be the generated {"question", "answer", "metadata"}'
         )
-    return entry
+    # Where many answers are right the library's own is null, which the rows of parquet files do not keep.
+    return {"answer": answer, **entry}
 
 
 def _dataset(entry: Entry, metadata: Mapping[str, object]) -> str:

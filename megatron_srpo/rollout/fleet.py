@@ -12,7 +12,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -25,6 +25,7 @@ from megatron_srpo.rollout.http import BadAnswer, ServerError, UnacceptableReque
 KEEP_TOGETHER = 8  # a prompt's samples stay on one server, for its prefix cache, until it is this many requests ahead
 ATTEMPTS = 4  # failures of one request after which the request itself counts as their cause
 HEALTH_SECONDS = 1.0  # time between two health checks of a server
+START_AGAIN_SECONDS = 30.0  # time until a start that failed is tried again: what was full may be cleared meanwhile
 
 T = TypeVar("T")
 ServerT = TypeVar("ServerT", bound="Server")
@@ -218,6 +219,8 @@ class Fleet(Generic[ServerT]):
                     raise RolloutError(f"{server.name} did not start: {clause(ended)}. {cure}")
             try:
                 server.world_size = await server.client.world_size(timeout=5)
+                # What we did not start may have the weights of an earlier run; ours has just loaded the folder.
+                found = await server.client.weight_version() if process is None else 0
                 break
             except UnacceptableRequest as error:  # it answers, but refuses us
                 raise RolloutError(f"{server.name} at {server.client.url} refuses us: {error}") from error
@@ -228,10 +231,7 @@ class Fleet(Generic[ServerT]):
                         "it running, or does it need longer (rollout.server_start_seconds)?"
                     ) from error
                 await asyncio.sleep(0.2)
-        server.alive = True
-        # A server that we did not start may have the weights of an earlier run; ours has just loaded the folder.
-        found = await server.client.weight_version() if process is None else 0
-        server.version = found if self._folder_is_first else None
+        server.alive, server.version = True, found if self._folder_is_first else None
 
     async def _watch(self, server: ServerT) -> None:
         """Check a server's process and health until it is given up."""
@@ -244,7 +244,7 @@ class Fleet(Generic[ServerT]):
                 continue
             try:
                 await server.client.health(timeout=self._timeout)
-            except ServerError as error:
+            except (ServerError, UnacceptableRequest) as error:
                 self.lost(server, str(error))
 
     def lost(self, server: ServerT, why: str = "") -> None:
@@ -258,32 +258,44 @@ class Fleet(Generic[ServerT]):
         for job in list(server.jobs):
             job.cancel()
         if server.restarts >= self._max_restarts:
-            server.gone = True
-            if server.process is not None:
-                server.process.ask_to_stop()
-            self._say(f"{server.name} is given up, it was lost {server.restarts + 1} times in a row: {why}")
+            self._give_up(server, f", it was lost {server.restarts + 1} times in a row: {why}")
         else:
             server.restarts += 1
             self.restarted += 1
             what = "waited for" if server.process is None else "started again"
             self._say(f"{server.name} is lost and {what}: {why}")
             self._keep(asyncio.ensure_future(self._restart(server)))
-        self._fail_if_none_left()
 
     async def _restart(self, server: ServerT) -> None:
-        if server.process is not None:
-            await asyncio.to_thread(server.process.stop)
-            server.process.start()
-        try:
-            await self._until_up(server)
-        except RolloutError as error:
-            server.gone, server.trouble = True, str(error)
-            self._say(f"{server.name} is given up: {error}")
-            self._fail_if_none_left()
-            return
+        """Start a lost server again, and wait until it answers. A start that fails (a full disk, no memory) is tried
+        again, and counts as a restart."""
+        while not server.alive:
+            try:
+                if server.process is not None:
+                    await asyncio.to_thread(server.process.stop)
+                    server.process.start()
+                await self._until_up(server)
+            except RolloutError as error:
+                server.trouble = str(error)
+                return self._give_up(server, f": {error}")
+            except Exception as error:  # any: requests would wait for ever for a server that is neither up nor gone
+                server.trouble = f"it could not be started: {str(error) or type(error).__name__}"
+                if server.restarts >= self._max_restarts:
+                    return self._give_up(server, f", {server.trouble}")
+                server.restarts += 1
+                self.restarted += 1
+                self._say(f"{server.name} is tried again in {START_AGAIN_SECONDS:g} s, {server.trouble}")
+                await asyncio.sleep(START_AGAIN_SECONDS)
         if server.version != self.version:
             self._needs_weights(server)
         self.pump()
+
+    def _give_up(self, server: ServerT, why: str) -> None:
+        server.gone = True
+        if server.process is not None:
+            server.process.ask_to_stop()
+        self._say(f"{server.name} is given up{why}")
+        self._fail_if_none_left()
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         """Hold a reference to a task: the event loop itself holds only a weak one."""
@@ -347,8 +359,11 @@ class Fleet(Generic[ServerT]):
                 failed.append(answer.exception() or RuntimeError())
                 feed.stop()
 
+        # A thread of its own: feeds that wait would take all those of the loop's pool, in which answers are read.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        ready = partial(feed.ready, wait=True)
         try:
-            while (requests := await asyncio.to_thread(feed.ready, wait=True)) is not None:
+            while (requests := await self.loop.run_in_executor(thread, ready)) is not None:
                 for request in requests:
                     job = self._job(request, sampling, salt, feed.answer)
                     jobs.add(job.answer)
@@ -362,6 +377,8 @@ class Fleet(Generic[ServerT]):
         finally:
             for answer in list(jobs):
                 answer.cancel()
+            feed.stop()  # its thread, which may still wait, ends
+            thread.shutdown(wait=False)
             self._forget_homes(salt)
 
     def _forget_homes(self, salt: str) -> None:

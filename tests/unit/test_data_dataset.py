@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.data import DataError, load_rows
+from megatron_srpo.rewards import resolve
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROWS = {
@@ -192,6 +193,19 @@ def test_parquet_rows_are_the_same_examples(tmp_path):
         (e.messages, e.answer, e.kind, e.metadata) for e in expected
     ]
     assert examples[1].source == f"{path}:row 2"
+
+
+def test_fields_that_parquet_adds_to_objects_of_other_rows_are_dropped(tmp_path):
+    calls = [[{"Action": "f", "Action_Input": {"a": 1}}], [{"Action": "g", "Action_Input": {"b": {"c": ["z", None]}}}]]
+    calls.append([{"Action": "h"}])
+    rows = [row(answer=one, kind="tooluse", entry={"n": n} if n else None, system=None) for n, one in enumerate(calls)]
+    path = str(tmp_path / "rows.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    examples, _ = load_rows(path, config())
+    assert [one.answer for one in examples] == calls
+    assert [one.metadata for one in examples] == [{"entry": None}, {"entry": {"n": 1}}, {"entry": {"n": 2}}]
+    response = 'Action: g\nAction Input: {"b": {"c": ["z", null]}}'
+    assert resolve("tooluse", {})(response, examples[1].answer, {}).score == 1.0
 
 
 def test_a_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path):

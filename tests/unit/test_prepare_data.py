@@ -230,6 +230,16 @@ def test_chat_messages_and_saved_hugging_face_data_sets_are_read(tmp_path, capsy
     assert len(prepare(tmp_path / "out3", "convert", tmp_path / "splits" / "train", "--kind", "exact")[0]) == 4
 
 
+@pytest.mark.parametrize("source", ["rows.parquet", "saved"])
+def test_fields_that_arrow_adds_to_objects_of_other_rows_are_dropped(tmp_path, source):
+    calls = [[{"Action": "f", "Action_Input": {"a": 1}}], [{"Action": "g", "Action_Input": {"b": "z"}}]]
+    table = pa.Table.from_pylist([{"prompt": f"q{i}", "answer": one} for i, one in enumerate(calls)])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    train, _ = prepare(tmp_path / "out", "convert", tmp_path / source, "--kind", "tooluse", "--test-size", 0)
+    assert [row["answer"] for row in train] == calls
+
+
 def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
     source = write(tmp_path / "s.jsonl", [{"q": "x", "a": "y"}, {"q": "z"}])
     (tmp_path / "s.xlsx").write_text("")

@@ -375,10 +375,22 @@ def test_reasoning_gym_uses_the_librarys_own_scorer_after_a_round_trip_through_j
         assert gym(str(entry["answer"]), entry["answer"], metadata).score == 0  # no <answer>
 
 
+@pytest.mark.parametrize("name", ["graph_color", "rush_hour", "chain_sum"])
+def test_reasoning_gym_reads_an_entry_as_json_or_without_its_answer_as_parquet_has_them(name):
+    entry = json.loads(json.dumps(reasoning_gym.create_dataset(name, size=1, seed=3)[0]))
+    right = entry["answer"] or "unknown"  # the library gives no answer where many are right
+    wanted = gym(f"<answer>{right}</answer>", right, {"dataset": name, "entry": entry})
+    without = {key: value for key, value in entry.items() if key != "answer"}
+    for form in (without, json.dumps(entry)):
+        assert gym(f"<answer>{right}</answer>", right, {"dataset": name, "entry": form}) == wanted
+
+
 def test_reasoning_gym_refuses_rows_without_an_entry_or_a_known_data_set():
     entry = {"question": "q", "answer": "a", "metadata": {}}
     with pytest.raises(RewardError, match='"entry"'):
         gym("<answer>1</answer>", "1", {"dataset": "chain_sum", "entry": "x"})
+    with pytest.raises(RewardError, match='"entry"'):
+        gym("<answer>1</answer>", "1", {"dataset": "chain_sum", "entry": "[1]"})
     with pytest.raises(RewardError, match='"dataset"'):
         gym("<answer>1</answer>", "1", {"dataset": "nope", "entry": entry})
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import math
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,9 +25,10 @@ from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.core.exit_codes import STOPPED, exit_words
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout import fleet as fleet_module
 from megatron_srpo.rollout.engine import decode_inside
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
-from megatron_srpo.rollout.http import BadAnswer
+from megatron_srpo.rollout.http import BadAnswer, ServerError, UnacceptableRequest
 from megatron_srpo.rollout.vllm import parent_watcher, server_process
 from megatron_srpo.rollout.vllm.client import VllmClient, read_answer
 from megatron_srpo.rollout.vllm.environment import COMMON, CPU
@@ -106,8 +111,6 @@ def wait_until(fleet: Fleet, condition: Callable[[], bool]) -> None:
     """Look again and again; the fleet's own loop does the waiting."""
 
     async def look() -> None:
-        import asyncio
-
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -248,6 +251,174 @@ def test_when_no_server_is_left_the_run_ends_with_what_the_last_one_said(fleet_o
         assert "given up, it was lost 3 times in a row" in said[-1]
         with pytest.raises(RolloutError, match="no rollout server is left"):
             generate(fleet, requests())
+
+
+FULL = "[Errno 28] No space left on device"
+
+
+@pytest.fixture
+def full_disk(monkeypatch) -> Callable[[int], None]:
+    """Lets the next starts of servers fail."""
+    monkeypatch.setattr(fleet_module, "START_AGAIN_SECONDS", 0.01)
+    start = VllmServerProcess.start
+
+    def fail(times: int) -> None:
+        errors = [OSError(errno.ENOSPC, "No space left on device")] * times
+
+        def may_fail(process: VllmServerProcess) -> None:
+            if errors:
+                raise errors.pop()
+            start(process)
+
+        monkeypatch.setattr(VllmServerProcess, "start", may_fail)
+
+    return fail
+
+
+def test_a_start_that_fails_as_on_a_full_disk_is_tried_again(fleet_of, expected, full_disk):
+    with fleet_of(["die"], max_restarts=3) as (fleet, said):
+        full_disk(2)
+        assert generate(fleet, requests()) == expected
+        assert fleet.restarted == 3
+        assert said[1:] == ["server 0 is tried again in 0.01 s, it could not be started: " + FULL] * 2
+
+
+def test_a_server_that_cannot_be_started_is_given_up_with_one_message(fleet_of, expected, full_disk):
+    with fleet_of(["die"], [], max_restarts=2) as (fleet, said):
+        full_disk(2)
+        assert generate(fleet, requests()) == expected
+        wait_until(fleet, lambda: fleet.servers[0].gone)
+        assert said[2:] == ["server 0 is given up, it could not be started: " + FULL]
+    with fleet_of(["die"], max_restarts=1) as (fleet, _):
+        full_disk(1)
+        with pytest.raises(RolloutError, match=r"no rollout server is left: server 0: .*No space left on device"):
+            generate(fleet, requests())
+
+
+class Stranger:
+    """The client of a server that somebody else started; its calls raise what a test says."""
+
+    url = "http://stranger"
+
+    def __init__(self) -> None:
+        self.failures: dict[str, list[Exception]] = {}  # call → the errors of its next calls
+
+    def may_fail(self, call: str) -> None:
+        if errors := self.failures.get(call):
+            raise errors.pop()
+
+    async def close(self) -> None: ...
+
+    async def health(self, timeout: float) -> None:
+        self.may_fail("health")
+
+    async def world_size(self, timeout: float) -> int:
+        self.may_fail("world_size")
+        return 1
+
+    async def weight_version(self) -> int | None:
+        self.may_fail("weight_version")
+        return 0
+
+    async def generate(self, request: GenerateRequest, *_: object) -> Rollout:
+        self.may_fail("generate")
+        read = (request.prompt, request.sample, array("i", [5]), array("f", [-1.0]), "5", "stop", 0)
+        return await asyncio.to_thread(Rollout, *read)  # as VllmClient reads long answers
+
+
+@pytest.fixture
+def stranger(monkeypatch) -> Iterator[tuple[Fleet, Stranger, list[str]]]:
+    """A fleet of one server that somebody else started, not launched."""
+    monkeypatch.setattr(fleet_module, "HEALTH_SECONDS", 0.01)
+    client, said = Stranger(), []
+    fleet = Fleet(
+        [Server("server 0", client)], limit=4, exact=True, timeout_s=5, start_timeout_s=PATIENCE, max_restarts=2,
+        say=said.append, needs_weights=lambda server: None, decode=str,
+    )  # fmt: skip
+    yield fleet, client, said
+    fleet.close()
+
+
+def test_a_server_is_up_when_it_has_told_its_weights(stranger):
+    fleet, client, said = stranger
+    client.failures = {"weight_version": [ServerError("too busy")]}
+    fleet.launch()
+    assert len(generate(fleet, requests())) == 24
+    client.failures = {"generate": [ServerError("lost")], "weight_version": [ServerError("too busy")]}
+    assert len(generate(fleet, requests())) == 24
+    assert said == ["server 0 is lost and waited for: lost"]
+
+
+@pytest.mark.parametrize("call", ["world_size", "weight_version"])
+def test_a_server_that_comes_back_and_refuses_us_is_given_up(stranger, call):
+    fleet, client, said = stranger
+    fleet.launch()
+    fleet.run(fleet.wait_until_up())
+    client.failures = {"generate": [ServerError("lost")], call: [UnacceptableRequest("status 401")]}
+    with pytest.raises(RolloutError, match=r"no rollout server is left: server 0: .*refuses us: status 401"):
+        generate(fleet, requests())
+    assert said[1:] == ["server 0 is given up: server 0 at http://stranger refuses us: status 401"]
+
+
+def test_a_server_whose_health_check_is_refused_is_lost(stranger):
+    fleet, client, said = stranger
+    fleet.launch()
+    fleet.run(fleet.wait_until_up())
+    client.failures = {"health": [UnacceptableRequest("/health: status 404")]}
+    wait_until(fleet, lambda: bool(said))
+    assert said == ["server 0 is lost and waited for: /health: status 404"]
+    assert len(generate(fleet, requests())) == 24
+
+
+class OneTurn:
+    """A feed of one request, which ends with its answer; without a request it ends when it is stopped."""
+
+    def __init__(self, *asked: GenerateRequest) -> None:
+        self.rollouts: list[Rollout] = []
+        self.ended = threading.Event()
+        self._events: queue.SimpleQueue[GenerateRequest | None] = queue.SimpleQueue()
+        for request in asked:
+            self._events.put(request)
+
+    def ready(self, *, wait: bool) -> list[GenerateRequest] | None:
+        event = self._events.get()
+        if event is None:
+            self.ended.set()
+        return None if event is None else [event]
+
+    def answer(self, rollout: Rollout) -> None:
+        self.rollouts.append(rollout)
+        self.stop()
+
+    def stop(self) -> None:
+        self._events.put(None)
+
+
+def test_feeds_that_wait_leave_the_threads_of_others_free(stranger):
+    fleet, _, _ = stranger
+    fleet.loop.set_default_executor(ThreadPoolExecutor(1))
+    fleet.launch()
+    feeds = [OneTurn(request) for request in requests(1, 4)]
+    try:
+        answers = [fleet.start(fleet.converse(feed, SAMPLING, "salt")) for feed in feeds]
+        assert [rollout.sample for answer in answers for rollout in answer.result(PATIENCE)] == [0, 1, 2, 3]
+    finally:
+        for feed in feeds:
+            feed.stop()
+
+
+def test_a_feed_whose_conversation_is_cancelled_is_stopped(stranger):
+    fleet, _, _ = stranger
+    fleet.launch()
+    feed = OneTurn()
+    answers = fleet.start(fleet.converse(feed, SAMPLING, "salt"))
+    fleet.run(fleet.wait_until_up())
+    try:
+        wait_until(fleet, lambda: any(thread.name.startswith("feed") for thread in threading.enumerate()))
+        answers.cancel()
+        assert feed.ended.wait(PATIENCE)
+    finally:
+        feed.stop()
 
 
 def test_a_server_that_does_not_start_is_one_message_with_its_log(fleet_of):
