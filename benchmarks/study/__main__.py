@@ -3,6 +3,7 @@
     python -m benchmarks.study              continues where it was; Ctrl-C stops it with a checkpoint (a warm start
                                             has none and begins again)
     python -m benchmarks.study collapse     the same, the experiment on collapse alone
+    python -m benchmarks.study again        repeats GRPO and SRPO on the warm start on which other methods ran
     python -m benchmarks.study table        writes the tables of what is finished
     python -m benchmarks.study status       says how many runs are finished of how many
     python -m benchmarks.study.smollm2      the study of a real model, a program of its own
@@ -18,14 +19,17 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.study.methods import (
+    AGAIN,
     COLLAPSE_METHODS,
     COLLAPSE_RATE,
     COLLAPSE_TASK,
     MAIN_SEEDS,
     METHODS,
+    OTHER_SEEDS,
     SELECTION_SEED,
     Method,
 )
@@ -70,6 +74,16 @@ def collapse_cases() -> list[Case]:
         for method in methods
         if seed < method.seeds
     ]
+
+
+def again_cases(tasks: Sequence[str] = tuple(TASKS)) -> Iterator[Case]:
+    """The repeated runs of main methods (see AGAIN), seed by seed."""
+    for seed in range(OTHER_SEEDS):
+        for name, wanted in AGAIN.items():
+            for task in wanted:
+                rate = chosen_rate(task, METHODS[name]) if task in tasks else None
+                if rate is not None:
+                    yield replace(case_of(task, METHODS[name], seed, rate), again=True)
 
 
 def cases_of(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Case]:
@@ -137,6 +151,8 @@ def _run(options: argparse.Namespace) -> int:
         cases: Iterator[Case] | list[Case] = cases_of(options.tasks, options.methods, options.seeds)
         if options.what == "collapse":
             cases = [case for case in collapse_cases() if case.seed < options.seeds and case.method in options.methods]
+        elif options.what == "again":
+            cases = [case for case in again_cases(options.tasks) if case.method in options.methods]
         case = next((case for case in cases if case.file not in failed and finished(case) is None), None)
         if case is None:
             break
@@ -156,7 +172,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="study", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("what", nargs="?", default="run", choices=("run", "collapse", "table", "status"))
+    parser.add_argument("what", nargs="?", default="run", choices=("run", "collapse", "again", "table", "status"))
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated, of: %(default)s")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of: %(default)s")
     parser.add_argument(
@@ -172,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(TASKS)}, or of {', '.join(METHODS)}")
     os.chdir(ROOT)
-    if options.what in ("run", "collapse"):
+    if options.what in ("run", "collapse", "again"):
         return run(options)
     done, total = total_of(options.tasks, options.methods)
     print(f"{done} of {total} runs of the comparison are finished")

@@ -35,6 +35,7 @@ class Case:
     lr: float
     keys: Mapping[str, object]
     selects: bool = False  # it only helps to choose the method's learning rate
+    again: bool = False  # a run of a main method on the warm start with which other methods ran
 
     @property
     def name(self) -> str:
@@ -42,7 +43,8 @@ class Case:
 
     @property
     def file(self) -> Path:
-        return RESULTS / self.task / ("grid" if self.selects else "runs") / f"{self.name}.json"
+        folder = "grid" if self.selects else "again" if self.again else "runs"
+        return RESULTS / self.task / folder / f"{self.name}.json"
 
     @property
     def request(self) -> str:

@@ -51,7 +51,7 @@ class Runner:
 
     def run(self, case: Case, prepared: Mapping[str, object]) -> tuple[dict | None, Path]:
         """Train one case, or go on where it was interrupted. Its result, None if it failed; and its log."""
-        folder = RUNS / case.task / (("grid-" if case.selects else "") + case.name)
+        folder = RUNS / case.task / (("grid-" if case.selects else "again-" if case.again else "") + case.name)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder.with_suffix(".log")
         child = os.fork()
