@@ -75,8 +75,8 @@ METHODS = {
     )
 }
 
-# Warm starts are made anew in every session, and not the same bit for bit; only runs on the same one are compared. These
-# were repeated, with fewer seeds, on the warm start on which the methods that are not main ones ran.
+# Warm starts are made anew in every session, and not the same bit for bit; only runs on the same one are compared.
+# These were repeated, with fewer seeds, on the warm start on which the methods that are not main ones ran.
 AGAIN: Mapping[str, tuple[str, ...]] = {
     "srpo": ("worksheet", "tally", "hard"),
     "grpo": ("worksheet", "tally", "hard"),

@@ -1,7 +1,8 @@
 """The study's tables: accuracy at equal budgets with 95 % intervals, differences by seed, and who collapsed.
 
-Every method is compared with SRPO on the same seeds (which give the same prompts in the same order). The p-values are
-those of Student's paired t-test, two-sided, corrected by Holm over all comparisons of the measure, on all tasks.
+Every method is compared with SRPO on the same seeds (which give the same prompts in the same order) and the same warm
+start: two runs have it in common if their evaluations before the training are equal. The p-values are those of
+Student's paired t-test, two-sided, corrected by Holm over all comparisons of the measure, on all tasks.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from benchmarks.study.statistics import holm, paired_p
 from megatron_srpo.observe.curves import Interval
 from megatron_srpo.observe.report import mean_interval
 
-REFERENCE = "srpo"
+REFERENCE, AGAIN = "srpo", " again"
 LEVEL = 0.05
 UNKNOWN = Interval(math.nan, math.nan)
 Results = Mapping[int, Mapping[str, Any]]  # by seed
+
+
+def start_of(result: Mapping[str, Any]) -> tuple[float, float]:
+    """What tells the warm start of a run, given its seed: accuracy and length of the evaluation before the training."""
+    first = result["evaluations"][0]
+    return first[3], first[4]
 
 
 class FewerRuns(Exception):
@@ -77,7 +84,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        if self.method == REFERENCE or math.isnan(self.adjusted):
+        if math.isnan(self.adjusted):
             return ""
         return "undecided" if self.adjusted > LEVEL else "better" if self.difference.mean > 0 else "worse"
 
@@ -91,13 +98,18 @@ def compare(results: Mapping[str, Mapping[str, Results]], measure: Measure) -> l
             method: {seed: accuracy_at(result, measure.column, spent) for seed, result in runs.items()}
             for method, runs in methods.items()
         }
-        reference = values.get(REFERENCE, {})
+        reference = {
+            (seed, start_of(methods[name][seed])): value
+            for name in (REFERENCE, REFERENCE + AGAIN)
+            for seed, value in values.get(name, {}).items()
+        }
         for method, by_seed in values.items():
             if not by_seed:
                 continue
             one = Comparison(task, method, mean_interval(list(by_seed.values())), len(by_seed))
-            pairs = [by_seed[seed] - reference[seed] for seed in sorted(by_seed.keys() & reference.keys())]
-            if method != REFERENCE and pairs:
+            starts = {seed: (seed, start_of(methods[method][seed])) for seed in sorted(by_seed)}
+            pairs = [by_seed[seed] - reference[start] for seed, start in starts.items() if start in reference]
+            if method not in (REFERENCE, REFERENCE + AGAIN) and pairs:
                 one.difference, one.pairs, one.p = mean_interval(pairs), len(pairs), paired_p(pairs)
             found.append(one)
     for one, adjusted in zip(found, holm([one.p for one in found]), strict=True):
@@ -106,8 +118,9 @@ def compare(results: Mapping[str, Mapping[str, Results]], measure: Measure) -> l
 
 
 def load(tasks: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, dict[int, Any]]]:
-    """The finished runs of the study at the chosen learning rates, by task, method and seed."""
-    from benchmarks.study.__main__ import case_of, chosen_rate
+    """The finished runs of the study at the chosen learning rates, by task, method and seed. Repeated runs are those of
+    a method with AGAIN behind its name."""
+    from benchmarks.study.__main__ import again_cases, case_of, chosen_rate
 
     found: dict[str, dict[str, dict[int, Any]]] = {}
     for task in tasks:
@@ -116,6 +129,9 @@ def load(tasks: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, di
             seeds: list[Case] = [] if rate is None else [case_of(task, method, s, rate) for s in range(method.seeds)]
             runs = {case.seed: result for case in seeds if (result := finished(case)) is not None}
             found.setdefault(task, {})[method.name] = runs
+    for case in again_cases(tasks):
+        if case.method in methods and (result := finished(case)) is not None:
+            found[case.task].setdefault(case.method + AGAIN, {})[case.seed] = result
     return found
 
 
@@ -163,7 +179,7 @@ def write_tables(tasks: Sequence[str], methods: Sequence[str]) -> list[Path]:
 def _distinct(results: Sequence[Mapping[str, Results]]) -> list[Mapping[str, Any]]:
     """All runs; one that is in both experiments counts once."""
     found = [run for methods in results for seeds in methods.values() for run in seeds.values()]
-    return list({(run["task"], run["method"], run["seed"], run["lr"]): run for run in found}.values())
+    return list({(run["task"], run["method"], run["seed"], run["lr"], start_of(run)): run for run in found}.values())
 
 
 def _header(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -173,8 +189,10 @@ def _header(runs: Sequence[Mapping[str, Any]]) -> str:
             "# Tables of the study",
             "",
             "`python -m benchmarks.study table` writes this file. Held-out accuracy, mean ± 95 % interval over seeds.",
-            'Δ: difference to SRPO on the same seeds, ± 95 %. "better" and "worse": p < 0.05 after Holm\'s correction',
-            "over all comparisons of the column, on all tasks; the experiment on collapse is corrected by itself.",
+            "Δ: difference to SRPO on the same seeds and the same warm start, ± 95 %; none without such runs. Rows with",
+            '"again" were repeated on the warm start on which the methods that are not main ones ran. "better" and',
+            '"worse": p < 0.05 after Holm\'s correction over all comparisons of the column, on all tasks; the experiment',
+            "on collapse is corrected by itself.",
             "A run collapsed if its held-out responses ended at less than half their first length, or its accuracy",
             "stayed 0.1 below its best for two evaluations or more, to the end. An alarm is in time if it came no",
             "later than the last evaluation that held the accuracy, and maybe in time if it came before the next one.",
@@ -200,6 +218,8 @@ def _accuracies(task: str, methods: Mapping[str, Results], compared: Mapping[str
         for found in compared.values():
             one = next(one for one in found if (one.task, one.method) == (task, method))
             difference = "" if math.isnan(one.difference.mean) else f"{_pm(one.difference, '+')} {one.verdict}".strip()
+            if 0 < one.pairs < one.seeds:
+                difference += f" ({one.pairs} pairs)"
             cells += [_pm(one.accuracy), difference]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

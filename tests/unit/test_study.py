@@ -56,6 +56,15 @@ def test_methods_are_compared_at_what_grpo_uses_and_by_seed():
     assert (one.pairs, one.verdict) == (3, "worse") and one.difference.mean == pytest.approx(-0.21)
 
 
+def test_only_runs_that_began_with_the_same_warm_start_are_pairs():
+    srpo = {seed: result_of([0.1 + seed / 100, 0.5]) for seed in range(3)}
+    again = {seed: result_of([0.2 + seed / 100, 0.6]) for seed in range(3)}
+    other = {0: result_of([0.1, 0.4]), 1: result_of([0.21, 0.4]), 2: result_of([0.3, 0.4])}
+    found = table.compare({"task": {"srpo": srpo, "srpo again": again, "other": other}}, table.MEASURES[1])
+    assert [(one.method, one.pairs) for one in found] == [("srpo", 0), ("srpo again", 0), ("other", 2)]
+    assert found[2].difference.mean == pytest.approx(-0.15)  # of 0.4 - 0.5 and 0.4 - 0.6
+
+
 def test_a_method_without_pairs_is_not_judged():
     found = table.compare({"task": {"grpo": {0: result_of([0.1, 0.2])}, "srpo": {0: result_of([0.1, 0.3])}}},
                           table.MEASURES[1])  # fmt: skip
