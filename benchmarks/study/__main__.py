@@ -3,7 +3,7 @@
     python -m benchmarks.study              continues where it was; Ctrl-C stops it with a checkpoint (a warm start
                                             has none and begins again)
     python -m benchmarks.study collapse     the same, the experiment on collapse alone
-    python -m benchmarks.study again        repeats GRPO and SRPO on the warm start on which other methods ran
+    python -m benchmarks.study again        repeats SRPO on the warm start on which other methods ran
     python -m benchmarks.study table        writes the tables of what is finished
     python -m benchmarks.study status       says how many runs are finished of how many
     python -m benchmarks.study.smollm2      the study of a real model, a program of its own

@@ -79,6 +79,5 @@ METHODS = {
 # These were repeated, with fewer seeds, on the warm start on which the methods that are not main ones ran.
 AGAIN: Mapping[str, tuple[str, ...]] = {
     "srpo": ("worksheet", "tally", "hard"),
-    "grpo": ("worksheet", "tally", "hard"),
     "srpo-solution-handover": ("worksheet",),
 }

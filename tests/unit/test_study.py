@@ -57,8 +57,8 @@ def test_methods_are_compared_at_what_grpo_uses_and_by_seed():
 
 
 def test_only_runs_that_began_with_the_same_warm_start_are_pairs():
-    srpo = {seed: result_of([0.1 + seed / 100, 0.5]) for seed in range(3)}
-    again = {seed: result_of([0.2 + seed / 100, 0.6]) for seed in range(3)}
+    srpo = {seed: result_of([[0.1, 0.11, 0.12][seed], 0.5]) for seed in range(3)}
+    again = {seed: result_of([[0.2, 0.21, 0.22][seed], 0.6]) for seed in range(3)}
     other = {0: result_of([0.1, 0.4]), 1: result_of([0.21, 0.4]), 2: result_of([0.3, 0.4])}
     found = table.compare({"task": {"srpo": srpo, "srpo again": again, "other": other}}, table.MEASURES[1])
     assert [(one.method, one.pairs) for one in found] == [("srpo", 0), ("srpo again", 0), ("other", 2)]
