@@ -192,7 +192,7 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
 
 
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Seconds of swapping the teacher in and out again (mcore/shadow.py): slices are written and parameters gathered,
+    """Seconds of swapping a shadow in and out again (mcore/shadow.py): slices are written and parameters gathered,
     both twice."""
     part = trained_parameters(arch, layout, layout.pipeline - 1)
     shard = part.whole / layout.sharding
@@ -296,11 +296,11 @@ def driver_seconds(arch: Architecture, workload: Workload) -> float:
     return seconds + (workload.prompts * DRIVER_TEACHER if workload.distilled else 0.0)
 
 
-def offload_seconds(arch: Architecture, layout: Layout) -> float:
+def offload_seconds(arch: Architecture, layout: Layout, *, shadows: int = 1) -> float:
     """Seconds of moving the trainer's memory to the host and back. Gradients are not moved."""
     if not layout.trainer_leaves:
         return 0.0
-    stages = [persistent_lines(arch, layout, stage) for stage in {0, layout.pipeline - 1}]
+    stages = [persistent_lines(arch, layout, stage, shadows=shadows) for stage in {0, layout.pipeline - 1}]
     return max(2 * (sum(lines.values()) - lines["gradients"]) / HOST_LINK for lines in stages)
 
 
@@ -328,21 +328,24 @@ def iteration_time(
         ),
         "driver": driver_seconds(arch, workload),
         "score": 0.0,
-        "teacher": 0.0,
+        "teacher": workload.swaps * swap_seconds(arch, layout, machine),
         "train": workload.steps * (train + reduce + adam),
         "publish": publish_seconds(arch, layout, machine),
-        "offload": offload_seconds(arch, layout),
+        "offload": offload_seconds(arch, layout, shadows=workload.shadows),
     }
     if workload.distilled > 0:
         lines["score"] = passes * workload.steps * seconds_of(scored)[0]
-        lines["teacher"] = workload.steps * seconds_of(taught)[0]
-        lines["teacher"] += swap_seconds(arch, layout, machine)
+        lines["teacher"] += workload.steps * seconds_of(taught)[0]
+    every = student_pass(workload, layout, path=path)
     if workload.steps > 1:  # old log-probs for every mini-batch but the first
-        old = student_pass(workload, layout, path=path)
-        lines["score"] += (workload.steps - 1) * seconds_of(old)[0]
+        lines["score"] += (workload.steps - 1) * seconds_of(every)[0]
+    if workload.reference:
+        lines["teacher"] += workload.steps * seconds_of(every)[0]
     train_flops = (2 if layout.lora_rank else 3) * students.tokens * forward_flops(arch, students.context)
     scoring = passes * scored.tokens * forward_flops(arch, scored.context) if workload.distilled > 0 else 0.0
     scoring += taught.tokens * forward_flops(arch, taught.context)
+    if workload.reference:
+        scoring += every.tokens * forward_flops(arch, every.context)
     return TimePlan(
         lines, train_flops + scoring, train_flops, workload.student_tokens, rows, workload.steps * (talk + reduce)
     )

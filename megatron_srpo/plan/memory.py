@@ -6,7 +6,7 @@ gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), complete 
 optimizer    fp32 main parameters (for bf16 models; those of fp32 models are views of the weights) and Adam's two
              moments, sharded over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020); with
              optimizer.offload one piece of it
-shadow       the teacher's fp32 average, sharded like the optimizer
+shadow       fp32 weights of the teacher and of the reference, as many as the method has, sharded like the optimizer
 activations  see activations.py
 head         hidden states, logits and log-probs of the last stage
 engine …     the share of a colocated vLLM: weights, KV cache, its own activations
@@ -82,9 +82,9 @@ def state_bytes(layout: Layout) -> int:
     return 12 if layout.dtype_bytes == 2 else 8
 
 
-def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Host memory of a node for what is kept there all the time: the optimizer's state and the teacher's shadow."""
-    each = state_bytes(layout) * layout.optimizer_on_host + 4 * layout.shadow_on_host
+def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
+    """Host memory of a node for what is kept there all the time: the optimizer's state and the shadows."""
+    each = state_bytes(layout) * layout.optimizer_on_host + 4 * shadows * layout.shadow_on_host
     return each * fullest_stage(arch, layout)[1] * min(machine.node, layout.training_gpus)
 
 
@@ -164,8 +164,8 @@ def training_memory(
     return MemoryPlan(
         lines, machine.usable, max(0.0, cache), notes,
         host_loading=loading_host_bytes(arch, layout, machine),
-        host_state=host_state_bytes(arch, layout, machine),
-        host_saving=saving_host_bytes(arch, layout, machine),
+        host_state=host_state_bytes(arch, layout, machine, shadows=workload.shadows),
+        host_saving=saving_host_bytes(arch, layout, machine, shadows=workload.shadows),
         phases=totals,
     )  # fmt: skip
 
@@ -214,14 +214,14 @@ def _phases(
             "engine work": engine_activations(arch, layout),
             "KV cache": cache,
         }
-    idle = persistent_lines(arch, layout, stage)
+    idle = persistent_lines(arch, layout, stage, shadows=workload.shadows)
     idle |= dict.fromkeys(("activations", "loss and logits", "publish", "checkpoint"), 0.0)
     generating = dict.fromkeys(idle, 0.0) if layout.trainer_leaves else idle
     # An engine that wakes up loads the new weights before it allocates its cache again.
     asleep, woken = ({}, engine | {"KV cache": 0.0}) if engine and layout.engine_sleeps else (engine, engine)
     phases = {
         "generate": (generating, engine),
-        "swap": (idle | {"activations": SWAPPED_BYTES}, asleep),
+        "swap": (idle | {"activations": SWAPPED_BYTES if workload.swaps else 0.0}, asleep),
         "score": (idle | {"activations": scored[0], "loss and logits": scored[1]}, asleep),
         "train": (idle | {"activations": held, "loss and logits": head}, asleep),
         "publish": (idle | {"publish": publish_bytes(arch, layout)}, woken),

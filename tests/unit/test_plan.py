@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_srpo.config import contradictions, load_config
+from megatron_srpo.config import Config, contradictions, load_config
 from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
-from megatron_srpo.plan.configuration import configuration
+from megatron_srpo.plan.configuration import configuration, layout_of, workload_of
 from megatron_srpo.plan.duration import (
     forward_flops,
     generate_seconds,
     iteration_time,
     optimizer_seconds,
+    pass_seconds,
     publish_seconds,
     student_pass,
+    swap_seconds,
     teacher_pass,
 )
 from megatron_srpo.plan.layout import impossible
@@ -416,3 +418,76 @@ def test_the_top_k_pass_is_left_out_where_the_train_pass_finds_the_ids_and_the_c
     adapters = dataclasses.replace(layout, lora_rank=8)
     lines, others = (training_memory(arch, adapters, one, H100, rows=2).phases for one in (SMALL, own))
     assert lines["train"] == others["train"]  # the head is the same
+
+
+# ---- the method of a configuration -----------------------------------------------------------------------------------
+
+
+def configured(**sections):
+    """(layout on 8 GPUs, workload) of a configuration."""
+    config = Config(**{"model": {"path": "m", "recompute": "full"}, "data": {"train": "d"}} | sections)
+    return layout_of(config, 8), workload_of(config)
+
+
+SHADOWS = [
+    ({}, 1),
+    ({"algorithm": {"kl_loss_coef": 0.01}}, 2),
+    ({"algorithm": {"name": "grpo"}}, 0),
+    ({"algorithm": {"name": "grpo", "kl_loss_coef": 0.01}}, 1),
+    ({"teacher": {"mode": "live"}}, 0),
+    ({"teacher": {"mode": "refresh"}}, 1),
+    ({"teacher": {"mode": "frozen"}, "algorithm": {"kl_loss_coef": 0.01}}, 1),
+    ({"teacher": {"mode": "trust_region"}}, 1),
+    ({"teacher": {"mode": "trust_region"}, "lora": {"rank": 8}}, 0),
+    ({"algorithm": {"kl_loss_coef": 0.01}, "lora": {"rank": 8}}, 1),
+    ({"algorithm": {"kl_loss_coef": 0.01}, "lora": {"rank": 8, "path": "adapters"}}, 2),
+]
+
+
+@pytest.mark.parametrize(("sections", "shadows"), SHADOWS)
+def test_the_planner_counts_the_shadows_that_the_policy_builds(monkeypatch, sections, shadows):
+    from types import SimpleNamespace
+
+    from megatron_srpo.mcore import policy
+
+    monkeypatch.setattr(policy, "WeightShadow", lambda optimizer, offload: None)
+    config = Config(**{"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+    built = SimpleNamespace(optimizer=None, _starts_as_base=config.lora.rank > 0 and not config.lora.path)
+    assert len(policy.Policy._build_shadows(built, config)) == shadows
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, workload = configured(**sections)
+    assert workload.shadows == shadows
+    one = persistent_lines(arch, layout, 0)["shadow"]
+    plan = training_memory(arch, layout, workload, H100, rows=2)
+    assert plan.lines["shadow"] == shadows * one
+    if not layout.lora_rank:
+        assert plan.host_saving == pytest.approx((4 * (3 + shadows) + 2) / 4 * 8 * one)
+    offloaded = dataclasses.replace(layout, shadow_on_host=True)
+    assert training_memory(arch, offloaded, workload, H100, rows=2).host_state == pytest.approx(8 * shadows * one)
+
+
+def test_the_pass_of_the_reference_and_its_swap_take_time():
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, without = configured(algorithm={"name": "grpo"})
+    _, workload = configured(algorithm={"name": "grpo", "kl_loss_coef": 0.01})
+    alone, both = (iteration_time(arch, layout, H100, one, 1e10) for one in (without, workload))
+    assert alone.lines["teacher"] == 0
+    forward, _, _ = pass_seconds(arch, layout, H100, workload, student_pass(workload, layout), path="te")
+    assert both.lines["teacher"] == pytest.approx(forward + swap_seconds(arch, layout, H100))
+    assert both.flops > alone.flops and both.train_flops == alone.train_flops
+    _, twice = configured(algorithm={"kl_loss_coef": 0.01})
+    assert (twice.swaps, without.swaps, workload.swaps) == (2, 0, 1)
+    assert configured(teacher={"mode": "frozen"}, lora={"rank": 8})[1].swaps == 0  # adapters are switched off
+    assert configured(teacher={"mode": "frozen"}, algorithm={"kl_loss_coef": 0.01})[1].swaps == 2  # of one shadow
+
+
+def test_a_method_says_which_responses_its_teacher_scores():
+    shares = {
+        name: configured(algorithm={"name": name})[1].distilled for name in ("srpo", "demopsd", "sdpo", "rlsd", "rlrt")
+    }
+    assert shares == {"srpo": 0.3, "demopsd": 0.3, "sdpo": 1.0, "rlsd": 1.0, "rlrt": 0.7}
+    _, some = configured(algorithm={"name": "sdpo", "distill_on": "correct"})
+    assert some.distilled == 0.7
+    srpo, sdpo = (configured(algorithm={"name": name})[1] for name in ("srpo", "sdpo"))
+    assert srpo.demonstrations(1.0) == dataclasses.replace(srpo, correct=None).demonstrations(1.0)
+    assert sdpo.demonstrations(1.0) > srpo.demonstrations(1.0)  # as many correct siblings, for more teachers
