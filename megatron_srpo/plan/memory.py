@@ -67,8 +67,8 @@ def persistent_lines(
     shard = part.ordinary / by + part.experts / experts_by
     state = state_bytes(layout)
     optimizer = state * shard
-    if layout.optimizer_on_host:  # a piece at a time (mcore/host_state.py); the embedding may be larger
-        optimizer = min(optimizer, max(OPTIMIZER_PIECE, state * arch.vocab * arch.hidden / layout.tensor / by))
+    if layout.optimizer_on_host:  # a piece at a time (mcore/host_state.py), and at least one slice of a parameter
+        optimizer = min(optimizer, max(OPTIMIZER_PIECE, state * largest_parameter(arch, layout)))
     return {
         "weights": layout.dtype_bytes * held,
         "gradients": 4.0 * part.whole,
@@ -80,6 +80,15 @@ def persistent_lines(
 def state_bytes(layout: Layout) -> int:
     """Bytes of the optimizer's state per parameter of a shard."""
     return 12 if layout.dtype_bytes == 2 else 8
+
+
+def largest_parameter(arch: Architecture, layout: Layout) -> float:
+    """Numbers of the largest parameter that a rank trains. Data-parallel ranks share what they train as one flat run of
+    numbers, so that the slice of one of them can be a whole parameter."""
+    largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn))
+    if layout.lora_rank:
+        largest = layout.lora_rank * max(arch.hidden, arch.query, arch.ffn, arch.expert_ffn)
+    return largest / layout.tensor
 
 
 def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
@@ -114,10 +123,7 @@ def publish_bytes(arch: Architecture, layout: Layout) -> float:
 
 def saving_bytes(arch: Architecture, layout: Layout) -> float:
     """One whole fp32 parameter of this rank, which a save gathers from the data-parallel ranks."""
-    largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn))
-    if layout.lora_rank:
-        largest = layout.lora_rank * max(arch.hidden, arch.query, arch.ffn, arch.expert_ffn)
-    return 4.0 * largest / layout.tensor
+    return 4.0 * largest_parameter(arch, layout)
 
 
 def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:

@@ -201,6 +201,15 @@ def test_an_optimizer_in_host_memory_makes_room_and_pays_for_the_way_in_every_st
     assert configuration(leaves, workload, "runs/models/Qwen3-32B", SHIPPED["Qwen3-32B"]).optimizer.offload
 
 
+def test_a_piece_of_the_optimizer_may_be_a_whole_embedding_but_never_more_than_a_ranks_shard():
+    arch, _ = read_architecture("Qwen3-8B")
+    few, many = (Layout(gpus, optimizer_on_host=True) for gpus in (8, 64))
+    assert persistent_lines(arch, few, 0)["optimizer"] == 12 * arch.vocab * arch.hidden
+    assert persistent_lines(arch, many, 0)["optimizer"] == pytest.approx(12 * arch.parameters / 64)
+    adapters = persistent_lines(arch, dataclasses.replace(few, gpus=1, lora_rank=64), 0)
+    assert adapters["optimizer"] == 2**28  # the embedding has no state
+
+
 def test_training_flops_are_six_a_parameter_and_token_where_sequences_are_short():
     arch, _ = read_architecture("Qwen3-8B")
     head_and_layers = arch.parameters - arch.vocab * arch.hidden - arch.layers * arch.small_vectors - arch.hidden
