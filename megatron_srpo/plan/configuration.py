@@ -147,6 +147,7 @@ def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 
         reference=config.algorithm.needs.reference,
         starts_as_base=config.lora.rank > 0 and not config.lora.path,
         topk=config.algorithm.needs.topk,
+        full_vocabulary=config.algorithm.needs.divergence and not config.algorithm.needs.topk,
         iterations=config.run.iterations,
         shares_prompts=config.train.share_prompts and not drops and not config.train.moe_aux_loss_coef,
         teacher_head_mib=0 if drops else config.train.teacher_head_mib,

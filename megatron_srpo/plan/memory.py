@@ -8,7 +8,7 @@ optimizer    fp32 main parameters (for bf16 models; those of fp32 models are vie
              optimizer.offload one piece of it
 shadow       fp32 weights of the teacher and of the reference, as many as the method has, sharded like the optimizer
 activations  see activations.py
-head         hidden states, logits and log-probs of the last stage
+head         hidden states, logits and log-probs of the last stage, and what it holds of the teacher
 engine …     the share of a colocated vLLM: weights, KV cache, its own activations
 publish      two gathered buckets, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
 checkpoint   saving: one whole fp32 parameter at a time. Loading: copies of the gate and up projections, which Megatron
@@ -46,6 +46,7 @@ class MemoryPlan:
     host_loading: float = 0.0  # bytes of a node's host memory that the training ranks need to load a checkpoint
     host_state: float = 0.0  # and those of optimizer and shadow, where these are kept there
     host_saving: float = 0.0  # and those from a save until its files are written
+    host_scores: float = 0.0  # and those of what scoring passes keep of the teacher for a train step
     phases: dict[str, float] = field(default_factory=dict)  # bytes of every phase, on the stage that needs most in it
 
     @property
@@ -172,6 +173,7 @@ def training_memory(
         host_loading=loading_host_bytes(arch, layout, machine),
         host_state=host_state_bytes(arch, layout, machine, shadows=workload.shadows),
         host_saving=saving_host_bytes(arch, layout, machine, shadows=workload.shadows),
+        host_scores=scores_host_bytes(arch, layout, workload, machine, rows=rows),
         phases=totals,
     )  # fmt: skip
 
@@ -183,16 +185,61 @@ def colocated_cache(arch: Architecture, layout: Layout, machine: Machine) -> flo
     return layout.engine_memory * machine.memory - engine_weights(arch, layout) - engine_activations(arch, layout)
 
 
-def teacher_head_bytes(arch: Architecture, layout: Layout) -> float:
-    """The copy of the teacher's LM head with which the train pass finds the student's top-k ids. Adapters leave the
-    head as it is, so there is none."""
-    return 0.0 if layout.lora_rank else layout.dtype_bytes * math.ceil(arch.vocab / layout.tensor) * arch.hidden
+def teacher_head_bytes(arch: Architecture, layout: Layout, workload: Workload) -> float:
+    """The copies of LM heads with which the train pass finds the student's top-k ids. A teacher that is the student
+    itself, or differs from it in adapters alone, has the student's head."""
+    copies = 2 if workload.joins_heads else int(workload.mode != "live" and not layout.lora_rank)
+    return copies * layout.dtype_bytes * math.ceil(arch.vocab / layout.tensor) * arch.hidden
 
 
 def train_pass_finds_topk(arch: Architecture, layout: Layout, workload: Workload) -> bool:
     """Whether it does (losses/objective.py::one_student_pass)."""
     budget = workload.teacher_head_mib * 2**20
-    return workload.topk > 0 and workload.distilled > 0 and 0 < budget >= teacher_head_bytes(arch, layout)
+    return workload.topk > 0 and workload.distilled > 0 and 0 < budget >= teacher_head_bytes(arch, layout, workload)
+
+
+def teacher_bytes(
+    arch: Architecture, layout: Layout, workload: Workload, *, logits_mib: int = LOGITS_MIB
+) -> tuple[float, float]:
+    """What the last stage holds of the teacher for a row, in a (scoring pass, train pass), besides log-probs at ids.
+
+    A scoring pass returns a copy, of which the trained positions are copied once more. The train pass has the row's
+    scores, the part of them at trained positions, and of these the distilled ones.
+    """
+    if workload.distilled == 0:
+        return 0.0, 0.0
+    w, whole_row = layout.dtype_bytes, 1 + layout.context  # a part and the row that context-parallel ranks gather
+    hidden = w * layout.max_tokens * arch.hidden
+    heads = teacher_head_bytes(arch, layout, workload)
+    score = train = 0.0
+    if workload.joins_heads:  # both heads, and the initial one on its way; twice its hidden states, halves, both joined
+        score, train = 1.5 * heads + 7 * hidden, heads
+    if workload.full_vocabulary:  # in training also the student's logits uncut, and their gradient
+        logits = w * layout.max_tokens * math.ceil(arch.vocab / layout.tensor)
+        return score + whole_row * logits - min(logits, logits_mib * 2**20), train + 3 * logits
+    if train_pass_finds_topk(arch, layout, workload):
+        if workload.joins_heads:
+            return score, train + 3 * 2 * hidden
+        return heads + whole_row * hidden, heads + 3 * hidden
+    return score, train
+
+
+def scores_host_bytes(arch: Architecture, layout: Layout, workload: Workload, machine: Machine, *, rows: int) -> float:
+    """Host memory of a node for the teacher's hidden states or logits: those of all distilled tokens of its ranks, from
+    the scoring pass to their step, and once more in the packed rows of a step."""
+    width = 0
+    if workload.full_vocabulary and workload.distilled > 0:
+        width = math.ceil(arch.vocab / layout.tensor)
+    elif train_pass_finds_topk(arch, layout, workload):
+        width = arch.hidden * (2 if workload.joins_heads else 1)
+    tokens = workload.distilled_tokens * (1 + workload.imbalance) / layout.data
+    packed = rows * layout.max_tokens * layout.context
+    values = (tokens + packed) * width
+    if workload.joins_heads:  # the initial model's head, and its hidden states until the teacher pass is over
+        initial = math.ceil(arch.vocab / layout.tensor) * arch.hidden
+        values = initial + tokens * width + max(packed * width, tokens * arch.hidden)
+    last_stage = min(machine.node, layout.training_gpus // layout.pipeline)
+    return layout.dtype_bytes * values * last_stage
 
 
 def _phases(
@@ -209,9 +256,9 @@ def _phases(
         layout.overlap_grad_reduce and not layout.lora_rank and stage == layout.pipeline - 1
     ):  # losses/linear.py: zeros for DDP
         head += layout.dtype_bytes * arch.vocab * arch.hidden / layout.tensor
-    if stage == layout.pipeline - 1 and train_pass_finds_topk(arch, layout, workload):
-        copied = teacher_head_bytes(arch, layout)
-        scored, head = (scored[0], scored[1] + copied), head + copied
+    if stage == layout.pipeline - 1:
+        more = teacher_bytes(arch, layout, workload, logits_mib=logits_mib)
+        scored, head = (scored[0], scored[1] + more[0]), head + more[1]
     engine: dict[str, float] = {}
     if layout.colocated:
         cache = max(0.0, colocated_cache(arch, layout, machine))

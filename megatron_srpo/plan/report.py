@@ -60,6 +60,7 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
         "host_loading": plan.host_loading,
         "host_state": plan.host_state,
         "host_saving": plan.host_saving,
+        "host_scores": plan.host_scores,
         "phases": plan.phases,
     }
 
@@ -118,6 +119,7 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
                 "optimizer and shadow": c.memory.host_state,
                 "loading a checkpoint": c.memory.host_loading,
                 "saving a checkpoint": c.memory.host_saving,
+                "the teacher's scores": c.memory.host_scores,
             }
             for c in found.best
         ]

@@ -34,6 +34,7 @@ class Workload:
     teacher: str = "ema"  # teacher.mode
     reference: bool = False  # samples are scored under the initial model too (Needs.reference)
     starts_as_base: bool = False  # the initial model is the one without adapters, which needs no shadow
+    full_vocabulary: bool = False  # distillation compares whole distributions (algorithm.distillation_topk = 0)
     correct: float | None = None  # share of samples that are correct; None: those that are not distilled
 
     @property
@@ -61,9 +62,19 @@ class Workload:
         initial = 0 if self.starts_as_base else self._initial + self.reference
         return (self.mode in ("ema", "refresh")) + initial
 
+    @property
+    def joins_heads(self) -> bool:
+        """Whether the teacher mixes the logits of the initial and of the current model."""
+        return self.mode == "trust_region"
+
     def response_lengths(self) -> tuple[int, ...]:
         """QUANTILES equally likely response lengths, shortest first."""
         return log_normal_lengths(min(self.response_mean, self.response_max), self.response_max, self.response_sigma)
+
+    @property
+    def distilled_tokens(self) -> float:
+        """Tokens of responses that a teacher scores in an iteration."""
+        return self.distilled * self.rollouts * _mean(self.response_lengths())
 
     @property
     def student_tokens(self) -> float:

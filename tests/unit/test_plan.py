@@ -24,7 +24,14 @@ from megatron_srpo.plan.duration import (
     teacher_pass,
 )
 from megatron_srpo.plan.layout import impossible
-from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
+from megatron_srpo.plan.memory import (
+    loading_bytes,
+    persistent_lines,
+    stage_parameters,
+    teacher_bytes,
+    train_pass_finds_topk,
+    training_memory,
+)
 from megatron_srpo.plan.parameters import adapter_parameters, published_adapters
 from megatron_srpo.plan.search import complexity, evaluate
 from megatron_srpo.run import cli
@@ -423,10 +430,11 @@ def test_the_top_k_pass_is_left_out_where_the_train_pass_finds_the_ids_and_the_c
     kept, both = (iteration_time(arch, layout, H100, one, 1e10).lines["score"] for one in two)
     assert 0 < kept < both
     lines, others = (training_memory(arch, layout, one, H100, rows=2).phases for one in (SMALL, own))
-    assert lines["train"] - others["train"] == pytest.approx(head * (1 + H100.fragmentation))
+    hidden = 3 * 2 * layout.max_tokens * arch.hidden  # of the row, of its trained and of its distilled positions
+    assert lines["train"] - others["train"] == pytest.approx((head + hidden) * (1 + H100.fragmentation))
     adapters = dataclasses.replace(layout, lora_rank=8)
     lines, others = (training_memory(arch, adapters, one, H100, rows=2).phases for one in (SMALL, own))
-    assert lines["train"] == others["train"]  # the head is the same
+    assert lines["train"] - others["train"] == pytest.approx(hidden * (1 + H100.fragmentation))  # the head is the same
 
 
 # ---- the method of a configuration -----------------------------------------------------------------------------------
@@ -500,3 +508,79 @@ def test_a_method_says_which_responses_its_teacher_scores():
     srpo, sdpo = (configured(algorithm={"name": name})[1] for name in ("srpo", "sdpo"))
     assert srpo.demonstrations(1.0) == dataclasses.replace(srpo, correct=None).demonstrations(1.0)
     assert sdpo.demonstrations(1.0) > srpo.demonstrations(1.0)  # as many correct siblings, for more teachers
+
+
+def test_a_full_vocabulary_divergence_holds_logits_on_the_device_and_on_the_host():
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, whole = configured(algorithm={"distillation_topk": 0}, parallel={"tensor_model_parallel_size": 2})
+    logits = 2 * layout.max_tokens * arch.vocab / 2
+    topk = dataclasses.replace(whole, full_vocabulary=False)
+    found, others = (training_memory(arch, layout, one, H100, rows=2) for one in (whole, topk))
+    more = {name: found.phases[name] - others.phases[name] for name in found.phases}
+    # The teacher's logits, the student's and their gradient; scoring has none but the logits and their copy.
+    assert more["train"] == pytest.approx(1.05 * 3 * logits)
+    assert more["score"] == pytest.approx(1.05 * (2 * logits - min(logits, 2**31)))
+    assert {name for name, size in more.items() if size} == {"train", "score"}
+    tokens = whole.distilled * whole.rollouts * sum(whole.response_lengths()) / 64 * 1.03  # on all ranks
+    rows = 4 * 2 * layout.max_tokens  # of four data-parallel ranks
+    assert found.host_scores == pytest.approx(2 * arch.vocab * (tokens + rows), rel=1e-3) and others.host_scores == 0
+
+
+def test_the_teachers_logits_are_freed_after_the_step():
+    from megatron_srpo.batching import plan_batch, share_of
+    from megatron_srpo.batching.passes import BatchPasses
+    from megatron_srpo.core.records import Batch
+    from tests.unit.test_trainer_passes import CountingPolicy, ZeroObjective, distilled_group
+
+    config = Config(model={"path": "m"}, data={"train": "d"}, algorithm={"distillation_topk": 0})
+    group = distilled_group()
+    mine, share = share_of(group, plan_batch([group], dp_size=1, max_tokens=40), 0)
+    work = BatchPasses(Batch(mine, share, {}), CountingPolicy(), ZeroObjective(config))
+    for sample, score in zip(mine, work.scores, strict=True):
+        score.teacher_logits = torch.zeros(sample.length, 7) if sample.teacher else None
+    (mini,) = share.mini_batches
+    work.train_step(mini)
+    assert all(score.teacher_logits is None for score in work.scores)
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen", "live", "trust_region"])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("mib", [0, 1100, 1200, 2300, 2400])  # a head of Qwen3-8B has 1187 MiB
+def test_the_planner_and_the_trainer_agree_on_who_finds_the_top_k_ids(mode, rank, mib):
+    from megatron_srpo.losses.objective import one_student_pass
+
+    sections = {"teacher": {"mode": mode}, "lora": {"rank": rank}, "train": {"teacher_head_mib": mib}}
+    config = Config(model={"path": "m"}, data={"train": "d"}, **sections)
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, workload = configured(**sections)
+    assert train_pass_finds_topk(arch, layout, workload) == one_student_pass(config, 2 * arch.vocab * arch.hidden)
+
+
+def test_a_trust_region_has_joined_heads_hidden_states_and_a_pass_of_the_initial_model():
+    arch, _ = read_architecture("Qwen3-8B")
+    (layout, ema), (_, trust) = configured(), configured(teacher={"mode": "trust_region"})
+    head, hidden = 2 * arch.vocab * arch.hidden, 2 * layout.max_tokens * arch.hidden
+    assert teacher_bytes(arch, layout, ema) == (head + 2 * hidden, head + 3 * hidden)
+    assert teacher_bytes(arch, layout, trust) == (3 * head + 7 * hidden, 2 * head)  # two heads exceed teacher_head_mib
+    large = dataclasses.replace(trust, teacher_head_mib=4096)
+    assert teacher_bytes(arch, layout, large) == (3 * head + 7 * hidden, 2 * head + 6 * hidden)
+    live = dataclasses.replace(ema, teacher="live")
+    assert teacher_bytes(arch, layout, live) == (2 * hidden, 3 * hidden)
+    times = [iteration_time(arch, layout, H100, one, 1e10) for one in (ema, trust, live)]
+    taught, _, _ = pass_seconds(arch, layout, H100, ema, teacher_pass(ema, layout), path="te")
+    swap = swap_seconds(arch, layout, H100)
+    expected = taught + swap, 2 * taught + swap, taught
+    assert [time.lines["teacher"] for time in times] == pytest.approx(expected)
+    kept, few = (training_memory(arch, layout, one, H100, rows=2).host_scores for one in (large, ema))
+    tokens = ema.distilled_tokens * 1.03 / 8
+    assert few == pytest.approx(8 * 2 * arch.hidden * (tokens + 2 * layout.max_tokens))
+    assert kept == pytest.approx(8 * head + 2 * few)
+
+
+def test_a_swap_writes_the_experts_share_of_their_own_ranks():
+    arch, _ = read_architecture("Qwen3-30B-A3B")
+    layout = Layout(16, 4, expert=16)
+    endless = dataclasses.replace(H100, link=1e30, network=1e30, latency=0.0)
+    part = stage_parameters(arch, layout, 0)
+    written = 6 * (part.ordinary / 4 + part.experts)  # bf16 weights of fp32 slices; every rank has experts of its own
+    assert swap_seconds(arch, layout, endless) == pytest.approx(2 * written / H100.memory_rate)
