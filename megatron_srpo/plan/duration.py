@@ -27,7 +27,7 @@ from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.memory import (
     engine_weights,
     kv_bytes_a_token,
-    persistent_lines,
+    leaving_bytes,
     state_bytes,
     train_pass_finds_topk,
 )
@@ -300,8 +300,8 @@ def offload_seconds(arch: Architecture, layout: Layout, *, shadows: int = 1) -> 
     """Seconds of moving the trainer's memory to the host and back. Gradients are not moved."""
     if not layout.trainer_leaves:
         return 0.0
-    stages = [persistent_lines(arch, layout, stage, shadows=shadows) for stage in {0, layout.pipeline - 1}]
-    return max(2 * (sum(lines.values()) - lines["gradients"]) / HOST_LINK for lines in stages)
+    stages = {0, layout.pipeline - 1}
+    return max(2 * leaving_bytes(arch, layout, stage, shadows=shadows) / HOST_LINK for stage in stages)
 
 
 def iteration_time(

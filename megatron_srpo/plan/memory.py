@@ -47,7 +47,21 @@ class MemoryPlan:
     host_state: float = 0.0  # and those of optimizer and shadow, where these are kept there
     host_saving: float = 0.0  # and those from a save until its files are written
     host_scores: float = 0.0  # and those of what scoring passes keep of the teacher for a train step
+    host_turns: float = 0.0  # and those of the trainer's tensors while engines generate, kept from the first turn on
+    host_engines: float = 0.0  # and those of the weights of sleeping engines
     phases: dict[str, float] = field(default_factory=dict)  # bytes of every phase, on the stage that needs most in it
+
+    @property
+    def host(self) -> dict[str, float]:
+        """Bytes of a node's host memory, in words. All but those of loading may be needed at once."""
+        return {
+            "saving a checkpoint": self.host_saving,
+            "loading a checkpoint": self.host_loading,
+            "optimizer and shadow": self.host_state,
+            "the trainer's copies for turns": self.host_turns,
+            "weights of sleeping engines": self.host_engines,
+            "the teacher's scores": self.host_scores,
+        }
 
     @property
     def total(self) -> float:
@@ -96,6 +110,30 @@ def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine, *, sh
     """Host memory of a node for what is kept there all the time: the optimizer's state and the shadows."""
     each = state_bytes(layout) * layout.optimizer_on_host + 4 * shadows * layout.shadow_on_host
     return each * fullest_stage(arch, layout)[1] * min(machine.node, layout.training_gpus)
+
+
+def leaving_bytes(arch: Architecture, layout: Layout, stage: int, *, shadows: int = 1) -> float:
+    """Bytes of a rank that move to the host while engines generate: weights, shadows and optimizer, as far as they are
+    not there anyway (mcore/policy.py::on_host)."""
+    lines = persistent_lines(arch, layout, stage, shadows=shadows)
+    return lines["weights"] + lines["shadow"] + (0.0 if layout.optimizer_on_host else lines["optimizer"])
+
+
+def turns_host_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
+    """Page-locked host memory of a node for these moves. It is allocated once and kept (mcore/host_offload.py)."""
+    if not layout.trainer_leaves:
+        return 0.0
+    stages = range(layout.pipeline)
+    most = max(leaving_bytes(arch, layout, stage, shadows=shadows) for stage in stages)
+    return most * min(machine.node, layout.training_gpus)
+
+
+def sleeping_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
+    """Host memory of a node for the weights of engines that sleep. After rollouts they are dropped, unless publishes
+    bring adapters alone; after an evaluation they are kept (rollout/vllm/colocated.py)."""
+    if not (layout.colocated and layout.engine_sleeps):
+        return 0.0
+    return engine_weights(arch, layout) * min(machine.node, layout.gpus)
 
 
 def engine_weights(arch: Architecture, layout: Layout) -> float:
@@ -174,6 +212,8 @@ def training_memory(
         host_state=host_state_bytes(arch, layout, machine, shadows=workload.shadows),
         host_saving=saving_host_bytes(arch, layout, machine, shadows=workload.shadows),
         host_scores=scores_host_bytes(arch, layout, workload, machine, rows=rows),
+        host_turns=turns_host_bytes(arch, layout, machine, shadows=workload.shadows),
+        host_engines=sleeping_host_bytes(arch, layout, machine),
         phases=totals,
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ from megatron_srpo.plan.parameters import adapter_parameters, published_adapters
 from megatron_srpo.plan.search import complexity, evaluate
 from megatron_srpo.run import cli
 from megatron_srpo.run.planning import _engine_nodes
+from slurm.plan import lines as job_lines
 
 H100 = machine_of("h100")
 SMALL = Workload(prompts=4, samples=4, response_mean=300, response_max=1000, teacher_prompt_max=2000, prompt_max=500)
@@ -191,6 +192,26 @@ def test_a_trainer_that_leaves_makes_room_for_the_engine_and_pays_for_the_way():
     assert free.time.lines["offload"] == pytest.approx(2 * parameters / 25e9, rel=0.05)
     config = configuration(leaves, workload, "runs/models/Qwen3-32B", SHIPPED["Qwen3-32B"])
     assert config.train.offload_while_generating and config.rollout.sleep_while_training
+
+
+def test_turns_keep_the_trainer_and_sleep_keeps_the_engines_weights_in_host_memory(capsys):
+    arch, _ = read_architecture("Qwen3-8B")
+    both = Layout(8, 2, recompute="full", engine_sleeps=True, trainer_leaves=True, engine_tensor=2)
+    lines = persistent_lines(arch, both, 0)
+    plan = evaluate(arch, both, H100, Workload()).memory
+    assert plan.host_turns == 8 * (lines["weights"] + lines["optimizer"] + lines["shadow"])
+    assert plan.host_engines == pytest.approx(8 * 2 * arch.parameters / 2)
+    away = dataclasses.replace(both, optimizer_on_host=True, shadow_on_host=True)
+    assert evaluate(arch, away, H100, Workload()).memory.host_turns == 8 * lines["weights"]  # the rest is there anyway
+    apart = evaluate(
+        arch, dataclasses.replace(both, engine_sleeps=False, trainer_leaves=False), H100, Workload()
+    ).memory
+    assert apart.host_turns == apart.host_engines == 0
+    assert cli.main(["plan", "Qwen3-8B", "--gpus", "8", "--gpu", "h100"]) == 0
+    assert "copies for turns" in (text := capsys.readouterr().out) and "sleeping engines" in text
+    config = configuration(both, Workload(), "runs/models/Qwen3-8B", SHIPPED["Qwen3-8B"])
+    (host,) = [line for line in job_lines(config, arch, both, "h100") if "host memory" in line]
+    assert f"the trainer's copies for turns {plan.host_turns / 2**30:.0f}, weights of sleeping engines 61" in host
 
 
 def test_an_optimizer_in_host_memory_makes_room_and_pays_for_the_way_in_every_step():
