@@ -69,8 +69,8 @@ def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Itera
     phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.memory.phases.items())
     margin = (found.memory.limit - found.memory.total) / GIB
     yield f"a training GPU by phase, GiB: {phases}; margin {margin:.1f}"
-    saving, loading = found.memory.host_saving / GIB, found.memory.host_loading / GIB
-    yield f"a node's host memory, GiB: saving a checkpoint {saving:.0f}, loading one {loading:.0f}"
+    host = [f"{name} {size / GIB:.0f}" for name, size in found.memory.host.items() if size / GIB >= 0.5]
+    yield f"a node's host memory, GiB: {', '.join(host)}"
     if found.time is not None:
         yield f"an iteration, s: {_sum(found.time.lines, 1)}"
 

@@ -83,8 +83,8 @@ class BatchPasses:
         packed = pack_rows(rows, self.samples, self.scores, padding=self._policy.padding, experts=self.experts)
         step = self._policy.train_step(packed, loss)
         self._objective.end_step()
-        for i in mine:
-            self.scores[i].teacher_hidden = None  # as large as all other scores of a token together, and used up
+        for i in mine:  # larger than all other scores of a token together, and used up
+            self.scores[i].teacher_hidden = self.scores[i].teacher_logits = None
         return step
 
     def _ranks(self, kind: str, mini: MiniBatchPlan) -> list[list[Row]]:

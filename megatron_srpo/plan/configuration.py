@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_srpo.algorithms.base import Algorithm
 from megatron_srpo.algorithms.section import name_of
 from megatron_srpo.config import Config, contradictions, listed
 from megatron_srpo.config.check import teacher_prompt_length
 from megatron_srpo.config.load import to_toml_value
 from megatron_srpo.config.schema import PROJECTIONS
 from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
 from megatron_srpo.plan.layout import Layout
 from megatron_srpo.plan.workload import Workload
 
@@ -138,12 +141,27 @@ def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 
         response_max=rollout.max_response_length,
         teacher_prompt_max=teacher_prompt_length(config),
         steps=-(-rollout.rollout_batch_size // (config.train.prompts_per_mini_batch or rollout.rollout_batch_size)),
-        distilled=Workload.distilled if config.algorithm.needs.teacher else 0.0,
+        distilled=taught_share(config.algorithm) if config.algorithm.needs.teacher else 0.0,
+        correct=1 - Workload.distilled,
+        teacher=config.teacher.mode,
+        reference=config.algorithm.needs.reference,
+        starts_as_base=config.lora.rank > 0 and not config.lora.path,
         topk=config.algorithm.needs.topk,
+        full_vocabulary=config.algorithm.needs.divergence and not config.algorithm.needs.topk,
         iterations=config.run.iterations,
         shares_prompts=config.train.share_prompts and not drops and not config.train.moe_aux_loss_coef,
         teacher_head_mib=0 if drops else config.train.teacher_head_mib,
     )
+
+
+def taught_share(algorithm: Algorithm) -> float:
+    """Share of the responses that a teacher scores, if all can be taught and as many are wrong as srpo distils by
+    assumption. The algorithm tells, by its credit of a right and a wrong answer."""
+    rollouts = [Rollout(0, i, array("i", [0]), array("f", [0.0]), "", "stop", 0) for i in (0, 1)]
+    attempts = [Attempt(one, Reward(float(one.sample)), bool(one.sample), teachable=True) for one in rollouts]
+    wrong, right = algorithm.credit(Group(Prompt("plan:0", (), [0], "", ""), attempts))
+    share = Workload.distilled * wrong.taught + (1 - Workload.distilled) * right.taught
+    return share or Workload.distilled  # a method that teaches nothing at its start may later
 
 
 def as_toml(layout: Layout, workload: Workload, model_path: str, notes: list[str]) -> str:

@@ -27,7 +27,7 @@ from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.memory import (
     engine_weights,
     kv_bytes_a_token,
-    persistent_lines,
+    leaving_bytes,
     state_bytes,
     train_pass_finds_topk,
 )
@@ -192,17 +192,17 @@ def optimizer_seconds(arch: Architecture, layout: Layout, machine: Machine) -> t
 
 
 def swap_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Seconds of swapping the teacher in and out again (mcore/shadow.py): slices are written and parameters gathered,
+    """Seconds of swapping a shadow in and out again (mcore/shadow.py): slices are written and parameters gathered,
     both twice."""
     part = trained_parameters(arch, layout, layout.pipeline - 1)
-    shard = part.whole / layout.sharding
-    gather = (layout.sharding - 1) / layout.sharding * part.whole * layout.dtype_bytes
+    shard = part.ordinary / layout.sharding + part.experts / layout.expert_sharding
+    _, gather, _ = optimizer_seconds(arch, layout, machine)
     # bf16 models read fp32 and write bf16; fp32 models exchange both. A slice in host memory comes over the host link.
     written = (6 if layout.dtype_bytes == 2 else 24) * shard / machine.memory_rate
     fetched = 4 * shard / HOST_LINK if layout.shadow_on_host else 0.0
     if layout.optimizer_on_host:  # the student is restored from its main parameters
         fetched += 2 * 4 * shard / HOST_LINK
-    return fetched + 2 * (written + gather / machine.link_rate(layout.sharding * layout.tensor))
+    return fetched + 2 * (written + gather)
 
 
 def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> float:
@@ -296,12 +296,12 @@ def driver_seconds(arch: Architecture, workload: Workload) -> float:
     return seconds + (workload.prompts * DRIVER_TEACHER if workload.distilled else 0.0)
 
 
-def offload_seconds(arch: Architecture, layout: Layout) -> float:
+def offload_seconds(arch: Architecture, layout: Layout, *, shadows: int = 1) -> float:
     """Seconds of moving the trainer's memory to the host and back. Gradients are not moved."""
     if not layout.trainer_leaves:
         return 0.0
-    stages = [persistent_lines(arch, layout, stage) for stage in {0, layout.pipeline - 1}]
-    return max(2 * (sum(lines.values()) - lines["gradients"]) / HOST_LINK for lines in stages)
+    stages = {0, layout.pipeline - 1}
+    return max(2 * leaving_bytes(arch, layout, stage, shadows=shadows) / HOST_LINK for stage in stages)
 
 
 def iteration_time(
@@ -313,7 +313,7 @@ def iteration_time(
     # The train pass of the first step finds the student's top-k ids, if the copy of the teacher's head fits.
     passes = 1 - 1 / workload.steps if train_pass_finds_topk(arch, layout, workload) else float(workload.topk > 0)
     scored = student_pass(workload, layout, path=path, share=workload.distilled or 1.0)
-    taught = teacher_pass(workload, layout, path=path)
+    taught, teachers = teacher_pass(workload, layout, path=path), 2 if workload.joins_heads else 1
     seconds_of = functools.partial(
         pass_seconds, arch, layout, machine, workload, path=path, logits_mib=logits_mib
     )  # fmt: skip
@@ -328,21 +328,24 @@ def iteration_time(
         ),
         "driver": driver_seconds(arch, workload),
         "score": 0.0,
-        "teacher": 0.0,
+        "teacher": workload.swaps * swap_seconds(arch, layout, machine),
         "train": workload.steps * (train + reduce + adam),
         "publish": publish_seconds(arch, layout, machine),
-        "offload": offload_seconds(arch, layout),
+        "offload": offload_seconds(arch, layout, shadows=workload.shadows),
     }
     if workload.distilled > 0:
         lines["score"] = passes * workload.steps * seconds_of(scored)[0]
-        lines["teacher"] = workload.steps * seconds_of(taught)[0]
-        lines["teacher"] += swap_seconds(arch, layout, machine)
+        lines["teacher"] += teachers * workload.steps * seconds_of(taught)[0]
+    every = student_pass(workload, layout, path=path)
     if workload.steps > 1:  # old log-probs for every mini-batch but the first
-        old = student_pass(workload, layout, path=path)
-        lines["score"] += (workload.steps - 1) * seconds_of(old)[0]
+        lines["score"] += (workload.steps - 1) * seconds_of(every)[0]
+    if workload.reference:
+        lines["teacher"] += workload.steps * seconds_of(every)[0]
     train_flops = (2 if layout.lora_rank else 3) * students.tokens * forward_flops(arch, students.context)
     scoring = passes * scored.tokens * forward_flops(arch, scored.context) if workload.distilled > 0 else 0.0
-    scoring += taught.tokens * forward_flops(arch, taught.context)
+    scoring += teachers * taught.tokens * forward_flops(arch, taught.context)
+    if workload.reference:
+        scoring += every.tokens * forward_flops(arch, every.context)
     return TimePlan(
         lines, train_flops + scoring, train_flops, workload.student_tokens, rows, workload.steps * (talk + reduce)
     )

@@ -6,9 +6,9 @@ gradients    fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32), complete 
 optimizer    fp32 main parameters (for bf16 models; those of fp32 models are views of the weights) and Adam's two
              moments, sharded over data- and context-parallel ranks (ZeRO stage 1; Rajbhandari et al. 2020); with
              optimizer.offload one piece of it
-shadow       the teacher's fp32 average, sharded like the optimizer
+shadow       fp32 weights of the teacher and of the reference, as many as the method has, sharded like the optimizer
 activations  see activations.py
-head         hidden states, logits and log-probs of the last stage
+head         hidden states, logits and log-probs of the last stage, and what it holds of the teacher
 engine …     the share of a colocated vLLM: weights, KV cache, its own activations
 publish      two gathered buckets, this rank's part of each, and the full tensors of one parameter (bridge/export.py)
 checkpoint   saving: one whole fp32 parameter at a time. Loading: copies of the gate and up projections, which Megatron
@@ -46,7 +46,22 @@ class MemoryPlan:
     host_loading: float = 0.0  # bytes of a node's host memory that the training ranks need to load a checkpoint
     host_state: float = 0.0  # and those of optimizer and shadow, where these are kept there
     host_saving: float = 0.0  # and those from a save until its files are written
+    host_scores: float = 0.0  # and those of what scoring passes keep of the teacher for a train step
+    host_turns: float = 0.0  # and those of the trainer's tensors while engines generate, kept from the first turn on
+    host_engines: float = 0.0  # and those of the weights of sleeping engines
     phases: dict[str, float] = field(default_factory=dict)  # bytes of every phase, on the stage that needs most in it
+
+    @property
+    def host(self) -> dict[str, float]:
+        """Bytes of a node's host memory, in words. All but those of loading may be needed at once."""
+        return {
+            "saving a checkpoint": self.host_saving,
+            "loading a checkpoint": self.host_loading,
+            "optimizer and shadow": self.host_state,
+            "the trainer's copies for turns": self.host_turns,
+            "weights of sleeping engines": self.host_engines,
+            "the teacher's scores": self.host_scores,
+        }
 
     @property
     def total(self) -> float:
@@ -67,8 +82,8 @@ def persistent_lines(
     shard = part.ordinary / by + part.experts / experts_by
     state = state_bytes(layout)
     optimizer = state * shard
-    if layout.optimizer_on_host:  # a piece at a time (mcore/host_state.py); the embedding may be larger
-        optimizer = min(optimizer, max(OPTIMIZER_PIECE, state * arch.vocab * arch.hidden / layout.tensor / by))
+    if layout.optimizer_on_host:  # a piece at a time (mcore/host_state.py), and at least one slice of a parameter
+        optimizer = min(optimizer, max(OPTIMIZER_PIECE, state * largest_parameter(arch, layout)))
     return {
         "weights": layout.dtype_bytes * held,
         "gradients": 4.0 * part.whole,
@@ -82,10 +97,43 @@ def state_bytes(layout: Layout) -> int:
     return 12 if layout.dtype_bytes == 2 else 8
 
 
-def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
-    """Host memory of a node for what is kept there all the time: the optimizer's state and the teacher's shadow."""
-    each = state_bytes(layout) * layout.optimizer_on_host + 4 * layout.shadow_on_host
+def largest_parameter(arch: Architecture, layout: Layout) -> float:
+    """Numbers of the largest parameter that a rank trains. Data-parallel ranks share what they train as one flat run of
+    numbers, so that the slice of one of them can be a whole parameter."""
+    largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn))
+    if layout.lora_rank:
+        largest = layout.lora_rank * max(arch.hidden, arch.query, arch.ffn, arch.expert_ffn)
+    return largest / layout.tensor
+
+
+def host_state_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
+    """Host memory of a node for what is kept there all the time: the optimizer's state and the shadows."""
+    each = state_bytes(layout) * layout.optimizer_on_host + 4 * shadows * layout.shadow_on_host
     return each * fullest_stage(arch, layout)[1] * min(machine.node, layout.training_gpus)
+
+
+def leaving_bytes(arch: Architecture, layout: Layout, stage: int, *, shadows: int = 1) -> float:
+    """Bytes of a rank that move to the host while engines generate: weights, shadows and optimizer, as far as they are
+    not there anyway (mcore/policy.py::on_host)."""
+    lines = persistent_lines(arch, layout, stage, shadows=shadows)
+    return lines["weights"] + lines["shadow"] + (0.0 if layout.optimizer_on_host else lines["optimizer"])
+
+
+def turns_host_bytes(arch: Architecture, layout: Layout, machine: Machine, *, shadows: int = 1) -> float:
+    """Page-locked host memory of a node for these moves. It is allocated once and kept (mcore/host_offload.py)."""
+    if not layout.trainer_leaves:
+        return 0.0
+    stages = range(layout.pipeline)
+    most = max(leaving_bytes(arch, layout, stage, shadows=shadows) for stage in stages)
+    return most * min(machine.node, layout.training_gpus)
+
+
+def sleeping_host_bytes(arch: Architecture, layout: Layout, machine: Machine) -> float:
+    """Host memory of a node for the weights of engines that sleep. After rollouts they are dropped, unless publishes
+    bring adapters alone; after an evaluation they are kept (rollout/vllm/colocated.py)."""
+    if not (layout.colocated and layout.engine_sleeps):
+        return 0.0
+    return engine_weights(arch, layout) * min(machine.node, layout.gpus)
 
 
 def engine_weights(arch: Architecture, layout: Layout) -> float:
@@ -114,10 +162,7 @@ def publish_bytes(arch: Architecture, layout: Layout) -> float:
 
 def saving_bytes(arch: Architecture, layout: Layout) -> float:
     """One whole fp32 parameter of this rank, which a save gathers from the data-parallel ranks."""
-    largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn))
-    if layout.lora_rank:
-        largest = layout.lora_rank * max(arch.hidden, arch.query, arch.ffn, arch.expert_ffn)
-    return 4.0 * largest / layout.tensor
+    return 4.0 * largest_parameter(arch, layout)
 
 
 def loading_bytes(arch: Architecture, layout: Layout, stage: int) -> float:
@@ -164,8 +209,11 @@ def training_memory(
     return MemoryPlan(
         lines, machine.usable, max(0.0, cache), notes,
         host_loading=loading_host_bytes(arch, layout, machine),
-        host_state=host_state_bytes(arch, layout, machine),
-        host_saving=saving_host_bytes(arch, layout, machine),
+        host_state=host_state_bytes(arch, layout, machine, shadows=workload.shadows),
+        host_saving=saving_host_bytes(arch, layout, machine, shadows=workload.shadows),
+        host_scores=scores_host_bytes(arch, layout, workload, machine, rows=rows),
+        host_turns=turns_host_bytes(arch, layout, machine, shadows=workload.shadows),
+        host_engines=sleeping_host_bytes(arch, layout, machine),
         phases=totals,
     )  # fmt: skip
 
@@ -177,16 +225,61 @@ def colocated_cache(arch: Architecture, layout: Layout, machine: Machine) -> flo
     return layout.engine_memory * machine.memory - engine_weights(arch, layout) - engine_activations(arch, layout)
 
 
-def teacher_head_bytes(arch: Architecture, layout: Layout) -> float:
-    """The copy of the teacher's LM head with which the train pass finds the student's top-k ids. Adapters leave the
-    head as it is, so there is none."""
-    return 0.0 if layout.lora_rank else layout.dtype_bytes * math.ceil(arch.vocab / layout.tensor) * arch.hidden
+def teacher_head_bytes(arch: Architecture, layout: Layout, workload: Workload) -> float:
+    """The copies of LM heads with which the train pass finds the student's top-k ids. A teacher that is the student
+    itself, or differs from it in adapters alone, has the student's head."""
+    copies = 2 if workload.joins_heads else int(workload.mode != "live" and not layout.lora_rank)
+    return copies * layout.dtype_bytes * math.ceil(arch.vocab / layout.tensor) * arch.hidden
 
 
 def train_pass_finds_topk(arch: Architecture, layout: Layout, workload: Workload) -> bool:
     """Whether it does (losses/objective.py::one_student_pass)."""
     budget = workload.teacher_head_mib * 2**20
-    return workload.topk > 0 and workload.distilled > 0 and 0 < budget >= teacher_head_bytes(arch, layout)
+    return workload.topk > 0 and workload.distilled > 0 and 0 < budget >= teacher_head_bytes(arch, layout, workload)
+
+
+def teacher_bytes(
+    arch: Architecture, layout: Layout, workload: Workload, *, logits_mib: int = LOGITS_MIB
+) -> tuple[float, float]:
+    """What the last stage holds of the teacher for a row, in a (scoring pass, train pass), besides log-probs at ids.
+
+    A scoring pass returns a copy, of which the trained positions are copied once more. The train pass has the row's
+    scores, the part of them at trained positions, and of these the distilled ones.
+    """
+    if workload.distilled == 0:
+        return 0.0, 0.0
+    w, whole_row = layout.dtype_bytes, 1 + layout.context  # a part and the row that context-parallel ranks gather
+    hidden = w * layout.max_tokens * arch.hidden
+    heads = teacher_head_bytes(arch, layout, workload)
+    score = train = 0.0
+    if workload.joins_heads:  # both heads, and the initial one on its way; twice its hidden states, halves, both joined
+        score, train = 1.5 * heads + 7 * hidden, heads
+    if workload.full_vocabulary:  # in training also the student's logits uncut, and their gradient
+        logits = w * layout.max_tokens * math.ceil(arch.vocab / layout.tensor)
+        return score + whole_row * logits - min(logits, logits_mib * 2**20), train + 3 * logits
+    if train_pass_finds_topk(arch, layout, workload):
+        if workload.joins_heads:
+            return score, train + 3 * 2 * hidden
+        return heads + whole_row * hidden, heads + 3 * hidden
+    return score, train
+
+
+def scores_host_bytes(arch: Architecture, layout: Layout, workload: Workload, machine: Machine, *, rows: int) -> float:
+    """Host memory of a node for the teacher's hidden states or logits: those of all distilled tokens of its ranks, from
+    the scoring pass to their step, and once more in the packed rows of a step."""
+    width = 0
+    if workload.full_vocabulary and workload.distilled > 0:
+        width = math.ceil(arch.vocab / layout.tensor)
+    elif train_pass_finds_topk(arch, layout, workload):
+        width = arch.hidden * (2 if workload.joins_heads else 1)
+    tokens = workload.distilled_tokens * (1 + workload.imbalance) / layout.data
+    packed = rows * layout.max_tokens * layout.context
+    values = (tokens + packed) * width
+    if workload.joins_heads:  # the initial model's head, and its hidden states until the teacher pass is over
+        initial = math.ceil(arch.vocab / layout.tensor) * arch.hidden
+        values = initial + tokens * width + max(packed * width, tokens * arch.hidden)
+    last_stage = min(machine.node, layout.training_gpus // layout.pipeline)
+    return layout.dtype_bytes * values * last_stage
 
 
 def _phases(
@@ -203,9 +296,9 @@ def _phases(
         layout.overlap_grad_reduce and not layout.lora_rank and stage == layout.pipeline - 1
     ):  # losses/linear.py: zeros for DDP
         head += layout.dtype_bytes * arch.vocab * arch.hidden / layout.tensor
-    if stage == layout.pipeline - 1 and train_pass_finds_topk(arch, layout, workload):
-        copied = teacher_head_bytes(arch, layout)
-        scored, head = (scored[0], scored[1] + copied), head + copied
+    if stage == layout.pipeline - 1:
+        more = teacher_bytes(arch, layout, workload, logits_mib=logits_mib)
+        scored, head = (scored[0], scored[1] + more[0]), head + more[1]
     engine: dict[str, float] = {}
     if layout.colocated:
         cache = max(0.0, colocated_cache(arch, layout, machine))
@@ -214,14 +307,14 @@ def _phases(
             "engine work": engine_activations(arch, layout),
             "KV cache": cache,
         }
-    idle = persistent_lines(arch, layout, stage)
+    idle = persistent_lines(arch, layout, stage, shadows=workload.shadows)
     idle |= dict.fromkeys(("activations", "loss and logits", "publish", "checkpoint"), 0.0)
     generating = dict.fromkeys(idle, 0.0) if layout.trainer_leaves else idle
     # An engine that wakes up loads the new weights before it allocates its cache again.
     asleep, woken = ({}, engine | {"KV cache": 0.0}) if engine and layout.engine_sleeps else (engine, engine)
     phases = {
         "generate": (generating, engine),
-        "swap": (idle | {"activations": SWAPPED_BYTES}, asleep),
+        "swap": (idle | {"activations": SWAPPED_BYTES if workload.swaps else 0.0}, asleep),
         "score": (idle | {"activations": scored[0], "loss and logits": scored[1]}, asleep),
         "train": (idle | {"activations": held, "loss and logits": head}, asleep),
         "publish": (idle | {"publish": publish_bytes(arch, layout)}, woken),

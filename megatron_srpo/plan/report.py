@@ -60,6 +60,9 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
         "host_loading": plan.host_loading,
         "host_state": plan.host_state,
         "host_saving": plan.host_saving,
+        "host_scores": plan.host_scores,
+        "host_turns": plan.host_turns,
+        "host_engines": plan.host_engines,
         "phases": plan.phases,
     }
 
@@ -113,14 +116,7 @@ def show(found: Found, arch: Architecture, machine: Machine, workload: Workload,
             lines = [c.engine.lines if c.engine else {} for c in found.best]
             console.print(_lines("GiB of a GPU that only generates", found.best, lines, GIB, ".1f"))
         console.print(_phases(found.best))
-        host = [
-            {
-                "optimizer and shadow": c.memory.host_state,
-                "loading a checkpoint": c.memory.host_loading,
-                "saving a checkpoint": c.memory.host_saving,
-            }
-            for c in found.best
-        ]
+        host = [c.memory.host for c in found.best]
         console.print(_lines("GiB of a node's host memory", found.best, host, GIB, ".1f", total=False))
     else:
         console.print(f"None of {found.tried} layouts fits.", style="bold")

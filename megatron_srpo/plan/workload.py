@@ -23,7 +23,7 @@ class Workload:
     response_max: int = 8192
     response_sigma: float = 0.8  # of the logarithm of a length
     teacher_prompt_max: int = 10240  # question and demonstration
-    distilled: float = 0.3  # share of samples that are distilled; it falls during a run
+    distilled: float = 0.3  # share of samples that a teacher scores; with srpo it falls during a run
     steps: int = 1  # optimizer steps in each iteration
     topk: int = 100
     iterations: int = 475  # the paper's 10 hours at 75.8 s
@@ -31,14 +31,50 @@ class Workload:
     imbalance: float = 0.03  # how much the slowest data-parallel rank exceeds the mean
     shares_prompts: bool = True  # the responses in a packed row use one copy of their prompt
     teacher_head_mib: int = 2048  # train.teacher_head_mib; 0: the student's top-k ids have a pass of their own
+    teacher: str = "ema"  # teacher.mode
+    reference: bool = False  # samples are scored under the initial model too (Needs.reference)
+    starts_as_base: bool = False  # the initial model is the one without adapters, which needs no shadow
+    full_vocabulary: bool = False  # distillation compares whole distributions (algorithm.distillation_topk = 0)
+    correct: float | None = None  # share of samples that are correct; None: those that are not distilled
 
     @property
     def rollouts(self) -> int:
         return self.prompts * self.samples
 
+    @property
+    def mode(self) -> str:
+        """teacher.mode, "live" where nothing is distilled."""
+        return self.teacher if self.distilled > 0 else "live"
+
+    @property
+    def _initial(self) -> bool:
+        """Whether the teacher is, or is made of, the initial model."""
+        return self.mode in ("frozen", "trust_region")
+
+    @property
+    def shadows(self) -> int:
+        """Sets of weights besides the student's (mcore/policy.py): the teacher's, and the reference."""
+        return (self.mode in ("ema", "refresh")) + ((self.reference or self._initial) and not self.starts_as_base)
+
+    @property
+    def swaps(self) -> int:
+        """How often an iteration swaps a shadow in and out again."""
+        initial = 0 if self.starts_as_base else self._initial + self.reference
+        return (self.mode in ("ema", "refresh")) + initial
+
+    @property
+    def joins_heads(self) -> bool:
+        """Whether the teacher mixes the logits of the initial and of the current model."""
+        return self.mode == "trust_region"
+
     def response_lengths(self) -> tuple[int, ...]:
         """QUANTILES equally likely response lengths, shortest first."""
         return log_normal_lengths(min(self.response_mean, self.response_max), self.response_max, self.response_sigma)
+
+    @property
+    def distilled_tokens(self) -> float:
+        """Tokens of responses that a teacher scores in an iteration."""
+        return self.distilled * self.rollouts * _mean(self.response_lengths())
 
     @property
     def student_tokens(self) -> float:
@@ -71,8 +107,8 @@ class Workload:
 
     def demonstrations(self, copies: float) -> float:
         """How many answers the teachers of a prompt are shown in one pass, those that are the same once for each of
-        `copies` rows. Siblings are drawn at random from the samples that are not distilled, which are correct."""
-        correct = max(1.0, self.samples - self.taught)
+        `copies` rows. Siblings are drawn at random from the correct samples."""
+        correct = max(1.0, self.samples - self.taught if self.correct is None else self.samples * self.correct)
         different = correct * (1 - (1 - 1 / correct) ** self.taught)
         return self.taught if copies >= self.taught else min(self.taught, different + copies - 1)
 

@@ -8,25 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_srpo.config import contradictions, load_config
+from megatron_srpo.config import Config, contradictions, load_config
 from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
-from megatron_srpo.plan.configuration import configuration
+from megatron_srpo.plan.configuration import configuration, layout_of, workload_of
 from megatron_srpo.plan.duration import (
     forward_flops,
     generate_seconds,
     iteration_time,
     optimizer_seconds,
+    pass_seconds,
     publish_seconds,
     student_pass,
+    swap_seconds,
     teacher_pass,
 )
 from megatron_srpo.plan.layout import impossible
-from megatron_srpo.plan.memory import loading_bytes, persistent_lines, stage_parameters, training_memory
+from megatron_srpo.plan.memory import (
+    loading_bytes,
+    persistent_lines,
+    stage_parameters,
+    teacher_bytes,
+    train_pass_finds_topk,
+    training_memory,
+)
 from megatron_srpo.plan.parameters import adapter_parameters, published_adapters
 from megatron_srpo.plan.search import complexity, evaluate
 from megatron_srpo.run import cli
 from megatron_srpo.run.planning import _engine_nodes
+from slurm.plan import lines as job_lines
 
 H100 = machine_of("h100")
 SMALL = Workload(prompts=4, samples=4, response_mean=300, response_max=1000, teacher_prompt_max=2000, prompt_max=500)
@@ -184,6 +194,26 @@ def test_a_trainer_that_leaves_makes_room_for_the_engine_and_pays_for_the_way():
     assert config.train.offload_while_generating and config.rollout.sleep_while_training
 
 
+def test_turns_keep_the_trainer_and_sleep_keeps_the_engines_weights_in_host_memory(capsys):
+    arch, _ = read_architecture("Qwen3-8B")
+    both = Layout(8, 2, recompute="full", engine_sleeps=True, trainer_leaves=True, engine_tensor=2)
+    lines = persistent_lines(arch, both, 0)
+    plan = evaluate(arch, both, H100, Workload()).memory
+    assert plan.host_turns == 8 * (lines["weights"] + lines["optimizer"] + lines["shadow"])
+    assert plan.host_engines == pytest.approx(8 * 2 * arch.parameters / 2)
+    away = dataclasses.replace(both, optimizer_on_host=True, shadow_on_host=True)
+    assert evaluate(arch, away, H100, Workload()).memory.host_turns == 8 * lines["weights"]  # the rest is there anyway
+    apart = evaluate(
+        arch, dataclasses.replace(both, engine_sleeps=False, trainer_leaves=False), H100, Workload()
+    ).memory
+    assert apart.host_turns == apart.host_engines == 0
+    assert cli.main(["plan", "Qwen3-8B", "--gpus", "8", "--gpu", "h100"]) == 0
+    assert "copies for turns" in (text := capsys.readouterr().out) and "sleeping engines" in text
+    config = configuration(both, Workload(), "runs/models/Qwen3-8B", SHIPPED["Qwen3-8B"])
+    (host,) = [line for line in job_lines(config, arch, both, "h100") if "host memory" in line]
+    assert f"the trainer's copies for turns {plan.host_turns / 2**30:.0f}, weights of sleeping engines 61" in host
+
+
 def test_an_optimizer_in_host_memory_makes_room_and_pays_for_the_way_in_every_step():
     arch, _ = read_architecture("Qwen3-32B")
     workload = Workload()
@@ -197,6 +227,15 @@ def test_an_optimizer_in_host_memory_makes_room_and_pays_for_the_way_in_every_st
     adam = [optimizer_seconds(arch, layout, H100)[2] for layout in (stays, leaves)]
     assert adam[1] - adam[0] == pytest.approx(24 * parameters / 25e9)
     assert configuration(leaves, workload, "runs/models/Qwen3-32B", SHIPPED["Qwen3-32B"]).optimizer.offload
+
+
+def test_a_piece_of_the_optimizer_may_be_a_whole_embedding_but_never_more_than_a_ranks_shard():
+    arch, _ = read_architecture("Qwen3-8B")
+    few, many = (Layout(gpus, optimizer_on_host=True) for gpus in (8, 64))
+    assert persistent_lines(arch, few, 0)["optimizer"] == 12 * arch.vocab * arch.hidden
+    assert persistent_lines(arch, many, 0)["optimizer"] == pytest.approx(12 * arch.parameters / 64)
+    adapters = persistent_lines(arch, dataclasses.replace(few, gpus=1, lora_rank=64), 0)
+    assert adapters["optimizer"] == 2**28  # the embedding has no state
 
 
 def test_training_flops_are_six_a_parameter_and_token_where_sequences_are_short():
@@ -412,7 +451,157 @@ def test_the_top_k_pass_is_left_out_where_the_train_pass_finds_the_ids_and_the_c
     kept, both = (iteration_time(arch, layout, H100, one, 1e10).lines["score"] for one in two)
     assert 0 < kept < both
     lines, others = (training_memory(arch, layout, one, H100, rows=2).phases for one in (SMALL, own))
-    assert lines["train"] - others["train"] == pytest.approx(head * (1 + H100.fragmentation))
+    hidden = 3 * 2 * layout.max_tokens * arch.hidden  # of the row, of its trained and of its distilled positions
+    assert lines["train"] - others["train"] == pytest.approx((head + hidden) * (1 + H100.fragmentation))
     adapters = dataclasses.replace(layout, lora_rank=8)
     lines, others = (training_memory(arch, adapters, one, H100, rows=2).phases for one in (SMALL, own))
-    assert lines["train"] == others["train"]  # the head is the same
+    assert lines["train"] - others["train"] == pytest.approx(hidden * (1 + H100.fragmentation))  # the head is the same
+
+
+# ---- the method of a configuration -----------------------------------------------------------------------------------
+
+
+def configured(**sections):
+    """(layout on 8 GPUs, workload) of a configuration."""
+    config = Config(**{"model": {"path": "m", "recompute": "full"}, "data": {"train": "d"}} | sections)
+    return layout_of(config, 8), workload_of(config)
+
+
+SHADOWS = [
+    ({}, 1),
+    ({"algorithm": {"kl_loss_coef": 0.01}}, 2),
+    ({"algorithm": {"name": "grpo"}}, 0),
+    ({"algorithm": {"name": "grpo", "kl_loss_coef": 0.01}}, 1),
+    ({"teacher": {"mode": "live"}}, 0),
+    ({"teacher": {"mode": "refresh"}}, 1),
+    ({"teacher": {"mode": "frozen"}, "algorithm": {"kl_loss_coef": 0.01}}, 1),
+    ({"teacher": {"mode": "trust_region"}}, 1),
+    ({"teacher": {"mode": "trust_region"}, "lora": {"rank": 8}}, 0),
+    ({"algorithm": {"kl_loss_coef": 0.01}, "lora": {"rank": 8}}, 1),
+    ({"algorithm": {"kl_loss_coef": 0.01}, "lora": {"rank": 8, "path": "adapters"}}, 2),
+]
+
+
+@pytest.mark.parametrize(("sections", "shadows"), SHADOWS)
+def test_the_planner_counts_the_shadows_that_the_policy_builds(monkeypatch, sections, shadows):
+    from types import SimpleNamespace
+
+    from megatron_srpo.mcore import policy
+
+    monkeypatch.setattr(policy, "WeightShadow", lambda optimizer, offload: None)
+    config = Config(**{"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+    built = SimpleNamespace(optimizer=None, _starts_as_base=config.lora.rank > 0 and not config.lora.path)
+    assert len(policy.Policy._build_shadows(built, config)) == shadows
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, workload = configured(**sections)
+    assert workload.shadows == shadows
+    one = persistent_lines(arch, layout, 0)["shadow"]
+    plan = training_memory(arch, layout, workload, H100, rows=2)
+    assert plan.lines["shadow"] == shadows * one
+    if not layout.lora_rank:
+        assert plan.host_saving == pytest.approx((4 * (3 + shadows) + 2) / 4 * 8 * one)
+    offloaded = dataclasses.replace(layout, shadow_on_host=True)
+    assert training_memory(arch, offloaded, workload, H100, rows=2).host_state == pytest.approx(8 * shadows * one)
+
+
+def test_the_pass_of_the_reference_and_its_swap_take_time():
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, without = configured(algorithm={"name": "grpo"})
+    _, workload = configured(algorithm={"name": "grpo", "kl_loss_coef": 0.01})
+    alone, both = (iteration_time(arch, layout, H100, one, 1e10) for one in (without, workload))
+    assert alone.lines["teacher"] == 0
+    forward, _, _ = pass_seconds(arch, layout, H100, workload, student_pass(workload, layout), path="te")
+    assert both.lines["teacher"] == pytest.approx(forward + swap_seconds(arch, layout, H100))
+    assert both.flops > alone.flops and both.train_flops == alone.train_flops
+    _, twice = configured(algorithm={"kl_loss_coef": 0.01})
+    assert (twice.swaps, without.swaps, workload.swaps) == (2, 0, 1)
+    assert configured(teacher={"mode": "frozen"}, lora={"rank": 8})[1].swaps == 0  # adapters are switched off
+    assert configured(teacher={"mode": "frozen"}, algorithm={"kl_loss_coef": 0.01})[1].swaps == 2  # of one shadow
+
+
+def test_a_method_says_which_responses_its_teacher_scores():
+    shares = {
+        name: configured(algorithm={"name": name})[1].distilled for name in ("srpo", "demopsd", "sdpo", "rlsd", "rlrt")
+    }
+    assert shares == {"srpo": 0.3, "demopsd": 0.3, "sdpo": 1.0, "rlsd": 1.0, "rlrt": 0.7}
+    _, some = configured(algorithm={"name": "sdpo", "distill_on": "correct"})
+    assert some.distilled == 0.7
+    srpo, sdpo = (configured(algorithm={"name": name})[1] for name in ("srpo", "sdpo"))
+    assert srpo.demonstrations(1.0) == dataclasses.replace(srpo, correct=None).demonstrations(1.0)
+    assert sdpo.demonstrations(1.0) > srpo.demonstrations(1.0)  # as many correct siblings, for more teachers
+
+
+def test_a_full_vocabulary_divergence_holds_logits_on_the_device_and_on_the_host():
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, whole = configured(algorithm={"distillation_topk": 0}, parallel={"tensor_model_parallel_size": 2})
+    logits = 2 * layout.max_tokens * arch.vocab / 2
+    topk = dataclasses.replace(whole, full_vocabulary=False)
+    found, others = (training_memory(arch, layout, one, H100, rows=2) for one in (whole, topk))
+    more = {name: found.phases[name] - others.phases[name] for name in found.phases}
+    # The teacher's logits, the student's and their gradient; scoring has none but the logits and their copy.
+    assert more["train"] == pytest.approx(1.05 * 3 * logits)
+    assert more["score"] == pytest.approx(1.05 * (2 * logits - min(logits, 2**31)))
+    assert {name for name, size in more.items() if size} == {"train", "score"}
+    tokens = whole.distilled * whole.rollouts * sum(whole.response_lengths()) / 64 * 1.03  # on all ranks
+    rows = 4 * 2 * layout.max_tokens  # of four data-parallel ranks
+    assert found.host_scores == pytest.approx(2 * arch.vocab * (tokens + rows), rel=1e-3) and others.host_scores == 0
+
+
+def test_the_teachers_logits_are_freed_after_the_step():
+    from megatron_srpo.batching import plan_batch, share_of
+    from megatron_srpo.batching.passes import BatchPasses
+    from megatron_srpo.core.records import Batch
+    from tests.unit.test_trainer_passes import CountingPolicy, ZeroObjective, distilled_group
+
+    config = Config(model={"path": "m"}, data={"train": "d"}, algorithm={"distillation_topk": 0})
+    group = distilled_group()
+    mine, share = share_of(group, plan_batch([group], dp_size=1, max_tokens=40), 0)
+    work = BatchPasses(Batch(mine, share, {}), CountingPolicy(), ZeroObjective(config))
+    for sample, score in zip(mine, work.scores, strict=True):
+        score.teacher_logits = torch.zeros(sample.length, 7) if sample.teacher else None
+    (mini,) = share.mini_batches
+    work.train_step(mini)
+    assert all(score.teacher_logits is None for score in work.scores)
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen", "live", "trust_region"])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("mib", [0, 1100, 1200, 2300, 2400])  # a head of Qwen3-8B has 1187 MiB
+def test_the_planner_and_the_trainer_agree_on_who_finds_the_top_k_ids(mode, rank, mib):
+    from megatron_srpo.losses.objective import one_student_pass
+
+    sections = {"teacher": {"mode": mode}, "lora": {"rank": rank}, "train": {"teacher_head_mib": mib}}
+    config = Config(model={"path": "m"}, data={"train": "d"}, **sections)
+    arch, _ = read_architecture("Qwen3-8B")
+    layout, workload = configured(**sections)
+    assert train_pass_finds_topk(arch, layout, workload) == one_student_pass(config, 2 * arch.vocab * arch.hidden)
+
+
+def test_a_trust_region_has_joined_heads_hidden_states_and_a_pass_of_the_initial_model():
+    arch, _ = read_architecture("Qwen3-8B")
+    (layout, ema), (_, trust) = configured(), configured(teacher={"mode": "trust_region"})
+    head, hidden = 2 * arch.vocab * arch.hidden, 2 * layout.max_tokens * arch.hidden
+    assert teacher_bytes(arch, layout, ema) == (head + 2 * hidden, head + 3 * hidden)
+    assert teacher_bytes(arch, layout, trust) == (3 * head + 7 * hidden, 2 * head)  # two heads exceed teacher_head_mib
+    large = dataclasses.replace(trust, teacher_head_mib=4096)
+    assert teacher_bytes(arch, layout, large) == (3 * head + 7 * hidden, 2 * head + 6 * hidden)
+    live = dataclasses.replace(ema, teacher="live")
+    assert teacher_bytes(arch, layout, live) == (2 * hidden, 3 * hidden)
+    times = [iteration_time(arch, layout, H100, one, 1e10) for one in (ema, trust, live)]
+    taught, _, _ = pass_seconds(arch, layout, H100, ema, teacher_pass(ema, layout), path="te")
+    swap = swap_seconds(arch, layout, H100)
+    expected = taught + swap, 2 * taught + swap, taught
+    assert [time.lines["teacher"] for time in times] == pytest.approx(expected)
+    kept, few = (training_memory(arch, layout, one, H100, rows=2).host_scores for one in (large, ema))
+    tokens = ema.distilled_tokens * 1.03 / 8
+    assert few == pytest.approx(8 * 2 * arch.hidden * (tokens + 2 * layout.max_tokens))
+    assert kept == pytest.approx(8 * head + 2 * few)
+
+
+def test_a_swap_writes_the_experts_share_of_their_own_ranks():
+    arch, _ = read_architecture("Qwen3-30B-A3B")
+    layout = Layout(16, 4, expert=16)
+    endless = dataclasses.replace(H100, link=1e30, network=1e30, latency=0.0)
+    part = stage_parameters(arch, layout, 0)
+    written = 6 * (part.ordinary / 4 + part.experts)  # bf16 weights of fp32 slices; every rank has experts of its own
+    assert swap_seconds(arch, layout, endless) == pytest.approx(2 * written / H100.memory_rate)
