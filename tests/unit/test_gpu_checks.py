@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from megatron_srpo.run import gpu_checks
 from megatron_srpo.run.gpu_checks import FAILED, OK, WARNING
 
 
-def test_a_check_that_crashes_hangs_or_has_no_time_costs_one_line():
+def test_a_check_that_crashes_hangs_or_has_no_time_costs_one_line(monkeypatch):
     found, state = gpu_checks._in_a_process("bogus", "cpu", 60)
     assert state == FAILED and "KeyError" in found
-    assert gpu_checks._in_a_process("rates", "cpu", 1.0) == ("no end within 1 s", FAILED)
     assert gpu_checks._in_a_process("rates", "cpu", 0.5)[1] == WARNING
+
+    def hangs(command, *, timeout, **given):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_checks.subprocess, "run", hangs)
+    assert gpu_checks._in_a_process("rates", "cpu", 1.0) == ("no end within 1 s", FAILED)
 
 
 def test_the_kernels_of_the_losses_are_held_against_float64(monkeypatch):
