@@ -109,7 +109,7 @@ def compare(results: Mapping[str, Mapping[str, Results]], measure: Measure) -> l
             one = Comparison(task, method, mean_interval(list(by_seed.values())), len(by_seed))
             starts = {seed: (seed, start_of(methods[method][seed])) for seed in sorted(by_seed)}
             pairs = [by_seed[seed] - reference[start] for seed, start in starts.items() if start in reference]
-            if method not in (REFERENCE, REFERENCE + AGAIN) and pairs:
+            if method not in (REFERENCE, REFERENCE + AGAIN) and len(pairs) > 1:  # one may be chance
                 one.difference, one.pairs, one.p = mean_interval(pairs), len(pairs), paired_p(pairs)
             found.append(one)
     for one, adjusted in zip(found, holm([one.p for one in found]), strict=True):
