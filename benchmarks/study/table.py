@@ -22,7 +22,7 @@ from benchmarks.study.statistics import holm, paired_p
 from megatron_srpo.observe.curves import Interval
 from megatron_srpo.observe.report import mean_interval
 
-REFERENCE, AGAIN = "srpo", " again"
+REFERENCE, REPEATED = "srpo", " again"  # REPEATED stands behind the name of a method in AGAIN
 LEVEL = 0.05
 UNKNOWN = Interval(math.nan, math.nan)
 Results = Mapping[int, Mapping[str, Any]]  # by seed
@@ -100,7 +100,7 @@ def compare(results: Mapping[str, Mapping[str, Results]], measure: Measure) -> l
         }
         reference = {
             (seed, start_of(methods[name][seed])): value
-            for name in (REFERENCE, REFERENCE + AGAIN)
+            for name in (REFERENCE, REFERENCE + REPEATED)
             for seed, value in values.get(name, {}).items()
         }
         for method, by_seed in values.items():
@@ -109,7 +109,7 @@ def compare(results: Mapping[str, Mapping[str, Results]], measure: Measure) -> l
             one = Comparison(task, method, mean_interval(list(by_seed.values())), len(by_seed))
             starts = {seed: (seed, start_of(methods[method][seed])) for seed in sorted(by_seed)}
             pairs = [by_seed[seed] - reference[start] for seed, start in starts.items() if start in reference]
-            if method not in (REFERENCE, REFERENCE + AGAIN) and len(pairs) > 1:  # one may be chance
+            if method not in (REFERENCE, REFERENCE + REPEATED) and len(pairs) > 1:  # one may be chance
                 one.difference, one.pairs, one.p = mean_interval(pairs), len(pairs), paired_p(pairs)
             found.append(one)
     for one, adjusted in zip(found, holm([one.p for one in found]), strict=True):
@@ -119,7 +119,7 @@ def compare(results: Mapping[str, Mapping[str, Results]], measure: Measure) -> l
 
 def load(tasks: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, dict[int, Any]]]:
     """The finished runs of the study at the chosen learning rates, by task, method and seed. Repeated runs are those of
-    a method with AGAIN behind its name."""
+    a method with REPEATED behind its name."""
     from benchmarks.study.__main__ import again_cases, case_of, chosen_rate
 
     found: dict[str, dict[str, dict[int, Any]]] = {}
@@ -131,7 +131,7 @@ def load(tasks: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, di
             found.setdefault(task, {})[method.name] = runs
     for case in again_cases(tasks):
         if case.method in methods and (result := finished(case)) is not None:
-            found[case.task].setdefault(case.method + AGAIN, {})[case.seed] = result
+            found[case.task].setdefault(case.method + REPEATED, {})[case.seed] = result
     return found
 
 

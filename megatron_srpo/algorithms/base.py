@@ -65,10 +65,10 @@ class Algorithm(Section):
     rollout_correction_cap: float = Field(2.0, gt=0)
     """Largest importance weight of rollout_correction. Must be at least 1 with "truncate" and 1.05 with the masks."""
     kl_loss_coef: float = Field(0.0, ge=0)
-    """Coefficient of the KL divergence (k3 estimate) from the initial model, on responses with a policy gradient: its
-    teacher holds a response that is distilled. 0 switches it off."""
+    """Coefficient of the KL divergence (k3 estimate) from the initial model. It applies to responses with a policy
+    gradient; one that is only distilled is held by its teacher. 0 switches it off."""
     entropy_coef: float = Field(0.0, ge=0)
-    """Coefficient of the entropy bonus, on responses with a policy gradient. 0 switches it off."""
+    """Coefficient of the entropy bonus. It applies to responses with a policy gradient. 0 switches it off."""
 
     @field_validator("dual_clip")
     @classmethod
@@ -152,7 +152,7 @@ class SelfTeaching(GroupAdvantage):
     the one that has taught least in this group."""
     sibling_min_length: float = Field(0.0, ge=0, le=1)
     """Shortest response that may teach, as a share of the median length of the group's correct responses. Protects from
-    collapsing lengths; 0 allows all. "solution" and "memory" are not looked at."""
+    collapsing lengths; 0 allows all. It does not apply to the sources "solution" and "memory"."""
 
     @property
     def teaching(self) -> SelfTeaching:
