@@ -35,6 +35,9 @@ from megatron_srpo.rollout.vllm.start import start_engine, stop_engine
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput
+    from vllm.v1.engine import EngineCoreRequest
+
+    from megatron_srpo.rollout.vllm.counter_sampler import LogprobRecord
 
 SLEEPERS = ("weights", "kv_cache")  # vLLM's tags of the memory that it gives back while it sleeps
 
@@ -77,10 +80,10 @@ class ColocatedEngine:
         self._engine_llm: LLM | None = start_engine(settings)
         if size > 1:
             unlink_blocks(name)
-        # vLLM looks the end of text up in the tokenizer for every request, which is a sixth of its work on one.
-        renderer = self._llm.llm_engine.input_processor.renderer
-        end = renderer.get_eos_token_id()
-        renderer.get_eos_token_id = lambda: end
+        _spare_work_on_requests(self._llm)
+        self._record: LogprobRecord | None = None  # where the sampler keeps log-probs, if it is ours
+        if device == "cpu":
+            (self._record,) = self._llm.collective_rpc("record_logprobs")
         decode = partial(self._llm.get_tokenizer().decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._decode = partial(decode_inside, self._shape.vocab, decode)
         self._asleep: set[str] = set()  # of SLEEPERS
@@ -198,8 +201,9 @@ class ColocatedEngine:
             # Of this request alone, so vLLM need not copy them deeply, which is half of its work on a request.
             parameters = SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                max_tokens=request.longest(sampling), ignore_eos=sampling.ignore_eos, seed=request.seed, logprobs=0,
-                flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
+                max_tokens=request.longest(sampling), ignore_eos=sampling.ignore_eos, seed=request.seed,
+                logprobs=None if self._record else 0, flat_logprobs=True, detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
             )  # fmt: skip
             self._added += 1
             asked[str(self._added)] = request
@@ -214,7 +218,7 @@ class ColocatedEngine:
 
     def _rollout(self, request: GenerateRequest, output: RequestOutput, sampling: SamplingSettings) -> Rollout:
         (answer,) = output.outputs
-        ids, logprobs = list(answer.token_ids), list(answer.logprobs.logprobs)
+        ids, logprobs = list(answer.token_ids), self._logprobs(output, answer)
         if len(ids) != len(logprobs) or answer.finish_reason not in ("stop", "length"):
             raise RuntimeError(
                 f"vLLM returned {len(ids)} tokens, {len(logprobs)} log-probs and finish_reason "
@@ -235,6 +239,12 @@ class ColocatedEngine:
             experts=expert_record(answer.routed_experts, request.length + len(ids), self._shape)
             if sampling.experts else None,
         )  # fmt: skip
+
+    def _logprobs(self, output: RequestOutput, answer: CompletionOutput) -> list[float]:
+        """Of the answer's tokens."""
+        if self._record is None:
+            return list(answer.logprobs.logprobs)
+        return self._record.take(output.request_id, len(output.prompt_token_ids), len(answer.token_ids)).tolist()
 
     def _gather(self, answers: list[Rollout], error: Exception | None) -> list[Rollout]:
         """All answers on rank 0, [] elsewhere. A failure of any rank is raised on that rank and on rank 0."""
@@ -322,6 +332,19 @@ class ColocatedEngine:
         if self._engine_llm is not None:
             llm, self._engine_llm = self._engine_llm, None
             stop_engine(llm)
+
+
+def _spare_work_on_requests(llm: LLM) -> None:
+    """Leave out a fifth of vLLM's work on a request: it looks the end of text up in the tokenizer, and adds a random
+    number to the request's name. Ours are unique."""
+    processor = llm.llm_engine.input_processor
+    end = processor.renderer.get_eos_token_id()
+    processor.renderer.get_eos_token_id = lambda: end
+
+    def keep_name(request: EngineCoreRequest) -> None:
+        request.external_req_id = request.request_id
+
+    processor.assign_request_id = keep_name
 
 
 def _draft_counts(answer: CompletionOutput) -> tuple[int, int]:

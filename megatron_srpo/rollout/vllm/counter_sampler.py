@@ -12,7 +12,7 @@ A draw so depends on nothing else: not on the batch, on the engine's ranks, or o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,17 +70,61 @@ def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return (block * BLOCK + token)[:, 0].clamp_(max=vocabulary - 1)
 
 
+class LogprobRecord:
+    """The log-probs of sampled tokens, by request and position, until the request is complete.
+
+    vLLM hands a log-prob from step to step through five objects, which costs as much as a tenth of a tiny model's
+    generation. Here a step is one assignment. `width` is the highest position plus one.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._values = np.empty((0, width), np.float32)  # a row per request; memory is taken as positions are written
+        self._row_of: dict[str, int] = {}
+        self._free: list[int] = []  # rows without a request
+        self._names: list[str] = []  # of the last step, in vLLM's order
+        self._rows = np.empty(0, np.int64)  # theirs
+
+    def add(
+        self, names: Sequence[str], positions: np.ndarray, logprobs: np.ndarray, request: np.ndarray | slice
+    ) -> None:
+        """Keep the log-probs [n] of tokens at these positions [n] in the requests names[request]. A position that is
+        sampled again, as after a draft that was wrong, keeps the last one."""
+        if self._names != names:
+            self._names = list(names)
+            self._rows = np.array([self._row(name) for name in names], np.int64)
+        self._values[self._rows[request], positions] = logprobs
+
+    def _row(self, name: str) -> int:
+        row = self._row_of.get(name)
+        if row is None:
+            if not self._free:
+                rows, width = self._values.shape
+                self._values = np.concatenate([self._values, np.empty((max(rows, 16), width), np.float32)])
+                self._free = list(range(rows, len(self._values)))
+            row = self._row_of[name] = self._free.pop()
+        return row
+
+    def take(self, name: str, start: int, count: int) -> np.ndarray:
+        """[count] float32 log-probs of a request's tokens from position `start` on. The request is forgotten. Raises
+        KeyError for one that has sampled nothing."""
+        row = self._row_of.pop(name)
+        self._free.append(row)
+        self._names = []
+        return self._values[row, start : start + count].copy()
+
+
 class CounterSampler(Sampler):
     """vLLM's sampler for its V1 model runner on a CPU, with draws by counter for requests that have seeds.
 
     Temperature, top-k, top-p, penalties and logits processors are vLLM's. If nothing but the log-prob of the sampled
     token is asked for (logprobs = 0, processed), it is taken from its probability alone, and its rank is not counted:
-    it is told as 0.
+    it is told as 0. With a `record`, that log-prob is kept there, whether the request asks vLLM for it or not.
     """
 
     def __init__(self, runner: GPUModelRunner) -> None:
         super().__init__(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
         self._runner = runner
+        self.record: LogprobRecord | None = None
 
     def sample(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: str | None = None
@@ -91,11 +135,14 @@ class CounterSampler(Sampler):
 
     def sample_at(
         self, positions: np.ndarray, logits: torch.Tensor, asked: SamplingMetadata,
-        logprobs_mode_override: str | None = None,
+        logprobs_mode_override: str | None = None, request: np.ndarray | slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """As `sample`, of the tokens that get these positions [rows] in their sequences."""
+        """As `sample`, of the tokens that get these positions [rows] in the runner's requests[request]."""
         if not asked.generators or asked.all_greedy or self.logprobs_mode != "processed_logprobs":
-            return super().sample(logits, asked, logprobs_mode_override)
+            tokens, logprobs = super().sample(logits, asked, logprobs_mode_override)
+            if self.record is not None:  # greedy, so that vLLM has not changed the logits
+                self._keep(positions, self.compute_logprobs(logits).gather(1, tokens[:, None].long()), request)
+            return tokens, logprobs
         logits = self.apply_temperature(logits, asked.temperature, asked.all_random)
         for processor in asked.logitsprocs.argmax_invariant:
             logits = processor.apply(logits)
@@ -104,9 +151,15 @@ class CounterSampler(Sampler):
         tokens = draw(probs, self._uniforms(asked.generators, positions))
         if not asked.all_random:
             tokens = torch.where(asked.temperature < _SAMPLING_EPS, self.greedy_sample(logits), tokens)
-        if asked.max_num_logprobs == 0 and not asked.logprob_token_ids:
-            return tokens, probs.gather(1, tokens[:, None]).log_()
-        return tokens, self.compute_logprobs(logits)
+        if asked.max_num_logprobs or asked.logprob_token_ids:
+            return tokens, self.compute_logprobs(logits)
+        logprobs = probs.gather(1, tokens[:, None]).log_()
+        self._keep(positions, logprobs, request)
+        return tokens, logprobs
+
+    def _keep(self, positions: np.ndarray, logprobs: torch.Tensor, request: np.ndarray | slice) -> None:
+        if self.record is not None:
+            self.record.add(self._runner.input_batch.req_ids, positions, logprobs[:, 0].numpy(), request)
 
     def _uniforms(self, generators: Mapping[int, torch.Generator], positions: np.ndarray) -> torch.Tensor:
         """[rows] float64: one number per row. Rows without a seed, of which a run has none, get a random one."""
@@ -129,3 +182,12 @@ def install(runner: GPUModelRunner) -> CounterSampler:
     """Make a model runner sample by counter."""
     runner.sampler = CounterSampler(runner)
     return runner.sampler
+
+
+def record(runner: GPUModelRunner) -> LogprobRecord:
+    """Make a runner's CounterSampler keep the log-probs of what it samples."""
+    sampler = runner.sampler
+    assert isinstance(sampler, CounterSampler) and sampler.logprobs_mode == "processed_logprobs"
+    drafts = runner.num_spec_tokens  # a step samples behind drafts, also where they turn out to be too long
+    sampler.record = LogprobRecord(runner.max_model_len + drafts + 1)
+    return sampler.record

@@ -38,6 +38,10 @@ class NamedWorker(CPUWorker):
         if self.model_runner.num_spec_tokens:
             speculation.install(self.model_runner, sampler)
 
+    def record_logprobs(self) -> counter_sampler.LogprobRecord:
+        """From now on the sampler keeps the log-probs of its tokens here. An engine in this process reads them."""
+        return counter_sampler.record(self.model_runner)
+
 
 class NamedCPUWorker(NamedWorker):
     """What an engine gets. vLLM adds its extension to the bases of this class, and refuses a class that has inherited

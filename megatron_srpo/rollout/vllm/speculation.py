@@ -51,7 +51,7 @@ class DraftVerifier(torch.nn.Module):
         place = np.arange(len(request)) - np.repeat(np.cumsum(drafts + 1) - drafts - 1, drafts + 1)  # among its drafts
         first = self._runner.seq_lens[: len(drafts)].numpy() - drafts  # the position of a request's first new token
         asked = _of_rows(sampling_metadata, request)
-        tokens, logprobs = self._sampler.sample_at(first[request] + place, logits.float(), asked)
+        tokens, logprobs = self._sampler.sample_at(first[request] + place, logits.float(), asked, request=request)
 
         shape = len(drafts), metadata.max_spec_len + 1
         drawn = torch.full(shape, PLACEHOLDER_TOKEN_ID, dtype=torch.int32)
