@@ -26,7 +26,7 @@ from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.sandbox import Isolation, Limits
 
 _FENCE = re.compile(r"^(`{3,})([^`\n]*)(?:\n|\Z)", re.MULTILINE)  # a line
-LANGUAGES = ("", "py", "python", "python3")  # of blocks that are read, in any case
+LANGUAGES = ("py", "python", "python3")  # in any case
 SHOWN = 200  # characters of a value in a feedback
 
 
@@ -104,21 +104,25 @@ def limits_of(tests: Sequence[Test], limits: Limits) -> Limits:
 
 
 def read_code(reply: str, *, fence: bool) -> str | None:
-    """The code of a reply: its last block of Python in a fence, or without `fence` all of it, thinking left out."""
+    """The code of a reply: its last block of Python in a fence, or without `fence` all of it, thinking left out. Blocks
+    without a language are read only if none is said to be Python: such a block often shows what the code prints."""
     text = reply.rpartition("</think>")[2]
     if not fence:
         return text
-    code, begun = None, None  # begun: the fence that has opened a block
+    python, nameless, begun = None, None, None  # begun: the fence that has opened a block
     for fence_line in _FENCE.finditer(text):
         if begun is not None and len(fence_line[1]) < len(begun[1]):
             continue  # a part of the block
         if begun is None or fence_line[2].rstrip().isalnum():  # a block that was not closed ends where another begins
             begun = fence_line
             continue
-        if begun[2].strip().partition(" ")[0].lower() in LANGUAGES:
-            code = text[begun.end() : fence_line.start()]
+        language, content = begun[2].strip().partition(" ")[0].lower(), text[begun.end() : fence_line.start()]
+        if language in LANGUAGES:
+            python = content
+        elif not language:
+            nameless = content
         begun = None
-    return code
+    return nameless if python is None else python
 
 
 class PythonCode(Environment):

@@ -394,7 +394,9 @@ def test_tests_and_code_are_read_from_what_rows_and_models_write():
 @pytest.mark.parametrize(
     ("reply", "code"),
     [
-        ("```py\na\n```\n```\nb\n```", "b\n"),
+        ("```py\na\n```\n```py\nb\n```", "b\n"),
+        ("```\na\n```\n```\nb\n```", "b\n"),
+        ("```py\na\n```\nIt prints\n```\n3\n```", "a\n"),
         ("```python\na\n```\nIt prints\n```text\n3\n```\nas it should.", "a\n"),
         ("```text\n3\n```\nis what this prints:\n```python\na\n```", "a\n"),
         ("```python3\na\n```", "a\n"),
