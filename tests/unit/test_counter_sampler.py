@@ -180,7 +180,7 @@ def test_a_row_without_a_seed_is_random_and_the_others_keep_their_draws():
 def test_the_record_keeps_each_requests_log_probs_while_requests_come_wait_and_leave():
     """Requests of random lengths in a batch whose order changes, with drafts that are sampled again."""
     random = np.random.default_rng(0)
-    record, expected, lengths = LogprobRecord(64), {}, {}
+    record, expected, lengths = LogprobRecord(2, 64), {}, {}
     for step in range(600):
         if random.random() < 0.6:
             name = str(step)

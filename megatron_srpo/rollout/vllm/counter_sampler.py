@@ -74,13 +74,14 @@ class LogprobRecord:
     """The log-probs of sampled tokens, by request and position, until the request is complete.
 
     vLLM hands a log-prob from step to step through five objects, which costs as much as a tenth of a tiny model's
-    generation. Here a step is one assignment. `width` is the highest position plus one.
+    generation. Here a step is one assignment. `width` is the highest position plus one. There is room for `requests` at
+    a time, and more is made when it is needed, for requests that vLLM has preempted.
     """
 
-    def __init__(self, width: int) -> None:
-        self._values = np.empty((0, width), np.float32)  # a row per request; memory is taken as positions are written
+    def __init__(self, requests: int, width: int) -> None:
+        self._values = np.empty((requests, width), np.float32)  # memory is taken as positions are written
         self._row_of: dict[str, int] = {}
-        self._free: list[int] = []  # rows without a request
+        self._free = list(range(requests))  # rows without a request
         self._names: list[str] = []  # of the last step, in vLLM's order
         self._rows = np.empty(0, np.int64)  # theirs
 
@@ -99,8 +100,8 @@ class LogprobRecord:
         if row is None:
             if not self._free:
                 rows, width = self._values.shape
-                self._values = np.concatenate([self._values, np.empty((max(rows, 16), width), np.float32)])
-                self._free = list(range(rows, len(self._values)))
+                self._values = np.concatenate([self._values, np.empty((rows, width), np.float32)])
+                self._free = list(range(rows, 2 * rows))
             row = self._row_of[name] = self._free.pop()
         return row
 
@@ -189,5 +190,5 @@ def record(runner: GPUModelRunner) -> LogprobRecord:
     sampler = runner.sampler
     assert isinstance(sampler, CounterSampler) and sampler.logprobs_mode == "processed_logprobs"
     drafts = runner.num_spec_tokens  # a step samples behind drafts, also where they turn out to be too long
-    sampler.record = LogprobRecord(runner.max_model_len + drafts + 1)
+    sampler.record = LogprobRecord(runner.max_num_reqs, runner.max_model_len + drafts + 1)
     return sampler.record
