@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors  # noqa: E402
 from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
 from vllm.v1.sample.sampler import Sampler  # noqa: E402
 
-from megatron_srpo.rollout.vllm.counter_sampler import BLOCK, CounterSampler, LogprobRecord, draw, uniforms  # noqa: E402
+from megatron_srpo.rollout.vllm.counter_sampler import BLOCK, CounterSampler, draw, uniforms  # noqa: E402
 from tests.sampling_reference import chi_square, kept  # noqa: E402
 
 FROZEN = [0.6524484863740321, 0.24696520214533768, 0.46003540141503607]
@@ -175,28 +175,3 @@ def test_a_row_without_a_seed_is_random_and_the_others_keep_their_draws():
     found = [sampler([4, 4])(logits.clone(), settings).sampled_token_ids for _ in range(20)]
     assert all(torch.equal(tokens[0], seeded) for tokens in found)
     assert len({int(tokens[1]) for tokens in found}) > 3
-
-
-def test_the_record_keeps_each_requests_log_probs_while_requests_come_wait_and_leave():
-    """Requests of random lengths in a batch whose order changes, with drafts that are sampled again."""
-    random = np.random.default_rng(0)
-    record, expected, lengths = LogprobRecord(2, 64), {}, {}
-    for step in range(600):
-        if random.random() < 0.6:
-            name = str(step)
-            lengths[name], expected[name] = int(random.integers(1, 8)), []
-        names = [name for name in random.permutation(list(lengths)) if random.random() < 0.8]
-        drafts = random.integers(0, 4, len(names))
-        request = np.repeat(np.arange(len(names)), drafts + 1)
-        starts = [lengths[name] + len(expected[name]) for name in names]
-        positions = np.concatenate([np.arange(s, s + n + 1) for s, n in zip(starts, drafts, strict=True)] or [[]])
-        logprobs = -random.random(len(request)).astype(np.float32)
-        if len(names):
-            record.add(names, positions.astype(np.int64), logprobs, request)
-        for row, name in enumerate(names):
-            expected[name] += logprobs[request == row][: random.integers(1, drafts[row] + 2)].tolist()
-        for name in [name for name in lengths if len(expected[name]) > 40 - lengths[name]]:
-            assert record.take(name, lengths.pop(name), len(told := expected.pop(name))).tolist() == told
-    assert len(record._values) <= 64, "rows are used again"
-    with pytest.raises(KeyError):
-        record.take("0", 0, 1)

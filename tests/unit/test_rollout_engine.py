@@ -126,33 +126,6 @@ def test_greedy_responses_take_the_likeliest_token_and_need_no_seed(engine, fold
     assert all(a.logprobs[0] >= b.logprobs[0] for a, b in zip(greedy, sampled, strict=True))
 
 
-@pytest.mark.parametrize("speculative_tokens", [0, 3])
-def test_log_probs_that_the_sampler_keeps_are_those_that_vllm_hands_over(folder, speculative_tokens):
-    """Also if a cache of a few blocks makes running requests give theirs up, so that vLLM computes tokens again."""
-    prompts = [[3 + (7 * i * k + i) % 17 for i in range(60)] for k in range(1, 9)]
-    requests = [
-        GenerateRequest(p, s, ids, request_seed(0, 0, str(p), s)) for p, ids in enumerate(prompts) for s in (0, 1)
-    ]
-    asked = SamplingSettings(max_tokens=80, ignore_eos=True)
-    with tiny_engine(
-        folder, max_model_len=160, cpu_kv_cache_gib=0.0004, max_num_seqs=12, speculative_tokens=speculative_tokens
-    ) as engine:
-        scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
-        preempted, preempt = [], scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *more, **how: (
-            preempted.append(request) or preempt(request, *more, **how)
-        )
-        kept = engine.generate(requests, asked)
-        assert preempted and not engine._record._row_of, "some were preempted, and all are forgotten"
-        engine._record = None  # vLLM is asked for log-probs
-        handed_over = engine.generate(requests, asked)
-    assert tokens(kept) == tokens(handed_over)
-    if not speculative_tokens:  # what was drafted decides on the batches, and these on roundings
-        assert [rollout.logprobs for rollout in kept] == [rollout.logprobs for rollout in handed_over]
-    for one, other in zip(kept, handed_over, strict=True):
-        torch.testing.assert_close(list(one.logprobs), list(other.logprobs), rtol=0, atol=1e-5)
-
-
 def test_the_same_seeds_give_the_same_responses_and_log_probs(engine, rollouts):
     assert engine.generate(tiny_requests(16), SAMPLED) == rollouts
 
