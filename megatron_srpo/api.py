@@ -38,12 +38,28 @@ def train(config: Config) -> int:
 
 def spawn(config: Config, ranks: int) -> int:
     """Train with this number of ranks on this machine, in processes of their own. Waits, and returns the exit code of
-    the ranks (README.md lists them). The ranks print to this process's output."""
+    the ranks (README.md lists them). The ranks print to this process's output. Ctrl-C, in a terminal or a notebook,
+    reaches them too: KeyboardInterrupt is raised when they have saved a checkpoint. A second one ends them at once."""
     with tempfile.TemporaryDirectory(prefix="megatron_srpo-") as folder:
         file = Path(folder) / "run.toml"
         save_resolved(config, file)
         launcher = [sys.executable, "-m", "megatron_srpo.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
-        return subprocess.run([*launcher, "-m", "megatron_srpo", "train", str(file)], check=False).returncode
+        with subprocess.Popen([*launcher, "-m", "megatron_srpo", "train", str(file)]) as process:
+            return _wait(process)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process that handles Ctrl-C itself. subprocess.run would kill it."""
+    interrupted = False
+    while True:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+            continue
+        if interrupted:
+            raise KeyboardInterrupt
+        return code
 
 
 def evaluate(

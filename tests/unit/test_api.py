@@ -1,8 +1,12 @@
 """The Python API does what the commands do."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,11 +41,13 @@ def test_a_configuration_is_loaded_with_changes_and_mistakes_are_raised(run_file
 def test_ranks_get_the_configuration_as_it_is(run_file, monkeypatch):
     started = []
 
-    def run(command, check):
-        started.append((command, load_config(command[-1])))
-        return subprocess.CompletedProcess(command, 75)
+    popen = subprocess.Popen
 
-    monkeypatch.setattr(subprocess, "run", run)
+    def start(command):
+        started.append((command, load_config(command[-1])))
+        return popen([sys.executable, "-c", "raise SystemExit(75)"])
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     config = api.load(run_file, {"run.seed": 3})
     assert api.spawn(config, ranks=2) == 75
     ((command, given),) = started
@@ -55,6 +61,30 @@ def test_ranks_get_the_configuration_as_it_is(run_file, monkeypatch):
         "2",
         "-m",
     ]
+
+
+def test_ctrl_c_waits_for_the_ranks_which_save_a_checkpoint(run_file, tmp_path):
+    """A program of the user in a process group of its own, as a terminal has it. In the launcher's place is a program
+    that needs two seconds to stop."""
+    launcher = (
+        "import pathlib, signal, time\n"
+        "def stop(*_): time.sleep(2); pathlib.Path('saved').touch(); raise SystemExit(130)\n"
+        "signal.signal(signal.SIGINT, stop); pathlib.Path('started').touch(); time.sleep(60)\n"
+    )
+    program = (
+        "import subprocess, sys\nfrom megatron_srpo import api\npopen = subprocess.Popen\n"
+        f"subprocess.Popen = lambda command: popen([sys.executable, '-c', {launcher!r}])\n"
+        f"api.spawn(api.load({str(run_file)!r}), ranks=1)\n"
+    )
+    user = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0,
+        env={**os.environ, "PYTHONPATH": str(Path(api.__file__).parents[1])},
+    )  # fmt: skip
+    while user.poll() is None and not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    os.killpg(user.pid, signal.SIGINT)
+    _, told = user.communicate(timeout=60)
+    assert (tmp_path / "saved").exists() and told.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_training_and_evaluation_in_this_process_check_the_configuration_first(run_file, monkeypatch):
