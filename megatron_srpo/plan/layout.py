@@ -41,6 +41,7 @@ class Layout:
     lora_rank: int = 0  # of LoRA adapters; 0 means that all weights are trained
     lora_projections: tuple[str, ...] = LORA_DEFAULT.projections  # that have adapters, without those of experts
     lora_experts: bool = False  # experts have adapters
+    sequence_split: bool = True  # tensor-parallel ranks split norms and residuals too, if there are several
 
     @property
     def training_gpus(self) -> int:
@@ -57,7 +58,7 @@ class Layout:
 
     @property
     def sequence_parallel(self) -> bool:
-        return self.tensor > 1
+        return self.tensor > 1 and self.sequence_split
 
     @property
     def sharding(self) -> int:
@@ -84,7 +85,8 @@ class Layout:
         shown = " ".join(f"{key}{size}" for key, size in parts if size > 1 or key in ("TP", "DP"))
         where = "colocated" if self.colocated else f"on {self.engine_gpus} own GPUs"
         where += ", in turns" if self.trainer_leaves else ""
-        extras = [f"{self.recompute} recompute"] if self.recompute != "none" else []
+        extras = ["no sequence parallelism"] if self.tensor > 1 and not self.sequence_split else []
+        extras += [f"{self.recompute} recompute"] if self.recompute != "none" else []
         extras += ["shadow on host"] if self.shadow_on_host else []
         extras += [f"LoRA of rank {self.lora_rank}"] if self.lora_rank else []
         extras += ["optimizer on host"] if self.optimizer_on_host else []

@@ -480,6 +480,7 @@ def test_an_output_folder_without_permission_is_told(tmp_path, monkeypatch):
 def test_a_tilde_is_the_users_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     config = configured(run__output_dir="~/run", model__path="~/model", model__tokenizer="~/tokenizer")
+    assert configured(checkpoint__fallback_dir="~/disk").fallback_folder.startswith("/home/ada/disk/")
     assert config.run.output_dir == "/home/ada/run"
     assert (config.model.path, config.model.tokenizer) == ("/home/ada/model", "/home/ada/tokenizer")
 

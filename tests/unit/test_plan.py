@@ -11,7 +11,7 @@ import torch
 from megatron_srpo.config import Config, contradictions, load_config
 from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
-from megatron_srpo.plan.configuration import configuration, layout_of, workload_of
+from megatron_srpo.plan.configuration import configuration, layout_of, own_engine_gpus, sections, workload_of
 from megatron_srpo.plan.duration import (
     forward_flops,
     generate_seconds,
@@ -25,6 +25,7 @@ from megatron_srpo.plan.duration import (
 )
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import (
+    engine_memory,
     loading_bytes,
     persistent_lines,
     stage_parameters,
@@ -465,6 +466,43 @@ def configured(**sections):
     """(layout on 8 GPUs, workload) of a configuration."""
     config = Config(**{"model": {"path": "m", "recompute": "full"}, "data": {"train": "d"}} | sections)
     return layout_of(config, 8), workload_of(config)
+
+
+def test_without_sequence_parallelism_every_tensor_parallel_rank_keeps_whole_norms_and_residuals():
+    arch, _ = read_architecture("Qwen3-8B")
+    sizes = {"tensor_model_parallel_size": 4}
+    (whole, workload), (split, _) = configured(parallel=sizes), configured(parallel=sizes | {"sequence_parallel": True})
+    held = {one: stage_activations(arch, one, 0, one.max_tokens, 1, path="te")[0] for one in (whole, split)}
+    kept, working = arch.layers * 2 * whole.max_tokens * arch.hidden, held[split]
+    assert held[whole] > kept > 3 * working
+    assert configuration(whole, workload, "m", SHIPPED["Qwen3-8B"]).parallel.sequence_parallel is False
+
+
+def test_settings_of_the_head_and_the_engines_count_in_the_plan_of_a_job():
+    arch, _ = read_architecture("Qwen3-4B")
+    base = {"model": {"path": "m", "recompute": "full"}, "data": {"train": "d"}}
+    for section in ({"train": {"logits_memory_mib": 64}}, {"rollout": {"max_num_seqs": 16}}):
+        usual, other = (Config(**base | given) for given in ({}, section))
+        told = [list(job_lines(one, arch, layout_of(one, 8), "h200")) for one in (usual, other)]
+        assert told[0] != told[1]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "gpus"),
+    [({}, 0), ({"num_servers": 2, "tensor_parallel_size": 4, "placement": "servers"}, 8),
+     ({"servers": ["http://a:1", "http://b:1"], "placement": "servers"}, 2)],
+)  # fmt: skip
+def test_servers_of_a_configuration_have_gpus_of_their_own(rollout, gpus):
+    config = Config(model={"path": "m"}, data={"train": "d"}, rollout=rollout)
+    assert own_engine_gpus(config) == gpus and layout_of(config, 8 + gpus, gpus).colocated == (gpus == 0)
+
+
+def test_engines_on_gpus_of_their_own_are_written_with_the_memory_that_they_were_planned_with():
+    layout = Layout(8, engine_gpus=4)
+    assert sections(layout, SMALL, "m")["rollout"]["gpu_memory_utilization"] == 0.9
+    arch, _ = read_architecture("Qwen3-8B")
+    lines = engine_memory(arch, layout, SMALL, H100).lines
+    assert lines["weights"] + lines["engine work"] + lines["KV cache"] == pytest.approx(0.9 * H100.memory)
 
 
 SHADOWS = [
