@@ -56,6 +56,14 @@ def test_a_shipped_models_parameters_are_those_of_transformers_own(name):
     assert arch.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_layers_without_experts_count_in_the_parameters_and_pass_the_check_of_every_rank(tmp_path, capsys):
+    hf = SHIPPED["Qwen3-30B-A3B"] | {"num_hidden_layers": 4, "mlp_only_layers": [0], "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    (tmp_path / "run.toml").write_text(f'[model]\npath = "{tmp_path}"\n[data]\ntrain = "d.jsonl"\n')
+    assert cli.main(["plan", "--check", str(tmp_path / "run.toml"), "--gpus", "1"]) == 0
+    assert "exported, as config.json implies" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 2), (1, 2)])
 def test_the_ranks_of_a_model_have_its_parameters_and_their_own_norms(name, tensor, pipeline):
