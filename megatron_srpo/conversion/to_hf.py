@@ -96,7 +96,7 @@ def _convert_adapters(
         report.lines = [model.line(name) for name in model.groups]
         return report
     processes = StoreGroup()
-    with written_aside(out_dir, processes) as aside:
+    with written_aside(out_dir, processes) as aside, PeakMemory() as memory:
         if processes.is_leader:
             tensors = [
                 named
@@ -111,6 +111,7 @@ def _convert_adapters(
                     report.equal_to = str(verify_against)
             else:
                 write_adapter_folder(tensors, aside, lora, str(source))
+    report.peak = memory.peak
     return report
 
 
