@@ -126,6 +126,8 @@ def parse(arguments: Sequence[str]) -> Options:
             overrides.append(token)
             if not equals and rest and not rest[0].startswith("--"):
                 overrides.append(rest.pop(0))
+        elif re.fullmatch(r"\+{0,2}[a-z_]\w*(\.\w+)+=.*", token, re.DOTALL):  # Hydra's spelling, as for the commands
+            overrides.append(f"--{token.lstrip('+')}")
         elif not config and not token.startswith("-"):
             config = token
         else:

@@ -64,6 +64,12 @@ def test_every_node_gets_its_number_the_first_ones_address_and_the_users_overrid
     assert f"slurm.settings 24 {CONFIG} --optimizer.lr 1e-6" in checks
 
 
+def test_a_key_in_hydras_spelling_is_a_key(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = parse([CONFIG, "optimizer.lr=1e-6", "++algorithm.name=grpo", "--run.seed", "1"])
+    assert given.overrides == ("--optimizer.lr=1e-6", "--algorithm.name=grpo", "--run.seed", "1")
+
+
 def test_a_benchmark_and_a_method_are_two_more_files_in_every_step():
     given = ("--method", "grpo", "--benchmark=physics", "--nodes=2", "--rollout-nodes=1", "--run.seed", "4")
     lines = dry_run("srpo_qwen3_8b.sh", *given, SRPO_PYTHON=sys.executable)
