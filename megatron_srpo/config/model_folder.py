@@ -11,6 +11,7 @@ from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.json_types import read_json, read_weight_map
 
 INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
+MISTRALS = "consolidated*.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LFS_POINTER = b"version https://git-lfs"
 
@@ -91,7 +92,14 @@ def _require_weights(folder: Path, given: str) -> None:
 
 def two_sets_of_weights(folder: Path) -> str | None:
     """Why the folder's files may be two models, or None. transformers reads the single file first, vLLM reads the index
-    first, and without an index vLLM reads all files."""
+    first, and without an index vLLM reads all files. It prefers Mistral's own format to both."""
+    own_format = sorted(file.name for file in folder.glob(MISTRALS))
+    if own_format:
+        return (
+            f"has {own_format[0]}, Mistral's own format, which vLLM reads instead of the files that transformers reads. "
+            f"Remove {MISTRALS}; to fetch a model without it: hf download OWNER/MODEL --exclude '{MISTRALS}' --local-dir "
+            "FOLDER."
+        )
     if not (folder / SINGLE).is_file():
         return None
     try:

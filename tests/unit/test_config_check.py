@@ -584,6 +584,18 @@ def test_single_and_sharded_weights_side_by_side_are_refused_and_both_are_named(
     read_model_folder(str(folder))
 
 
+def test_weights_in_mistrals_own_format_which_vllm_would_read_are_refused(folder):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    (folder / "consolidated.safetensors").write_bytes(weights(b"y" * 12))
+    _, files, *_ = DefaultModelLoader(LoadConfig())._prepare_weights(str(folder), None, None, False, None)
+    assert files == [str(folder / "consolidated.safetensors")], "else the refusal has no reason any more"
+    assert "has consolidated.safetensors" in refused(folder) and "--exclude 'consolidated*.safetensors'" in refused(
+        folder
+    )
+
+
 def test_an_old_index_beside_a_newer_single_file_is_not_taken_for_an_unfinished_download(folder):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}  # its files are gone
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
