@@ -584,6 +584,17 @@ def test_single_and_sharded_weights_side_by_side_are_refused_and_both_are_named(
     read_model_folder(str(folder))
 
 
+def test_a_second_file_of_weights_which_vllm_would_read_too_is_refused(folder):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    (folder / "old.safetensors").write_bytes(weights(b"y" * 12))
+    _, files, *_ = DefaultModelLoader(LoadConfig())._prepare_weights(str(folder), None, None, False, None)
+    assert len(files) == 2, "else the refusal has no reason any more"
+    assert "has both model.safetensors and old.safetensors" in refused(folder)
+    assert "move old.safetensors to another folder" in refused(folder)
+
+
 def test_weights_in_mistrals_own_format_which_vllm_would_read_are_refused(folder):
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
