@@ -126,5 +126,8 @@ def impossible(layout: Layout, arch: Architecture) -> Iterator[str]:
         yield "EP without experts"
     if arch.heads % layout.engine_tensor or (arch.groups % layout.engine_tensor and layout.engine_tensor % arch.groups):
         yield f"engine TP {layout.engine_tensor} does not divide {arch.heads} heads"
+    for what, size in (("intermediate size", arch.ffn), ("experts' intermediate size", arch.expert_ffn)):
+        if size % layout.engine_tensor:
+            yield f"engine TP {layout.engine_tensor} does not divide {size}, the {what}"
     if (layout.engine_gpus or layout.gpus) % layout.engine_tensor:
         yield f"engine TP {layout.engine_tensor} does not divide its GPUs"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_srpo.config import Config, contradictions, load_config
-from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
+from megatron_srpo.plan import MACHINES, SHIPPED, Architecture, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
 from megatron_srpo.plan.configuration import configuration, layout_of, own_engine_gpus, sections, workload_of
 from megatron_srpo.plan.duration import (
@@ -122,6 +122,16 @@ def test_found_layouts_fit_are_sorted_and_can_be():
         assert sum(candidate.time.lines.values()) == pytest.approx(candidate.step_seconds)
         assert 0 < candidate.mfu < candidate.train_mfu < 1
         assert candidate.layout.max_tokens * candidate.layout.context >= SMALL.longest_row
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"), [("Qwen3-4B", {"intermediate_size": 9724}), ("Qwen3-30B-A3B", {"moe_intermediate_size": 764})]
+)
+def test_no_layout_has_engines_that_would_cut_the_width_of_an_mlp_unevenly(name, odd):
+    hf = SHIPPED[name] | odd  # a multiple of 4, but not of 8
+    found = search(Architecture.from_hf(hf, name), 8, machine_of("h200"), SMALL, show=3)
+    assert found.best and all(candidate.layout.engine_tensor <= 4 for candidate in found.best)
+    configuration(found.best[0].layout, SMALL, "m", hf)
 
 
 def test_what_does_not_fit_says_what_is_largest():
