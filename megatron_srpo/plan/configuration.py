@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megatron_srpo.algorithms.base import Algorithm
 from megatron_srpo.algorithms.section import name_of
-from megatron_srpo.config import Config, contradictions, listed
+from megatron_srpo.config import BUCKET_MIB, Config, contradictions, listed
 from megatron_srpo.config.check import teacher_prompt_length
 from megatron_srpo.config.load import to_toml_value
 from megatron_srpo.config.schema import PROJECTIONS
@@ -130,6 +130,7 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         lora_rank=config.lora.rank,
         lora_projections=config.lora.projections,
         lora_experts=config.lora.experts,
+        bucket_mib=config.bridge.bucket_mib or BUCKET_MIB["cuda"],
         sequence_split=parallel.sequence_parallel,
     )
 

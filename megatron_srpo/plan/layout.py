@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_srpo.config import LoraConfig
+from megatron_srpo.config import BUCKET_MIB, LoraConfig
 from megatron_srpo.plan.architecture import Architecture
 
 LORA_DEFAULT = LoraConfig()
@@ -41,6 +41,7 @@ class Layout:
     lora_rank: int = 0  # of LoRA adapters; 0 means that all weights are trained
     lora_projections: tuple[str, ...] = LORA_DEFAULT.projections  # that have adapters, without those of experts
     lora_experts: bool = False  # experts have adapters
+    bucket_mib: int = BUCKET_MIB["cuda"]  # size of a gather bucket of a publish
     sequence_split: bool = True  # tensor-parallel ranks split norms and residuals too, if there are several
 
     @property
@@ -59,6 +60,10 @@ class Layout:
     @property
     def sequence_parallel(self) -> bool:
         return self.tensor > 1 and self.sequence_split
+
+    @property
+    def bucket_bytes(self) -> int:
+        return self.bucket_mib * 2**20
 
     @property
     def sharding(self) -> int:

@@ -28,6 +28,7 @@ from megatron_srpo.plan.memory import (
     engine_memory,
     loading_bytes,
     persistent_lines,
+    publish_bytes,
     stage_parameters,
     teacher_bytes,
     train_pass_finds_topk,
@@ -494,6 +495,15 @@ def test_without_sequence_parallelism_every_tensor_parallel_rank_keeps_whole_nor
     kept, working = arch.layers * 2 * whole.max_tokens * arch.hidden, held[split]
     assert held[whole] > kept > 3 * working
     assert configuration(whole, workload, "m", SHIPPED["Qwen3-8B"]).parallel.sequence_parallel is False
+
+
+def test_the_buckets_of_a_publish_are_those_of_the_configuration():
+    arch, _ = read_architecture("Qwen3-8B")
+    sizes = {"tensor_model_parallel_size": 4}
+    (usual, _), (large, _) = configured(parallel=sizes), configured(parallel=sizes, bridge={"bucket_mib": 2048})
+    small = min(2 * 151936 * 4096, 2**31)  # the embedding is a bucket of its own
+    gathered = 2 * 2**31 - small - 2**28
+    assert publish_bytes(arch, large) - publish_bytes(arch, usual) == pytest.approx(gathered * (1 + 1 / 4))
 
 
 def test_settings_of_the_head_and_the_engines_count_in_the_plan_of_a_job():
