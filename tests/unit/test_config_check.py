@@ -122,6 +122,12 @@ def test_a_sound_configuration_passes_all_checks():
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr = 1.0", "lower it"),
         ({"optimizer__warmup_steps": 101}, "optimizer.warmup_steps = 101", "only 100 optimizer steps"),
         ({"eval__every": 5}, "eval.every = 5", "data.test is empty"),
+        ({"checkpoint__keep_best": "accuracy"}, 'checkpoint.keep_best = "accuracy"', 'like "eval/accuracy"'),
+        (
+            {"checkpoint__keep_best": "-reward"},
+            'checkpoint.keep_best = "-reward"',
+            "no checkpoint would be kept",
+        ),
         ({"checkpoint__keep_best": "-eval/loss"}, 'checkpoint.keep_best = "-eval/loss"', "a multiple of eval.every"),
         ({"rollout__max_staleness": 1}, "rollout.max_staleness = 1", 'rollout.placement = "servers"'),
         (
