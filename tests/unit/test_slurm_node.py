@@ -106,6 +106,15 @@ def test_a_node_without_the_interface_is_not_healthy(tmp_path, capsys, monkeypat
     assert "SRPO_INTERFACE = ib7: no such interface has an address; the node has " in capsys.readouterr().err
 
 
+def test_a_node_without_its_scratch_is_not_healthy_and_leaves_its_code(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    scratch = tmp_path / "file/scratch"
+    code = run(f"--record={tmp_path}/x", f"--scratch={scratch}", "--", "true", SLURMD_NODENAME="nodex")
+    assert code == 0 and (tmp_path / "x").read_text() == f"{exit_codes.UNHEALTHY}\n"
+    told = capfd.readouterr().err
+    assert f"nodex: SRPO_SCRATCH = {scratch}: nothing can be written there (Not a directory)" in told
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """A world of one rank."""
