@@ -150,5 +150,7 @@ def _step(job: Job, title: str, nodes: tuple[str, ...], command: tuple[str, ...]
     # Since Slurm 22.05 a step does not inherit sbatch's --cpus-per-task, and one CPU a task would be its share.
     cpus = (f"--cpus-per-task={job.cpus_per_task}",) if job.cpus_per_task else ()
     ends = ("--kill-on-bad-exit=1", f"--wait={CLOSING_SECONDS}")
-    ours = ("--mpi=none", "--cpu-bind=none", *cpus, *ends, *options)  # torchrun's rendezvous needs no MPI
+    # A job of `sbatch --export=NONE` gets its settings from site.env; its steps would inherit none of them.
+    shared = ("--export=ALL", "--mpi=none", "--cpu-bind=none")  # torchrun's rendezvous needs no MPI
+    ours = (*shared, *cpus, *ends, *options)
     return Step(title, nodes, command, ("srun", *where, *ours, *job.srun_options))

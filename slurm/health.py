@@ -82,15 +82,23 @@ def problems(wanted: argparse.Namespace, device: str) -> Iterator[str]:
         if count < wanted.gpus:
             yield f"{count} GPUs are visible, {wanted.gpus} were expected"
         for index in range(count):
-            free, total = torch.cuda.mem_get_info(index)
+            try:
+                free, total = torch.cuda.mem_get_info(index)
+            except RuntimeError as error:  # CUDA's, of a GPU that is broken
+                yield f"GPU {index}: {_first_line(error)}"
+                continue
             if free < 0.9 * total:
                 yield f"GPU {index}: {free / GIB:.1f} of {total / GIB:.1f} GiB are free; another process uses it"
     memory = psutil.virtual_memory().available / GIB
     if memory < wanted.memory_gib:
         yield f"{memory:.1f} GiB of memory are available, SRPO_MIN_MEMORY_GIB = {wanted.memory_gib:g}"
     for folder in wanted.disk:
-        place = _existing(Path(folder))
-        free = shutil.disk_usage(place).free / GIB
+        try:
+            place = _existing(Path(folder))
+            free = shutil.disk_usage(place).free / GIB
+        except OSError as error:  # of a mount that is gone
+            yield f"{folder} cannot be used: {error.strerror}"
+            continue
         if free < wanted.disk_gib:
             yield f"{free:.1f} GiB are free in {folder}, SRPO_MIN_DISK_GIB = {wanted.disk_gib:g}"
         if not os.access(place, os.W_OK):

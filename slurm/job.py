@@ -80,6 +80,12 @@ class Job:
         return FIRST_PORT + (10 * int(self.job_id) + 5 * (self.restarts % 2)) % PORTS
 
     @property
+    def slurm_id(self) -> str:
+        """What Slurm's commands call this job. The job id of an array's element may stand for the whole array too."""
+        array = self.environment.get("SLURM_ARRAY_JOB_ID")
+        return f"{array}_{self.environment['SLURM_ARRAY_TASK_ID']}" if array else self.job_id
+
+    @property
     def logs(self) -> Path:
         return Path(self.logs_folder) / self.job_id
 
@@ -120,6 +126,8 @@ def parse(arguments: Sequence[str]) -> Options:
             overrides.append(token)
             if not equals and rest and not rest[0].startswith("--"):
                 overrides.append(rest.pop(0))
+        elif re.fullmatch(r"\+{0,2}[a-z_]\w*(\.\w+)+=.*", token, re.DOTALL):  # Hydra's spelling, as for the commands
+            overrides.append(f"--{token.lstrip('+')}")
         elif not config and not token.startswith("-"):
             config = token
         else:

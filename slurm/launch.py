@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def dry_run(job: Job) -> list[str]:
     """Every command of the job, in order."""
+    planned = plan(job)  # refuses what the lines below could not read
     exports = [f"export {name}={shlex.quote(value)}" for name, value in sorted(commands.environment(job).items())]
     health = commands.health_step(job, device="auto", output="OUTPUT_DIR")
     size = engine_ranks(job) if job.rollout_nodes else 1
@@ -58,7 +59,7 @@ def dry_run(job: Job) -> list[str]:
     steps = [commands.check_step(job), health, *engines, train]
     head = f"# {len(job.nodes)} × {job.ranks_per_node} GPUs, {job.world_size} ranks train {' + '.join(job.files)}"
     shown = [line for step in steps for line in ("", *commands.shown(step))]
-    return [head, *site(job.environment), *exports, *shown, "", *(f"# {line}" for line in plan(job))]
+    return [head, *site(job.environment), *exports, *shown, "", *(f"# {line}" for line in planned)]
 
 
 def site(environment: Mapping[str, str]) -> list[str]:

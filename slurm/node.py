@@ -48,18 +48,36 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     if options.interface:
         interface, address = interface_of(options.interface)
         if not address:
-            host, known = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), ", ".join(psutil.net_if_addrs())
-            print(
-                f"{host}: SRPO_INTERFACE = {options.interface}: no such interface has an address; the node has {known}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-            return UNHEALTHY
+            known = ", ".join(psutil.net_if_addrs())
+            return _unhealthy(
+                f"SRPO_INTERFACE = {options.interface}: no such interface has an address; the node has {known}"
+            )
         found = {VLLM_ADDRESS: address, GLOO_INTERFACE: interface}
         added = {name: value for name, value in found.items() if name not in os.environ}  # what the site has set stays
+    if problem := _scratch_problem(options.scratch):
+        return _unhealthy(f"SRPO_SCRATCH = {options.scratch}: {problem}")
     with _temporary(options.scratch) as folder:
         environment = {**os.environ, **added, **folder}
         code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
     return code if code >= 0 else 128 - code
+
+
+def _unhealthy(problem: str) -> int:
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    print(f"{host}: {problem}", file=sys.stderr, flush=True)
+    return UNHEALTHY
+
+
+def _scratch_problem(scratch: Path | None) -> str:
+    """Why no temporary folder can be made there, or ""."""
+    if scratch is None:
+        return ""
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=scratch):
+            return ""
+    except OSError as error:
+        return f"nothing can be written there ({error.strerror})"
 
 
 def interface_of(names: str) -> tuple[str, str]:
@@ -84,7 +102,6 @@ def _temporary(scratch: Path | None) -> Iterator[dict[str, str]]:
     if scratch is None:
         yield {}
         return
-    scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="srpo-job-", dir=scratch, ignore_cleanup_errors=True) as made:
         yield {"TMPDIR": made}
 

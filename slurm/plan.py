@@ -20,7 +20,7 @@ from megatron_srpo.plan import (
     read_architecture,
     shipped_if_absent,
 )
-from megatron_srpo.plan.configuration import layout_of, workload_of
+from megatron_srpo.plan.configuration import layout_of, own_engine_gpus, workload_of
 from megatron_srpo.plan.hardware import GIB
 from slurm.job import files_and_overrides
 
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
         return exit_codes.MISTAKE
     for line in absent(settings):
         print(line)
-    layout = layout_of(settings, int(nodes) * int(ranks), int(rollout_nodes) * int(ranks))
+    servers = int(rollout_nodes) * int(ranks)
+    own = 0 if servers else own_engine_gpus(settings)  # on GPUs that are not the job's training ranks
+    layout = layout_of(settings, int(nodes) * int(ranks) + own, servers + own)
     try:
         arch, hf = read_architecture(shipped_if_absent(settings.model.path))
         problems = contradictions(settings, hf, layout.training_gpus)
@@ -54,13 +56,13 @@ def absent(config: Config) -> list[str]:
     data = {"data.train": config.data.train, "data.test": config.data.test}
     given = {name: [value] if isinstance(value, str) else value for name, value in data.items()}
     given["model.path"] = [config.model.path]
-    missing = [(name, path) for name, paths in given.items() for path in paths if not Path(path).exists()]
+    missing = [(name, path) for name, paths in given.items() for path in paths if not Path(path).expanduser().exists()]
     return [f"not there: {name} = {path}" for name, path in missing]
 
 
 def lines(config: Config, arch: Architecture, layout: Layout, gpu: str) -> Iterator[str]:
     """Memory and time of the configuration on such GPUs, in words. Raises UserError."""
-    found = evaluate(arch, layout, machine_of(gpu), workload_of(config))
+    found = evaluate(arch, layout, machine_of(gpu), workload_of(config), logits_mib=config.train.logits_memory_mib)
     yield f"plan (a prediction): {arch.name} on {layout.gpus} {gpu}, {layout.name()}"
     for role, memory in (("a training GPU", found.memory), ("an engine's GPU", found.engine)):
         if memory is not None:

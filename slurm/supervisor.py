@@ -68,7 +68,7 @@ class Supervisor:
         """The job's exit code after an attempt that came to `code`; asks for a requeue where that helps."""
         if code != exit_codes.DONE and (self._ended or code == exit_codes.STOPPED):
             # A job that was told to end and still runs has been preempted, with a period of grace.
-            code = exit_codes.REQUEUE if job_state(self._job.job_id) == "RUNNING" else exit_codes.STOPPED
+            code = exit_codes.REQUEUE if job_state(self._job.slurm_id) == "RUNNING" else exit_codes.STOPPED
         if code == exit_codes.DONE:
             attempts.forget()
         if code not in REASONS:
@@ -168,7 +168,7 @@ class Supervisor:
             now = self._clock()
             if self._stop_asked and now >= ask_at:
                 srun.send_signal(signal.SIGUSR1)
-                ask_at, end = now + REPEAT_SECONDS, end or job_end(self._job.job_id)
+                ask_at, end = now + REPEAT_SECONDS, end or job_end(self._job.slurm_id)
             if end is not None and now > end - RESERVE_SECONDS:
                 say("no checkpoint in time: the job will go on from its last one")
                 return False  # the requeue ends the step
@@ -192,7 +192,7 @@ class Supervisor:
 
     def _requeue(self, code: int) -> int:
         say(f"{REASONS[code]}: asking Slurm to start the job again")
-        asked = _slurm("scontrol", "requeue", self._job.job_id)
+        asked = _slurm("scontrol", "requeue", self._job.slurm_id)
         if asked.returncode != 0:
             say(f"Slurm does not requeue this job: {asked.stderr.strip()}; submit it again to go on")
             return code
@@ -251,7 +251,8 @@ def _ask_slurm(job_id: str, what: str) -> str:
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}  # users may have another one, as "relative"
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, start_new_session=True)
 
 
 def _read(file: Path) -> int | None:

@@ -18,6 +18,9 @@ from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.families import HfConfig, ModelShape, unsupported
 
 SMALLEST_MEMORY_MIB = 16  # beyond what the program of the environments has at its start
+METRICS = (  # how the names of metrics begin, as a regular expression
+    "actor|critic|data|episode|eval|forward|kind|moe|perf|response_length|reward|rollout|rollout_corr|srpo|teacher|timing_s"
+)
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 
 
@@ -279,6 +282,11 @@ def _schedule(config: Config) -> Iterator[str]:
         )
     saved, evaluated = config.checkpoint.every, config.eval.every
     best = config.checkpoint.keep_best
+    if best and not re.fullmatch(rf"-?({METRICS})/\S+", best):
+        yield (
+            f'checkpoint.keep_best = "{best}": is no metric, so that no checkpoint would be kept; one is written '
+            'like "eval/accuracy" or "critic/score/mean" (docs/metrics.md)'
+        )
     if best.removeprefix("-").startswith("eval/") and (not evaluated or saved % evaluated):
         yield (
             f'checkpoint.keep_best = "{best}": is not measured at every checkpoint (checkpoint.every = {saved}, '

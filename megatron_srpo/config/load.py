@@ -25,6 +25,11 @@ from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.section import Section
 
 ALGORITHM = "algorithm"  # the section whose keys depend on its `name`
+STARTED_SERVERS = ("num_servers", "server_host", "server_port", "server_devices", "server_environment")
+ANY_SERVERS = (
+    *STARTED_SERVERS, "server_start_seconds", "server_timeout_seconds", "request_timeout_seconds",
+    "max_server_restarts", "weight_transfer", "in_flight",
+)  # fmt: skip
 SHOWN = 70  # characters of a value in a message
 OTHER_NAMES = {  # what neighbouring projects call a key
     "learning_rate": "optimizer.lr",
@@ -150,7 +155,7 @@ def load_config(
         raise ConfigError(
             listed(" + ".join([*map(str, paths), *(["the command line"] if overrides else [])]), problems)
         )
-    for note in [*_without_effect(given), *_idle_teacher_keys(config)]:
+    for note in [*_without_effect(given), *_idle_teacher_keys(config), *_idle_keys(config)]:
         tell(note)
     return config
 
@@ -216,6 +221,28 @@ def _idle_teacher_keys(config: Config) -> list[str]:
             f"note: teacher.mode = {json.dumps(teacher.mode)} does not use teacher.{', '.join(idle)} "
             f"({', '.join(modes)} would): no effect"
         )
+    return notes
+
+
+def _idle_keys(config: Config) -> list[str]:
+    """A line about settings of servers, episodes and schedules that the run does not have, as above."""
+    rollout, colocated = config.rollout, config.rollout.placement == "colocated"
+    of_episodes = tuple(key for key in type(config.environment).model_fields if key not in ("classes", "arguments"))
+    cases = (
+        (colocated, 'rollout.placement = "colocated"', rollout, "rollout", ANY_SERVERS),
+        (not colocated, 'rollout.placement = "servers"', rollout, "rollout", ("sleep_while_training",)),
+        (bool(rollout.servers) and not colocated, "a run with rollout.servers", rollout, "rollout", STARTED_SERVERS),
+        (not config.environment.classes, "a run without environment.classes", config.environment, "environment",
+         of_episodes),
+        (config.optimizer.schedule == "constant", 'optimizer.schedule = "constant"', config.optimizer, "optimizer",
+         ("min_lr",)),
+    )  # fmt: skip
+    notes = []
+    for applies, what, section, name, keys in cases:
+        defaults = type(section).model_fields
+        idle = [key for key in keys if applies and getattr(section, key) != defaults[key].default]
+        if idle:
+            notes.append(f"note: {what} does not use {name}.{', '.join(idle)}: no effect")
     return notes
 
 

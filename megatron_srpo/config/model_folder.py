@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_srpo.core.errors import ConfigError
 from megatron_srpo.core.json_types import read_json, read_weight_map
 
 INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
+MISTRALS = "consolidated*.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LFS_POINTER = b"version https://git-lfs"
 
@@ -91,7 +93,14 @@ def _require_weights(folder: Path, given: str) -> None:
 
 def two_sets_of_weights(folder: Path) -> str | None:
     """Why the folder's files may be two models, or None. transformers reads the single file first, vLLM reads the index
-    first, and without an index vLLM reads all files."""
+    first, and without an index vLLM reads all files. It prefers Mistral's own format to both."""
+    own_format = sorted(file.name for file in folder.glob(MISTRALS))
+    if own_format:
+        return (
+            f"has {own_format[0]}, Mistral's own format, which vLLM reads instead of the files that transformers "
+            f"reads. Remove {MISTRALS}; to fetch a model without it: hf download OWNER/MODEL --exclude '{MISTRALS}' "
+            "--local-dir FOLDER."
+        )
     if not (folder / SINGLE).is_file():
         return None
     try:
@@ -100,13 +109,16 @@ def two_sets_of_weights(folder: Path) -> str | None:
         named = {SINGLE}
     except (ValueError, OSError):
         return None  # the reader of the index tells about it
-    shards = [] if (folder / INDEX).exists() else sorted(file.name for file in folder.glob(SHARDS))
-    if SINGLE in named and not shards:
+    every = sorted(file.name for file in folder.glob("*.safetensors") if file.name != SINGLE)
+    others = [] if (folder / INDEX).exists() else every
+    if SINGLE in named and not others:
         return None
-    other = shards[0] if shards else INDEX
+    other = others[0] if others else INDEX
+    sharded = not others or fnmatch.fnmatch(other, SHARDS)
+    cure = f"remove {INDEX} and the files {SHARDS}" if sharded else f"move {other} to another folder"
     return (
-        f"has both {SINGLE} and {other}, which may be two models: transformers reads the first, and vLLM the second. "
-        f"Keep one: remove {SINGLE}, or remove {INDEX} and the files {SHARDS}."
+        f"has both {SINGLE} and {other}, which may be two models: transformers reads the first, and vLLM the second, "
+        f"or both. Keep one: remove {SINGLE}, or {cure}."
     )
 
 

@@ -486,7 +486,7 @@ class CheckpointConfig(Section):
     """Write checkpoints in a background thread while the training continues."""
     retry_minutes: float = Field(10.0, ge=0)
     """How long the run tries again, in minutes, if the disk does not take its last checkpoint."""
-    fallback_dir: str = ""
+    fallback_dir: Folder = ""
     """Folder on another disk for the last checkpoint, or for its weights, if output_dir does not take it within
     checkpoint.retry_minutes. Several runs may share it: each writes into a folder of its own there. Empty means
     none."""

@@ -96,21 +96,22 @@ def _convert_adapters(
         report.lines = [model.line(name) for name in model.groups]
         return report
     processes = StoreGroup()
-    if processes.is_leader:
-        tensors = [
-            named
-            for name, group in model.groups.items()
-            for named in zip(group.names, model.tensors(name), strict=True)
-        ]
-        if merge:
-            merged = Merge(folder, lora, dict(tensors), source, read_config(source))
-            merged.write(out_dir, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
-            if verify_against:
-                require_equal(out_dir, verify_against)
-                report.equal_to = str(verify_against)
-        else:
-            write_adapter_folder(tensors, out_dir, lora, str(source))
-    processes.gather(None)
+    with written_aside(out_dir, processes) as aside, PeakMemory() as memory:
+        if processes.is_leader:
+            tensors = [
+                named
+                for name, group in model.groups.items()
+                for named in zip(group.names, model.tensors(name), strict=True)
+            ]
+            if merge:
+                merged = Merge(folder, lora, dict(tensors), source, read_config(source))
+                merged.write(aside, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
+                if verify_against:
+                    require_equal(aside, verify_against)
+                    report.equal_to = str(verify_against)
+            else:
+                write_adapter_folder(tensors, aside, lora, str(source))
+    report.peak = memory.peak
     return report
 
 

@@ -64,11 +64,12 @@ SHIPPED: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class Architecture(ModelShape):
     """A model's shape, and the numbers of parameters that follow from it. With experts, all layers are taken to have
-    them. Families that we cannot train are planned as Llama."""
+    them, except in `parameters`. Families that we cannot train are planned as Llama."""
 
     name: str = "model"
     qk_norm: bool = False
     qkv_bias: bool = False
+    dense_ffn: int = 0  # width of the MLP in layers without experts of a model with experts
 
     @classmethod
     def from_hf(cls, hf: HfConfig, name: str = "model") -> Architecture:
@@ -77,6 +78,7 @@ class Architecture(ModelShape):
         settings = family.config(shape) if family else {}
         return cls(
             **asdict(replace(shape, ffn=0) if shape.experts else shape), name=name,
+            dense_ffn=shape.ffn if shape.experts else 0,
             qk_norm=bool(settings.get("qk_layernorm")), qkv_bias=bool(settings.get("add_qkv_bias")),
         )  # fmt: skip
 
@@ -120,7 +122,12 @@ class Architecture(ModelShape):
     def parameters(self) -> int:
         """All of the model's; a tied head is counted once."""
         heads = 1 if self.tied else 2
-        return self.layers * self.layer_parameters + heads * self.vocab * self.hidden + self.hidden
+        total = self.layers * self.layer_parameters + heads * self.vocab * self.hidden + self.hidden
+        if self.experts:
+            without = self.expert_layers.count(False)
+            more = 3 * self.hidden * self.dense_ffn - self.experts * (self.expert_matrices + self.hidden)
+            total += without * more
+        return total
 
     @property
     def active_matrices(self) -> int:

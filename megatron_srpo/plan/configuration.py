@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from megatron_srpo.algorithms.base import Algorithm
 from megatron_srpo.algorithms.section import name_of
-from megatron_srpo.config import Config, contradictions, listed
+from megatron_srpo.config import BUCKET_MIB, Config, contradictions, listed
 from megatron_srpo.config.check import teacher_prompt_length
 from megatron_srpo.config.load import to_toml_value
 from megatron_srpo.config.schema import PROJECTIONS
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
 from megatron_srpo.plan.layout import Layout
+from megatron_srpo.plan.memory import ENGINE_SHARE
 from megatron_srpo.plan.workload import Workload
 
 
@@ -45,7 +46,11 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
             "sleep_while_training": layout.engine_sleeps,
         }
     else:
-        rollout |= {"placement": "servers", "num_servers": layout.engines}
+        rollout |= {
+            "placement": "servers",
+            "num_servers": layout.engines,
+            "gpu_memory_utilization": ENGINE_SHARE,
+        }
     return {
         "run": {"iterations": workload.iterations, "device": "cuda"},
         "model": {
@@ -125,7 +130,16 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         lora_rank=config.lora.rank,
         lora_projections=config.lora.projections,
         lora_experts=config.lora.experts,
+        bucket_mib=config.bridge.bucket_mib or BUCKET_MIB["cuda"],
+        sequence_split=parallel.sequence_parallel,
     )
+
+
+def own_engine_gpus(config: Config) -> int:
+    """GPUs of the servers that the configuration starts or names; 0 if its engines are colocated."""
+    rollout = config.rollout
+    servers = 0 if rollout.placement == "colocated" else len(rollout.servers) or rollout.num_servers
+    return servers * rollout.tensor_parallel_size
 
 
 def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 2000) -> Workload:
@@ -151,6 +165,7 @@ def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 
         iterations=config.run.iterations,
         shares_prompts=config.train.share_prompts and not drops and not config.train.moe_aux_loss_coef,
         teacher_head_mib=0 if drops else config.train.teacher_head_mib,
+        engine_sequences=rollout.max_num_seqs,
     )
 
 

@@ -34,7 +34,6 @@ from megatron_srpo.plan.memory import (
 from megatron_srpo.plan.parameters import published_adapters, trained_parameters
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
-MAX_SEQUENCES = 256  # the default of rollout.max_num_seqs
 # Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning), for a
 # token (pickling), and for the teacher prompts of one question of 280 tokens; other ranks tokenize demonstrations.
 DRIVER_ROLLOUT, DRIVER_TOKEN, DRIVER_TEACHER = 6e-5, 4e-9, 1.2e-3
@@ -130,8 +129,9 @@ def layer_collectives(arch: Architecture, layout: Layout, machine: Machine, *, b
     """Seconds of communication in one layer's forward or backward pass of a full row on one rank."""
     w, tokens, t = layout.dtype_bytes, layout.max_tokens, layout.tensor
     seconds = 0.0
-    if t > 1:  # sequence parallel: gather and scatter around attention and MLP; the backward pass gathers inputs again
-        count = 6 if backward else 4
+    if t > 1:  # gather and scatter around attention and MLP, or a reduction, which takes as long as both
+        # With sequence parallelism the backward pass gathers inputs again.
+        count = 6 if backward and layout.sequence_parallel else 4
         rate = machine.link_rate(t)
         seconds += count * (machine.latency + (t - 1) / t * w * arch.hidden * tokens / rate)
     if layout.context > 1:
@@ -160,7 +160,8 @@ def pass_seconds(
         head += w * arch.hidden * tokens / machine.link_rate(layout.tensor)
     handover = 0.0
     if layout.pipeline > 1:
-        handover = layout.virtual * w * arch.hidden * tokens / layout.tensor / machine.link_rate(layout.copy)
+        split = layout.tensor if layout.sequence_parallel else 1
+        handover = layout.virtual * w * arch.hidden * tokens / split / machine.link_rate(layout.copy)
     if work.backward:
         again = {"none": 0.0, "full": 1.0, "selective": 0.4}[layout.recompute]
         if layout.recompute_layers:
@@ -240,7 +241,7 @@ def generate_seconds(
     responses = [lengths[QUANTILES - 1 - (QUANTILES - 1) * i // max(1, count - 1)] for i in range(count)]
     each = kv_bytes_a_token(arch, layout)
     longest = workload.prompt_mean + sum(responses) / count
-    slots = max(1.0, min(MAX_SEQUENCES, cache / each / longest))
+    slots = max(1.0, min(workload.engine_sequences, cache / each / longest))
     prompts = max(1.0, mine / workload.samples) * workload.prompt_mean
     prefill = prompts * forward_flops(arch, workload.prompt_mean) / layout.engine_tensor / machine.product_rate
     return prefill + _decode(arch, layout, machine, workload, responses, max(1.0, mine / count), slots)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_srpo.config import LoraConfig
+from megatron_srpo.config import BUCKET_MIB, LoraConfig
 from megatron_srpo.plan.architecture import Architecture
 
 LORA_DEFAULT = LoraConfig()
@@ -41,6 +41,8 @@ class Layout:
     lora_rank: int = 0  # of LoRA adapters; 0 means that all weights are trained
     lora_projections: tuple[str, ...] = LORA_DEFAULT.projections  # that have adapters, without those of experts
     lora_experts: bool = False  # experts have adapters
+    bucket_mib: int = BUCKET_MIB["cuda"]  # size of a gather bucket of a publish
+    sequence_split: bool = True  # tensor-parallel ranks split norms and residuals too, if there are several
 
     @property
     def training_gpus(self) -> int:
@@ -57,7 +59,11 @@ class Layout:
 
     @property
     def sequence_parallel(self) -> bool:
-        return self.tensor > 1
+        return self.tensor > 1 and self.sequence_split
+
+    @property
+    def bucket_bytes(self) -> int:
+        return self.bucket_mib * 2**20
 
     @property
     def sharding(self) -> int:
@@ -84,7 +90,8 @@ class Layout:
         shown = " ".join(f"{key}{size}" for key, size in parts if size > 1 or key in ("TP", "DP"))
         where = "colocated" if self.colocated else f"on {self.engine_gpus} own GPUs"
         where += ", in turns" if self.trainer_leaves else ""
-        extras = [f"{self.recompute} recompute"] if self.recompute != "none" else []
+        extras = ["no sequence parallelism"] if self.tensor > 1 and not self.sequence_split else []
+        extras += [f"{self.recompute} recompute"] if self.recompute != "none" else []
         extras += ["shadow on host"] if self.shadow_on_host else []
         extras += [f"LoRA of rank {self.lora_rank}"] if self.lora_rank else []
         extras += ["optimizer on host"] if self.optimizer_on_host else []
@@ -124,5 +131,8 @@ def impossible(layout: Layout, arch: Architecture) -> Iterator[str]:
         yield "EP without experts"
     if arch.heads % layout.engine_tensor or (arch.groups % layout.engine_tensor and layout.engine_tensor % arch.groups):
         yield f"engine TP {layout.engine_tensor} does not divide {arch.heads} heads"
+    for what, size in (("intermediate size", arch.ffn), ("experts' intermediate size", arch.expert_ffn)):
+        if size % layout.engine_tensor:
+            yield f"engine TP {layout.engine_tensor} does not divide {size}, the {what}"
     if (layout.engine_gpus or layout.gpus) % layout.engine_tensor:
         yield f"engine TP {layout.engine_tensor} does not divide its GPUs"

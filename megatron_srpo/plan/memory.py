@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from megatron_srpo.config import BUCKET_MIB
 from megatron_srpo.plan.activations import LOGITS_MIB, layer_bytes, stage_activations
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
@@ -32,7 +31,7 @@ from megatron_srpo.plan.workload import Workload
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
 PHASES = ("generate", "swap", "score", "train", "publish", "save", "load")  # of a run, in which memory differs
 SWAPPED_BYTES = 2.0 * 4 * 2**22  # two fp32 pieces that a swap holds (mcore/shadow.py: EXCHANGED)
-BUCKET_BYTES = BUCKET_MIB["cuda"] * 2**20  # size of a gather bucket of a publish
+ENGINE_SHARE = 0.9  # of the memory of a GPU that only generates
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,10 @@ def publish_bytes(arch: Architecture, layout: Layout) -> float:
     if layout.tensor == layout.pipeline == layout.expert == 1:
         return 0.0
     largest = max(arch.vocab * arch.hidden, 2 * arch.hidden * max(arch.ffn, arch.expert_ffn)) * layout.dtype_bytes
-    gathered = max(BUCKET_BYTES, largest) + BUCKET_BYTES
+    gathered = max(layout.bucket_bytes, largest) + layout.bucket_bytes
     if adapters := published_adapters(arch, layout)[0]:
         largest = layout.lora_rank * max(arch.hidden, arch.ffn, arch.query) * layout.dtype_bytes
-        gathered = min(2 * BUCKET_BYTES, adapters * layout.dtype_bytes)
+        gathered = min(2 * layout.bucket_bytes, adapters * layout.dtype_bytes)
     return gathered * (1 + 1 / layout.tensor) + largest
 
 
@@ -350,9 +349,9 @@ def cache_problem(arch: Architecture, layout: Layout, workload: Workload, cache:
 
 def engine_memory(arch: Architecture, layout: Layout, workload: Workload, machine: Machine) -> MemoryPlan:
     """Memory of a GPU that only generates."""
-    budget = 0.9 * machine.memory
+    budget = ENGINE_SHARE * machine.memory
     weights, working = engine_weights(arch, layout), engine_activations(arch, layout)
     cache = budget - weights - working
     lines = {"weights": weights, "engine work": working, "KV cache": max(0.0, cache)}
-    lines["publish"] = float(max(BUCKET_BYTES, arch.vocab * arch.hidden * layout.dtype_bytes))
+    lines["publish"] = float(max(layout.bucket_bytes, arch.vocab * arch.hidden * layout.dtype_bytes))
     return MemoryPlan(lines, machine.usable, max(0.0, cache), cache_problem(arch, layout, workload, cache))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_srpo.config import LoraConfig
+from megatron_srpo.plan.activations import LOGITS_MIB
 from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.duration import TimePlan, iteration_time, rows_of, student_pass
 from megatron_srpo.plan.hardware import Machine
@@ -84,15 +85,18 @@ class Found:
 
 
 def evaluate(
-    arch: Architecture, layout: Layout, machine: Machine, workload: Workload, *, path: str = "te"
-) -> Candidate:
+    arch: Architecture, layout: Layout, machine: Machine, workload: Workload, *, path: str = "te",
+    logits_mib: int = LOGITS_MIB,
+) -> Candidate:  # fmt: skip
     """Predict the memory of one layout, and its time if it fits."""
     rows = rows_of(workload, layout, student_pass(workload, layout, path=path).tokens)
-    memory = training_memory(arch, layout, workload, machine, rows=rows, path=path)
+    memory = training_memory(arch, layout, workload, machine, rows=rows, path=path, logits_mib=logits_mib)
     engine = None if layout.colocated else engine_memory(arch, layout, workload, machine)
     fits = memory.fits and (engine is None or engine.fits)
     cache = memory.kv_cache if engine is None else engine.kv_cache
-    time = iteration_time(arch, layout, machine, workload, cache, path=path) if fits else None
+    time = None
+    if fits:
+        time = iteration_time(arch, layout, machine, workload, cache, path=path, logits_mib=logits_mib)
     return Candidate(layout, memory, engine, time, machine.flops)
 
 

@@ -35,6 +35,7 @@ class Workload:
     reference: bool = False  # samples are scored under the initial model too (Needs.reference)
     starts_as_base: bool = False  # the initial model is the one without adapters, which needs no shadow
     full_vocabulary: bool = False  # distillation compares whole distributions (algorithm.distillation_topk = 0)
+    engine_sequences: int = 256  # responses that an engine generates at the same time at most (rollout.max_num_seqs)
     correct: float | None = None  # share of samples that are correct; None: those that are not distilled
 
     @property

@@ -231,14 +231,14 @@ def _show(text: str, say: Say) -> None:
 def memory_lines(config: Config, prompts: Sequence[Prompt], gpus: int, gpu: str) -> Iterator[str]:
     """What the planner predicts for this configuration, a line each."""
     from megatron_srpo.plan import Architecture, machine_of
-    from megatron_srpo.plan.configuration import layout_of, workload_of
+    from megatron_srpo.plan.configuration import layout_of, own_engine_gpus, workload_of
     from megatron_srpo.plan.duration import rows_of
     from megatron_srpo.plan.memory import training_memory
 
     arch = Architecture.from_hf(read_model_folder(config.model.path))
     mean = round(statistics.fmean(len(prompt.token_ids) for prompt in prompts))
     rollout = config.rollout
-    own = 0 if rollout.placement == "colocated" else rollout.num_servers * rollout.tensor_parallel_size
+    own = own_engine_gpus(config)
     layout = layout_of(config, gpus + own, own)
     workload = workload_of(config, prompt_mean=mean, response_mean=rollout.max_response_length)
     rows = rows_of(workload, layout, workload.student_tokens)

@@ -167,6 +167,9 @@ def test_a_checkpoint_becomes_an_adapter_or_a_merged_model(given, request, tmp_p
                 UserError, match="adapters of another base model: its weights have the checksum float32"
             ):
                 process.submit(convert, saved, tmp_path / "wrong", hf_dir=other, merge=True).result()
+            with pytest.raises(UserError, match="and was not kept"):
+                against = {"merge": True, "verify_against": model}  # the base, which the adapters have changed
+                process.submit(convert, saved, tmp_path / "wrong", **against).result()
             assert not (tmp_path / "wrong").exists()
     config, tensors = read_folder(tmp_path / "adapter")
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")

@@ -21,11 +21,16 @@ SIZES = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, 
 LAYOUTS = {
     "tp2 pp2": (Layout(4, 2, 2), "float32"),
     "tp2 dp2 bf16": (Layout(4, 2), "bfloat16"),
+    "tp2 dp2, not sequence parallel": (Layout(4, 2, sequence_split=False), "float32"),
     "pp2 vpp2 dp2, full recompute": (Layout(4, 1, 2, 2, recompute="full"), "float32"),
     "cp2 dp2 bf16, selective recompute": (Layout(4, context=2, recompute="selective"), "bfloat16"),
 }
 Q_AND_O = ("q_proj", "o_proj")
 MORE = {
+    "tp2 pp2 bf16, not sequence parallel, full recompute": (
+        Layout(4, 2, 2, recompute="full", sequence_split=False),
+        "bfloat16",
+    ),
     "dp4": (Layout(4), "float32"),
     "dp4 bf16": (Layout(4), "bfloat16"),
     "pp4": (Layout(4, 1, 4), "float32"),

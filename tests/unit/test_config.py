@@ -237,6 +237,28 @@ def test_keys_of_another_mode_of_the_teacher_are_told_once(minimal, overrides, e
     assert told == [f"note: teacher.mode = {text}" for text in expected]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--rollout.num_servers", "2", "--rollout.in_flight", "pause"],
+         ['rollout.placement = "colocated" does not use rollout.num_servers, in_flight']),
+        (["--rollout.placement", "servers", "--rollout.num_servers", "2"], []),
+        (["--rollout.placement", "servers", "--rollout.servers", '["http://a:1"]', "--rollout.server_port", "9000"],
+         ["a run with rollout.servers does not use rollout.server_port"]),
+        (["--rollout.placement", "servers", "--rollout.sleep_while_training", "true"],
+         ['rollout.placement = "servers" does not use rollout.sleep_while_training']),
+        (["--environment.max_turns", "3"], ["a run without environment.classes does not use environment.max_turns"]),
+        (["--environment.max_turns", "3", "--environment.classes.math", "tools"], []),
+        (["--optimizer.min_lr", "1e-7"], ['optimizer.schedule = "constant" does not use optimizer.min_lr']),
+        (["--optimizer.min_lr", "1e-7", "--optimizer.schedule", "cosine"], []),
+    ],
+)  # fmt: skip
+def test_settings_of_what_the_run_does_not_have_are_told_once(minimal, overrides, expected):
+    told = []
+    load_config(minimal, overrides, tell=told.append)
+    assert told == [f"note: {text}: no effect" for text in expected]
+
+
 def test_a_missing_file_names_its_neighbours(minimal):
     told = message(minimal.with_name("rum.toml"))
     assert "rum.toml: no such file" in told and "run.toml" in told

@@ -122,6 +122,12 @@ def test_a_sound_configuration_passes_all_checks():
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr = 1.0", "lower it"),
         ({"optimizer__warmup_steps": 101}, "optimizer.warmup_steps = 101", "only 100 optimizer steps"),
         ({"eval__every": 5}, "eval.every = 5", "data.test is empty"),
+        ({"checkpoint__keep_best": "accuracy"}, 'checkpoint.keep_best = "accuracy"', 'like "eval/accuracy"'),
+        (
+            {"checkpoint__keep_best": "-reward"},
+            'checkpoint.keep_best = "-reward"',
+            "no checkpoint would be kept",
+        ),
         ({"checkpoint__keep_best": "-eval/loss"}, 'checkpoint.keep_best = "-eval/loss"', "a multiple of eval.every"),
         ({"rollout__max_staleness": 1}, "rollout.max_staleness = 1", 'rollout.placement = "servers"'),
         (
@@ -480,6 +486,7 @@ def test_an_output_folder_without_permission_is_told(tmp_path, monkeypatch):
 def test_a_tilde_is_the_users_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     config = configured(run__output_dir="~/run", model__path="~/model", model__tokenizer="~/tokenizer")
+    assert configured(checkpoint__fallback_dir="~/disk").fallback_folder.startswith("/home/ada/disk/")
     assert config.run.output_dir == "/home/ada/run"
     assert (config.model.path, config.model.tokenizer) == ("/home/ada/model", "/home/ada/tokenizer")
 
@@ -581,6 +588,29 @@ def test_single_and_sharded_weights_side_by_side_are_refused_and_both_are_named(
     assert "has both model.safetensors and model.safetensors.index.json" in refused(folder)
     (folder / "model.safetensors").unlink()
     read_model_folder(str(folder))
+
+
+def test_a_second_file_of_weights_which_vllm_would_read_too_is_refused(folder):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    (folder / "old.safetensors").write_bytes(weights(b"y" * 12))
+    _, files, *_ = DefaultModelLoader(LoadConfig())._prepare_weights(str(folder), None, None, False, None)
+    assert len(files) == 2, "else the refusal has no reason any more"
+    assert "has both model.safetensors and old.safetensors" in refused(folder)
+    assert "move old.safetensors to another folder" in refused(folder)
+
+
+def test_weights_in_mistrals_own_format_which_vllm_would_read_are_refused(folder):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    (folder / "consolidated.safetensors").write_bytes(weights(b"y" * 12))
+    _, files, *_ = DefaultModelLoader(LoadConfig())._prepare_weights(str(folder), None, None, False, None)
+    assert files == [str(folder / "consolidated.safetensors")], "else the refusal has no reason any more"
+    assert "has consolidated.safetensors" in refused(folder) and "--exclude 'consolidated*.safetensors'" in refused(
+        folder
+    )
 
 
 def test_an_old_index_beside_a_newer_single_file_is_not_taken_for_an_unfinished_download(folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.config import Config
+from megatron_srpo.config.check import METRICS
 from megatron_srpo.config.load import config_fields
 from megatron_srpo.run import cli
 
@@ -119,10 +120,7 @@ def test_a_page_with_mistakes_is_found(tmp_path):
     assert unknown_keys(page) == ["run.absent"]
 
 
-METRIC = re.compile(
-    r"(?:actor|critic|episode|srpo|rollout|rollout_corr|perf|timing_s|forward|eval|reward|data|response_length|teacher|moe|kind)"
-    r"(?:/[\w@<>]+)+"
-)
+METRIC = re.compile(rf"(?:{METRICS})(?:/[\w@<>]+)+")
 METRIC_PLACES = ("algorithms", "batching", "losses", "mcore", "observe", "plan", "rollout", "run")
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_srpo.config import Config, contradictions, load_config
-from megatron_srpo.plan import MACHINES, SHIPPED, Layout, Workload, machine_of, read_architecture, search
+from megatron_srpo.plan import MACHINES, SHIPPED, Architecture, Layout, Workload, machine_of, read_architecture, search
 from megatron_srpo.plan.activations import stage_activations
-from megatron_srpo.plan.configuration import configuration, layout_of, workload_of
+from megatron_srpo.plan.configuration import configuration, layout_of, own_engine_gpus, sections, workload_of
 from megatron_srpo.plan.duration import (
     forward_flops,
     generate_seconds,
@@ -25,8 +25,10 @@ from megatron_srpo.plan.duration import (
 )
 from megatron_srpo.plan.layout import impossible
 from megatron_srpo.plan.memory import (
+    engine_memory,
     loading_bytes,
     persistent_lines,
+    publish_bytes,
     stage_parameters,
     teacher_bytes,
     train_pass_finds_topk,
@@ -53,6 +55,14 @@ def test_a_shipped_models_parameters_are_those_of_transformers_own(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert arch.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_layers_without_experts_count_in_the_parameters_and_pass_the_check_of_every_rank(tmp_path, capsys):
+    hf = SHIPPED["Qwen3-30B-A3B"] | {"num_hidden_layers": 4, "mlp_only_layers": [0], "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    (tmp_path / "run.toml").write_text(f'[model]\npath = "{tmp_path}"\n[data]\ntrain = "d.jsonl"\n')
+    assert cli.main(["plan", "--check", str(tmp_path / "run.toml"), "--gpus", "1"]) == 0
+    assert "exported, as config.json implies" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -113,6 +123,16 @@ def test_found_layouts_fit_are_sorted_and_can_be():
         assert sum(candidate.time.lines.values()) == pytest.approx(candidate.step_seconds)
         assert 0 < candidate.mfu < candidate.train_mfu < 1
         assert candidate.layout.max_tokens * candidate.layout.context >= SMALL.longest_row
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"), [("Qwen3-4B", {"intermediate_size": 9724}), ("Qwen3-30B-A3B", {"moe_intermediate_size": 764})]
+)
+def test_no_layout_has_engines_that_would_cut_the_width_of_an_mlp_unevenly(name, odd):
+    hf = SHIPPED[name] | odd  # a multiple of 4, but not of 8
+    found = search(Architecture.from_hf(hf, name), 8, machine_of("h200"), SMALL, show=3)
+    assert found.best and all(candidate.layout.engine_tensor <= 4 for candidate in found.best)
+    configuration(found.best[0].layout, SMALL, "m", hf)
 
 
 def test_what_does_not_fit_says_what_is_largest():
@@ -465,6 +485,52 @@ def configured(**sections):
     """(layout on 8 GPUs, workload) of a configuration."""
     config = Config(**{"model": {"path": "m", "recompute": "full"}, "data": {"train": "d"}} | sections)
     return layout_of(config, 8), workload_of(config)
+
+
+def test_without_sequence_parallelism_every_tensor_parallel_rank_keeps_whole_norms_and_residuals():
+    arch, _ = read_architecture("Qwen3-8B")
+    sizes = {"tensor_model_parallel_size": 4}
+    (whole, workload), (split, _) = configured(parallel=sizes), configured(parallel=sizes | {"sequence_parallel": True})
+    held = {one: stage_activations(arch, one, 0, one.max_tokens, 1, path="te")[0] for one in (whole, split)}
+    kept, working = arch.layers * 2 * whole.max_tokens * arch.hidden, held[split]
+    assert held[whole] > kept > 3 * working
+    assert configuration(whole, workload, "m", SHIPPED["Qwen3-8B"]).parallel.sequence_parallel is False
+
+
+def test_the_buckets_of_a_publish_are_those_of_the_configuration():
+    arch, _ = read_architecture("Qwen3-8B")
+    sizes = {"tensor_model_parallel_size": 4}
+    (usual, _), (large, _) = configured(parallel=sizes), configured(parallel=sizes, bridge={"bucket_mib": 2048})
+    small = min(2 * 151936 * 4096, 2**31)  # the embedding is a bucket of its own
+    gathered = 2 * 2**31 - small - 2**28
+    assert publish_bytes(arch, large) - publish_bytes(arch, usual) == pytest.approx(gathered * (1 + 1 / 4))
+
+
+def test_settings_of_the_head_and_the_engines_count_in_the_plan_of_a_job():
+    arch, _ = read_architecture("Qwen3-4B")
+    base = {"model": {"path": "m", "recompute": "full"}, "data": {"train": "d"}}
+    for section in ({"train": {"logits_memory_mib": 64}}, {"rollout": {"max_num_seqs": 16}}):
+        usual, other = (Config(**base | given) for given in ({}, section))
+        told = [list(job_lines(one, arch, layout_of(one, 8), "h200")) for one in (usual, other)]
+        assert told[0] != told[1]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "gpus"),
+    [({}, 0), ({"num_servers": 2, "tensor_parallel_size": 4, "placement": "servers"}, 8),
+     ({"servers": ["http://a:1", "http://b:1"], "placement": "servers"}, 2)],
+)  # fmt: skip
+def test_servers_of_a_configuration_have_gpus_of_their_own(rollout, gpus):
+    config = Config(model={"path": "m"}, data={"train": "d"}, rollout=rollout)
+    assert own_engine_gpus(config) == gpus and layout_of(config, 8 + gpus, gpus).colocated == (gpus == 0)
+
+
+def test_engines_on_gpus_of_their_own_are_written_with_the_memory_that_they_were_planned_with():
+    layout = Layout(8, engine_gpus=4)
+    assert sections(layout, SMALL, "m")["rollout"]["gpu_memory_utilization"] == 0.9
+    arch, _ = read_architecture("Qwen3-8B")
+    lines = engine_memory(arch, layout, SMALL, H100).lines
+    assert lines["weights"] + lines["engine work"] + lines["KV cache"] == pytest.approx(0.9 * H100.memory)
 
 
 SHADOWS = [

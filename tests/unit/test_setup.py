@@ -302,6 +302,14 @@ def test_the_image_recipes_copy_what_exists_and_install_by_the_set_up():
     assert subprocess.run(["sh", "-n", containers / "install.sh"], check=False).returncode == 0
 
 
+def test_no_recipe_tells_a_user_to_bind_a_folder_where_the_recipe_removes_one():
+    recipe = (ROOT / "containers/srpo.def").read_text()
+    removed = re.findall(r"^    rm -rf (\S+)$", recipe, re.MULTILINE)
+    told = recipe + (ROOT / "docs/containers.md").read_text()
+    bound = re.findall(r'--bind "\$PWD:(/\w+)"', told)
+    assert removed and len(bound) == 2 and not set(bound) & set(removed)
+
+
 def setup_env_reads():
     """The files of which set-up's fingerprint is made."""
     return ("requirements/gpu.txt", "tools/setup_env.py")

@@ -64,6 +64,12 @@ def test_every_node_gets_its_number_the_first_ones_address_and_the_users_overrid
     assert f"slurm.settings 24 {CONFIG} --optimizer.lr 1e-6" in checks
 
 
+def test_a_key_in_hydras_spelling_is_a_key(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = parse([CONFIG, "optimizer.lr=1e-6", "++algorithm.name=grpo", "--run.seed", "1"])
+    assert given.overrides == ("--optimizer.lr=1e-6", "--algorithm.name=grpo", "--run.seed", "1")
+
+
 def test_a_benchmark_and_a_method_are_two_more_files_in_every_step():
     given = ("--method", "grpo", "--benchmark=physics", "--nodes=2", "--rollout-nodes=1", "--run.seed", "4")
     lines = dry_run("srpo_qwen3_8b.sh", *given, SRPO_PYTHON=sys.executable)
@@ -137,7 +143,8 @@ def test_help_says_what_the_program_takes(given, capsys):
 @pytest.mark.parametrize(
     ("given", "told"),
     [(["--optimizer.lrr", "1"], "optimizer.lr"), (["--optimizer.lr=banana"], "optimizer.lr"),
-     (["--parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size"), (["--nodes=0"], "at least 1")],
+     (["--parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size"), (["--nodes=0"], "at least 1"),
+     (["--nodes=2", "--rollout-nodes=1", "--rollout.tensor_parallel_size=0"], "a whole number ≥ 1")],
 )  # fmt: skip
 def test_a_dry_run_of_what_the_trainer_would_refuse_is_one_message(given, told, capsys, monkeypatch):
     monkeypatch.setenv("SRPO_PYTHON", sys.executable)
@@ -231,6 +238,12 @@ def test_a_container_is_started_once_a_node_and_everything_inside_starts_plain_p
     assert all(words[words.index("--") + 1] == "python3" for words in steps[1:])
     serve = steps[2][steps[2].index("--") + 1 :]
     assert serve[serve.index("--") + 1 :][:4] == ["python3", "-m", "megatron_srpo", "serve"]
+
+
+def test_every_step_inherits_the_jobs_variables_even_if_sbatch_exports_none():
+    lines = dry_run("srpo_qwen3_8b.sh", "--nodes", "2", "--rollout-nodes", "1", SLURM_EXPORT_ENV="NONE")
+    steps = [shlex.split(line) for line in lines if line.startswith("srun ")]
+    assert len(steps) == 4 and all("--export=ALL" in words for words in steps)
 
 
 def test_options_of_srun_are_read_as_a_shell_reads_them():

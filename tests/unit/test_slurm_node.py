@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -105,6 +106,15 @@ def test_a_node_without_the_interface_is_not_healthy(tmp_path, capsys, monkeypat
     assert "SRPO_INTERFACE = ib7: no such interface has an address; the node has " in capsys.readouterr().err
 
 
+def test_a_node_without_its_scratch_is_not_healthy_and_leaves_its_code(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    scratch = tmp_path / "file/scratch"
+    code = run(f"--record={tmp_path}/x", f"--scratch={scratch}", "--", "true", SLURMD_NODENAME="nodex")
+    assert code == 0 and (tmp_path / "x").read_text() == f"{exit_codes.UNHEALTHY}\n"
+    told = capfd.readouterr().err
+    assert f"nodex: SRPO_SCRATCH = {scratch}: nothing can be written there (Not a directory)" in told
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """A world of one rank."""
@@ -134,6 +144,24 @@ def test_gpus_that_are_not_there_are_counted(alone, capsys, monkeypatch):
     monkeypatch.setattr(health.torch.cuda, "device_count", lambda: 0)  # other tests have put the shim for CPUs there
     assert health.main(["--device=cuda", "--gpus=8", "--seconds=30"]) == exit_codes.UNHEALTHY
     assert "nodex: 0 GPUs are visible, 8 were expected" in capsys.readouterr().err
+
+
+def test_a_broken_gpu_and_a_lost_mount_are_problems_of_their_node_and_no_crash(alone, capsys, monkeypatch):
+    def broken(index):
+        if index == 1:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be …")
+        return 8, 8
+
+    def gone(folder):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", broken)
+    monkeypatch.setattr("shutil.disk_usage", gone)
+    assert health.main(["--device=cuda", "--gpus=2", "--disk=/scratch"]) == exit_codes.UNHEALTHY
+    told = capsys.readouterr().err
+    assert "GPU 1: CUDA error: uncorrectable ECC error encountered\n" in told and "GPU 0" not in told
+    assert "/scratch cannot be used: Stale file handle" in told
 
 
 def test_a_sum_that_comes_out_wrong_is_a_problem_of_the_network(alone, capsys, monkeypatch):

@@ -5,6 +5,7 @@ What the stand-ins cannot show, a real Slurm does: tests/slurm.
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_srpo.core import exit_codes
-from slurm.supervisor import CRASH_LOOP, CRASHED, outcome
+from slurm.supervisor import CRASH_LOOP, CRASHED, job_end, outcome
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/science/srpo_qwen3_8b.toml"
@@ -156,6 +157,21 @@ def test_a_crash_after_a_new_checkpoint_is_no_loop(attempt):
 
 def test_stopping_in_time_but_never_with_a_new_checkpoint_is_a_loop_too(attempt):
     assert [attempt(TRAIN="75 75")[0] for _ in range(3)] == [exit_codes.REQUEUE, exit_codes.REQUEUE, CRASH_LOOP]
+
+
+def test_an_element_of_an_array_asks_for_itself_and_not_for_the_whole_array(attempt, tmp_path):
+    attempt(TRAIN="75 75", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    assert (tmp_path / "run.requeues").read_text() == "requeue 7_3\n"
+
+
+def test_the_end_of_a_job_is_read_whatever_format_of_times_the_user_has(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(
+        '#!/bin/sh\n[ "$SLURM_TIME_FORMAT" = standard ] && echo 2026-01-02T03:04:05 || echo 5:00\n'
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert job_end("7") == datetime.datetime(2026, 1, 2, 3, 4, 5).timestamp()
 
 
 def test_the_request_to_stop_reaches_the_training_step(start):
