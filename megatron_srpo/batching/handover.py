@@ -46,7 +46,7 @@ class Handover:
         mean = math.fsum(self._recent) / self._patience
         self._waited = 0 if mean < self._lowest else self._waited + 1
         self._lowest = min(self._lowest, mean)
-        if self._waited == self._patience:
+        if self._waited >= self._patience:  # more, if a resumed run has less patience
             self.since = iteration + 1
 
     def state_dict(self) -> State:

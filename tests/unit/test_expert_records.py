@@ -135,6 +135,15 @@ def test_vllms_older_runner_is_refused_on_a_gpu_before_it_starts(tmp_path: Path,
         check_model(str(tmp_path), RolloutConfig(), 100, "cuda")
 
 
+def test_a_width_that_no_layer_has_need_not_be_divided_among_an_engines_ranks(tmp_path: Path):
+    folder = tmp_path / "config.json"
+    folder.write_text(json.dumps({**QWEN3_30B_A3B, "intermediate_size": 6145}))
+    check_model(str(tmp_path), RolloutConfig(tensor_parallel_size=2), 100, "cuda")
+    folder.write_text(json.dumps({**QWEN3_30B_A3B, "intermediate_size": 6145, "mlp_only_layers": [1]}))
+    with pytest.raises(RolloutError, match=r"intermediate_size \(6145\)"):
+        check_model(str(tmp_path), RolloutConfig(tensor_parallel_size=2), 100, "cuda")
+
+
 def test_a_response_without_experts_is_not_trained_in_silence():
     record = np.zeros((2, 1, 2), dtype=np.uint8)
     found = [Rollout(0, s, [5], [-1.0], "", "stop", 0, experts=record if s else None) for s in range(2)]

@@ -44,6 +44,13 @@ def test_a_gap_that_keeps_falling_and_one_that_is_noisy_around_a_fall_go_on():
     assert watch(Handover(config_of(distill_patience=6), {}), noisy)[-1] is None
 
 
+def test_a_run_that_is_resumed_with_less_patience_than_it_has_waited_hands_over():
+    patient = Handover(config_of(distill_patience=9), {})
+    assert watch(patient, [2.0] * 15)[-1] is None
+    resumed = Handover(config_of(distill_patience=3), json.loads(json.dumps(patient.state_dict())))
+    assert watch(resumed, [2.0], start=15) == [16]
+
+
 def test_iterations_without_a_gap_are_not_counted():
     handover = Handover(config_of(distill_patience=2), {})
     assert watch(handover, [2, 2, None, math.nan, None, 2, None, 2])[-2:] == [None, 8]
