@@ -70,12 +70,13 @@ def check_model(
             'lora.publish = "adapter": on a CPU, vLLM serves no adapters for models with experts. Set it to "auto" or '
             '"merged".'
         )
-    heads, groups, ffn = shape.heads, shape.groups, 0 if all(shape.expert_layers) else shape.ffn  # 0: no layer has it
+    heads, groups = shape.heads, shape.groups
+    ffn = 0 if all(shape.expert_layers) else shape.ffn  # 0: no layer has it
     if heads % size or ffn % size or (groups % size and size % groups):
+        divided = f"{heads} attention heads" + (f" and intermediate_size ({ffn})" if ffn else "")
         raise RolloutError(
-            f"rollout.tensor_parallel_size = {size} does not fit the model in {hf_dir}: it must divide the {heads} "
-            f"attention heads{f' and intermediate_size ({ffn})' if ffn else ''}, and divide the {groups} key-value heads or be a multiple "
-            "of them. Choose another."
+            f"rollout.tensor_parallel_size = {size} does not fit the model in {hf_dir}: it must divide the {divided}, "
+            f"and divide the {groups} key-value heads or be a multiple of them. Choose another."
         )
     if device != "cpu" and rollout.replay(shape.experts) == "rollout" and os.environ.get(V2_RUNNER) in ("0", "false"):
         raise RolloutError(
