@@ -26,6 +26,7 @@ from megatron_srpo.core.exit_codes import STOPPED, exit_words
 from megatron_srpo.core.records import Rollout
 from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
 from megatron_srpo.rollout import fleet as fleet_module
+from megatron_srpo.rollout import http
 from megatron_srpo.rollout.engine import decode_inside
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
 from megatron_srpo.rollout.http import BadAnswer, ServerError, UnacceptableRequest
@@ -368,6 +369,29 @@ def test_a_server_whose_health_check_is_refused_is_lost(stranger):
     wait_until(fleet, lambda: bool(said))
     assert said == ["server 0 is lost and waited for: /health: status 404"]
     assert len(generate(fleet, requests())) == 24
+
+
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again(monkeypatch):
+    """vLLM's server closes one that has been idle for 5 s. This one closes it when the second request arrives."""
+    assert http.IDLE_SECONDS < 5
+    monkeypatch.setattr(http, "IDLE_SECONDS", 0.0)
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.read(1)
+        writer.close()
+
+    async def call_twice() -> None:
+        server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+        url = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        client = http.HttpClient(url, "", request_timeout_s=PATIENCE, control_timeout_s=PATIENCE)
+        for _ in range(2):
+            assert await client.call("POST", "/generate") == {}
+        await client.close()
+        server.close()
+
+    asyncio.run(call_twice())
 
 
 class OneTurn:
