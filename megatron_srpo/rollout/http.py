@@ -9,7 +9,6 @@ from typing import Any
 
 import aiohttp
 
-
 # Idle connections are closed here before the server closes them, which vLLM's does after 5 s: a request on a connection
 # that is just being closed fails, and its server would count as lost.
 IDLE_SECONDS = 2.0

@@ -24,9 +24,8 @@ import pytest
 from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.core.exit_codes import STOPPED, exit_words
 from megatron_srpo.core.records import Rollout
-from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, http
 from megatron_srpo.rollout import fleet as fleet_module
-from megatron_srpo.rollout import http
 from megatron_srpo.rollout.engine import decode_inside
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
 from megatron_srpo.rollout.http import BadAnswer, ServerError, UnacceptableRequest
@@ -384,7 +383,7 @@ def test_a_connection_that_the_server_may_be_closing_is_not_used_again(monkeypat
 
     async def call_twice() -> None:
         server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
-        url = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         client = http.HttpClient(url, "", request_timeout_s=PATIENCE, control_timeout_s=PATIENCE)
         for _ in range(2):
             assert await client.call("POST", "/generate") == {}
