@@ -42,7 +42,7 @@ from megatron_srpo.config import (
 )
 from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.atomic import remove_leftovers
-from megatron_srpo.core.disk import disk_problem
+from megatron_srpo.core.disk import cure, disk_problem
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.core.installation import is_ours, missing_module
 from megatron_srpo.core.text import clause, visible
@@ -290,6 +290,8 @@ def report(
     from megatron_srpo.observe.curves import AXES
     from megatron_srpo.observe.report import plot_run
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"report: --out {out}: is a file; name a folder, which may not exist yet")
     if axis not in AXES:
         raise UserError(f"report: expected --axis {', '.join(AXES)}, got {axis}")
     found = [grid.read_run(folder) for folder in runs]
@@ -472,7 +474,7 @@ def message_for_user(error: BaseException) -> str | None:
         )
     problem = disk_problem(error)
     if problem:
-        return f"{clause(problem)}. Make room, or choose another run.output_dir."
+        return f"{clause(problem)}. {cure(problem)}, or choose another folder"
     if isinstance(error, ModuleNotFoundError) and not is_ours(error):
         return missing_module(error)
     if lost_rank(error):

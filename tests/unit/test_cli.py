@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -315,6 +316,21 @@ def test_report_draws_the_curves_of_a_run(tmp_path, capfd):
 def test_report_of_a_folder_without_metrics_is_refused(tmp_path, capfd):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "metrics.jsonl is not there" in capfd.readouterr().err
+
+
+def test_report_is_refused_a_place_that_is_no_folder(tmp_path, capfd):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "critic/score/mean": 0.5}\n')
+    assert cli.main(["report", str(tmp_path), "--out", str(file)]) == 2
+    assert f"report: --out {file}: is a file" in capfd.readouterr().err
+
+
+def test_a_disk_that_refuses_a_command_is_told_with_a_cure_that_fits():
+    full, closed = OSError(errno.ENOSPC, "No space left on device", "a"), PermissionError(13, "Permission denied", "a")
+    assert cli.message_for_user(full) == "a: No space left on device. Make room, or choose another folder"
+    assert cli.message_for_user(closed) == (
+        "a: Permission denied. Make the folder writable (its disk, mount and permissions), or choose another folder"
+    )
 
 
 @pytest.mark.parametrize(

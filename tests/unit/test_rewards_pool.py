@@ -330,6 +330,23 @@ def test_workers_that_are_killed_while_they_start_are_started_again_but_not_for_
         kill_the_newest()
 
 
+def test_a_worker_that_starts_too_slowly_on_a_busy_machine_does_not_end_a_run(pool):
+    def the_newest_is_too_slow() -> None:
+        newest = pool._workers[-1]
+        newest.ready, newest.deadline = False, 0.0
+        while newest in pool._workers:
+            pool._handle_events(wait=False)
+
+    the_newest_is_too_slow()
+    assert [reward.score for reward in pool.score(own("1", "0.5"))] == [1.0, 0.5]
+    while not all(worker.ready for worker in pool._workers):
+        pool._handle_events()
+    for _ in range(2):
+        the_newest_is_too_slow()
+    with pytest.raises(UserError, match=r"importing the reward functions takes more than 120 s.*reward\.workers"):
+        the_newest_is_too_slow()
+
+
 def test_an_unknown_kind_is_refused_before_training(pool):
     with pytest.raises(UserError, match=r"unknown reward kind 'mqc'. Did you mean 'mcq'"):
         RewardPool(RewardConfig(workers=1), ["mqc"])
