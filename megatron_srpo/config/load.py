@@ -9,7 +9,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -150,7 +150,7 @@ def load_config(
         raise ConfigError(
             listed(" + ".join([*map(str, paths), *(["the command line"] if overrides else [])]), problems)
         )
-    for note in [*_without_effect(given), *_idle_teacher_keys(config)]:
+    for note in [*_without_effect(given), *_idle_teacher_keys(config), *_idle_rollout_keys(config)]:
         tell(note)
     return config
 
@@ -217,6 +217,29 @@ def _idle_teacher_keys(config: Config) -> list[str]:
             f"({', '.join(modes)} would): no effect"
         )
     return notes
+
+
+# Keys of [rollout] that only servers use, and those of them that only servers of the run's own use.
+OF_OWN_SERVERS = ("num_servers", "server_host", "server_port", "server_devices")
+OF_SERVERS = (
+    *OF_OWN_SERVERS, "server_environment", "server_start_seconds", "server_timeout_seconds", "request_timeout_seconds",
+    "max_server_restarts", "weight_transfer", "in_flight",
+)  # fmt: skip
+
+
+def _idle_rollout_keys(config: Config) -> Iterator[str]:
+    """A line about settings of engines in another place, as above."""
+    rollout, idle = config.rollout, dict[str, tuple[str, ...]]()
+    if rollout.placement == "colocated":
+        idle['rollout.placement = "colocated"'] = OF_SERVERS
+    else:
+        idle['rollout.placement = "servers"'] = ("sleep_while_training",)
+        idle["rollout.servers"] = OF_OWN_SERVERS if rollout.servers else ()
+        idle["rollout.max_staleness = 0"] = () if rollout.max_staleness else ("in_flight",)  # nothing is in flight
+    for reason, keys in idle.items():
+        given = [key for key in keys if getattr(rollout, key) != type(rollout).model_fields[key].default]
+        if given:
+            yield f"note: {reason} does not use rollout.{', '.join(given)}: no effect"
 
 
 def _read_files(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:

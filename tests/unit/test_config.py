@@ -237,6 +237,35 @@ def test_keys_of_another_mode_of_the_teacher_are_told_once(minimal, overrides, e
     assert told == [f"note: teacher.mode = {text}" for text in expected]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["--rollout.in_flight", "abort", "--rollout.num_servers", "4"],
+            ['rollout.placement = "colocated" does not use rollout.num_servers, in_flight'],
+        ),
+        (
+            ["--rollout.placement", "servers", "--rollout.sleep_while_training", "true"],
+            ['rollout.placement = "servers" does not use rollout.sleep_while_training'],
+        ),
+        (
+            ["--rollout.placement", "servers", "--rollout.servers", '["http://a:1"]', "--rollout.server_port", "9"],
+            ["rollout.servers does not use rollout.server_port"],
+        ),
+        (
+            ["--rollout.placement", "servers", "--rollout.in_flight", "pause"],
+            ["rollout.max_staleness = 0 does not use rollout.in_flight"],
+        ),
+        (["--rollout.placement", "servers", "--rollout.in_flight", "pause", "--rollout.max_staleness", "1"], []),
+        (["--rollout.placement", "servers", "--rollout.num_servers", "4"], []),
+    ],
+)
+def test_keys_of_another_placement_of_the_engines_are_told_once(minimal, overrides, expected):
+    told = []
+    load_config(minimal, overrides, tell=told.append)
+    assert told == [f"note: {text}: no effect" for text in expected]
+
+
 def test_a_missing_file_names_its_neighbours(minimal):
     told = message(minimal.with_name("rum.toml"))
     assert "rum.toml: no such file" in told and "run.toml" in told
