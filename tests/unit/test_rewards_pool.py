@@ -45,6 +45,9 @@ def judge(response, answer, metadata):
         raise KeyError(rest)
     if word == "quit":
         sys.exit(3)
+    if word == "half":
+        print("x" * 500_000)
+        return 0.5
     if word == "print":
         print("x" * 1_000_000)
         print("y" * 1_000_000, file=sys.stderr)
@@ -213,6 +216,14 @@ def test_a_function_that_forks_has_one_result_and_the_next_ones_are_their_own(po
 def test_what_reward_functions_print_reaches_nobody(pool, capfd):
     assert [reward.error for reward in pool.score(own("print", "print", "1", "print"))][2] is None
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_function_that_prints_much_does_not_wait_until_the_driver_looks(pool):
+    pool.add(own("half"))
+    (busy,) = [worker for worker in pool._workers if worker.pending]
+    assert wait([busy.channel], 60)  # the driver generates meanwhile, and reads nothing
+    (reward,) = pool.finish()
+    assert (reward.score, reward.error) == (0.5, None)
 
 
 def test_workers_import_neither_torch_nor_the_engines_and_leave_no_core_files(pool):
