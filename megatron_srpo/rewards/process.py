@@ -29,8 +29,8 @@ SEND_SECONDS = 30.0  # limit for sending a chunk: an idle worker reads at once
 STOP_SECONDS = 1.0  # limit for workers to end by themselves
 LONGEST_MESSAGE = 2**20  # bytes; the limits of the texts keep a result far below it
 LAST_READS = 64  # of its output when it has ended: a process that it has started may print for ever
-# What a worker may print while the driver does other work and does not read it. One that prints more waits, and its task
-# may then take too long.
+# What a worker may print while the driver does other work and does not read it. One that prints more waits, and its
+# task may then take too long.
 PRINTED_BYTES = 2**20
 TAIL_BYTES = 2048  # how much of its last output is kept, for the message when the worker dies
 
