@@ -300,7 +300,7 @@ def report(
         print(plot_run(runs[0] / "metrics.jsonl", runs[0] / name, axis))
         return 0
     written = grid.write_report(found, out or Path(os.path.commonpath([run.absolute() for run in runs])), axis)
-    print(written[0].read_text())
+    print(written[0].read_text(encoding="utf-8"))
     print("\n".join(map(str, written)))
     return 0
 

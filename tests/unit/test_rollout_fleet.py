@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import mmap
 import os
 import queue
 import signal
@@ -534,6 +535,15 @@ def test_a_closed_fleet_leaves_no_process(fleet_of):
         processes += [child for process in processes for child in process.children(recursive=True)]
         assert len(processes) == 4
     assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
+
+
+def test_a_mapped_file_whose_name_is_no_text_does_not_end_the_watcher_of_a_server(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"\xff")
+    with open(path, "w+b") as file:
+        file.write(b"x" * mmap.PAGESIZE)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0):
+            assert isinstance(parent_watcher.shared_memory([os.getpid()]), set)
 
 
 def test_shared_memory_of_a_killed_server_is_removed(fleet_of, expected):
