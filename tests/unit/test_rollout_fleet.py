@@ -39,7 +39,7 @@ from megatron_srpo.rollout.vllm.server_process import (
     check_address,
     server_environment,
 )
-from megatron_srpo.rollout.vllm.servers import ServersEngine
+from megatron_srpo.rollout.vllm.servers import ServersEngine, Transfer
 from megatron_srpo.rollout.vllm.settings import EngineSettings
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 from tests.fake_server import answer, damaged, packed
@@ -567,6 +567,28 @@ def test_an_episode_that_failed_before_its_first_turn_has_no_age():
     assert engine._metrics == {"rollout/staleness_mean": 2.0, "rollout/staleness_max": 3}
     engine._mark_stale(rollouts[:1])
     assert engine._metrics == {"rollout/staleness_mean": 0.0, "rollout/staleness_max": 0}
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_server_that_was_restarted_during_a_publish_does_not_count_as_published(stranger, restarted):
+    """Its old process had loaded the weights. The new one has those of the folder, and waits for a publish of its own."""
+    fleet, client, _ = stranger
+    called: list[str] = []
+
+    async def call(method: str, path: str, **options: object) -> None:
+        called.append(path)
+
+    client.call = call
+    (server,) = fleet.servers
+    server.alive, server.version, server.losses = True, 0, int(restarted)
+    engine = ServersEngine.__new__(ServersEngine)
+    engine._fleet, engine._rollout, engine._verify = fleet, RolloutConfig(placement="servers"), False
+    engine._losses_at_join = {server.name: 0}
+    loaded: Future = Future()
+    loaded.set_result(None)
+    engine._transfer = Transfer("key", 7, [server], {}, {server.name: loaded})
+    engine._finish_transfer({})
+    assert (server.version, bool(called)) == ((0, False) if restarted else (7, True))
 
 
 def test_servers_inherit_what_engines_need_and_no_keys_but_what_the_user_names(monkeypatch):
