@@ -571,7 +571,7 @@ def test_an_episode_that_failed_before_its_first_turn_has_no_age():
 
 @pytest.mark.parametrize("restarted", [True, False])
 def test_a_server_that_was_restarted_during_a_publish_does_not_count_as_published(stranger, restarted):
-    """Its old process had loaded the weights. The new one has those of the folder, and waits for a publish of its own."""
+    """Its old process had loaded the weights. The new one has those of the folder, and waits for its own publish."""
     fleet, client, _ = stranger
     called: list[str] = []
 
