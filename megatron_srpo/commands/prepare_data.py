@@ -31,7 +31,7 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,7 @@ TOOLUSE_FORMAT = (
 )
 DOMAINS = ("biology", "chemistry", "material", "physics")
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "all")
+RESULTS = ("train.jsonl", "test.jsonl")
 READABLE = (".jsonl", ".ndjson", ".parquet", ".json", ".csv")
 ANSWERS = ("answer", "reward_model.ground_truth", "label", "ground_truth")  # where other projects have the answer
 KEPT = ("data_source", "extra_info", "metadata")  # what their reward functions read
@@ -137,14 +138,16 @@ def as_json(value: object, name: str) -> Any:
     raise Skip(f"{name!r} is {what}, which has no JSON form")
 
 
-def read_source(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of every row of a file, of all files in a folder, or of a data set saved by `datasets`."""
+def read_source(path: Path, results: Collection[Path] = ()) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every row of a file, of all files in a folder but `results` (absolute paths, which this or an
+    earlier conversion writes), or of a data set saved by `datasets`."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (looked from {Path.cwd()})")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _read_saved(path)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READABLE)
+        found = (file for file in path.rglob("*") if file.suffix.lower() in READABLE)
+        files = sorted(file for file in found if file.resolve() not in results)
         if not files:
             raise UserError(f"no {', '.join(READABLE)} files in {path}")
         for file in files:
@@ -349,7 +352,7 @@ class Wanted:
     replace: bool = False
 
     def __post_init__(self) -> None:
-        present = [name for name in ("train.jsonl", "test.jsonl") if (self.out / name).exists()]
+        present = [name for name in RESULTS if (self.out / name).exists()]
         if present and not self.replace:
             raise UserError(
                 f"--out {self.out}: has {' and '.join(present)} already; name another folder, or replace it: --replace"
@@ -383,7 +386,7 @@ def prepare(
     """Convert, drop duplicates, split, number, write, and say what was done."""
     main, held_out = Converted(), Converted()
     for converted, source in [*((main, one) for one in sources), *((held_out, one) for one in test_sources)]:
-        converted.add(read_source(source), convert)
+        converted.add(read_source(source, [wanted.out.resolve() / name for name in RESULTS]), convert)
     test, repeated_test = unique(held_out.rows)
     train, repeated = unique(main.rows, map(prompt_key, test))
     for given, part in ((sources, main), (test_sources, held_out)):
