@@ -108,13 +108,13 @@ def test_a_folder_is_searched_and_parquet_is_the_same_as_jsonl(tmp_path):
     assert mixed == plain
 
 
-def test_what_an_earlier_conversion_wrote_into_the_folder_is_no_source(tmp_path):
+@pytest.mark.parametrize("out", ["made", "."])
+def test_what_an_earlier_conversion_wrote_into_the_folder_is_no_source(tmp_path, out):
     write(tmp_path / "raw.jsonl", [{"prompt": f"q{number}", "answer": "1"} for number in range(10)])
     given = ("convert", tmp_path, "--kind", "exact", "--replace", "--test-size", 0)
-    for out in (tmp_path / "made", tmp_path):
-        for system in ("first", "second"):
-            train, _ = prepare(out, *given, "--system", system)
-            assert [row["system"] for row in train] == [system] * 10
+    for system in ("first", "second"):
+        train, _ = prepare(tmp_path / out, *given, "--system", system)
+        assert [row["system"] for row in train] == [system] * 10
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_rows(tmp_path):
