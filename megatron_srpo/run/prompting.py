@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_srpo.config import Config, read_model_folder
 from megatron_srpo.config.check import teacher_prompt_limit
-from megatron_srpo.core.environment import restarted
 from megatron_srpo.core.errors import ConfigError, nearest
+from megatron_srpo.core.restarts import begins_anew
 from megatron_srpo.core.text import clause
 from megatron_srpo.run.first_start import first_start
 
@@ -33,8 +33,9 @@ class Prompting:
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self._data = config.data
         if "strftime_now" in str(self.tokenizer.chat_template):  # the template writes today's date
-            anew = trains and not config.checkpoint.resume and not restarted()
-            day = first_start(Path(config.run.output_dir), anew=anew, keep=trains)
+            folder = Path(config.run.output_dir)
+            anew = trains and begins_anew(folder, resume=config.checkpoint.resume)
+            day = first_start(folder, anew=anew, keep=trains)
             options = {"strftime_now": day.strftime, **config.data.chat_template_kwargs}
             self._data = config.data.model_copy(update={"chat_template_kwargs": options})
         self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, self._data, 0)

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.core.restarts import note_begin
 from megatron_srpo.data import DataError, prompt_cache
 from megatron_srpo.rewards import RewardError
 from megatron_srpo.run import first_start
@@ -146,6 +147,7 @@ def test_a_template_that_writes_todays_date_keeps_that_of_the_first_start(prompt
     assert rendered() == "Today is 01 Mar 2026. a"
     anew = {"checkpoint": {"resume": False}}
     assert rendered(trains=False, **anew) == "Today is 01 Mar 2026. a"  # `check` and `eval` beside the run
+    note_begin(tmp_path / "out")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # after a fault the run goes on from its own checkpoint
     assert rendered(**anew) == "Today is 01 Mar 2026. a"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
