@@ -7,6 +7,7 @@ import errno
 import math
 import mmap
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -282,6 +283,21 @@ def test_a_start_that_fails_as_on_a_full_disk_is_tried_again(fleet_of, expected,
         assert generate(fleet, requests()) == expected
         assert fleet.restarted == 3
         assert said[1:] == ["server 0 is tried again in 0.01 s, it could not be started: " + FULL] * 2
+
+
+def test_a_restarted_server_that_ends_while_it_loads_is_tried_again(fleet_of, expected, full_disk):
+    """As an engine does while the device still has the memory of the one that was lost."""
+    with fleet_of(["die", "no start"], max_restarts=2) as (fleet, said):
+        assert generate(fleet, requests()) == expected
+        assert fleet.restarted == 2 and "tried again in 0.01 s, it could not be started: it ended with" in said[1]
+    left = pytest.raises(RolloutError, match=r"no rollout server is left: server 0: .*the model is too large")
+    with fleet_of(["die", "no start"], max_restarts=1) as (fleet, _), left:
+        generate(fleet, requests())
+
+
+def test_the_error_of_a_server_that_does_not_start_reaches_the_other_ranks():
+    sent = pickle.loads(pickle.dumps(fleet_module.StartFailed("server 0 did not start", "killed")))
+    assert (type(sent), str(sent), sent.ended) == (fleet_module.StartFailed, "server 0 did not start", "killed")
 
 
 def test_a_server_that_cannot_be_started_is_given_up_with_one_message(fleet_of, expected, full_disk):
