@@ -70,14 +70,14 @@ def evaluate(
     file for the responses, by default output_dir/eval/SPLIT.jsonl. It takes the first eval.max_prompts prompts, or all
     if that is 0. The layout must be that of one rank. `as_teacher`: the model is shown the data's own solutions, as the
     self-teacher is; the file is then SPLIT-taught.jsonl."""
-    from megatron_srpo.run.cli import check_run, make_folder, no_solutions, run_alone
+    from megatron_srpo.run.cli import check_place, check_run, no_solutions, run_alone
 
     if as_teacher and (problem := no_solutions(config)):
         raise UserError(f"evaluate(as_teacher=True): {problem}")
     check_run(config, splits=(split,))
     name = f"{split}-taught.jsonl" if as_teacher else f"{split}.jsonl"
     file = Path(responses) if responses else Path(config.run.output_dir) / "eval" / name
-    make_folder(file.parent)
+    check_place(file)
     run_alone()
     from megatron_srpo.run import launch
 

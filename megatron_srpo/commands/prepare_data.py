@@ -31,7 +31,7 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,9 +63,11 @@ TOOLUSE_FORMAT = (
 )
 DOMAINS = ("biology", "chemistry", "material", "physics")
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "all")
+RESULTS = ("train.jsonl", "test.jsonl")
 READABLE = (".jsonl", ".ndjson", ".parquet", ".json", ".csv")
 ANSWERS = ("answer", "reward_model.ground_truth", "label", "ground_truth")  # where other projects have the answer
 KEPT = ("data_source", "extra_info", "metadata")  # what their reward functions read
+LONGEST_FIELD = 2**31 - 1  # characters of a value in a csv file; Python's own limit is 131,072
 LONGEST_CALL_SEQUENCE = 5  # ToolAlpaca's own limit for training instances
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split("\n\n")[0], rich_markup_mode=None)
@@ -136,14 +138,16 @@ def as_json(value: object, name: str) -> Any:
     raise Skip(f"{name!r} is {what}, which has no JSON form")
 
 
-def read_source(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of every row of a file, of all files in a folder, or of a data set saved by `datasets`."""
+def read_source(path: Path, results: Collection[Path] = ()) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every row of a file, of all files in a folder but `results` (absolute paths, which this or an
+    earlier conversion writes), or of a data set saved by `datasets`."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (looked from {Path.cwd()})")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _read_saved(path)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READABLE)
+        found = (file for file in path.rglob("*") if file.suffix.lower() in READABLE)
+        files = sorted(file for file in found if file.resolve() not in results)
         if not files:
             raise UserError(f"no {', '.join(READABLE)} files in {path}")
         for file in files:
@@ -161,9 +165,13 @@ def read_source(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a table with a header. Every value is text; an empty one counts as missing."""
+    csv.field_size_limit(LONGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, strict=True)
+            twice = [name for name, count in Counter(rows.fieldnames or ()).items() if name and count > 1]
+            if twice:
+                raise UserError(f"{path}: has the column {twice[0]!r} more than once; rename one of them")
             for record in rows:
                 if None in record or None in record.values():
                     yield f"{path}:{rows.line_num}", ValueError("more or fewer values than the header has")
@@ -344,7 +352,7 @@ class Wanted:
     replace: bool = False
 
     def __post_init__(self) -> None:
-        present = [name for name in ("train.jsonl", "test.jsonl") if (self.out / name).exists()]
+        present = [name for name in RESULTS if (self.out / name).exists()]
         if present and not self.replace:
             raise UserError(
                 f"--out {self.out}: has {' and '.join(present)} already; name another folder, or replace it: --replace"
@@ -362,8 +370,14 @@ class Wanted:
         if self.test_size is None:
             return round(count * (0.1 if self.test_fraction is None else self.test_fraction))
         if self.test_size >= count:
-            raise UserError(f"--test-size {self.test_size} leaves nothing to train on: there are {count} rows")
+            raise UserError(self.leaves_nothing(count))
         return self.test_size
+
+    def leaves_nothing(self, count: int) -> str:
+        """The complaint about a test split that takes all rows; those with the same prompt are not divided."""
+        given = f"--test-fraction {self.test_fraction}" if self.test_size is None else f"--test-size {self.test_size}"
+        there = "there is 1 row" if count == 1 else f"there are {count} rows, and those with one prompt stay together"
+        return f"{given} leaves nothing to train on: {there}; give a smaller one, or --test-source"
 
 
 def prepare(
@@ -372,7 +386,7 @@ def prepare(
     """Convert, drop duplicates, split, number, write, and say what was done."""
     main, held_out = Converted(), Converted()
     for converted, source in [*((main, one) for one in sources), *((held_out, one) for one in test_sources)]:
-        converted.add(read_source(source), convert)
+        converted.add(read_source(source, [wanted.out.resolve() / name for name in RESULTS]), convert)
     test, repeated_test = unique(held_out.rows)
     train, repeated = unique(main.rows, map(prompt_key, test))
     for given, part in ((sources, main), (test_sources, held_out)):
@@ -382,7 +396,10 @@ def prepare(
     if not train:
         raise UserError(f"all {repeated} rows are in the test split as well: nothing is left to train on")
     if not test_sources:
-        train, test = split(train, wanted.test_rows(len(train)), wanted.seed)
+        count = len(train)
+        train, test = split(train, wanted.test_rows(count), wanted.seed)
+        if not train:
+            raise UserError(wanted.leaves_nothing(count))
     for row_number, row in enumerate([*train, *test]):
         row["idx"] = row_number
     splits = {name: [{"idx": row["idx"], **row} for row in rows] for name, rows in (("train", train), ("test", test))}

@@ -243,7 +243,8 @@ def _cut(text: str, limit: int) -> str:
     """The text as a terminal may show it. A long one keeps its beginning and its end, where the answer usually is."""
     if limit and len(text) > limit:
         kept = limit // 2
-        text = f"{text[:kept]}\n[… {len(text) - 2 * kept} characters: --characters 0 shows them …]\n{text[-kept:]}"
+        end = text[len(text) - kept :]
+        text = f"{text[:kept]}\n[… {len(text) - 2 * kept} characters: --characters 0 shows them …]\n{end}"
     return visible(text)
 
 

@@ -231,6 +231,7 @@ def _idle_keys(config: Config) -> list[str]:
     cases = (
         (colocated, 'rollout.placement = "colocated"', rollout, "rollout", ANY_SERVERS),
         (not colocated, 'rollout.placement = "servers"', rollout, "rollout", ("sleep_while_training",)),
+        (not colocated and not rollout.max_staleness, "rollout.max_staleness = 0", rollout, "rollout", ("in_flight",)),
         (bool(rollout.servers) and not colocated, "a run with rollout.servers", rollout, "rollout", STARTED_SERVERS),
         (not config.environment.classes, "a run without environment.classes", config.environment, "environment",
          of_episodes),

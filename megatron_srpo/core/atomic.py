@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what a file system answers that does not know an operation
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|replaced)-\d+(\.\w+)?")
 
 
@@ -91,7 +92,7 @@ def _exchange(one: Path, other: Path) -> bool:
     if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    if number in UNABLE:
         return False
     raise OSError(number, os.strerror(number), str(other))
 
@@ -132,9 +133,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    """Wait until a file's bytes, or a folder's entries, are on the disk. Some file systems (of object stores) cannot do
+    it for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNABLE or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -59,8 +60,9 @@ class OutputLog:
     def close(self) -> None:
         """Close the file. It may be called again."""
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            file, self._file = self._file, None
+            with suppress(OSError):  # NFS tells of a full disk here, and has closed it all the same
+                os.close(file)
 
 
 def rank_log(output_dir: str, room: Room, rank: int, warn: Callable[[str], None]) -> OutputLog:

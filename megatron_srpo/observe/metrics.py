@@ -8,6 +8,7 @@ there is room again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -133,7 +134,10 @@ class JsonlWriter:
                 self._waiting.popleft()
         except OSError as error:
             self._warn(f"{self._path}: {len(self._waiting)} lines could not be written ({error})")
-        self._close_file()
+        try:
+            self._close_file()
+        except OSError as error:
+            self._warn(f"{self._path}: the last lines may be lost ({error})")
 
     def _append(self, line: bytes) -> None:
         """Write the whole `line`, or nothing of it."""
@@ -151,20 +155,23 @@ class JsonlWriter:
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, end)
-            self._close_file()
+            with contextlib.suppress(OSError):
+                self._close_file()
             raise
 
     def _is_there(self, file: int) -> bool:
         """Whether the path still names the open file. A folder that is deleted keeps open files writable, unseen."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(file))
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):  # NFS: another host has deleted it
+                return False
+            raise
 
     def _close_file(self) -> None:
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            file, self._file = self._file, None  # a close that fails, as on NFS, has closed it all the same
+            os.close(file)
 
     def _report(self, error: OSError) -> None:
         if not self._failing:

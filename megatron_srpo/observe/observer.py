@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_srpo.config import Config
+from megatron_srpo.core.errors import nearest
 from megatron_srpo.core.protocols import State
 from megatron_srpo.core.records import Group
 from megatron_srpo.observe.metrics import METRICS_FILE, JsonlWriter
@@ -26,7 +27,7 @@ class Observer:
     """
 
     def __init__(self, config: Config, *, start_step: int = 0, decode: Decode = lambda ids: "") -> None:
-        self._watches, self._decode = watches(config), decode
+        self._watches, self._decode, self._checkpoint = watches(config), decode, config.checkpoint
         self._progress = open_progress(
             config.observe.progress, name=config.run.name, total=config.run.iterations, start=start_step
         )
@@ -48,11 +49,27 @@ class Observer:
         self._jsonl.log(step, metrics)
         self._trackers.log(step, metrics)
         self._progress.update(step, metrics)
+        self._look_for_best(step, metrics)
         for watch in self._watches:
             told = watch.look(metrics)
             if told is not None:
                 text, is_warning = told
                 (self.warn if is_warning else self.message)(f"iteration {step}: {text}")
+
+    def _look_for_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn at the first checkpoint if nothing measures what the best one is chosen by."""
+        name = self._checkpoint.keep_best.removeprefix("-")
+        if not name or not self._checkpoint.every or step % self._checkpoint.every:
+            return
+        if name.startswith("eval/") and not any(found.startswith("eval/") for found in metrics):
+            return  # this evaluation was stopped
+        if name not in metrics:
+            self.warn(
+                f'checkpoint.keep_best = "{self._checkpoint.keep_best}": this run measures no such metric.'
+                f"{nearest(name, metrics)} The best checkpoint is removed when it is not among the newest "
+                f"{self._checkpoint.keep} any more"
+            )
+        self._checkpoint = self._checkpoint.model_copy(update={"keep_best": ""})  # it is told once
 
     def state_dict(self) -> State:
         """JSON-able: what later records are judged by."""

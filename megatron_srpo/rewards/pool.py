@@ -20,7 +20,7 @@ from megatron_srpo.config import RewardConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.output_log import OutputLog
 from megatron_srpo.core.records import Reward
-from megatron_srpo.rewards.process import STOP_SECONDS, WorkerProcess
+from megatron_srpo.rewards.process import START_SECONDS, STOP_SECONDS, WorkerProcess
 from megatron_srpo.rewards.registry import PREDICTION_IS_ANSWER
 from megatron_srpo.rewards.worker import Result, Setup, Task
 
@@ -87,12 +87,14 @@ class RewardPool:
         self._workers: list[WorkerProcess] = []
         self._batch = _Batch()
         self._failed_starts = 0  # in a row
+        self._was_up = False  # whether all workers have started once
         self._finalizer = weakref.finalize(self, _end_all, self._workers, os.getpid())  # also runs at exit
         try:
             for _ in range(config.workers):
                 self._start()
             while not all(worker.ready for worker in self._workers):
                 self._handle_events()
+            self._was_up = True
         except BaseException:
             self.close()
             raise
@@ -208,8 +210,16 @@ class RewardPool:
 
     def _on_timeout(self, worker: WorkerProcess) -> None:
         self._remove(worker).kill()
-        if not worker.ready:
-            raise UserError("a reward worker did not start: importing the reward functions takes too long")
+        if not worker.ready:  # later the machine may be busy for a while, which is no reason to end a run
+            self._failed_starts += 1
+            if self._failed_starts == FAILED_STARTS or not self._was_up:
+                raise UserError(
+                    f"a reward worker did not start: importing the reward functions takes more than {START_SECONDS:g} "
+                    "s. Import less at the beginning of their module, or lower reward.workers, which import at the "
+                    "same time"
+                )
+            self._start()
+            return
         first, *rest = worker.pending
         seconds = self._config.timeout_seconds
         self._settle(first, Result(error=f"time-out after {seconds:g} s (reward.timeout_seconds)"))

@@ -6,6 +6,7 @@ memory (models, engines) is not duplicated, its threads and locks are not copied
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -28,6 +29,9 @@ SEND_SECONDS = 30.0  # limit for sending a chunk: an idle worker reads at once
 STOP_SECONDS = 1.0  # limit for workers to end by themselves
 LONGEST_MESSAGE = 2**20  # bytes; the limits of the texts keep a result far below it
 LAST_READS = 64  # of its output when it has ended: a process that it has started may print for ever
+# What a worker may print while the driver does other work and does not read it. One that prints more waits, and its
+# task may then take too long.
+PRINTED_BYTES = 2**20
 TAIL_BYTES = 2048  # how much of its last output is kept, for the message when the worker dies
 
 _PROGRAM = (
@@ -63,6 +67,8 @@ class WorkerProcess:
         assert self._process.stdout is not None
         self.output: IO[bytes] = self._process.stdout
         os.set_blocking(self.output.fileno(), False)
+        with suppress(OSError):  # a system may allow less
+            fcntl.fcntl(self.output, fcntl.F_SETPIPE_SZ, PRINTED_BYTES)
         self.channel.settimeout(SEND_SECONDS)
         with suppress(OSError):  # it died at once, which reading its channel will show
             self.channel.sendall(encode(setup))

@@ -31,6 +31,14 @@ T = TypeVar("T")
 ServerT = TypeVar("ServerT", bound="Server")
 
 
+class StartFailed(RolloutError):
+    """The process of a server has ended before it answered; `ended` says how."""
+
+    def __init__(self, text: str, ended: str = "") -> None:  # pickled for the other ranks, it is made of its text
+        super().__init__(text)
+        self.ended = ended
+
+
 class ServerClient(Protocol):
     """What the fleet asks of a server. Calls raise ServerError, or UnacceptableRequest. Time-outs are in seconds."""
 
@@ -216,7 +224,7 @@ class Fleet(Generic[ServerT]):
                     process.start()
                 elif ended:
                     cure = "Choose another rollout.server_port" if process.port_was_taken() else "See its log"
-                    raise RolloutError(f"{server.name} did not start: {clause(ended)}. {cure}")
+                    raise StartFailed(f"{server.name} did not start: {clause(ended)}. {cure}", ended)
             try:
                 server.world_size = await server.client.world_size(timeout=5)
                 # What we did not start may have the weights of an earlier run; ours has just loaded the folder.
@@ -268,18 +276,20 @@ class Fleet(Generic[ServerT]):
 
     async def _restart(self, server: ServerT) -> None:
         """Start a lost server again, and wait until it answers. A start that fails (a full disk, no memory) is tried
-        again, and counts as a restart."""
+        again, and counts as a restart. So is one whose process ends while it loads, as where the device still has the
+        memory of the lost one."""
         while not server.alive:
             try:
                 if server.process is not None:
                     await asyncio.to_thread(server.process.stop)
                     server.process.start()
                 await self._until_up(server)
-            except RolloutError as error:
-                server.trouble = str(error)
-                return self._give_up(server, f": {error}")
             except Exception as error:  # any: requests would wait for ever for a server that is neither up nor gone
-                server.trouble = f"it could not be started: {str(error) or type(error).__name__}"
+                if isinstance(error, RolloutError) and not isinstance(error, StartFailed):
+                    server.trouble = str(error)
+                    return self._give_up(server, f": {error}")
+                why = error.ended if isinstance(error, StartFailed) else str(error) or type(error).__name__
+                server.trouble = f"it could not be started: {why}"
                 if server.restarts >= self._max_restarts:
                     return self._give_up(server, f", {server.trouble}")
                 server.restarts += 1

@@ -9,6 +9,10 @@ from typing import Any
 
 import aiohttp
 
+# Idle connections are closed here before the server closes them, which vLLM's does after 5 s: a request on a connection
+# that is just being closed fails, and its server would count as lost.
+IDLE_SECONDS = 2.0
+
 
 class ServerError(Exception):
     """No usable answer: the server is dead, hangs, is broken or too slow. Another may answer the same request."""
@@ -53,7 +57,8 @@ class HttpClient:
         """The bytes of the answer. Raises ServerError, and UnacceptableRequest for a status 4xx."""
         if self._session is None:
             # trust_env stays off: a proxy of the environment is not meant for our own servers.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self._headers)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         limit = aiohttp.ClientTimeout(total=timeout or self._control_timeout)
         try:
             async with self._session.request(

@@ -245,7 +245,8 @@ def joined(begun: Rollout | None, part: Rollout) -> Rollout:
         part, token_ids=begun.token_ids + part.token_ids, logprobs=begun.logprobs + part.logprobs,
         weight_version=begun.weight_version, token_versions=versions if versions[0] != versions[-1] else None,
         trained=np.zeros(0, dtype=bool), drafted=begun.drafted + part.drafted, accepted=begun.accepted + part.accepted,
-        experts=None if part.experts is None else experts_of_turns([_experts(begun), _experts(part)]),
+        experts=None if part.experts is None or begun.experts is None  # rollout.routing_replay was changed meanwhile
+        else experts_of_turns([_experts(begun), _experts(part)]),
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ class Batch:
     prompts: list[Prompt]
     requests: list[GenerateRequest]
     loader_state: dict[str, Any]  # from before the batch was drawn: a resumed run draws it again
+    epoch: int  # of the loader after the draw
     answers: Future[list[Rollout]]
     started: float  # seconds, monotonic
     done: float = 0.0
@@ -88,6 +89,7 @@ class Prefetcher:
         self._depth, self._next, self._total, self._on_rollout = batches, start, total, on_rollout
         self._batches: deque[Batch] = deque()
         self._metrics: dict[str, float] = {}
+        self._epoch: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -96,7 +98,8 @@ class Prefetcher:
 
     @property
     def epoch(self) -> int:
-        return self._loader.epoch
+        """Of the last batch that was generated: the loader is ahead of it."""
+        return self._loader.epoch if self._epoch is None else self._epoch
 
     def next_batch(self) -> list[Prompt]:
         if not self._batches:
@@ -119,6 +122,7 @@ class Prefetcher:
         while self._next < self._total and len(self._batches) <= self._depth:
             self._begin()
         batch = self._batches.popleft()
+        self._epoch = batch.epoch
         asked = time.monotonic()
         rollouts = self._engine.collect(batch.answers)
         taken = max(batch.done - batch.started, 1e-9)
@@ -140,7 +144,7 @@ class Prefetcher:
         requests = self._requests(prompts, self._next, 0)
         # Rewards are computed when the batch is collected, because an evaluation may come in between.
         answers = self._engine.submit(requests, self._sampling, self._on_rollout)
-        batch = Batch(prompts, requests, state, answers, time.monotonic())
+        batch = Batch(prompts, requests, state, self._loader.epoch, answers, time.monotonic())
         answers.add_done_callback(lambda _: setattr(batch, "done", time.monotonic()))
         self._batches.append(batch)
         self._next += 1

@@ -32,6 +32,7 @@ from megatron_srpo import __version__
 from megatron_srpo.commands import TOOLS
 from megatron_srpo.config import (
     Config,
+    ParallelConfig,
     contradictions,
     listed,
     load_config,
@@ -41,7 +42,7 @@ from megatron_srpo.config import (
 )
 from megatron_srpo.core import exit_codes, streams
 from megatron_srpo.core.atomic import remove_leftovers
-from megatron_srpo.core.disk import disk_problem
+from megatron_srpo.core.disk import cure, disk_problem
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.core.installation import is_ours, missing_module
 from megatron_srpo.core.text import clause, visible
@@ -75,6 +76,7 @@ class CommandLineError(Protocol):
 
 
 SPLITS = ("train", "test")
+FLAGS = ("--as-teacher", "--json", "--help")  # options without a value of the commands that take overrides
 TOOL_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # they end a tool in tools/ in the same way as Ctrl-C
 ConfigFiles = Annotated[
     list[Path], typer.Argument(metavar="CONFIG...", help="The run's TOML file, or several; keys of later files win.")
@@ -152,7 +154,7 @@ def evaluate(
     if hf is not None:
         overrides += ["--model.path", str(hf)]
     if "RANK" not in os.environ:
-        overrides += one_process(overrides)
+        overrides += one_process(load_config(config, overrides), overrides)
     if "eval.max_prompts" not in named_keys(overrides):
         overrides += ["--eval.max_prompts", "0"]
     settings = load_config(config, overrides)
@@ -161,7 +163,7 @@ def evaluate(
     check_run(settings, splits=(split,))
     run = (checkpoint and run_of(checkpoint)) or Path(settings.run.output_dir)
     file = responses or run / "eval" / f"{split}{'-taught' if as_teacher else ''}.jsonl"
-    make_folder(file.parent)
+    check_place(file)
     run_alone()
     from megatron_srpo.run import launch
 
@@ -288,6 +290,8 @@ def report(
     from megatron_srpo.observe.curves import AXES
     from megatron_srpo.observe.report import plot_run
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"report: --out {out}: is a file; name a folder, which may not exist yet")
     if axis not in AXES:
         raise UserError(f"report: expected --axis {', '.join(AXES)}, got {axis}")
     found = [grid.read_run(folder) for folder in runs]
@@ -296,7 +300,7 @@ def report(
         print(plot_run(runs[0] / "metrics.jsonl", runs[0] / name, axis))
         return 0
     written = grid.write_report(found, out or Path(os.path.commonpath([run.absolute() for run in runs])), axis)
-    print(written[0].read_text())
+    print(written[0].read_text(encoding="utf-8"))
     print("\n".join(map(str, written)))
     return 0
 
@@ -371,15 +375,14 @@ def run_alone() -> None:
     )
 
 
-def one_process(given: Sequence[str]) -> list[str]:
-    """Overrides that reduce the layout to one process. Keys that the user has set keep their value."""
-    layout = {
-        "parallel.tensor_model_parallel_size": "1",
-        "parallel.pipeline_model_parallel_size": "1",
-        "parallel.sequence_parallel": "false",
-        "rollout.tensor_parallel_size": "1",
-    }
+def one_process(config: Config, given: Sequence[str]) -> list[str]:
+    """Overrides that reduce the layout of `config` to one process, whose packed rows have the same size. Keys that the
+    user has `given` keep their value."""
+    layout = {f"parallel.{name}": "1" for name in ParallelConfig.model_fields if name.endswith("_parallel_size")}
+    layout |= {"parallel.sequence_parallel": "false", "rollout.tensor_parallel_size": "1"}
     named = named_keys(given)
+    if "parallel.context_parallel_size" not in named:
+        layout["train.max_tokens_per_gpu"] = str(config.row_budget)
     return [part for key, value in layout.items() if key not in named for part in (f"--{key}", value)]
 
 
@@ -404,9 +407,16 @@ def no_solutions(config: Config) -> str:
     )
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of the responses before anything is generated. UserError if it cannot be written."""
+def check_place(file: Path) -> None:
+    """Make the folder of the responses before anything is generated. UserError if they cannot be written there, or if
+    something else than a file has their name, which would have to make room for them."""
+    folder = file.parent
     try:
+        if file.exists() and not file.is_file():
+            raise UserError(
+                f"eval: --responses {file}: {'is a folder' if file.is_dir() else 'is no regular file'}; expected the "
+                f"name of a file, for example {file / 'test.jsonl' if file.is_dir() else 'test.jsonl'}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         problem = "" if os.access(folder, os.W_OK | os.X_OK) else "this user may not write there"
     except OSError as error:
@@ -429,7 +439,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     while rest:
         token = rest.pop(0)
         hydra = re.fullmatch(r"\+{0,2}([a-z_]\w*(\.\w+)+=.*)", token, re.DOTALL)
-        if hydra and not (own and own[-1].startswith("--")):
+        if hydra and not (own and _awaits_value(own[-1])):
             overrides.append(f"--{hydra[1]}")
             continue
         if not re.match(r"--[^=]*\.", token):
@@ -439,6 +449,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in token and rest and not rest[0].startswith("--"):
             overrides.append(rest.pop(0))
     return own, overrides
+
+
+def _awaits_value(token: str) -> bool:
+    """Whether the next argument is the value of this one."""
+    return token.startswith("--") and "=" not in token and token not in FLAGS
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -459,7 +474,7 @@ def message_for_user(error: BaseException) -> str | None:
         )
     problem = disk_problem(error)
     if problem:
-        return f"{clause(problem)}. Make room, or choose another run.output_dir."
+        return f"{clause(problem)}. {cure(problem)}, or choose another folder"
     if isinstance(error, ModuleNotFoundError) and not is_ours(error):
         return missing_module(error)
     if lost_rank(error):

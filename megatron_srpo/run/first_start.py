@@ -11,9 +11,9 @@ from megatron_srpo.core.atomic import atomic_write
 FILE = "first_start"
 
 
-def first_start(folder: Path, *, anew: bool) -> datetime:
-    """The time of the first start of the run in `folder`, which is now if nothing is kept there, or with `anew`. It is
-    kept in a file of the folder, if the folder exists."""
+def first_start(folder: Path, *, anew: bool, keep: bool) -> datetime:
+    """The time of the first start of the run in `folder`, which is now if nothing is kept there, or with `anew`. With
+    `keep` it is kept in a file of the folder, if the folder exists."""
     file = folder / FILE
     if not anew:
         try:
@@ -21,6 +21,6 @@ def first_start(folder: Path, *, anew: bool) -> datetime:
         except (OSError, ValueError):
             pass
     now = datetime.now().replace(microsecond=0)
-    if folder.is_dir():
+    if keep and folder.is_dir():
         atomic_write(file, now.isoformat() + "\n", durable=True)
     return now

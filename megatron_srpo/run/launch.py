@@ -40,11 +40,13 @@ def train(config: Config, lock: OutputLock | None = None) -> int:
         return code
 
 
-def _open_role(config: Config, session: Session, splits: tuple[str, ...], closing: ExitStack) -> Role:
+def _open_role(
+    config: Config, session: Session, splits: tuple[str, ...], closing: ExitStack, *, trains: bool
+) -> Role:  # fmt: skip
     from megatron_srpo.run.roles import Driver, Follower
 
     def build() -> Role:
-        return Driver(config, splits=splits) if session.control.is_driver else Follower(config)
+        return Driver(config, splits=splits, trains=trains) if session.control.is_driver else Follower(config)
 
     role = session.control.everywhere(build)
     closing.callback(role.close)
@@ -57,7 +59,7 @@ def _train(config: Config, session: Session, closing: ExitStack, lock: OutputLoc
     from megatron_srpo.trainer import Trainer
 
     control = session.control
-    role = _open_role(config, session, ("train", "test") if config.eval.every else ("train",), closing)
+    role = _open_role(config, session, ("train", "test") if config.eval.every else ("train",), closing, trains=True)
     scorer = build_scorer(config, session, role, closing)
     stop = StopRequest(speaks=control.is_driver)
     watchdog = Watchdog(60 * config.run.watchdog_minutes, rank=session.topology.rank)
@@ -163,7 +165,7 @@ def measure(
         from megatron_srpo.run.generation import Evaluator
 
         control = session.control
-        role = _open_role(config, session, (split,), closing)
+        role = _open_role(config, session, (split,), closing, trains=False)
         scorer = build_scorer(config, session, role, closing)
         plain = control.share(lambda: role.prompts(split))
         prompts = control.share(lambda: role.taught_prompts(split)) if taught else plain
@@ -180,14 +182,13 @@ def measure(
         prompts, chosen = chosen_prompts(prompts, config.eval, split)
         role.log.message(chosen)
         timer = PhaseTimer(Watchdog(0).phase)
-        metrics = Evaluator(config, engine, prompts, scorer, keep=partial(_write_responses, responses))(timer)
+        keep = partial(_write_responses, responses, role.log.message)
+        metrics = Evaluator(config, engine, prompts, scorer, keep=keep)(timer)
         if taught:
             uids = {prompt.uid for prompt in prompts}
             same = [prompt for prompt in plain if prompt.uid in uids]
             untaught = Evaluator(config, engine, same, scorer)(timer)
             metrics |= {"eval/accuracy_untaught": untaught["eval/accuracy"]} if control.is_driver else {}
-        if control.is_driver:
-            role.log.message(f"the responses are in {responses}")
     return metrics
 
 
@@ -210,15 +211,23 @@ def _require_same_adapters(config: Config, folder: Path | None) -> None:
         )
 
 
-def _write_responses(file: Path, groups: Sequence[Group]) -> None:
+def _write_responses(file: Path, say: Callable[[str], None], groups: Sequence[Group]) -> None:
+    """Write them, and tell where they are. If the disk does not take them this is told too, and the metrics of an
+    evaluation that may have taken hours are not lost with them."""
     from megatron_srpo.core.atomic import atomic_write, set_aside
     from megatron_srpo.observe.rollouts import evaluated_record
 
-    if file.exists():
-        set_aside(file)
     lines = (json.dumps(evaluated_record(group), ensure_ascii=False) for group in groups)
-    text = "".join(line + "\n" for line in lines)
-    atomic_write(file, text.encode("utf-8", "backslashreplace").decode())
+    text = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace").decode()
+    try:
+        if file.exists():
+            set_aside(file)
+        atomic_write(file, text)
+    except OSError as error:
+        problem = disk_problem(error, writing=True) or str(error)
+        say(f"warning: the responses could not be written to {file}: {clause(problem)}; the metrics are complete")
+    else:
+        say(f"the responses are in {file}")
 
 
 def _evaluated_weights(config: Config, session: Session, folder: Path | None) -> Iterable:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_srpo.config import Config, read_model_folder
 from megatron_srpo.config.check import teacher_prompt_limit
 from megatron_srpo.core.errors import ConfigError, nearest
+from megatron_srpo.core.restarts import begins_anew
 from megatron_srpo.core.text import clause
 from megatron_srpo.run.first_start import first_start
 
@@ -22,16 +23,19 @@ OWN = ("<answer>", "</answer>", "<think>", "</think>", "<tool_call>", "</tool_ca
 
 
 class Prompting:
-    """Tokenizer, prompts and teacher prompts."""
+    """Tokenizer, prompts and teacher prompts. `trains`: of a training run, which keeps the date of its first start for
+    itself and for evaluations."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, trains: bool = False) -> None:
         from megatron_srpo.data import TeacherPromptBuilder, load_tokenizer
 
         self._config = config
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self._data = config.data
         if "strftime_now" in str(self.tokenizer.chat_template):  # the template writes today's date
-            day = first_start(Path(config.run.output_dir), anew=not config.checkpoint.resume)
+            folder = Path(config.run.output_dir)
+            anew = trains and begins_anew(folder, resume=config.checkpoint.resume)
+            day = first_start(folder, anew=anew, keep=trains)
             options = {"strftime_now": day.strftime, **config.data.chat_template_kwargs}
             self._data = config.data.model_copy(update={"chat_template_kwargs": options})
         self.teacher_prompt = TeacherPromptBuilder(self.tokenizer, config.teacher, self._data, 0)

@@ -68,12 +68,12 @@ class Role(Protocol):
 class Driver:
     """Rank 0."""
 
-    def __init__(self, config: Config, *, splits: tuple[str, ...]) -> None:
+    def __init__(self, config: Config, *, splits: tuple[str, ...], trains: bool = True) -> None:
         from megatron_srpo.run.prompting import Prompting
 
         self._config = config
         self.log: Log = _ConsoleLog()
-        self._prompting = Prompting(config)
+        self._prompting = Prompting(config, trains=trains)
         self._prompts = {split: self._prompting.prompts(split, self.log.message) for split in splits}
         self._loaders = [self._loader(prompts) for split, prompts in self._prompts.items() if split == "train"]
         self._histories: Histories = PromptHistories() if config.algorithm.needs.history else NoHistories()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import suppress
+import stat
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -126,6 +128,23 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     with atomic_folder(tmp_path / "hf") as aside:
         (aside / "weights").touch()
     assert synced == [("weights", False), (aside.name, False), (tmp_path.name, True)]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
+def test_a_folder_is_written_where_the_file_system_cannot_sync_folders_but_not_where_that_fails(
+    tmp_path, monkeypatch, number
+):
+    fsync = os.fsync
+
+    def of_files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    with pytest.raises(OSError) if number == errno.EIO else nullcontext(), atomic_folder(tmp_path / "made") as aside:
+        (aside / "file").write_text("x")
+    assert (tmp_path / "made" / "file").exists() == (number != errno.EIO)
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):

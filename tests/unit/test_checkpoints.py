@@ -298,20 +298,37 @@ def test_a_run_that_starts_anew_sets_an_earlier_ones_checkpoints_aside(tmp_path)
         assert restored(run) is None and run.last is None
         run.save(["p"], 1, {}, {}, last=True)
         assert names(run.root) == ["latest", "step_00000001"]
-    assert names(tmp_path) == ["checkpoints", "checkpoints.previous.1", "checkpoints.previous.2"]
+    assert names(tmp_path) == ["begun_by", "checkpoints", "checkpoints.previous.1", "checkpoints.previous.2"]
     assert find_latest(tmp_path / "checkpoints.previous.1").name == "step_00000080"
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restart_goes_on_also_where_the_start_was_to_be_anew(tmp_path, monkeypatch, variable):
-    saved(tmp_path, 1)
+    run = checkpoints(tmp_path, checkpoint={"resume": False})
+    assert restored(run) is None
+    run.save(["p"], 1, {}, {}, last=True)
     monkeypatch.setenv(variable, "1")
     assert restored(checkpoints(tmp_path, checkpoint={"resume": False}))[0] == 1
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_of_a_run_that_had_not_begun_does_not_go_on_with_an_earlier_run(tmp_path, monkeypatch, variable):
+    """Its first start was lost before it had set the earlier run's checkpoints aside."""
+    saved(tmp_path, 70)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    restored(checkpoints(tmp_path, checkpoint={"resume": False}))  # of an earlier job, which began and saved nothing
+    saved(tmp_path, 80)
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    monkeypatch.setenv(variable, "1")
+    run = checkpoints(tmp_path, checkpoint={"resume": False})
+    assert restored(run) is None
+    run.save(["p"], 1, {}, {}, last=True)
+    assert restored(checkpoints(tmp_path, checkpoint={"resume": False}))[0] == 1  # now it had begun
+
+
 def test_a_first_run_has_nothing_to_set_aside(tmp_path):
     assert restored(checkpoints(tmp_path, checkpoint={"resume": False})) is None
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["begun_by"]
 
 
 def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):

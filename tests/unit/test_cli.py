@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -184,6 +185,18 @@ def test_eval_without_torchrun_folds_the_layout_into_one_process(run_file, launc
     assert responses.parent.is_dir()
 
 
+def test_eval_without_torchrun_folds_every_size_of_the_layout(run_file, launch, capfd):
+    sizes = {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    sizes |= {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    lines = "".join(f"{name} = {size}\n" for name, size in sizes.items())
+    text = run_file.read_text().replace("[parallel]\n", f"[parallel]\n{lines}")
+    run_file.write_text(text + "\n[train]\nmax_tokens_per_gpu = 16\n")  # rows of 32 tokens, which the teacher needs
+    assert cli.main(["eval", str(run_file), "--checkpoint", "x"]) == 0, capfd.readouterr().err
+    layout = launch.calls[0][1].parallel.model_dump()
+    assert {size for name, size in layout.items() if name.endswith("_size")} == {1}
+    assert launch.calls[0][1].row_budget == 32
+
+
 def test_eval_as_teacher_needs_solutions_and_writes_a_file_of_its_own(run_file, launch, capsys):
     asked = ["eval", str(run_file), "--checkpoint", "some/run", "--as-teacher"]
     assert cli.main(asked) == 2 and "data.solution_key" in capsys.readouterr().err
@@ -208,6 +221,14 @@ def test_eval_takes_all_prompts_unless_the_command_line_limits_them(run_file, la
 def test_eval_refuses_a_place_for_responses_that_cannot_be_written(run_file, launch, capfd):
     assert cli.main(["eval", str(run_file), "--checkpoint", "x", "--responses", f"{run_file}/a.jsonl"]) == 2
     assert "the responses cannot be written to" in capfd.readouterr().err and launch.calls == []
+
+
+@pytest.mark.parametrize("place", ["a_folder", "a_pipe"])
+def test_eval_replaces_nothing_but_a_file_by_its_responses(run_file, launch, tmp_path, capfd, place):
+    (tmp_path / "a_folder").mkdir()
+    os.mkfifo(tmp_path / "a_pipe")
+    assert cli.main(["eval", str(run_file), "--checkpoint", "x", "--responses", str(tmp_path / place)]) == 2
+    assert f"--responses {tmp_path / place}" in capfd.readouterr().err and launch.calls == []
 
 
 def test_eval_under_torchrun_keeps_the_layout(run_file, launch, monkeypatch):
@@ -297,6 +318,21 @@ def test_report_of_a_folder_without_metrics_is_refused(tmp_path, capfd):
     assert "metrics.jsonl is not there" in capfd.readouterr().err
 
 
+def test_report_is_refused_a_place_that_is_no_folder(tmp_path, capfd):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "critic/score/mean": 0.5}\n')
+    assert cli.main(["report", str(tmp_path), "--out", str(file)]) == 2
+    assert f"report: --out {file}: is a file" in capfd.readouterr().err
+
+
+def test_a_disk_that_refuses_a_command_is_told_with_a_cure_that_fits():
+    full, closed = OSError(errno.ENOSPC, "No space left on device", "a"), PermissionError(13, "Permission denied", "a")
+    assert cli.message_for_user(full) == "a: No space left on device. Make room, or choose another folder"
+    assert cli.message_for_user(closed) == (
+        "a: Permission denied. Make the folder writable (its disk, mount and permissions), or choose another folder"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -359,6 +395,13 @@ def test_hydras_spelling_is_an_override_and_a_key_of_another_project_names_ours(
     assert '--actor_rollout_ref.rollout.n "8": no such key; the nearest is rollout.n_samples_per_prompt' in told
     assert "the nearest is checkpoint.every" in told
     assert cli.split_overrides(["eval", "--hf", "a.b=c"])[0] == ["eval", "--hf", "a.b=c"]
+    assert cli.split_overrides(["eval", "--hf=a", "b.c=d"]) == (["eval", "--hf=a"], ["--b.c=d"])
+    commands = typer.main.get_command(cli.app).commands
+    found = (p for name in ("train", "eval", "check", "serve", "plan") for p in commands[name].params)
+    flags = {parameter.opts[0] for parameter in found if getattr(parameter, "is_flag", False)}
+    assert flags | {"--help"} == set(cli.FLAGS)
+    for flag in cli.FLAGS:
+        assert cli.split_overrides(["eval", flag, "b.c=d"]) == (["eval", flag], ["--b.c=d"])
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
+from megatron_srpo import data
+from megatron_srpo.commands.compare_logits import _tokens
 from megatron_srpo.comparison.trace import EMBEDDING, HEAD, Trace, compare
 
 
@@ -35,6 +39,14 @@ def test_a_fault_before_the_first_layer_and_one_after_the_last_are_told_apart():
     late.logprobs += 1
     assert compare(trace(), early, [1e-3] * 4).where == EMBEDDING
     assert compare(trace(), late, [1e-3] * 4).where == HEAD
+
+
+def test_blank_lines_of_a_file_of_prompts_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"vocab_size": 200}')
+    (tmp_path / "prompts.txt").write_text("a\n\nb\n")
+    tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
+    monkeypatch.setattr(data, "tokenizer_from", lambda folder: tokenizer)
+    assert _tokens(tmp_path, [], tmp_path / "prompts.txt", [])[0] == [[97], [98]]
 
 
 def test_nan_is_the_worst_of_all():

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_srpo.config import Config
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.core.restarts import note_begin
 from megatron_srpo.data import DataError, prompt_cache
 from megatron_srpo.rewards import RewardError
 from megatron_srpo.run import first_start
@@ -20,14 +21,14 @@ BLIND = "{% for message in messages if message.role == 'user' %}{{ message.conte
 def prompting(tmp_path):
     """Makes the driver's prompting from rows, with the tiny model's tokenizer or one with another template."""
 
-    def make(rows, template=None, **sections):
+    def make(rows, template=None, trains=True, **sections):
         model = make_tiny_model(tmp_path / "model")
         if template:
             (model / "chat_template.jinja").write_text(template)
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps({"answer": "1", "kind": "exact", **row}) + "\n" for row in rows))
         data = {"train": str(file), **sections.pop("data", {})}
-        return Prompting(Config(model={"path": str(model)}, data=data, **sections))
+        return Prompting(Config(model={"path": str(model)}, data=data, **sections), trains=trains)
 
     return make
 
@@ -133,8 +134,8 @@ def test_a_template_that_writes_todays_date_keeps_that_of_the_first_start(prompt
     monkeypatch.setattr(first_start, "datetime", Clock)
     (tmp_path / "out").mkdir()
 
-    def rendered(**sections):
-        made = prompting([{"prompt": "a"}], DATED, run={"output_dir": str(tmp_path / "out")}, **sections)
+    def rendered(*, trains=True, **sections):
+        made = prompting([{"prompt": "a"}], DATED, trains=trains, run={"output_dir": str(tmp_path / "out")}, **sections)
         (prompt,) = made.prompts("train", print)
         shown = made.tokenizer.decode(made.teacher_prompt(prompt, "s", None).ids)
         text = made.tokenizer.decode(prompt.token_ids)
@@ -144,7 +145,20 @@ def test_a_template_that_writes_todays_date_keeps_that_of_the_first_start(prompt
     assert rendered() == "Today is 01 Mar 2026. a"
     Clock.today = datetime.datetime(2026, 3, 2, 12)
     assert rendered() == "Today is 01 Mar 2026. a"
-    assert rendered(checkpoint={"resume": False}) == "Today is 02 Mar 2026. a"
+    anew = {"checkpoint": {"resume": False}}
+    assert rendered(trains=False, **anew) == "Today is 01 Mar 2026. a"  # `check` and `eval` beside the run
+    note_begin(tmp_path / "out")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # after a fault the run goes on from its own checkpoint
+    assert rendered(**anew) == "Today is 01 Mar 2026. a"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert rendered(**anew) == "Today is 02 Mar 2026. a"
+
+
+def test_only_a_training_run_keeps_the_date_of_its_first_start(prompting, tmp_path):
+    (tmp_path / "out").mkdir()
+    for trains in (False, True):
+        prompting([{"prompt": "a"}], DATED, trains=trains, run={"output_dir": str(tmp_path / "out")})
+        assert (tmp_path / "out" / first_start.FILE).exists() == trains
 
 
 def test_an_answer_tag_that_is_a_special_token_is_told_because_no_reward_would_see_it(prompting):

@@ -61,10 +61,17 @@ def test_an_evaluation_says_which_prompts_it_takes():
 def test_the_responses_of_an_evaluation_are_kept_and_earlier_ones_are_set_aside(tmp_path):
     file = tmp_path / "test.jsonl"
     for score in (0.0, 1.0):
-        launch._write_responses(file, answers(0, ("I say B", "B", score), ("\ud800", None, 0.0)))
+        launch._write_responses(file, print, answers(0, ("I say B", "B", score), ("\ud800", None, 0.0)))
     record = json.loads(file.read_text())
     assert (record["responses"][0], record["predictions"], record["scores"]) == ("I say B", ["B", None], [1.0, 0.0])
     assert json.loads((tmp_path / "test.previous.1.jsonl").read_text())["scores"] == [0.0, 0.0]
+
+
+def test_responses_that_the_disk_does_not_take_cost_no_metrics(tmp_path):
+    told: list[str] = []
+    launch._write_responses(tmp_path / "absent" / "test.jsonl", told.append, answers(0, ("B", "B", 1.0)))
+    (line,) = told
+    assert line.startswith("warning: the responses could not be written to") and "No such file" in line
 
 
 def test_the_first_of_equally_frequent_answers_is_the_majority():

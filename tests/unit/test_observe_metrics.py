@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 
 import numpy as np
@@ -116,6 +118,42 @@ def test_lines_that_wait_are_tried_once_more_at_the_end(tmp_path, small_disk):
     log.close()
     small_disk(None)
     assert "1 lines could not be written" in said[-1]
+
+
+def test_a_file_whose_close_fails_as_on_nfs_is_opened_again(tmp_path, monkeypatch):
+    """NFS tells of a full quota when a file is closed, which closes it all the same."""
+    said, close = [], os.close
+    log = writer(tmp_path / "m.jsonl", said)
+    log.log(1, {"a": 1.0})
+
+    def failing(number):
+        close(number)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    (tmp_path / "m.jsonl").rename(tmp_path / "moved")  # the open file is closed at the next line
+    monkeypatch.setattr(os, "close", failing)
+    log.log(2, {"a": 2.0})
+    monkeypatch.setattr(os, "close", close)
+    log.log(3, {"a": 3.0})
+    assert [line["step"] for line in lines(tmp_path / "m.jsonl")] == [2, 3]
+    monkeypatch.setattr(os, "close", failing)
+    log.close()
+    assert "Disk quota exceeded" in said[-1]
+
+
+def test_a_file_that_another_host_has_deleted_is_made_again(tmp_path, monkeypatch):
+    said, fstat = [], os.fstat
+    log = writer(tmp_path / "m.jsonl", said)
+    log.log(1, {"a": 1.0})
+
+    def stale(number):
+        monkeypatch.setattr(os, "fstat", fstat)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "fstat", stale)
+    log.log(2, {"a": 2.0})
+    assert [line["step"] for line in lines(tmp_path / "m.jsonl")] == [1, 2]
+    assert said == [f"{tmp_path / 'm.jsonl'} was deleted or replaced; it is continued with this line"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_warning(tmp_path):

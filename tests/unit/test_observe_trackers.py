@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from megatron_srpo.config import Config, DataConfig, ModelConfig, ObserveConfig, RolloutConfig, RunConfig
+from megatron_srpo.config.schema import CheckpointConfig
 from megatron_srpo.observe import Observer
 from megatron_srpo.observe.trackers import Trackers, WeightsAndBiases
 from tests.wandb_records import offline_steps
@@ -200,6 +201,25 @@ def test_teacher_prompts_that_do_not_fit_or_are_cut_are_told_when_they_are_more_
     assert said[0].startswith("warning: iteration 3: 100% of the attempts that a teacher should have taught")
     assert said[2].startswith("warning: iteration 3: 100% of the teacher prompts were too long")
     assert "Raise teacher.max_prompt_length" in said[0] and "2% of the teacher prompts do not fit now" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        ("eval/acuracy", [": this run measures no such metric. The nearest known name is 'eval/accuracy'"]),
+        ("-critic/score/mean", []),
+    ],
+)
+def test_a_metric_of_the_best_checkpoint_that_is_not_measured_is_told_once(tmp_path, capsys, best, expected):
+    config = config_of(tmp_path)
+    observer = Observer(config.model_copy(update={"checkpoint": CheckpointConfig(every=2, keep_best=best)}))
+    for step in (1, 2, 3, 4):
+        observer.log(step, {"critic/score/mean": 0.5} | ({"eval/accuracy": 0.5} if step % 2 == 0 else {}))
+    observer.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert [f'warning: checkpoint.keep_best = "{best}"{text}' for text in expected] == [
+        line.partition(". The best")[0] for line in told
+    ]
 
 
 def test_wandb_has_the_steps_as_its_axis():

@@ -108,6 +108,15 @@ def test_a_folder_is_searched_and_parquet_is_the_same_as_jsonl(tmp_path):
     assert mixed == plain
 
 
+@pytest.mark.parametrize("out", ["made", "."])
+def test_what_an_earlier_conversion_wrote_into_the_folder_is_no_source(tmp_path, out):
+    write(tmp_path / "raw.jsonl", [{"prompt": f"q{number}", "answer": "1"} for number in range(10)])
+    given = ("convert", tmp_path, "--kind", "exact", "--replace", "--test-size", 0)
+    for system in ("first", "second"):
+        train, _ = prepare(tmp_path / out, *given, "--system", system)
+        assert [row["system"] for row in train] == [system] * 10
+
+
 def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_rows(tmp_path):
     rows = [science(number) for number in range(60)]
     forward = write(tmp_path / "f.jsonl", rows)
@@ -245,6 +254,10 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
     (tmp_path / "s.xlsx").write_text("")
     empty = write(tmp_path / "e.jsonl", [{"q": "z"}])
     nothing = write(tmp_path / "n.jsonl", [])
+    twins = write(
+        tmp_path / "t.jsonl", [{"prompt": "x", "answer": "y", "kind": "exact", "system": one} for one in ("a", "b")]
+    )
+    (tmp_path / "twice.csv").write_text("prompt,answer,answer\nx,right,wrong\n")
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "object.json").write_text('{\n"a": 1}')
     out = ["--out", tmp_path / "out"]
@@ -269,6 +282,12 @@ def test_a_users_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys):
         (["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-size", 5, *out], "leaves nothing"),
         (["convert", source, "--test-size", 1, "--test-fraction", 0.5, *out], "give one"),
         (["convert", source, "--test-fraction", 1.5, *out], "--test-fraction"),
+        (
+            ["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-fraction", 0.9, *out],
+            "--test-fraction 0.9 leaves nothing to train on: there is 1 row",
+        ),
+        (["convert", twins, "--test-size", 1, *out], "--test-size 1 leaves nothing to train on: there are 2 rows"),
+        (["convert", tmp_path / "twice.csv", *out], "has the column 'answer' more than once"),
         (["convert", tmp_path / "s.xlsx", *out], "pandas writes them"),
         (["convert", source, "--map", "prompt=q,answer=a", "--kind", "k", "--test-size", -1, *out], "0 or more"),
         (["convert", source, "--keep", "level,dataset", *out], "--keep: dataset would overwrite"),
@@ -432,6 +451,12 @@ def test_rows_of_verl_and_slime_are_read_with_what_their_reward_functions_need(t
     slime = write(tmp_path / "slime.jsonl", [{"prompt": "2 + 2?", "label": "4", "metadata": {"level": 1}}])
     train, _ = prepare(tmp_path / "s", "convert", slime, "--kind", "math", "--test-size", 0)
     assert (train[0]["answer"], train[0]["metadata"]) == ("4", {"level": 1})
+
+
+def test_a_long_value_in_a_csv_file_is_read(tmp_path):
+    (tmp_path / "t.csv").write_text(f"prompt,answer\n{'x' * 300_000},4\n")
+    train, _ = prepare(tmp_path / "out", "convert", tmp_path / "t.csv", "--kind", "exact", "--test-size", 0)
+    assert len(train[0]["prompt"]) == 300_000
 
 
 def test_csv_rows_are_text_and_a_row_of_another_length_is_counted(tmp_path, capsys):

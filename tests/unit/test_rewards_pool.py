@@ -45,6 +45,9 @@ def judge(response, answer, metadata):
         raise KeyError(rest)
     if word == "quit":
         sys.exit(3)
+    if word == "half":
+        print("x" * 500_000)
+        return 0.5
     if word == "print":
         print("x" * 1_000_000)
         print("y" * 1_000_000, file=sys.stderr)
@@ -215,6 +218,14 @@ def test_what_reward_functions_print_reaches_nobody(pool, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_function_that_prints_much_does_not_wait_until_the_driver_looks(pool):
+    pool.add(own("half"))
+    (busy,) = [worker for worker in pool._workers if worker.pending]
+    assert wait([busy.channel], 60)  # the driver generates meanwhile, and reads nothing
+    (reward,) = pool.finish()
+    assert (reward.score, reward.error) == (0.5, None) and busy in pool._workers  # no other one had to try again
+
+
 def test_workers_import_neither_torch_nor_the_engines_and_leave_no_core_files(pool):
     assert [reward.score for reward in pool.score(own("imports", "imports"))] == [0.0, 0.0]
     assert pool.score(own("limits"))[0].feedback == "0"
@@ -328,6 +339,23 @@ def test_workers_that_are_killed_while_they_start_are_started_again_but_not_for_
         kill_the_newest()
     with pytest.raises(UserError, match=r"ended while it imported the reward functions \(killed by SIGKILL\)"):
         kill_the_newest()
+
+
+def test_a_worker_that_starts_too_slowly_on_a_busy_machine_does_not_end_a_run(pool):
+    def the_newest_is_too_slow() -> None:
+        newest = pool._workers[-1]
+        newest.ready, newest.deadline = False, 0.0
+        while newest in pool._workers:
+            pool._handle_events(wait=False)
+
+    the_newest_is_too_slow()
+    assert [reward.score for reward in pool.score(own("1", "0.5"))] == [1.0, 0.5]
+    while not all(worker.ready for worker in pool._workers):
+        pool._handle_events()
+    for _ in range(2):
+        the_newest_is_too_slow()
+    with pytest.raises(UserError, match=r"importing the reward functions takes more than 120 s.*reward\.workers"):
+        the_newest_is_too_slow()
 
 
 def test_an_unknown_kind_is_refused_before_training(pool):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import mmap
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -24,7 +26,7 @@ import pytest
 from megatron_srpo.config import Config, RolloutConfig
 from megatron_srpo.core.exit_codes import STOPPED, exit_words
 from megatron_srpo.core.records import Rollout
-from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings
+from megatron_srpo.rollout import GenerateRequest, RolloutError, SamplingSettings, http
 from megatron_srpo.rollout import fleet as fleet_module
 from megatron_srpo.rollout.engine import decode_inside
 from megatron_srpo.rollout.fleet import ATTEMPTS, Fleet, Server
@@ -38,7 +40,7 @@ from megatron_srpo.rollout.vllm.server_process import (
     check_address,
     server_environment,
 )
-from megatron_srpo.rollout.vllm.servers import ServersEngine
+from megatron_srpo.rollout.vllm.servers import ServersEngine, Transfer
 from megatron_srpo.rollout.vllm.settings import EngineSettings
 from megatron_srpo.rollout.vllm.token_middleware import TOKEN_VARIABLE
 from tests.fake_server import answer, damaged, packed
@@ -283,6 +285,21 @@ def test_a_start_that_fails_as_on_a_full_disk_is_tried_again(fleet_of, expected,
         assert said[1:] == ["server 0 is tried again in 0.01 s, it could not be started: " + FULL] * 2
 
 
+def test_a_restarted_server_that_ends_while_it_loads_is_tried_again(fleet_of, expected, full_disk):
+    """As an engine does while the device still has the memory of the one that was lost."""
+    with fleet_of(["die", "no start"], max_restarts=2) as (fleet, said):
+        assert generate(fleet, requests()) == expected
+        assert fleet.restarted == 2 and "tried again in 0.01 s, it could not be started: it ended with" in said[1]
+    left = pytest.raises(RolloutError, match=r"no rollout server is left: server 0: .*the model is too large")
+    with fleet_of(["die", "no start"], max_restarts=1) as (fleet, _), left:
+        generate(fleet, requests())
+
+
+def test_the_error_of_a_server_that_does_not_start_reaches_the_other_ranks():
+    sent = pickle.loads(pickle.dumps(fleet_module.StartFailed("server 0 did not start", "killed")))
+    assert (type(sent), str(sent), sent.ended) == (fleet_module.StartFailed, "server 0 did not start", "killed")
+
+
 def test_a_server_that_cannot_be_started_is_given_up_with_one_message(fleet_of, expected, full_disk):
     with fleet_of(["die"], [], max_restarts=2) as (fleet, said):
         full_disk(2)
@@ -368,6 +385,29 @@ def test_a_server_whose_health_check_is_refused_is_lost(stranger):
     wait_until(fleet, lambda: bool(said))
     assert said == ["server 0 is lost and waited for: /health: status 404"]
     assert len(generate(fleet, requests())) == 24
+
+
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again(monkeypatch):
+    """vLLM's server closes one that has been idle for 5 s. This one closes it when the second request arrives."""
+    assert http.IDLE_SECONDS < 5
+    monkeypatch.setattr(http, "IDLE_SECONDS", 0.0)
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.read(1)
+        writer.close()
+
+    async def call_twice() -> None:
+        server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        client = http.HttpClient(url, "", request_timeout_s=PATIENCE, control_timeout_s=PATIENCE)
+        for _ in range(2):
+            assert await client.call("POST", "/generate") == {}
+        await client.close()
+        server.close()
+
+    asyncio.run(call_twice())
 
 
 class OneTurn:
@@ -513,6 +553,15 @@ def test_a_closed_fleet_leaves_no_process(fleet_of):
     assert psutil.wait_procs(processes, timeout=PATIENCE)[1] == []
 
 
+def test_a_mapped_file_whose_name_is_no_text_does_not_end_the_watcher_of_a_server(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"\xff")
+    with open(path, "w+b") as file:
+        file.write(b"x" * mmap.PAGESIZE)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0):
+            assert isinstance(parent_watcher.shared_memory([os.getpid()]), set)
+
+
 def test_shared_memory_of_a_killed_server_is_removed(fleet_of, expected):
     with fleet_of(["shared memory"]) as (fleet, _):
         process = fleet.servers[0].process
@@ -534,6 +583,28 @@ def test_an_episode_that_failed_before_its_first_turn_has_no_age():
     assert engine._metrics == {"rollout/staleness_mean": 2.0, "rollout/staleness_max": 3}
     engine._mark_stale(rollouts[:1])
     assert engine._metrics == {"rollout/staleness_mean": 0.0, "rollout/staleness_max": 0}
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_server_that_was_restarted_during_a_publish_does_not_count_as_published(stranger, restarted):
+    """Its old process had loaded the weights. The new one has those of the folder, and waits for its own publish."""
+    fleet, client, _ = stranger
+    called: list[str] = []
+
+    async def call(method: str, path: str, **options: object) -> None:
+        called.append(path)
+
+    client.call = call
+    (server,) = fleet.servers
+    server.alive, server.version, server.losses = True, 0, int(restarted)
+    engine = ServersEngine.__new__(ServersEngine)
+    engine._fleet, engine._rollout, engine._verify = fleet, RolloutConfig(placement="servers"), False
+    engine._losses_at_join = {server.name: 0}
+    loaded: Future = Future()
+    loaded.set_result(None)
+    engine._transfer = Transfer("key", 7, [server], {}, {server.name: loaded})
+    engine._finish_transfer({})
+    assert (server.version, bool(called)) == ((0, False) if restarted else (7, True))
 
 
 def test_servers_inherit_what_engines_need_and_no_keys_but_what_the_user_names(monkeypatch):

@@ -27,7 +27,7 @@ from megatron_srpo.rollout import (
     request_seed,
     under_way,
 )
-from megatron_srpo.rollout.partial import versions_of
+from megatron_srpo.rollout.partial import joined, versions_of
 from megatron_srpo.run.engines import build_engine
 from megatron_srpo.run.generation import GroupGenerator, Requests
 from megatron_srpo.run.partial import PartialFollower, PartialGenerator
@@ -229,6 +229,13 @@ def test_a_shorter_limit_than_a_response_under_way_is_refused():
         pytest.fail("nothing is under way: this test shows nothing")
     with pytest.raises(UserError, match="max_response_length = 9: the checkpoint has a response under way of"):
         shorter.load_state_dict(state)
+
+
+def test_parts_whose_experts_nobody_recorded_make_a_response_without_experts():
+    """rollout.routing_replay was changed between two starts: `require_experts` then tells the cure."""
+    begun, part = (Rollout(0, 0, [1, 2], [-1.0, -1.0], "", "part", version) for version in (0, 1))
+    part.experts = np.zeros((6, 1, 1), np.uint8)
+    assert joined(begun, part).experts is None and joined(part, begun).experts is None
 
 
 # ---- with a real engine ----------------------------------------------------------------------------------------------

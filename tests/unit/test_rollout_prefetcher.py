@@ -111,6 +111,16 @@ def test_the_rest_is_the_engines_and_the_loaders_own():
     assert metrics["rollout/generation_seconds"] > 0
 
 
+def test_the_epoch_is_that_of_the_batch_that_trains():
+    loader = Loader()
+    ahead = Prefetcher(Engine(), loader, requests, SAMPLING, batches=2, start=0, total=9)
+    for iteration in range(4):
+        prompts = ahead.next_batch()
+        loader.epoch = 10 * (iteration + 3)  # of the batch that is begun now, two iterations before it trains
+        ahead.generate(requests(prompts, iteration, 0), SAMPLING)
+        assert ahead.epoch == (3 if iteration == 0 else 30 if iteration < 3 else 40)
+
+
 def test_a_response_that_comes_early_is_handed_on_at_once():
     early: list[int] = []
     ahead = Prefetcher(

@@ -67,6 +67,7 @@ def test_long_texts_keep_their_end_and_control_characters_are_escaped(tmp_path, 
     text = shown(capsys, file, "--characters", 20)
     assert "begin" in text and "\\x1b[2Jend" in text and "\x1b[2J" not in text and "x" * 50 not in text
     assert "x" * 100 in shown(capsys, file, "--characters", 0)
+    assert "xxx" not in shown(capsys, file, "--characters", 1)
     assert "train:1" in shown(capsys, file, "--wrong", "--prompts", 9)
 
 

@@ -44,7 +44,7 @@ def shared_memory(members: list[int]) -> set[str]:
     found: set[str] = set()
     for member in members:
         with suppress(OSError):
-            found.update(SHARED_MEMORY.findall(Path(f"/proc/{member}/maps").read_text()))
+            found.update(SHARED_MEMORY.findall(Path(f"/proc/{member}/maps").read_text(errors="replace")))
     return found
 
 
@@ -67,7 +67,7 @@ def end_session(blocks: set[str]) -> None:
 
 def _is_zombie(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
 

@@ -397,7 +397,7 @@ class ServersEngine:
             except (RuntimeError, ServerError, UnacceptableRequest) as error:
                 self._lose(server, f"its workers did not join for the weights: {error}")
         self._call_all(transfer.servers, lambda server: server.client.call("POST", "/start_weight_update"))
-        transfer.servers = [server for server in transfer.servers if server.alive and self._has_joined(server)]
+        transfer.servers = list(filter(self._is_of_the_publish, transfer.servers))
         adapters = self._settings.adapters
         section = None if adapters is None else adapters.model_dump()
         body = {"update_info": {"report": transfer.key, "verify": self._verify, "adapters": section}}
@@ -436,6 +436,11 @@ class ServersEngine:
         """Whether the workers of its current process have joined a group with us."""
         return self._losses_at_join.get(server.name) == server.losses
 
+    def _is_of_the_publish(self, server: VllmServer) -> bool:
+        """Whether it answers with the process that takes part. One that was restarted meanwhile waits for a publish of
+        its own: it has the weights of its folder."""
+        return server.alive and self._has_joined(server)
+
     def _finish_transfer(self, failed: dict[str, str]) -> None:
         """Check that every server has loaded all weights, and let it continue."""
         transfer = self._transfer
@@ -447,14 +452,13 @@ class ServersEngine:
             calls = [server.client.call("POST", "/finish_weight_update") for server in transfer.servers]
             self._fleet.run(results_or_errors(calls))
             raise
-        done = [server for server in transfer.servers if server.alive]
+        done = list(filter(self._is_of_the_publish, transfer.servers))
         body = {"weight_version": str(transfer.version)}
         self._call_all(done, lambda server: server.client.call("POST", "/finish_weight_update", body=body))
         self._call_all(done, lambda server: server.client.call("POST", "/reset_prefix_cache"))
         self._call_all(done, lambda server: server.client.call("POST", "/resume"))
-        for server in done:
-            if server.alive:
-                server.version = transfer.version
+        for server in filter(self._is_of_the_publish, done):
+            server.version = transfer.version
         fleet = self._fleet
         fleet.loop.call_soon_threadsafe(fleet.pump)
 
