@@ -35,7 +35,7 @@ def check_step(job: Job) -> Step:
 
     How many ranks an engine has is not known before: here each engine node has one.
     """
-    overrides = (*trainer_overrides(job), *_placement(job, job.ranks_per_node))
+    overrides = (*job.overrides, *_placement(job, job.ranks_per_node))
     command = (*job.python, "-m", "slurm.settings", str(job.world_size), *job.files, *overrides)
     return _step(job, "check of the configuration", job.nodes[:1], command, ())
 
@@ -80,16 +80,11 @@ def server_urls(job: Job, engine_ranks: int) -> list[str]:
 
 
 def train_step(job: Job, engine_ranks: int) -> Step:
-    overrides = (*trainer_overrides(job), *_placement(job, engine_ranks))
+    overrides = (*job.overrides, *_placement(job, engine_ranks))
     port = job.port + 1
     command = _torchrun(job, job.training_nodes, port, "megatron_srpo", "train", *job.files, *overrides)
     logged = (f"--output={job.logs}/node-%n.log", "--open-mode=append")
     return _step(job, "training", job.training_nodes, _on_node(job, "train", command), logged)
-
-
-def trainer_overrides(job: Job) -> tuple[str, ...]:
-    """The user's overrides. A requeued job always resumes, even if its first start was told not to."""
-    return (*job.overrides, "--checkpoint.resume", "true") if job.restarts else job.overrides
 
 
 def _placement(job: Job, engine_ranks: int) -> tuple[str, ...]:

@@ -142,7 +142,7 @@ class DriverSource:
             "perf/total_tokens": sum(sample.student_length for sample in samples),
             "perf/sequences": len(samples),
             "rollout/responses": len(report.attempts),
-            "rollout/weight_version": max(attempt.rollout.weight_version for attempt in report.attempts),
+            "rollout/weight_version": max(attempt.rollout.newest_version for attempt in report.attempts),
             "data/epoch": self._loader.epoch,
         }
 

@@ -147,6 +147,11 @@ class Rollout:
             self.trained = np.ones(len(self.token_ids), dtype=bool)
 
     @property
+    def newest_version(self) -> int:
+        """The publish behind its last token."""
+        return self.token_versions[-1] if self.token_versions else self.weight_version
+
+    @property
     def response_length(self) -> int:
         """R, the number of tokens that the policy sampled."""
         return int(np.count_nonzero(self.trained))

@@ -231,6 +231,12 @@ def test_a_shorter_limit_than_a_response_under_way_is_refused():
         shorter.load_state_dict(state)
 
 
+def test_the_newest_publish_of_a_response_is_that_of_its_last_part():
+    first = Rollout(0, 0, array("i", [5, 6]), array("f", [-1, -1]), "", "part", 3)
+    last = Rollout(0, 0, array("i", [7]), array("f", [-1]), "", "stop", 4)
+    assert (first.newest_version, joined(first, last).newest_version, joined(first, last).weight_version) == (3, 4, 3)
+
+
 def test_parts_whose_experts_nobody_recorded_make_a_response_without_experts():
     """rollout.routing_replay was changed between two starts: `require_experts` then tells the cure."""
     begun, part = (Rollout(0, 0, [1, 2], [-1.0, -1.0], "", "part", version) for version in (0, 1))

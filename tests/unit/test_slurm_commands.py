@@ -283,13 +283,6 @@ def test_every_setting_that_is_read_is_in_the_example_and_in_nothing_else():
     ]  # nothing until it is edited
 
 
-def test_a_requeued_job_goes_on_even_where_it_was_to_begin_anew():
-    given = ("--checkpoint.resume", "false")
-    first, again = Job(CONFIG, given, ("a",)), Job(CONFIG, given, ("a",), restarts=1)
-    assert commands.trainer_overrides(first) == given
-    assert load_config(ROOT / CONFIG, list(commands.trainer_overrides(again))).checkpoint.resume is True
-
-
 def test_jobs_that_share_a_host_do_not_share_ports():
     ports = [Job(CONFIG, (), ("a",), job_id=str(number)).port for number in range(70000, 70500)]
     assert all(later - earlier >= 2 for earlier, later in zip(sorted(ports), sorted(ports)[1:], strict=False))
