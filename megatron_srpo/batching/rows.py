@@ -242,7 +242,9 @@ def _pack(
     mine = [samples[index] for index in row.samples]
     sequences = _sequences(row.samples, samples, padding, stream)
     ids = np.zeros(total, dtype=np.int64)  # causal attention: what stands behind a sequence changes nothing in it
+    is_padding = np.ones(total, dtype=bool)
     for part in sequences:
+        is_padding[part.start : part.start + part.tokens] = False
         ids[part.start : part.start + part.tokens] = (
             samples[part.sample].stream(stream).tokens(part.skipped, part.skipped + part.tokens)
         )
@@ -274,6 +276,7 @@ def _pack(
         turn=layout.per_token([_turn_numbers(sample) for sample in mine]) if any(s.turns for s in mine) else None,
         weights={name: layout.per_token([sample.weights.get(name, 0.0) for sample in mine]) for name in names},
         scores=Scores() if scores is None else _scored([scores[index] for index in row.samples], layout),
+        is_padding=torch.from_numpy(is_padding) if is_padding.any() else None,
     )
 
 
