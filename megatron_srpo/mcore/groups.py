@@ -15,7 +15,6 @@ from megatron_srpo.config import ParallelConfig
 from megatron_srpo.mcore import generators
 from megatron_srpo.mcore.device import DevicePath
 
-
 SEEDS_APART = 2**16  # Megatron adds smaller numbers to a seed, for tensor- and expert-parallel ranks
 
 
