@@ -51,14 +51,13 @@ class CountingRouter(TopKRouter):
                 shares = logits.detach().reshape(-1, logits.shape[-1]).softmax(-1)
                 seen = torch.stack([self._of_tokens(chosen).sum(0).double(), self._of_tokens(shares).sum(0).double()])
                 self.seen = seen if self.seen is None else self.seen + seen
-                padding = self.router_replay.padding
-                self.tokens += shares.shape[0] - (0 if padding is None else int(padding.sum()))
+                self.tokens += shares.shape[0] - self.router_replay.padded
         return probs, chosen
 
     def _of_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [T, E] of the row that is being routed, 0 at its padding."""
         padding = self.router_replay.padding
-        return values if padding is None else values.masked_fill(padding.to(values.device)[:, None], 0)
+        return values if padding is None else values.masked_fill(padding[:, None], 0)
 
     def _apply_aux_loss(
         self, probs: torch.Tensor, scores_for_aux_loss: torch.Tensor, routing_map: torch.Tensor, *unused: object,

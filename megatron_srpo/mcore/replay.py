@@ -38,7 +38,8 @@ class RowReplay(RouterReplay):
         empty list means that no row is."""
         self._given, self._calls = list(given), [0, 0]  # calls without and with gradients
         self._padding = list(padding)
-        self.padding: Tensor | None = None  # [T] of the row that was asked for last, in host memory
+        self.padding: Tensor | None = None  # [T] of the row that was asked for last, on the router's device
+        self.padded = 0  # how many tokens of that row are padding
         self._record = record
         self.recorded: list[Tensor] = []  # [T, K] int16 in host memory, a row each: what was used
         self.compared: list[Tensor] = []  # [T] uint8, a row of a training pass each: whether the router agrees
@@ -61,7 +62,9 @@ class RowReplay(RouterReplay):
         row = self._calls[learning]
         self._calls[learning] += 1
         given = self._given[row] if self._given else None
-        self.padding = self._padding[row] if self._padding else None
+        padding = self._padding[row] if self._padding else None
+        self.padding = None if padding is None else padding.to(chosen.device, non_blocking=True)
+        self.padded = 0 if padding is None else int(padding.sum())
         if given is not None:
             own, given = chosen, given.to(device=chosen.device, dtype=chosen.dtype)
             assert given.shape == own.shape, f"experts of {tuple(given.shape)} for a row of {tuple(own.shape)}"
