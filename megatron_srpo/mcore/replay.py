@@ -1,5 +1,5 @@
 """Routing replay: the experts of a token are given instead of chosen again (R3, arXiv 2510.11370). The routers are also
-told which tokens of a row are padding, because they must not count these.
+told which tokens of a row are padding: these are not counted, and go to all experts in turn.
 
 The gate still weighs the given experts, so its gradient flows through their values; only the choice is fixed. Every
 router has a RowReplay under Megatron's name `router_replay`, which Megatron asks for the top-k of each row.
@@ -71,6 +71,9 @@ class RowReplay(RouterReplay):
             free = given[:, :1] == FREE
             chosen = torch.where(free, own, given)
             values = scores.gather(1, chosen)
+        if self.padding is not None:
+            chosen = torch.where(self.padding[:, None], _spread(chosen, scores.size(1)), chosen)
+            values = scores.gather(1, chosen)
         if self._record:
             self.recorded.append(chosen.to("cpu", torch.int16))  # on a GPU those of all rows would be hundreds of MB
         if self._given and learning:
@@ -80,3 +83,9 @@ class RowReplay(RouterReplay):
                 compared = torch.where(free[:, 0], compared, SAME + differs.to(torch.uint8))
             self.compared.append(compared)
         return values, chosen
+
+
+def _spread(like: Tensor, experts: int) -> Tensor:
+    """Experts in turn, [T, K] as `like`. Tokens of padding are all the same, and would all choose the same experts: the
+    ranks that have these would hold most of what an interleaved pipeline fills its rows up with."""
+    return torch.arange(like.numel(), device=like.device).remainder_(experts).view_as(like)
