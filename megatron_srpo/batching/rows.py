@@ -31,6 +31,7 @@ from megatron_srpo.core.records import Experts, Padding, PerToken, Row, Sample, 
 from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores, chain_of
 
 NO_PADDING = Padding()
+KEYS_A_TOKEN = 8  # that attention may copy for each token of a row's budget: see room_of
 FOR_EVERY_SAMPLE = ("logprob", "reference_logprob")  # scores that only a pass over all samples can have made
 
 
@@ -68,6 +69,18 @@ def tokens_of(
         lengths = [samples[index].length_of(stream) for index in indices]
         return sum([padded_length(length, padding.sequence) for length in lengths])
     return sum(sequence.length for sequence in _sequences(indices, samples, padding, stream))
+
+
+def room_of(indices: Sequence[int], samples: Sequence[Sample], *, padding: Padding, stream: StreamName) -> int:
+    """What these samples take of a row's token budget: their positions, or the keys that attention copies divided by
+    KEYS_A_TOKEN, if that is more. It copies keys and values for every sequence behind a prefix, the prefix's among
+    them, and keeps the copies for the backward pass. A key and its value are a ninth (as many key-value heads as heads)
+    to a thirtieth (grouped) of what a layer keeps of a token, so the copies at most double what the budget limits."""
+    if not padding.shares:
+        return tokens_of(indices, samples, padding=padding, stream=stream)
+    sequences = _sequences(indices, samples, padding, stream)
+    copied = sum(sequence.skipped + sequence.length for sequence in sequences if sequence.prefix >= 0)
+    return max(sum(sequence.length for sequence in sequences), copied // KEYS_A_TOKEN)
 
 
 @dataclass(frozen=True)
