@@ -236,6 +236,12 @@ class Distillation(SelfTeaching):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.distillation_topk == 1 and not self.distillation_tail:
+            yield (
+                "algorithm.distillation_tail = false: with algorithm.distillation_topk = 1 the one token has all the "
+                "probability in both distributions, so that nothing is distilled; set it to true, or raise "
+                "distillation_topk"
+            )
         if 0 < self.distill_ratio_clip < 1:
             yield (
                 f"algorithm.distill_ratio_clip = {self.distill_ratio_clip}: the ratio starts at 1, and a clip below "

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from megatron_srpo.batching.rows import NO_PADDING, padded_length, row_lengths, spans_of, tokens_of
+from megatron_srpo.batching.rows import NO_PADDING, padded_length, room_of, row_lengths, spans_of, tokens_of
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import BatchPlan, MiniBatchPlan, Padding, Row, Sample, StreamName
 
@@ -183,7 +183,7 @@ class _Packer:
         samples, padding = self._samples, self._padding
 
         def room(members: Sequence[int]) -> int:
-            return max(tokens_of(members, samples, padding=padding, stream=name) for name in (stream, *others))
+            return max(room_of(members, samples, padding=padding, stream=name) for name in (stream, *others))
 
         units: list[list[int]] = []
         for family in self._families(indices).values():

@@ -48,7 +48,7 @@ def prefixes_of(indices: Sequence[int], samples: Sequence[Sample], padding: Padd
         prompt = groups.setdefault(group, {}).setdefault(id(ids), _Prompt(ids, limit))
         prompt.lengths.append(sample.length_of(stream))
     for number, prompts in enumerate(groups.values()):
-        _grow(list(prompts.values()), 0, (), padding, number)
+        _grow(list(prompts.values()), padding, number)
     return [groups[group][prompt].chain for group, prompt in keys]
 
 
@@ -62,31 +62,30 @@ class _Prompt:
     chain: Chain = ()
 
 
-def _grow(prompts: list[_Prompt], shared: int, chain: Chain, padding: Padding, group: int) -> None:
-    """Give prompts that have `chain` in common, `shared` tokens, their chains."""
-    common = _common(prompts)
-    lengths = [length for prompt in prompts for length in prompt.lengths]
-    if len(lengths) > 1:
-        end = min(common, *(prompt.limit for prompt in prompts))
-        end -= end % padding.sequence
-        if end - shared >= SHORTEST_SHARED and _pays(shared, end, lengths, padding.attention_length):
-            shared, chain = end, (*chain, ((group, id(prompts[0].ids), end), end))
-    if len(prompts) == 1:
-        prompts[0].chain = chain
-        return
-    longer = [prompt for prompt in prompts if len(prompt.ids) > common]
-    if len(longer) < len(prompts):  # the others end here, and keep the longer ones from sharing their last token
+def _grow(prompts: list[_Prompt], padding: Padding, group: int) -> None:
+    """Give the prompts of a group their chains. Episodes of many turns make a deep tree, so nothing here recurses."""
+    waiting: list[tuple[list[_Prompt], int, int, Chain]] = [(prompts, 0, 0, ())]
+    while waiting:  # prompts that have `chain` in common, `shared` tokens, and whose first `equal` tokens are equal
+        prompts, equal, shared, chain = waiting.pop()
+        common = _common(prompts, equal)
+        lengths = [length for prompt in prompts for length in prompt.lengths]
+        if len(lengths) > 1:
+            end = min(common, *(prompt.limit for prompt in prompts))
+            end -= end % padding.sequence
+            if end - shared >= SHORTEST_SHARED and _pays(shared, end, lengths, padding.attention_length):
+                shared, chain = end, (*chain, ((group, id(prompts[0].ids), end), end))
+        if len(prompts) == 1:
+            prompts[0].chain = chain
+            continue
+        longer = [prompt for prompt in prompts if len(prompt.ids) > common]
+        if len(longer) < len(prompts):  # the others end here, and keep the longer ones from sharing their last token
+            ending = [[prompt] for prompt in prompts if len(prompt.ids) == common]
+            waiting += [(part, common, shared, chain) for part in [*ending, longer] if part]
+            continue
+        branches: dict[int, list[_Prompt]] = {}
         for prompt in prompts:
-            if len(prompt.ids) == common:
-                _grow([prompt], shared, chain, padding, group)
-        if longer:
-            _grow(longer, shared, chain, padding, group)
-        return
-    branches: dict[int, list[_Prompt]] = {}
-    for prompt in prompts:
-        branches.setdefault(prompt.ids[common], []).append(prompt)
-    for branch in branches.values():
-        _grow(branch, shared, chain, padding, group)
+            branches.setdefault(prompt.ids[common], []).append(prompt)
+        waiting += [(branch, common + 1, shared, chain) for branch in branches.values()]
 
 
 def _pays(start: int, end: int, lengths: Sequence[int], attention_length: int) -> bool:
@@ -105,12 +104,12 @@ def _cost(start: int, end: int, attention_length: int) -> float:
     return own + pairs / attention_length
 
 
-def _common(prompts: Sequence[_Prompt]) -> int:
-    """How many first tokens are equal in all of them."""
+def _common(prompts: Sequence[_Prompt], equal: int) -> int:
+    """How many first tokens are equal in all of them; the first `equal` ones are known to be."""
     first = np.frombuffer(prompts[0].ids, dtype=np.int32)
     common = len(first)
     for prompt in prompts[1:]:
-        other = np.frombuffer(prompt.ids, dtype=np.int32)[:common]
-        differs = first[: len(other)] != other
-        common = int(differs.argmax()) if differs.any() else len(other)
+        other = np.frombuffer(prompt.ids, dtype=np.int32)[equal:common]
+        differs = first[equal : equal + len(other)] != other
+        common = equal + (int(differs.argmax()) if differs.any() else len(other))
     return common

@@ -31,6 +31,7 @@ from megatron_srpo.core.records import Experts, Padding, PerToken, Row, Sample, 
 from megatron_srpo.core.tensors import SCORE_NAMES, PackedBatch, Scores, chain_of
 
 NO_PADDING = Padding()
+KEYS_A_TOKEN = 8  # that attention may copy for each token of a row's budget: see room_of
 FOR_EVERY_SAMPLE = ("logprob", "reference_logprob")  # scores that only a pass over all samples can have made
 
 
@@ -68,6 +69,18 @@ def tokens_of(
         lengths = [samples[index].length_of(stream) for index in indices]
         return sum([padded_length(length, padding.sequence) for length in lengths])
     return sum(sequence.length for sequence in _sequences(indices, samples, padding, stream))
+
+
+def room_of(indices: Sequence[int], samples: Sequence[Sample], *, padding: Padding, stream: StreamName) -> int:
+    """What these samples take of a row's token budget: their positions, or the keys that attention copies divided by
+    KEYS_A_TOKEN, if that is more. It copies keys and values for every sequence behind a prefix, the prefix's among
+    them, and keeps the copies for the backward pass. A key and its value are a ninth (as many key-value heads as heads)
+    to a thirtieth (grouped) of what a layer keeps of a token, so the copies at most double what the budget limits."""
+    if not padding.shares:
+        return tokens_of(indices, samples, padding=padding, stream=stream)
+    sequences = _sequences(indices, samples, padding, stream)
+    copied = sum(sequence.skipped + sequence.length for sequence in sequences if sequence.prefix >= 0)
+    return max(sum(sequence.length for sequence in sequences), copied // KEYS_A_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -242,7 +255,9 @@ def _pack(
     mine = [samples[index] for index in row.samples]
     sequences = _sequences(row.samples, samples, padding, stream)
     ids = np.zeros(total, dtype=np.int64)  # causal attention: what stands behind a sequence changes nothing in it
+    is_padding = np.ones(total, dtype=bool)
     for part in sequences:
+        is_padding[part.start : part.start + part.tokens] = False
         ids[part.start : part.start + part.tokens] = (
             samples[part.sample].stream(stream).tokens(part.skipped, part.skipped + part.tokens)
         )
@@ -274,6 +289,7 @@ def _pack(
         turn=layout.per_token([_turn_numbers(sample) for sample in mine]) if any(s.turns for s in mine) else None,
         weights={name: layout.per_token([sample.weights.get(name, 0.0) for sample in mine]) for name in names},
         scores=Scores() if scores is None else _scored([scores[index] for index in row.samples], layout),
+        is_padding=torch.from_numpy(is_padding) if is_padding.any() else None,
     )
 
 

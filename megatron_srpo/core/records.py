@@ -373,8 +373,9 @@ class Sample:
 
     @cached_property
     def counted(self) -> bool:
-        """Whether its trained tokens are in the denominator of the loss."""
-        return any(map(weighs, self.weights.values()))
+        """Whether its trained tokens are in the denominator of the loss. All sequences of an attempt are or none is, so
+        an array counts also where a sequence's part of it is 0: routing leaves out what is 0 on the whole attempt."""
+        return any(isinstance(weight, np.ndarray) or bool(weight) for weight in self.weights.values())
 
     @cached_property
     def has_gradient(self) -> bool:
@@ -456,7 +457,7 @@ class MiniBatchPlan:
     teacher: list[list[Row]]
     loss_tokens: int  # N: trained tokens of counted samples, over all ranks (the joint denominator)
     distill_tokens: int  # |Ω|: trained tokens with a distillation weight, over all ranks
-    responses: int = 0  # S: counted samples with a trained token, over all ranks
+    responses: int = 0  # S: counted attempts with a trained token, over all ranks
     forwarded: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Rows and tokens of all ranks, padding excluded, by ScoringPass.rows. "distilled" are the teacher's rows with the
     students' streams, "contrast" those with the streams that show a wrong answer."""

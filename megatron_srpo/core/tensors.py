@@ -79,6 +79,7 @@ class PackedBatch:
     itself. One that others go on behind has tokens of prompts alone, and predicts nothing. Empty: no sequence has a
     prefix."""
     experts: Tensor | None = None  # [T, layers with experts, experts of a token] int16, −1: the router chooses; host
+    is_padding: Tensor | None = None  # bool, True where a sequence or the row is filled up; None: nowhere
     context_group: ProcessGroup | None = None  # ranks with the other parts of every sequence; None: the row is whole
 
     def map(self, function: Callable[[Tensor], Tensor], *, without: tuple[str, ...] = ()) -> PackedBatch:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
@@ -33,7 +34,7 @@ class CountingRouter(TopKRouter):
     """Megatron's router, which also counts its choices in training passes.
 
     `seen` is [2, E] float64, summed over the tokens since the last `take`: how many tokens each of the E experts got,
-    and its probabilities before the choice."""
+    and its probabilities before the choice. Padding is routed, and not counted."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **more: object
@@ -48,19 +49,27 @@ class CountingRouter(TopKRouter):
         if self.training and torch.is_grad_enabled():  # counts a token once even if its activations are recomputed
             with torch.no_grad():
                 shares = logits.detach().reshape(-1, logits.shape[-1]).softmax(-1)
-                seen = torch.stack([chosen.sum(0).double(), shares.sum(0).double()])
+                seen = torch.stack([self._of_tokens(chosen).sum(0).double(), self._of_tokens(shares).sum(0).double()])
                 self.seen = seen if self.seen is None else self.seen + seen
-                self.tokens += shares.shape[0]
+                self.tokens += shares.shape[0] - self.router_replay.padded
         return probs, chosen
 
-    def attach_and_log_load_balancing_loss(
-        self, activation: torch.Tensor, aux_loss_coeff: float, aux_loss: torch.Tensor, *unused: object,
-        valid_token_count: torch.Tensor | None = None, **also_unused: object,
+    def _of_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [T, E] of the row that is being routed, 0 at its padding."""
+        padding = self.router_replay.padding
+        return values if padding is None else values.masked_fill(padding[:, None], 0)
+
+    def _apply_aux_loss(
+        self, probs: torch.Tensor, scores_for_aux_loss: torch.Tensor, routing_map: torch.Tensor, *unused: object,
+        **also_unused: object,
     ) -> torch.Tensor:  # fmt: skip
-        """Add the row's loss times this rank's number of tokens to the objective. `set_balancing` has the rest of the
-        factor. Megatron's own factor differs between 0.16 and 0.19."""
-        tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-        return moe_utils.MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens)
+        """Megatron's hook: add this rank's part of the row's loss times the row's tokens, padding left out, to the
+        objective. `set_balancing` has the rest of the factor. Megatron's own loss counts padding, of which the rows of
+        an interleaved pipeline have much, and its factor differs between 0.16 and 0.19."""
+        choices = reduce_from_tensor_model_parallel_region(self._of_tokens(routing_map).sum(0), self.tp_cp_group)
+        shares = self._of_tokens(scores_for_aux_loss).sum(0)
+        loss = self.num_experts * (choices * shares).sum() / choices.sum().clamp(min=1)
+        return moe_utils.MoEAuxLossAutoScaler.apply(probs, self.config.moe_aux_loss_coeff * loss)
 
     def take(self) -> tuple[torch.Tensor, int]:
         """Return what was counted on this rank ([2, E] and the number of tokens), and set the counts to zero."""
@@ -107,18 +116,21 @@ def give_experts(
     model: list[torch.nn.Module], topology: Topology, config: TransformerConfig, rows: Sequence[PackedBatch], *,
     record: bool = False,
 ) -> int:  # fmt: skip
-    """Before a pass: give every router the experts of this rank's tokens of the rows, or with `record` let it keep what
-    it chooses. Returns this rank's number of tokens in the rows if any experts are given, else 0."""
+    """Before a pass: give every router the experts of this rank's tokens of the rows, and which of these are padding.
+    With `record` let it keep what it chooses. Returns this rank's number of tokens in the rows if any experts are
+    given, else 0."""
     if not config.num_moe_experts:
         return 0
-    parts = [_own_tokens(row, topology, config) for row in rows]
+    parts, padding, tokens = [], [], 0
+    for row in rows:  # packed here, and not kept
+        parts.append(_own_tokens(row.experts, row, topology, config))
+        padding.append(_own_tokens(row.is_padding, row, topology, config))
+        tokens += row.input_ids.numel()
     replays = any(part is not None for part in parts)
     for layer, number in _numbered_expert_layers(model):
         given = [None if part is None else part[:, number] for part in parts] if replays else []
-        layer.router.router_replay.begin(given, record=record)
-    if not replays:
-        return 0
-    return sum(row.input_ids.numel() for row in rows) // (topology.cp_size * _token_ranks(topology, config))
+        layer.router.router_replay.begin(given, record=record, padding=padding)
+    return tokens // (topology.cp_size * _token_ranks(topology, config)) if replays else 0
 
 
 def forget_experts(model: list[torch.nn.Module]) -> None:
@@ -151,15 +163,16 @@ def chosen_experts(
     return found
 
 
-def _own_tokens(row: PackedBatch, topology: Topology, config: TransformerConfig) -> torch.Tensor | None:
-    """The part of a row's experts that belongs to the tokens which this rank routes."""
-    experts = row.experts
-    if experts is None:
+def _own_tokens(
+    values: torch.Tensor | None, row: PackedBatch, topology: Topology, config: TransformerConfig
+) -> torch.Tensor | None:
+    """The part of a row's `values` [T, …] that belongs to the tokens which this rank routes."""
+    if values is None:
         return None
     if topology.cp_size > 1:
-        experts = experts[positions_by_rank(row.cu_seqlens.cpu(), topology.cp_size)[topology.cp_rank]]
+        values = values[positions_by_rank(row.cu_seqlens.cpu(), topology.cp_size)[topology.cp_rank]]
     ranks = _token_ranks(topology, config)
-    return experts.chunk(ranks)[topology.tp_rank] if ranks > 1 else experts
+    return values.chunk(ranks)[topology.tp_rank] if ranks > 1 else values
 
 
 def _token_ranks(topology: Topology, config: TransformerConfig) -> int:
@@ -176,15 +189,19 @@ def _numbered_expert_layers(model: list[torch.nn.Module]) -> Iterator[tuple[MoEL
             yield layer, sum(layer.config.moe_layer_freq[: layer.layer_number - 1])
 
 
-def set_balancing(config: TransformerConfig, coefficient: float, tokens: int, topology: Topology) -> None:
+def set_balancing(config: TransformerConfig, coefficient: float, tokens: int) -> None:
     """Make the next training step add `coefficient` · Σ row loss · row tokens / `tokens` to its objective.
 
     A row's loss is E · Σ_e f_e · p_e, summed over layers, where f_e is expert e's share of the choices and p_e its mean
-    probability. `tokens` is the number of tokens of all rows. The router multiplies a row's loss by its own
-    rank's number of tokens of the row.
+    probability. `tokens` is the number of tokens of all rows, padding left out. The router multiplies a row's loss by
+    the row's tokens.
     """
-    sharing = topology.tp_size * topology.cp_size
-    config.moe_aux_loss_coeff = coefficient * sharing / tokens
+    config.moe_aux_loss_coeff = coefficient / max(1, tokens)
+
+
+def count_tokens(rows: Sequence[PackedBatch]) -> int:
+    """The tokens of these rows without padding."""
+    return sum(row.input_ids.numel() - (0 if row.is_padding is None else int(row.is_padding.sum())) for row in rows)
 
 
 def router_metrics(

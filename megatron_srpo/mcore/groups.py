@@ -15,6 +15,8 @@ from megatron_srpo.config import ParallelConfig
 from megatron_srpo.mcore import generators
 from megatron_srpo.mcore.device import DevicePath
 
+SEEDS_APART = 2**16  # Megatron adds smaller numbers to a seed, for tensor- and expert-parallel ranks
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -57,7 +59,8 @@ class Topology:
 def initialize(
     parallel: ParallelConfig, path: DevicePath, *, seed: int, timeout_minutes: float, control_backend: str = "gloo"
 ) -> Topology:
-    """Join the ranks that torchrun started, and build Megatron's groups. `seed` starts all random generators.
+    """Join the ranks that torchrun started, and build Megatron's groups. `seed` starts all random generators, those
+    of dropout with another number on ranks that have other layers or tokens.
 
     Megatron's groups have the backend of `path`, and connect when they are first used. On GPUs the control group is the
     only one of gloo, which connects all pairs of its ranks at once.
@@ -76,9 +79,9 @@ def initialize(
         # Megatron's gloo groups serve checkpoints of its own optimizer only. Each would be a mesh of sockets.
         create_gloo_process_groups=False,
     )
-    generators.seed(seed)
-    model_parallel_cuda_manual_seed(seed)
     state = parallel_state
+    generators.seed(seed)
+    model_parallel_cuda_manual_seed(seed + SEEDS_APART * _seed_number())
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -104,6 +107,15 @@ def initialize(
         expert_group=state.get_expert_tensor_and_model_parallel_group(),
         expert_dp_group=state.get_expert_data_parallel_group(),
     )
+
+
+def _seed_number() -> int:
+    """A number of its own for each pipeline stage, context-parallel rank and data-parallel rank. They have other layers
+    or other tokens, and would drop the same units of them from the same seed. Tensor-parallel ranks share it."""
+    state = parallel_state
+    place = state.get_pipeline_model_parallel_rank()
+    place = place * state.get_context_parallel_world_size() + state.get_context_parallel_rank()
+    return place * state.get_data_parallel_world_size() + state.get_data_parallel_rank()
 
 
 def virtual_size(parallel: ParallelConfig) -> int | None:

@@ -17,7 +17,14 @@ from megatron_srpo.core.tensors import LossFunction, ModelShards, PackedBatch, S
 from megatron_srpo.families import expert_count
 from megatron_srpo.mcore import lora
 from megatron_srpo.mcore.device import DevicePath, peak_memory_gib
-from megatron_srpo.mcore.experts import chosen_experts, forget_experts, give_experts, router_metrics, set_balancing
+from megatron_srpo.mcore.experts import (
+    chosen_experts,
+    count_tokens,
+    forget_experts,
+    give_experts,
+    router_metrics,
+    set_balancing,
+)
 from megatron_srpo.mcore.groups import Topology
 from megatron_srpo.mcore.host_offload import HostOffload
 from megatron_srpo.mcore.model import build_model, model_shards
@@ -156,8 +163,8 @@ class Policy:
         self._set_training(True)
         self.optimizer.zero_grad()
         if self._balancing:
-            tokens = self.sum_over_data(torch.tensor(float(sum(row.input_ids.numel() for row in rows))))
-            set_balancing(self.runner.config, self._balancing, int(tokens), self.topology)
+            tokens = self.sum_over_data(torch.tensor(float(count_tokens(rows))))
+            set_balancing(self.runner.config, self._balancing, int(tokens))
         replayed = give_experts(self.model, self.topology, self.runner.config, rows)
         metrics = self.runner.train(rows, loss)
         on_policy = not self._moved  # what differs then is the engine, not the policy

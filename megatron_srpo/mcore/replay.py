@@ -1,4 +1,5 @@
-"""Routing replay: the experts of a token are given instead of chosen again (R3, arXiv 2510.11370).
+"""Routing replay: the experts of a token are given instead of chosen again (R3, arXiv 2510.11370). The routers are also
+told which tokens of a row are padding: these are not counted, and go to all experts in turn.
 
 The gate still weighs the given experts, so its gradient flows through their values; only the choice is fixed. Every
 router has a RowReplay under Megatron's name `router_replay`, which Megatron asks for the top-k of each row.
@@ -29,10 +30,16 @@ class RowReplay(RouterReplay):
         # Megatron's own __init__ adds to a global list, which would mix the models of one process.
         self.begin([])
 
-    def begin(self, given: Sequence[Tensor | None], *, record: bool = False) -> None:
+    def begin(
+        self, given: Sequence[Tensor | None], *, record: bool = False, padding: Sequence[Tensor | None] = ()
+    ) -> None:
         """Before a pass. `given` has [T, K] integers for each row, FREE where the router chooses, or None; an empty
-        list leaves all to the router."""
+        list leaves all to the router. `padding` has [T] bool for each row, True where it is filled up, or None; an
+        empty list means that no row is."""
         self._given, self._calls = list(given), [0, 0]  # calls without and with gradients
+        self._padding = list(padding)
+        self.padding: Tensor | None = None  # [T] of the row that was asked for last, on the router's device
+        self.padded = 0  # how many tokens of that row are padding
         self._record = record
         self.recorded: list[Tensor] = []  # [T, K] int16 in host memory, a row each: what was used
         self.compared: list[Tensor] = []  # [T] uint8, a row of a training pass each: whether the router agrees
@@ -55,11 +62,17 @@ class RowReplay(RouterReplay):
         row = self._calls[learning]
         self._calls[learning] += 1
         given = self._given[row] if self._given else None
+        padding = self._padding[row] if self._padding else None
+        self.padding = None if padding is None else padding.to(chosen.device, non_blocking=True)
+        self.padded = 0 if padding is None else int(padding.sum())
         if given is not None:
             own, given = chosen, given.to(device=chosen.device, dtype=chosen.dtype)
             assert given.shape == own.shape, f"experts of {tuple(given.shape)} for a row of {tuple(own.shape)}"
             free = given[:, :1] == FREE
             chosen = torch.where(free, own, given)
+            values = scores.gather(1, chosen)
+        if self.padding is not None:
+            chosen = torch.where(self.padding[:, None], _spread(chosen, scores.size(1)), chosen)
             values = scores.gather(1, chosen)
         if self._record:
             self.recorded.append(chosen.to("cpu", torch.int16))  # on a GPU those of all rows would be hundreds of MB
@@ -70,3 +83,9 @@ class RowReplay(RouterReplay):
                 compared = torch.where(free[:, 0], compared, SAME + differs.to(torch.uint8))
             self.compared.append(compared)
         return values, chosen
+
+
+def _spread(like: Tensor, experts: int) -> Tensor:
+    """Experts in turn, [T, K] as `like`. Tokens of padding are all the same, and would all choose the same experts: the
+    ranks that have these would hold most of what an interleaved pipeline fills its rows up with."""
+    return torch.arange(like.numel(), device=like.device).remainder_(experts).view_as(like)

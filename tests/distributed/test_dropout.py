@@ -106,3 +106,32 @@ def test_dropout_of_adapters_is_reproducible(tmp_path, layout):
     for name, value in ranks[0]["first"].items():  # what is whole on every rank stays the same on every rank
         whole = name.endswith("lora_B" if ".linear_proj." in name or ".linear_fc2." in name else "lora_A")
         assert torch.equal(value, ranks[1]["first"][name]) == whole, name
+
+
+def _drawn(parallel):
+    """The first numbers of the generators that dropout takes: that of replicated activations, that of split ones."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_srpo.config import ParallelConfig
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.device import choose_device
+
+    groups.initialize(ParallelConfig(**parallel), choose_device("cpu", 0), seed=1, timeout_minutes=2)
+    with get_cuda_rng_tracker().fork():
+        split = torch.rand(4)
+    return torch.rand(4), split
+
+
+@pytest.mark.parametrize(
+    ("parallel", "same"),
+    [
+        ({}, False),
+        ({"pipeline_model_parallel_size": 2}, False),
+        ({"context_parallel_size": 2}, False),
+        ({"tensor_model_parallel_size": 2}, True),
+    ],
+)
+def test_ranks_with_other_tokens_or_layers_drop_other_units(parallel, same):
+    (whole, split), (others_whole, others_split) = run_distributed(_drawn, 2, parallel)
+    assert torch.equal(whole, others_whole) == same
+    assert not torch.equal(split, others_split)

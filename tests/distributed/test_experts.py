@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megatron_srpo.core.records import Padding, Row
 from megatron_srpo.families import ModelShape
 from megatron_srpo.mcore.experts import _expert_layers
 from megatron_srpo.mcore.replay import FREE
 from tests.distributed.test_policy import VOCAB, _policy, _rows, logprobs, scored, train_and_report
 from tests.distributed_harness import run_distributed
+from tests.made_samples import make_sample
 from tests.routed_reference import count_choices, hub_names, load
 from tests.tiny_models import make_tiny_model
 
@@ -39,8 +41,9 @@ def _alone(policy) -> None:
     parallel_state.destroy_model_parallel()
 
 
-def balancing_gradients(model, parallel):
-    """Hugging Face name → gradient of the load-balancing loss alone, and the routers' metrics."""
+def balancing_gradients(model, parallel, rows_of=_rows):
+    """Hugging Face name → gradient of the load-balancing loss alone, and the routers' metrics. `rows_of` gives the rows
+    of a data-parallel rank."""
     from megatron_srpo.bridge import read_config
     from tests.distributed.test_routed_objective import gradients
 
@@ -53,10 +56,21 @@ def balancing_gradients(model, parallel):
         return step(lr)
 
     policy.optimizer.step = capture
-    rows = _rows(policy.topology.dp_rank, policy.topology.dp_size)
+    rows = rows_of(policy.topology.dp_rank, policy.topology.dp_size)
     stats = policy.train_step(rows, lambda given, row: (logprobs(given, row).sum() * 0, {}))
     _alone(policy)
     return seen["gradients"], {name: float(metric) for name, metric in stats.metrics.items()}
+
+
+def uneven_rows(*rank_and_size, filled_up):
+    """Three rows of different lengths. `filled_up`: as an interleaved pipeline takes them, with an empty one more."""
+    from megatron_srpo.batching import pack_rows
+
+    draw = torch.Generator().manual_seed(3)
+    ids = [torch.randint(1, VOCAB, (length,), generator=draw).tolist() for length in (40, 16, 24)]
+    samples = [make_sample("a", i, given[:4], given[4:], [0.0] * (len(given) - 4)) for i, given in enumerate(ids)]
+    rows = [Row((i,), len(given)) for i, given in enumerate(ids)] + ([Row((), 0)] if filled_up else [])
+    return pack_rows(rows, samples, padding=Padding(rows=2 if filled_up else 1))
 
 
 def replayed(model, parallel):
@@ -104,6 +118,9 @@ def _on_two_ranks(model, scratch):
         _alone(None)
     found["replay"] = {layout: replayed(model, parallel) for layout, parallel in (LAYOUTS | STAGES).items()}
     found["balancing"] = {layout: balancing_gradients(model, LAYOUTS[layout]) for layout in BALANCED}
+    for name, parallel in (("uneven", SHARED), ("filled up", STAGES["pp2, interleaved"])):
+        rows_of = partial(uneven_rows, filled_up=name == "filled up")
+        found[name] = balancing_gradients(model, parallel, rows_of)
     for writer, reader in itertools.pairwise([*LAYOUTS, "ep2"]):
         policy = _policy(model, LAYOUTS[reader])
         checkpoint.load(policy, scratch / writer.replace(" ", "-"))
@@ -232,6 +249,16 @@ def test_the_load_balancing_loss_and_the_load_equal_float64_whatever_the_layout(
         assert metrics["moe/load_max_over_mean_max"] == pytest.approx(max(ratios))
         assert metrics["moe/dropped_fraction"] == 0
         assert metrics["moe/balance_loss"] == pytest.approx(balance, rel=1e-5)
+
+
+def test_padding_is_neither_balanced_nor_counted(ranks):
+    (expected, expected_metrics), (found, metrics) = ranks[0]["uneven"], ranks[0]["filled up"]
+    largest = max(float(value.abs().max()) for value in expected.values())
+    assert largest > 1e-3
+    for name, value in expected.items():
+        assert float((found[name] - value).abs().max()) <= 5e-5 * largest, name
+    for name in (name for name in expected_metrics if name.startswith("moe/")):
+        assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(("step", "dense"), [(1, []), (2, []), (3, [5]), (1, [0, 6])])

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_srpo.algorithms.base import Algorithm
 from megatron_srpo.algorithms.routing import route
 from megatron_srpo.algorithms.section import algorithm
 from megatron_srpo.batching import plan_batch
 from megatron_srpo.config import Config
 from megatron_srpo.config.check import contradictions
-from megatron_srpo.core.records import Attempt, Context, Episode, Group, Prompt, Reward, Rollout
+from megatron_srpo.core.records import Attempt, Context, Credit, Episode, Group, Prompt, Reward, Rollout
 from megatron_srpo.data import Chat
 from megatron_srpo.observe.rollouts import groups_record
 from megatron_srpo.run.scorer import PoolScorer
@@ -66,6 +67,29 @@ def test_the_samples_of_an_episode_share_its_credit_and_count_once():
     assert metrics["srpo/grpo_fraction"] == 1.0 and metrics["response_length/mean"] == 5.0
     assert metrics["episode/turns_mean"] == 2.0 and metrics["episode/sequences"] == 1.5
     assert metrics["episode/environment_tokens"] == 1.0 and metrics["episode/tool_calls"] == 1.0
+
+
+class LastTurns(Algorithm):
+    """Credit for the last three tokens of an episode alone."""
+
+    name: str = "last_turns"
+
+    def credit(self, group):
+        weights = {"policy": np.array([0, 0, 1, 1, 1], dtype=np.float32)}
+        return [Credit(weights, advantage=1.0 if attempt.correct else -1.0) for attempt in group.attempts]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_denominators_do_not_depend_on_how_an_episode_with_credit_per_token_is_split(drop):
+    totals = []
+    for split in (False, True):
+        group = Group(PROMPT, [Attempt(rollout(i, split=split), Reward(float(i)), bool(i)) for i in range(2)])
+        route([group], LastTurns(), seed=0, iteration=0, teacher_prompt=None)
+        (mini,) = plan_batch([group.samples], dp_size=1, max_tokens=64, drop_zero_gradient=drop).mini_batches
+        placed = sum(len(row.samples) for row in mini.student[0])
+        assert placed == (2 if drop or not split else 4)  # the first turns have no gradient
+        totals.append((mini.loss_tokens, mini.responses))
+    assert totals == [(10, 2), (10, 2)]
 
 
 def test_every_sequence_of_a_taught_episode_has_its_teachers_prompt():

@@ -248,6 +248,19 @@ def test_a_router_uses_each_rows_experts_also_when_rows_are_computed_again_in_an
     assert torch.equal(replay.get_replay_topk(scores, 2, default_compute_topk=top2)[1], torch.tensor([[0, 1]] * 2))
 
 
+def test_padding_goes_to_all_experts_in_turn():
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 9)
+    replay = RowReplay()
+    replay.begin([], padding=[torch.arange(9) > 0, None])
+    values, chosen = replay.get_replay_topk(scores, 2, default_compute_topk=top2)
+    assert chosen[0].tolist() == [0, 1] and torch.equal(values, scores.gather(1, chosen))
+    assert chosen[1:].flatten().bincount().tolist() == [4] * 4 and bool((chosen[:, 0] != chosen[:, 1]).all())
+    assert replay.padded == 8
+    assert replay.get_replay_topk(scores, 2, default_compute_topk=top2)[1].tolist() == [[0, 1]] * 9
+    assert replay.padding is None and replay.padded == 0
+    replay.end()
+
+
 @pytest.mark.parametrize("replay", ["auto", "off"])
 def test_the_alarm_for_a_mismatch_names_the_experts(replay):
     from tests.unit.test_start_check import configured

@@ -177,6 +177,21 @@ def test_a_prompts_samples_are_split_up_where_that_balances_the_ranks():
     assert [row.tokens for row in alone.mini_batches[0].student[0]] == [99 + 8 * 401]
 
 
+@pytest.mark.parametrize(("responses", "rows"), [(8, [8]), (64, [32, 32])])
+def test_the_budget_also_limits_the_keys_that_attention_copies(responses, rows):
+    """Short answers to one long prompt: 64 of them would fit, and would keep its keys and values 64 times."""
+    prompt, budget = array("i", range(2048)), 10_000
+    answers = [Stream(prompt, array("i", [7] * 20), np.ones(20, dtype=bool)) for _ in range(responses)]
+    samples = [Sample("train:0", i, s, np.zeros(20, np.float32), 0.5, {"policy": 1.0}) for i, s in enumerate(answers)]
+    plan = plan_batch([samples], dp_size=1, max_tokens=budget, padding=Padding(shares=True))
+    (mini,) = plan.mini_batches
+    assert [len(row.samples) for row in mini.student[0]] == rows
+    for packed in pack_rows(mini.student[0], samples, padding=Padding(shares=True)):
+        lengths = packed.cu_seqlens.diff().tolist()
+        keys = sum(lengths[i] for own in range(len(lengths)) for i in chain_of(own, packed.prefixes))
+        assert keys <= 8 * budget
+
+
 def row_length(row, samples, padding, *, teacher=False):
     """Positions of the packed row."""
     each = [samples[i].teacher_length if teacher else samples[i].student_length for i in row.samples]

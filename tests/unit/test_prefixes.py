@@ -45,6 +45,13 @@ def test_turns_share_their_history():
     assert ends(make([QUESTION, first, second])) == [[19], [19, 31], [19, 31]]
 
 
+def test_an_episode_may_have_more_turns_than_pythons_stack_is_deep():
+    prompts, turns = [QUESTION], 1200
+    while len(prompts) < turns:
+        prompts.append([*prompts[-1], *range(10)])
+    assert ends(make(prompts)) == [[19, *range(29, 19 + 10 * min(i, turns - 2) + 1, 10)] for i in range(turns)]
+
+
 def test_a_prompt_that_ends_early_does_not_keep_longer_ones_from_sharing_its_last_token():
     history = QUESTION[:8]  # 7 tokens are too few to be shared with the sample that ends here
     assert ends(make([history, [*history, *[1] * 12], [*history, *[2] * 12]])) == [[], [8], [8]]
