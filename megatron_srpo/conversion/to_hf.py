@@ -117,6 +117,11 @@ def _convert_adapters(
 
 def check_stored(folder: Path, hf_dir: Path) -> None:
     """Raise UserError unless the checkpoint has all weights of `hf_dir`'s model, in its shapes and undamaged."""
+    if stored_lora(folder) is not None:
+        raise UserError(
+            f"{folder} holds LoRA adapters: expected all weights. Write the merged model with "
+            "convert-megatron-to-hf --merge, and compare that folder without --megatron"
+        )
     model = _StoredModel(folder, read_config(hf_dir), None)
     for name in model.groups:
         for _ in model.tensors(name):

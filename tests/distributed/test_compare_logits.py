@@ -140,6 +140,11 @@ def test_a_folder_or_a_checkpoint_that_is_damaged_is_refused(model, process, tmp
     other = make_tiny_model(tmp_path / "other", "qwen3", layers=LAYERS + 1, tied=False)
     refused("checkpoint and config.json are of different models", other, "--token-ids", "7", "--megatron",
             str(tmp_path / "megatron"))  # fmt: skip
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "config.json").write_text('{"lora": {"rank": 8}}')
+    (adapters / "metadata.json").touch()
+    refused("holds LoRA adapters: expected all weights", model, "--token-ids", "7", "--megatron", str(adapters))
     file = next((tmp_path / "megatron").glob("*.distcp"))
     held = bytearray(file.read_bytes())
     held[len(held) // 2] ^= 1
