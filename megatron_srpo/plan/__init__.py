@@ -5,7 +5,7 @@
     activations.py    saved bytes of a row                         memory.py         memory of a GPU, part by part
     duration.py       time of an iteration, part by part           search.py         tries all layouts
     report.py         prints tables and JSON                       configuration.py  writes a layout's configuration
-    meter.py          computes what a run really reaches
+    sharing.py        shared prompts, and what they cost           meter.py         computes what a run really reaches
 
 All numbers for GPUs are predictions; their assumptions are printed with them (docs/planning.md).
 """

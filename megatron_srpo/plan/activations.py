@@ -35,8 +35,11 @@ class LayerBytes:
         return self.attention + self.mlp + self.mlp_input
 
 
-def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float = 1.0) -> LayerBytes:
-    """The saved bytes of a layer. `padding`: tokens of the padded batches of the SDPA path, divided by real tokens."""
+def layer_bytes(
+    arch: Architecture, layout: Layout, *, path: str, padding: float = 1.0, keys: float = 1.0
+) -> LayerBytes:  # fmt: skip
+    """The saved bytes of a layer. `padding`: tokens of the padded batches of the SDPA path, divided by real tokens.
+    `keys`: how many keys attention keeps for each token, more than 1 behind shared prompts (Workload.shared_keys)."""
     w, t = layout.dtype_bytes, layout.tensor
     s = t if layout.sequence_parallel else 1
     q, k = arch.query / t, arch.key / t
@@ -57,6 +60,7 @@ def layer_bytes(arch: Architecture, layout: Layout, *, path: str, padding: float
         norm = w * arch.hidden + 4
         small = w * (q + k) + 4 * (heads + groups) if arch.qk_norm else 0.0
         attend = w * (2 * q + 2 * k) + 4 * heads + (0 if arch.qk_norm else w * q)
+    attend += w * 2 * k * (keys - 1)
     linear = w * arch.hidden / s
     attention = norm / s + linear + small + attend
     # What each adapter has between its factors. Frozen products keep no input, but their adapters keep the same one.
@@ -116,10 +120,10 @@ def in_flight(layout: Layout, stage: int, rows: int) -> float:
 
 def stage_activations(
     arch: Architecture, layout: Layout, stage: int, tokens: int, rows: int, *, path: str, ids: int = 1,
-    logits_mib: int = LOGITS_MIB, padding: float = 1.0,
+    logits_mib: int = LOGITS_MIB, padding: float = 1.0, keys: float = 1.0,
 ) -> tuple[float, float]:  # fmt: skip
     """(peak bytes of the layers, of the head) on a stage that trains `rows` rows of `tokens` local tokens."""
-    layer = layer_bytes(arch, layout, path=path, padding=padding)
+    layer = layer_bytes(arch, layout, path=path, padding=padding, keys=keys)
     layers = stage_layers(arch.layers, layout)[stage]
     again = 0 if layout.recompute == "none" else layers
     if layout.recompute_layers:

@@ -32,6 +32,7 @@ from megatron_srpo.plan.memory import (
     train_pass_finds_topk,
 )
 from megatron_srpo.plan.parameters import published_adapters, trained_parameters
+from megatron_srpo.plan.sharing import prompt_copies, question_copies
 from megatron_srpo.plan.workload import QUANTILES, Workload
 
 # Rank 0's own work, measured by benchmarks/driver.py on one core: seconds for a rollout (routing, planning), for a
@@ -73,21 +74,6 @@ def forward_flops(arch: Architecture, context: float) -> float:
     return arch.layers * layer + 2 * arch.vocab * arch.hidden
 
 
-def prompt_copies(
-    workload: Workload, layout: Layout, *, path: str = "te", share: float = 1.0, own: float | None = None
-) -> float:
-    """How often a pass over this share of the samples computes each prompt. Samples share it within a row, and a group
-    is cut up if it is longer than a row, or if there are more data-parallel ranks than prompts. `own`: the tokens of a
-    sample that are not its prompt's; None: its response and the prompt's last token."""
-    samples = share * workload.samples
-    if not workload.shares_prompts or (path == "te" and layout.context > 1):
-        return samples
-    room = max(1.0, layout.max_tokens * layout.context * workload.packing - workload.prompt_mean)
-    own = 1 + workload.student_tokens / workload.rollouts - workload.prompt_mean if own is None else own
-    rows, ranks = samples * own / room, layout.data * workload.steps / workload.prompts
-    return min(samples, max(1.0, math.ceil(rows), ranks))
-
-
 def student_pass(
     workload: Workload, layout: Layout, *, path: str = "te", share: float = 1.0, backward: bool = False
 ) -> Pass:
@@ -98,12 +84,9 @@ def student_pass(
 
 def teacher_pass(workload: Workload, layout: Layout, *, path: str = "te") -> Pass:
     """The teacher's pass over the distilled samples, which share their question and equal demonstrations."""
-    taught = workload.taught
-    if not taught:
+    if not workload.taught:
         return Pass(0.0, 0.0)
-    response = workload.student_tokens / workload.rollouts - workload.prompt_mean
-    own = 1 + response + workload.demonstrations(1.0) / taught * workload.demonstration
-    copies = prompt_copies(workload, layout, path=path, share=workload.distilled, own=own)
+    copies = question_copies(workload, layout, path=path)
     return Pass(workload.teacher_tokens(copies), workload.teacher_context(copies))
 
 

@@ -26,6 +26,7 @@ from megatron_srpo.plan.architecture import Architecture
 from megatron_srpo.plan.hardware import Machine
 from megatron_srpo.plan.layout import Layout, stage_layers
 from megatron_srpo.plan.parameters import fullest_stage, published_adapters, stage_parameters, trained_parameters
+from megatron_srpo.plan.sharing import kept_keys
 from megatron_srpo.plan.workload import Workload
 
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
@@ -287,10 +288,11 @@ def _phases(
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """The lines of every phase on a stage, by the names of PHASES."""
     ids = 1 + (workload.topk if workload.distilled > 0 else 0)
+    trained, seen = kept_keys(workload, layout, path=path)
     held, head = stage_activations(
-        arch, layout, stage, layout.max_tokens, rows, path=path, ids=ids, logits_mib=logits_mib
+        arch, layout, stage, layout.max_tokens, rows, path=path, ids=ids, logits_mib=logits_mib, keys=trained
     )
-    scored = layout.max_tokens * layer_bytes(arch, layout, path=path).whole, head
+    scored = layout.max_tokens * layer_bytes(arch, layout, path=path, keys=seen).whole, head
     if (
         layout.overlap_grad_reduce and not layout.lora_rank and stage == layout.pipeline - 1
     ):  # losses/linear.py: zeros for DDP

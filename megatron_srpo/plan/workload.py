@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+KEYS_A_TOKEN = 8.0  # the most that a row has on average: batching/rows.py's number, whose module needs torch
 QUANTILES = 64  # the number of equally likely lengths that represent a distribution
 
 
@@ -96,6 +97,16 @@ class Workload:
         squares = self.prompts * (copies * prompt**2 + self.samples * branches)
         return squares / self.shared_tokens(copies)
 
+    def shared_keys(self, copies: float, share: float = 1.0) -> float:
+        """How many keys (and values) attention keeps for each token of a pass: those of a prompt once more for every
+        response behind it (batching/rows.py: room_of)."""
+        samples = share * self.samples
+        if copies >= samples:
+            return 1.0
+        behind = samples * (self.prompt_mean + _mean(self.response_lengths()))
+        keys = self.prompts * (copies * (self.prompt_mean - 1) + behind)
+        return min(KEYS_A_TOKEN, keys / self.shared_tokens(copies, share))
+
     @property
     def taught(self) -> float:
         """Samples of a prompt that are distilled, on average."""
@@ -106,11 +117,15 @@ class Workload:
         """Tokens of the answer that a teacher is shown: a sibling's, cut to fit."""
         return min(_mean(self.response_lengths()), self.teacher_prompt_max - self.prompt_mean)
 
+    @property
+    def _siblings(self) -> float:
+        """Correct samples of a prompt, of which teachers are shown one at random."""
+        return max(1.0, self.samples - self.taught if self.correct is None else self.samples * self.correct)
+
     def demonstrations(self, copies: float) -> float:
         """How many answers the teachers of a prompt are shown in one pass, those that are the same once for each of
-        `copies` rows. Siblings are drawn at random from the correct samples."""
-        correct = max(1.0, self.samples - self.taught if self.correct is None else self.samples * self.correct)
-        different = correct * (1 - (1 - 1 / correct) ** self.taught)
+        `copies` rows."""
+        different = self._siblings * (1 - (1 - 1 / self._siblings) ** self.taught)
         return self.taught if copies >= self.taught else min(self.taught, different + copies - 1)
 
     def teacher_tokens(self, copies: float) -> float:
@@ -119,6 +134,18 @@ class Workload:
         response = _mean(self.response_lengths())
         shared = copies * (self.prompt_mean - 1) + self.demonstrations(copies) * self.demonstration
         return self.prompts * (shared + self.taught * (1 + response))
+
+    def teacher_keys(self, copies: float) -> float:
+        """`shared_keys` of the teacher's pass, in which those that are shown the same answer are behind it too."""
+        if copies >= self.taught:
+            return 1.0
+        question, siblings, together = self.prompt_mean - 1, self._siblings, self.taught / copies
+        enriched = question + self.demonstration
+        shown = siblings * (1 - (1 - 1 / siblings) ** together)
+        to_one = together * (1 - 1 / siblings) ** (together - 1)
+        behind = self.taught * (enriched + 1 + _mean(self.response_lengths()))
+        keys = self.prompts * (copies * (question + max(0.0, shown - to_one) * enriched) + behind)
+        return min(KEYS_A_TOKEN, keys / self.teacher_tokens(copies))
 
     def teacher_context(self, copies: float) -> float:
         """`shared_context` of the teacher's pass."""

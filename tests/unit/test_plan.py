@@ -36,6 +36,7 @@ from megatron_srpo.plan.memory import (
 )
 from megatron_srpo.plan.parameters import adapter_parameters, published_adapters
 from megatron_srpo.plan.search import complexity, evaluate
+from megatron_srpo.plan.sharing import kept_keys, question_copies
 from megatron_srpo.run import cli
 from megatron_srpo.run.planning import _engine_nodes
 from slurm.plan import lines as job_lines
@@ -409,8 +410,24 @@ def test_the_planner_counts_the_tokens_that_the_batch_plan_forwards():
         for shares in (False, True):
             plan = plan_batch(groups, dp_size=ranks, max_tokens=row, padding=Padding(shares=shares))
             _, tokens = plan.mini_batches[0].forwarded["student"]
+            keys, _ = kept_keys(dataclasses.replace(work, shares_prompts=shares), layout)
+            rows = [row for rank in plan.mini_batches[0].student for row in rank]
+            packed = keys_of(rows, [one for group in groups for one in group], Padding(shares=shares), "student")
+            assert keys == pytest.approx(packed / tokens, rel=0.1 if shares and row == 130 else 1e-9), (ranks, row)
             found = student_pass(dataclasses.replace(work, shares_prompts=shares), layout).tokens
             assert found == pytest.approx(tokens, rel=0.1 if shares and row == 130 else 1e-9), (ranks, row, shares)
+
+
+def keys_of(rows, samples, padding, stream):
+    """How many keys attention keeps for these rows: what each sequence sees."""
+    from megatron_srpo.batching import pack_rows
+    from megatron_srpo.core.tensors import chain_of
+
+    count = 0
+    for row in pack_rows(rows, samples, stream=stream, padding=padding):
+        bounds, prefixes = row.cu_seqlens.tolist(), row.prefixes or (-1,) * (len(row.cu_seqlens) - 1)
+        count += sum(bounds[i + 1] - bounds[i] for own in range(len(prefixes)) for i in chain_of(own, prefixes))
+    return count
 
 
 def test_the_planner_counts_the_teachers_tokens_that_the_batch_plan_forwards():
@@ -442,6 +459,11 @@ def test_the_planner_counts_the_teachers_tokens_that_the_batch_plan_forwards():
     for shares in (False, True):
         plan = plan_batch(groups, dp_size=1, max_tokens=4096, padding=Padding(shares=shares))
         _, tokens = plan.mini_batches[0].forwarded["teacher"]
+        one = dataclasses.replace(work, shares_prompts=shares)
+        keys = one.teacher_keys(question_copies(one, Layout(1, max_tokens=4096)))
+        rows, every = plan.mini_batches[0].teacher[0], [one for group in groups for one in group]
+        packed = keys_of(rows, every, Padding(shares=shares), "teacher") / tokens
+        assert keys == pytest.approx(packed, rel=0.06 if shares else 1e-9), shares
         found = teacher_pass(dataclasses.replace(work, shares_prompts=shares), Layout(1, max_tokens=4096)).tokens
         assert found == pytest.approx(tokens, rel=0.04 if shares else 1e-9), shares
     assert teacher_pass(dataclasses.replace(work, distilled=0.0), Layout(1)).tokens == 0
