@@ -50,9 +50,9 @@ class Chat:
         (ids,) = encode(self.tokenizer, [text])
         return list(ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text with its special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """The text with its special tokens, or without them."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def defuse(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Messages of an environment, in which nothing can end a turn or begin one."""
@@ -199,6 +199,12 @@ class Conversation:
             else f"[{message['role']}] {message['content']}"
             for message in said
         )  # fmt: skip
+
+    @property
+    def reply(self) -> str:
+        """The text of the last turn without special tokens, as reward functions read every response; "" before the
+        first turn."""
+        return self._chat.decode(self.token_ids[-self.turns[-1] :], special=False) if self.turns else ""
 
     @property
     def said(self) -> list[Message]:

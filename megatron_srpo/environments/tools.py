@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from megatron_srpo.core.errors import UserError, nearest
-from megatron_srpo.core.text import clause
+from megatron_srpo.core.text import after_thinking, clause
 from megatron_srpo.environments.base import Environment, Message, Step
 from megatron_srpo.environments.registry import load_object
 
@@ -61,7 +61,7 @@ ReadCalls = Callable[[str], Calls]
 
 def read_hermes(reply: str) -> Calls:
     """The calls of a reply, without those that it only thought of. It takes time linear in the reply's length."""
-    found, text, position = Calls(), reply.rpartition("</think>")[2], 0
+    found, text, position = Calls(), after_thinking(reply), 0
     while (begin := text.find(OPEN, position)) >= 0:
         end = text.find(CLOSE, begin)
         if end < 0:
@@ -243,7 +243,7 @@ def reader(parser: str, tokenizer: str) -> ReadCalls:
         parse = engine_tool_parser(parser, tokenizer)
 
         def read(reply: str) -> Calls:
-            calls, problem = parse(reply)
+            calls, problem = parse(after_thinking(reply))  # vLLM's server takes the thinking out before, too
             return Calls(calls, [problem] if problem else [])
 
         _READERS[parser, tokenizer] = read

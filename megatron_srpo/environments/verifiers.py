@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import ValidationError, validate_call
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.text import clause
+from megatron_srpo.core.text import after_thinking, clause
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.tools import OPEN, read_hermes
 
@@ -201,9 +201,10 @@ def _text(content: object) -> str:
 
 def _response(reply: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """A turn of the policy as an OpenAI-compatible server would send it: thinking and calls apart."""
-    thought, ended, said = reply.rpartition("</think>")
+    said = after_thinking(reply)
     message: dict[str, Any] = {"role": "assistant", "content": said.strip()}
-    if ended:
+    if said != reply:
+        thought = reply.removesuffix(said).removesuffix("</think>")
         message["reasoning_content"] = thought.removeprefix("<think>").strip()
     if calls:
         message["content"] = said.partition(OPEN)[0].strip()

@@ -15,7 +15,7 @@ from megatron_srpo.batching import plan_batch
 from megatron_srpo.config import Config
 from megatron_srpo.config.check import contradictions
 from megatron_srpo.core.records import Attempt, Context, Episode, Group, Prompt, Reward, Rollout
-from megatron_srpo.data import Chat, DataError
+from megatron_srpo.data import Chat, Conversation, DataError
 from megatron_srpo.observe.rollouts import groups_record
 from megatron_srpo.run.scorer import PoolScorer
 from tests.unit.chat_tokenizer import TEMPLATE, chat_tokenizer
@@ -218,6 +218,17 @@ def test_another_end_of_a_turn_than_the_templates_is_not_doubled():
     _, text = answered(TEMPLATE, [{"role": "tool", "content": "4"}], "keep", end=CALL_END)
     turn = f"<|im_start|>assistant\nyes{CALL_END}\n<|im_start|>tool\n4<|im_end|>\n"
     assert text == f"<|im_start|>user\nhi<|im_end|>\n{turn}{turn}<|im_start|>assistant\n"
+
+
+def test_a_reward_function_reads_the_last_turn_without_its_special_tokens():
+    conversation, _ = answered(TEMPLATE, [{"role": "tool", "content": "4"}])
+    chat = Chat(chat_tokenizer(TEMPLATE), {}, "split")
+    ids = chat.encode("4<|im_start|>2<|im_end|>")
+    assert conversation.add_reply(ids, [0.0] * len(ids), stopped=True) == "4<|im_start|>2", "the environment's"
+    assert conversation.reply == "42"
+    ids = chat.encode("cut")
+    conversation.add_reply(ids, [0.0] * len(ids), stopped=False)
+    assert conversation.reply == "cut" and Conversation(chat, PROMPT, PROMPT.messages, ()).reply == ""
 
 
 def test_special_tokens_without_a_name_cannot_be_written_by_an_environment_either():
