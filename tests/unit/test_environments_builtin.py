@@ -151,6 +151,13 @@ def test_calls_that_were_only_thought_of_are_not_carried_out(functions, parser, 
     assert step(Tools(functions("add"), parser, "unused"), f"<think>hm</think>{add}").messages[0]["content"] == "3"
 
 
+def test_answers_come_in_the_order_of_the_calls(functions):
+    good, bad = call('{"name": "add", "arguments": {"a": 2}}'), call("{")
+    found = step(Tools(functions("add")), bad + good + bad + good)
+    assert [message["content"][:5] for message in found.messages] == ["Error", "3", "Error", "3"]
+    assert (found.tool_calls, found.tool_errors) == (4, 2)
+
+
 def test_results_and_calls_of_a_turn_are_limited(functions):
     tools = Tools(functions("endless"), max_calls=2, max_output=100)
     found = step(tools, call('{"name": "endless", "arguments": {"x": 1}}') * 5)
