@@ -250,11 +250,13 @@ async def _started(environment: Environment, task: Task) -> dict[str, Any]:
 
 
 def _seed(seed: int) -> None:
-    """Begin what random and NumPy draw for this episode. NumPy's generator is otherwise the same in all forks, and
-    that of random another one in every run."""
+    """Begin what random, NumPy and torch draw for this episode. The generators of the last two are otherwise the same
+    in all forks, and that of random another one in every run."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed % 2**32)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
 
 
 async def _awaited(result: Any) -> Any:
