@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
@@ -183,10 +183,10 @@ class Tools(Environment):
         max_calls: PositiveInt = 8, max_output: PositiveInt = 8192,
     ) -> None:  # fmt: skip
         self._tools = {tool.name: tool for tool in map(load_tool, functions)}
-        self._read = reader(parser, tokenizer)
+        self.tools = [tool.schema for tool in self._tools.values()]
+        self._read = reader(parser, tokenizer, self.tools)
         self._max_calls, self._max_output = max_calls, max_output
         self._wrong: list[str] = []  # what was wrong with the calls so far: it may teach
-        self.tools = [tool.schema for tool in self._tools.values()]
 
     async def step(self, reply: str) -> Step:
         found = self._read(reply).found
@@ -231,7 +231,7 @@ def _error(problem: str) -> str:
 
 
 _LOADED: dict[str, Tool] = {}  # by reference: made once, before the episodes are forked
-_READERS: dict[tuple[str, str], ReadCalls] = {}  # vLLM's, by name and tokenizer
+_READERS: dict[tuple[str, str, str], ReadCalls] = {}  # vLLM's, by name, tokenizer and tools
 
 
 def load_tool(reference: str) -> Tool:
@@ -244,18 +244,19 @@ def load_tool(reference: str) -> Tool:
     return _LOADED[reference]
 
 
-def reader(parser: str, tokenizer: str) -> ReadCalls:
+def reader(parser: str, tokenizer: str, tools: Sequence[Mapping[str, object]]) -> ReadCalls:
     """What reads calls: our own for "hermes", else vLLM's."""
     if parser == OWN_PARSER:
         return read_hermes
-    if (parser, tokenizer) not in _READERS:
+    key = parser, tokenizer, json.dumps(tools)
+    if key not in _READERS:
         from megatron_srpo.rollout import engine_tool_parser
 
-        parse = engine_tool_parser(parser, tokenizer)
+        parse = engine_tool_parser(parser, tokenizer, tools)
 
         def read(reply: str) -> Calls:
             calls, problem = parse(after_thinking(reply))  # vLLM's server takes the thinking out before, too
             return Calls([*calls, *([problem] if problem else [])])
 
-        _READERS[parser, tokenizer] = read
-    return _READERS[parser, tokenizer]
+        _READERS[key] = read
+    return _READERS[key]

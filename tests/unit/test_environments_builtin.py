@@ -144,7 +144,7 @@ def test_calls_that_were_only_thought_of_are_not_carried_out(functions, parser, 
     def parse(text):
         return read_hermes(text).calls, ""
 
-    monkeypatch.setattr("megatron_srpo.rollout.engine_tool_parser", lambda name, tokenizer: parse)
+    monkeypatch.setattr("megatron_srpo.rollout.engine_tool_parser", lambda name, tokenizer, tools: parse)
     add = call('{"name": "add", "arguments": {"a": 2}}')
     for reply in (f"<think>{add}</think>3", f"<think>I could {add}", f"no </think><think>{add}"):
         assert step(Tools(functions("add"), parser, "unused"), reply).done, reply
