@@ -182,7 +182,7 @@ class PythonCode(Environment):
         failed = next((fact["failed"] for fact in outcome.facts if "failed" in fact), None)
         if failed is not None:
             return 0, f"The code cannot be run: {str(failed)[:500]}"
-        told = {fact.get("number"): fact for fact in outcome.facts}
+        told = {number: fact for fact in outcome.facts if isinstance(number := fact.get("number"), int)}
         judged = [test.judge(told.get(number), outcome.ended) for number, test in enumerate(self._tests)]
         wrong = [words for words in judged if words is not None]
         return len(judged) - len(wrong), in_words(wrong, len(judged), self._shown)

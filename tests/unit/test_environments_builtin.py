@@ -359,6 +359,8 @@ def test_a_program_that_forges_results_does_not_know_what_is_expected():
         "os._exit(0)\n"
     )
     assert attempt(block(forged)).reward == 0.0
+    nonsense = forged.replace("'number': n, 'value': 99", "'number': [n], 'value': {}")
+    assert attempt(block(nonsense)).reward == 0.0, "what is no result is no failure of the environment"
 
 
 def evaluate(expression, code="import os, socket, sys", **limits):
