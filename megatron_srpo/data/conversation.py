@@ -22,6 +22,7 @@ from megatron_srpo.data.tokenizer import Tokenizer
 Message = dict[str, str]
 Tools = Sequence[Mapping[str, object]]
 _REPLY = "SRPO0REPLY"  # stands for the last reply while the template runs
+_THINK = "<think>"
 _MARK = "SRPO0GAP"  # stands for what a teacher may be shown behind a message
 
 
@@ -79,7 +80,9 @@ class Conversation:
             self._new_sequence(self._text)
 
     def add_reply(self, ids: Sequence[int], logprobs: Sequence[float], *, stopped: bool) -> str:
-        """A turn of the model; returns its text. `stopped`: it ended by itself, so that its last token is the end."""
+        """A turn of the model; returns its text, with the `<think>` that the template may have written before it.
+        `stopped`: it ended by itself, so that its last token is the end."""
+        opened = _THINK if self._text.rstrip().endswith(_THINK) else ""
         text, end = self._chat.decode(ids[:-1] if stopped else ids), self._chat.decode(ids[-1:]) if stopped else ""
         self._text += text + end
         self._end = end
@@ -90,7 +93,7 @@ class Conversation:
         self.turns.append(len(ids))
         self.answers.append(len(self.messages) - 1)
         self.messages.append({"role": "assistant", "content": text})
-        return text
+        return opened + text
 
     def add_messages(self, messages: Sequence[Message], room: int, longest: int) -> bool:
         """What the environment answers. False, and nothing is appended, if more than `room` tokens would be appended,

@@ -16,6 +16,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.config.check import contradictions
 from megatron_srpo.core.records import Attempt, Context, Episode, Group, Prompt, Reward, Rollout
 from megatron_srpo.data import Chat, Conversation, DataError
+from megatron_srpo.environments.code import read_code
 from megatron_srpo.observe.rollouts import groups_record
 from megatron_srpo.run.scorer import PoolScorer
 from tests.unit.chat_tokenizer import TEMPLATE, chat_tokenizer
@@ -229,6 +230,16 @@ def test_a_reward_function_reads_the_last_turn_without_its_special_tokens():
     ids = chat.encode("cut")
     conversation.add_reply(ids, [0.0] * len(ids), stopped=False)
     assert conversation.reply == "cut" and Conversation(chat, PROMPT, PROMPT.messages, ()).reply == ""
+
+
+def test_an_environment_reads_the_beginning_of_thinking_that_the_template_has_written():
+    template = TEMPLATE.replace("<|im_start|>assistant\n{% if", "<|im_start|>assistant\n<think>\n{% if")
+    chat = Chat(chat_tokenizer(template), {}, "keep")
+    conversation = Conversation(chat, PROMPT, PROMPT.messages, ())
+    ids = chat.encode("```python\na draft\n```")
+    reply = conversation.add_reply(ids, [0.0] * len(ids), stopped=False)
+    assert reply.startswith("<think>```") and read_code(reply, fence=True) is None
+    assert conversation.messages[-1]["content"].startswith("```"), "the template writes it again"
 
 
 def test_special_tokens_without_a_name_cannot_be_written_by_an_environment_either():
