@@ -45,7 +45,7 @@ def sequences(tokenizer: Any, turns: int, thinking: int, ending: str, template: 
         else:
             made.append([prompt, list(response)])
         messages += [
-            {"role": "assistant", "content": answer + ending},
+            {"role": "assistant", "content": thought + answer + ending},  # what goes is the template's matter
             {"role": "user", "content": f"{37 * turn}. " * 9},
         ]
     return made

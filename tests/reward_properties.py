@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 
+from megatron_srpo.core.text import after_thinking
 from megatron_srpo.rewards import resolve
-from megatron_srpo.rewards.tags import BOXED_LIMIT, after_thinking, last_boxed, last_tagged
+from megatron_srpo.rewards.tags import BOXED_LIMIT, last_boxed, last_tagged
 from megatron_srpo.rewards.tooluse import DEPTH_LIMIT, read_calls
 
 PIECES = (

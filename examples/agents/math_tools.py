@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import operator
 from collections.abc import Callable
 
@@ -41,4 +42,6 @@ async def run_python(code: str, expression: str) -> str:
     isolation = sandbox.choose("auto")
     outcome = await sandbox.run(code, calls=calls, limits=Limits(), isolation=isolation)
     last = outcome.facts[-1] if outcome.facts else {}
-    return str(last.get("error") or last.get("failed") or outcome.ended or last.get("value"))
+    if "value" not in last:  # what a tool raises is told to the model and is feedback
+        raise RuntimeError(last.get("error") or last.get("failed") or outcome.ended or "the program has ended before")
+    return json.dumps(last["value"])

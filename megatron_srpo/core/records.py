@@ -92,7 +92,7 @@ class Episode:
 
     turns: tuple[int, ...]  # number of sampled tokens of each turn of the model
     messages: list[dict[str, str]]  # everything behind the first prompt
-    reply: str  # text of the last turn: what a reward function scores
+    reply: str  # text of the last turn without special tokens: what a reward function scores
     reward: Reward | None  # the environment's own; None: the reward function of the row's kind scores `reply`
     feedback: str | None = None  # the environment's; the reward function's is added to it
     tool_calls: int = 0

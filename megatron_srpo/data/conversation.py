@@ -22,6 +22,7 @@ from megatron_srpo.data.tokenizer import Tokenizer
 Message = dict[str, str]
 Tools = Sequence[Mapping[str, object]]
 _REPLY = "SRPO0REPLY"  # stands for the last reply while the template runs
+_THINK = "<think>"
 _MARK = "SRPO0GAP"  # stands for what a teacher may be shown behind a message
 
 
@@ -35,12 +36,14 @@ class Chat:
     ) -> None:  # fmt: skip
         self.tokenizer, self.keeps_history, self.finds_gaps = tokenizer, history == "keep", gaps
         self._kwargs, self._control = kwargs, control_tokens(tokenizer, kwargs)
+        self.end = "" if tokenizer.eos_token_id is None else self.decode([tokenizer.eos_token_id])
+        self.shown_roles: set[str] = set()  # of messages that the template is known to show
 
     def begin(self, prompt: Prompt, messages: Sequence[Message] | None = None, tools: Tools = ()) -> Conversation:
         """A conversation that starts with the prompt of the data, or with an environment's own messages and tools."""
         return Conversation(self, prompt, prompt.messages if messages is None else self.defuse(messages), tools)
 
-    def render(self, messages: Sequence[Message], tools: Tools) -> str:
+    def render(self, messages: Sequence[Mapping[str, object]], tools: Tools) -> str:
         """The text of the chat template, up to the model's next turn. DataError if the template refuses them."""
         return render_chat(self.tokenizer, messages, self._kwargs, "an episode", tools)
 
@@ -48,9 +51,9 @@ class Chat:
         (ids,) = encode(self.tokenizer, [text])
         return list(ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text with its special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """The text with its special tokens, or without them."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def defuse(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Messages of an environment, in which nothing can end a turn or begin one."""
@@ -77,7 +80,9 @@ class Conversation:
             self._new_sequence(self._text)
 
     def add_reply(self, ids: Sequence[int], logprobs: Sequence[float], *, stopped: bool) -> str:
-        """A turn of the model; returns its text. `stopped`: it ended by itself, so that its last token is the end."""
+        """A turn of the model; returns its text, with the `<think>` that the template may have written before it.
+        `stopped`: it ended by itself, so that its last token is the end."""
+        opened = _THINK if self._text.rstrip().endswith(_THINK) else ""
         text, end = self._chat.decode(ids[:-1] if stopped else ids), self._chat.decode(ids[-1:]) if stopped else ""
         self._text += text + end
         self._end = end
@@ -88,13 +93,14 @@ class Conversation:
         self.turns.append(len(ids))
         self.answers.append(len(self.messages) - 1)
         self.messages.append({"role": "assistant", "content": text})
-        return text
+        return opened + text
 
     def add_messages(self, messages: Sequence[Message], room: int, longest: int) -> bool:
         """What the environment answers. False, and nothing is appended, if more than `room` tokens would be appended,
         or the sequence would have more than `longest` tokens."""
         messages = self._chat.defuse(messages)
         text, continues = self._following(messages)
+        self._check_shown(messages)
         ids = self._chat.encode(text)
         if not continues:
             if len(ids) > longest:
@@ -117,10 +123,26 @@ class Conversation:
     def _following(self, messages: Sequence[Message]) -> tuple[str, bool]:
         """The text that continues the sequence with these messages, and True. If history is rewritten, the text of the
         whole conversation, and False."""
-        whole = self._chat.render([*self.messages, *messages], self.tools)
+        try:
+            whole = self._chat.render([*self.messages, *messages], self.tools)
+        except DataError:  # Mistral's wants the calls that a tool answers apart from the text, which has them
+            return self._tail(messages), True
         if whole.startswith(self._text):
             return whole[len(self._text) :], True
         return (self._tail(messages), True) if self._chat.keeps_history else (whole, False)
+
+    def _check_shown(self, messages: Sequence[Message]) -> None:
+        """DataError if the template leaves messages of one of these roles out: the model would never read them."""
+        roles = {message["role"] for message in messages} - self._chat.shown_roles
+        if not roles:
+            return
+        text, _ = self._following([{**message, "content": message["content"] + _MARK} for message in messages])
+        if text.count(_MARK) < len(messages):
+            raise DataError(
+                "the tokenizer's chat template does not show what the environment answers, in messages of the role "
+                f"{' or '.join(sorted(roles))}. Use another template, or answer in messages of the role user"
+            )
+        self._chat.shown_roles |= roles
 
     def _find_gap(self, messages: Sequence[Message], text: str, tokens: int) -> None:
         """Note where a teacher can be shown more behind the last message: if the template then writes the same before
@@ -134,14 +156,25 @@ class Conversation:
 
     def _tail(self, messages: Sequence[Message]) -> str:
         """What the template writes behind a reply, up to the next one. It is the same whatever the reply is."""
-        marked = [*self.messages[: self._first], {"role": "assistant", "content": _REPLY}, *messages]
-        before, found, tail = self._chat.render(marked, self.tools).rpartition(_REPLY)
+        first = self.messages[: self._first]
+        try:
+            text = self._chat.render([*first, {"role": "assistant", "content": _REPLY}, *messages], self.tools)
+        except DataError:
+            if all(message["role"] != "tool" for message in messages):
+                raise
+            text = self._chat.render([*first, *_with_calls(messages)], self.tools)
+            _, found, tail = text.rpartition(_REPLY)[2].partition(self._chat.end)  # the end of the call's turn
+            if not found:
+                raise
+            return tail
+        before, found, tail = text.rpartition(_REPLY)
         if not found or _REPLY in before:
             raise DataError(
                 "the tokenizer's chat template does not show an assistant's message once, as it is, so that "
                 'environment.history = "keep" cannot continue it; use "split"'
             )
-        return tail.removeprefix(self._end) if self._end else tail
+        # A model may have other ends than the template's, as Llama's for a call. They are not doubled.
+        return tail.removeprefix(self._end if tail.startswith(self._end) else self._chat.end) if self._end else tail
 
     def _new_sequence(self, text: str, ids: Sequence[int] | None = None) -> None:
         self._text = text
@@ -171,6 +204,26 @@ class Conversation:
         )  # fmt: skip
 
     @property
+    def reply(self) -> str:
+        """The text of the last turn without special tokens, as reward functions read every response; "" before the
+        first turn."""
+        return self._chat.decode(self.token_ids[-self.turns[-1] :], special=False) if self.turns else ""
+
+    @property
     def said(self) -> list[Message]:
         """Everything behind the first prompt."""
         return self.messages[self._first :]
+
+
+def _with_calls(messages: Sequence[Message]) -> list[dict[str, object]]:
+    """Answers of tools behind a turn that calls as many, for templates that take calls apart from the text."""
+    calls: list[dict[str, object]] = []
+    answers: list[dict[str, object]] = []
+    for message in messages:
+        if message["role"] != "tool":
+            answers.append({**message})
+            continue
+        name = f"call{len(calls):05}"  # of nine letters and digits, as Mistral's template wants it
+        calls.append({"id": name, "type": "function", "function": {"name": _REPLY, "arguments": {}}})
+        answers.append({**message, "tool_call_id": name})
+    return [{"role": "assistant", "content": "", "tool_calls": calls}, *answers]

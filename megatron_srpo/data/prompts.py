@@ -82,7 +82,7 @@ def on_all_cores() -> Iterator[None]:
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], kwargs: Mapping[str, object], where: str,
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object], where: str,
     tools: Sequence[Mapping[str, object]] = (),
 ) -> str:  # fmt: skip
     """The text of the chat template for the messages, up to the assistant's answer. `where` is the place that an error

@@ -66,7 +66,8 @@ class Environment:
         return task.messages
 
     async def step(self, reply: str) -> Step:
-        """The answer to a turn of the model. `reply` is its text, with special tokens but without the end of turn."""
+        """The answer to a turn of the model. `reply` is its text, with special tokens but without the end of turn.
+        A `<think>` that the chat template has written before the turn belongs to it."""
         raise NotImplementedError(type(self).__name__)
 
     async def close(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import DirectoryPath, PositiveFloat, PositiveInt, validate_call
 
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.text import after_thinking
 from megatron_srpo.environments import sandbox
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.sandbox import Isolation, Limits
@@ -106,7 +107,7 @@ def limits_of(tests: Sequence[Test], limits: Limits) -> Limits:
 def read_code(reply: str, *, fence: bool) -> str | None:
     """The code of a reply: its last block of Python in a fence, or without `fence` all of it, thinking left out. Blocks
     without a language are read only if none is said to be Python: such a block often shows what the code prints."""
-    text = reply.rpartition("</think>")[2]
+    text = after_thinking(reply)
     if not fence:
         return text
     python, nameless, begun = None, None, None  # begun: the fence that has opened a block
@@ -181,7 +182,7 @@ class PythonCode(Environment):
         failed = next((fact["failed"] for fact in outcome.facts if "failed" in fact), None)
         if failed is not None:
             return 0, f"The code cannot be run: {str(failed)[:500]}"
-        told = {fact.get("number"): fact for fact in outcome.facts}
+        told = {number: fact for fact in outcome.facts if isinstance(number := fact.get("number"), int)}
         judged = [test.judge(told.get(number), outcome.ended) for number, test in enumerate(self._tests)]
         wrong = [words for words in judged if words is not None]
         return len(judged) - len(wrong), in_words(wrong, len(judged), self._shown)

@@ -208,7 +208,7 @@ class _OneEpisode:
         """The episode as a rollout. A failure of its environment is the error of its reward."""
         process: EpisodeProcess | None = None
         conversation: Conversation | None = None
-        reply, task = "", Task(
+        task = Task(
             self._prompt.messages, self._prompt.answer, dict(self._prompt.metadata), self._request.group_seed,
             self._request.sample,
         )  # fmt: skip
@@ -239,7 +239,7 @@ class _OneEpisode:
         finally:
             if process is not None:
                 await process.close()
-        return self._rollout(conversation, reply)
+        return self._rollout(conversation)
 
     async def _sample(self, conversation: Conversation) -> tuple[str, bool]:
         """The model's next turn: its text, and whether it ended by itself."""
@@ -288,7 +288,7 @@ class _OneEpisode:
             return False
         return True
 
-    def _rollout(self, conversation: Conversation | None, reply: str) -> Rollout:
+    def _rollout(self, conversation: Conversation | None) -> Rollout:
         if conversation is None:  # it did not even start
             conversation = self._runner.chat.begin(self._prompt)
         turns, contexts = conversation.turns, tuple(conversation.contexts) if conversation.turns else ()
@@ -302,7 +302,7 @@ class _OneEpisode:
             experts=tuple(map(experts_of_turns, self._experts.values())) or None,
             drafted=self._drafted, accepted=self._accepted,
             episode=Episode(
-                tuple(turns), conversation.said, reply, self._reward(), self._step.feedback, self._calls,
+                tuple(turns), conversation.said, conversation.reply, self._reward(), self._step.feedback, self._calls,
                 self._errors, self._cut, (*self._turn_feedback, *unanswered), tuple(conversation.answers),
                 tuple(conversation.gaps),
             ),

@@ -17,7 +17,7 @@ import aiohttp
 from pydantic import AfterValidator, validate_call
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.text import clause
+from megatron_srpo.core.text import after_thinking, clause
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.server import HOST, start_server
 
@@ -64,6 +64,7 @@ class OpenEnv(Environment):
         self._url = f"http://{HOST}:{_PORTS.get(tuple(command), 0)}" if command else url.rstrip("/")
         self._action, self._observation, self._options = action, observation, options or {}
         self._closing = AsyncExitStack()
+        self._return: float | None = None  # the sum of the rewards so far: the server gives that of each step
 
     @classmethod
     def prepare(cls, **arguments: Any) -> None:
@@ -102,7 +103,7 @@ class OpenEnv(Environment):
             raise UserError(f"{place}, but it cannot be reached ({_why(error)}); start it, or correct url") from error
 
     async def step(self, reply: str) -> Step:
-        text = reply.rpartition("</think>")[2].strip()
+        text = after_thinking(reply).strip()
         try:
             action = {self._action: text} if self._action else json.loads(text)
         except ValueError as error:
@@ -113,7 +114,9 @@ class OpenEnv(Environment):
         except _Refused as error:  # the model may try another
             wrong = f"Error: {str(error)[:500]}"
             return Step([{"role": "user", "content": wrong}], feedback=wrong, tool_calls=1, tool_errors=1)
-        return Step([{"role": "user", "content": observation}], done, reward, tool_calls=1)
+        if reward is not None:
+            self._return = (self._return or 0.0) + reward
+        return Step([{"role": "user", "content": observation}], done, self._return, tool_calls=1)
 
     async def _ask(self, kind: str, data: object) -> tuple[str, float | None, bool]:
         """Observation as text, reward and whether it is over. _Refused for what the server refuses, UserError if it

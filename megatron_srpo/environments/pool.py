@@ -342,7 +342,7 @@ class EpisodeProcess:
     async def start(self, kind: str, task: Task) -> Started:
         """Make the environment, and get its first messages."""
         answer = await self._ask((kind, vars(task)))
-        messages = _messages(answer)
+        messages = list(task.messages) if answer.get("messages") is None else _messages(answer)
         if not any(message["role"] == "user" for message in messages) or messages[-1]["role"] == "assistant":
             raise EpisodeError("garbage: its first messages have none of the user's, or end with the assistant's")
         tools = answer.get("tools")

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import validate_call
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.text import clause
+from megatron_srpo.core.text import after_thinking, clause
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 
 
@@ -52,7 +52,7 @@ class TextArena(Environment):
         return [*first, {"role": "user", "content": self._observe()}]
 
     async def step(self, reply: str) -> Step:
-        done, _ = self._game.step(reply.rpartition("</think>")[2].strip())
+        done, _ = self._game.step(after_thinking(reply).strip())
         if not done:
             return Step([{"role": "user", "content": self._observe()}])
         rewards, info = self._game.close()

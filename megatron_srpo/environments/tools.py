@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from megatron_srpo.core.errors import UserError, nearest
-from megatron_srpo.core.text import clause
+from megatron_srpo.core.text import after_thinking, clause
 from megatron_srpo.environments.base import Environment, Message, Step
 from megatron_srpo.environments.registry import load_object
 
@@ -52,8 +52,18 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 class Calls:
     """What a turn of the model asks for."""
 
-    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # (name, arguments)
-    problems: list[str] = field(default_factory=list)  # a sentence for each call that cannot be read
+    found: list[tuple[str, dict[str, Any]] | str] = field(default_factory=list)
+    """In the turn's order: (name, arguments), or a sentence on a call that cannot be read."""
+
+    @property
+    def calls(self) -> list[tuple[str, dict[str, Any]]]:
+        """Those that can be read."""
+        return [call for call in self.found if not isinstance(call, str)]
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the others."""
+        return [call for call in self.found if isinstance(call, str)]
 
 
 ReadCalls = Callable[[str], Calls]
@@ -61,31 +71,29 @@ ReadCalls = Callable[[str], Calls]
 
 def read_hermes(reply: str) -> Calls:
     """The calls of a reply, without those that it only thought of. It takes time linear in the reply's length."""
-    found, text, position = Calls(), reply.rpartition("</think>")[2], 0
+    calls, text, position = Calls(), after_thinking(reply), 0
     while (begin := text.find(OPEN, position)) >= 0:
         end = text.find(CLOSE, begin)
         if end < 0:
-            found.problems.append(f"the call has no {CLOSE}")
+            calls.found.append(f"the call has no {CLOSE}")
             break
         position = end + len(CLOSE)
-        _read_call(text[begin + len(OPEN) : end], found)
-    return found
+        calls.found.append(_read_call(text[begin + len(OPEN) : end]))
+    return calls
 
 
-def _read_call(text: str, found: Calls) -> None:
+def _read_call(text: str) -> tuple[str, dict[str, Any]] | str:
+    """Name and arguments, or what is wrong."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError) as error:
-        found.problems.append(f"the call is not valid JSON: {str(error)[:200]}")
-        return
+        return f"the call is not valid JSON: {str(error)[:200]}"
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        found.problems.append('a call must be an object {"name": …, "arguments": {…}}')
-        return
+        return 'a call must be an object {"name": …, "arguments": {…}}'
     arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
-        found.problems.append(f"the arguments of {call['name']!r} must be an object")
-        return
-    found.calls.append((call["name"], arguments))
+        return f"the arguments of {call['name']!r} must be an object"
+    return call["name"], arguments
 
 
 class Tool:
@@ -175,30 +183,29 @@ class Tools(Environment):
         max_calls: PositiveInt = 8, max_output: PositiveInt = 8192,
     ) -> None:  # fmt: skip
         self._tools = {tool.name: tool for tool in map(load_tool, functions)}
-        self._read = reader(parser, tokenizer)
+        self.tools = [tool.schema for tool in self._tools.values()]
+        self._read = reader(parser, tokenizer, self.tools)
         self._max_calls, self._max_output = max_calls, max_output
         self._wrong: list[str] = []  # what was wrong with the calls so far: it may teach
-        self.tools = [tool.schema for tool in self._tools.values()]
 
     async def step(self, reply: str) -> Step:
-        found = self._read(reply)
-        if not found.calls and not found.problems:
+        found = self._read(reply).found
+        if not found:
             return Step(done=True)
-        messages: list[Message] = []
-        errors = len(found.problems)
-        for name, arguments in found.calls[: self._max_calls]:
-            content, failed = await self._call(name, arguments)
+        messages: list[Message] = []  # in the order of the calls, by which the model knows them
+        errors = 0
+        for call in found[: self._max_calls]:
+            content, failed = (_error(call), True) if isinstance(call, str) else await self._call(*call)
             messages.append({"role": "tool", "content": content})
             errors += failed
-        problems = list(found.problems)
-        if len(found.calls) > self._max_calls:
-            problems.append(f"only the first {self._max_calls} calls of a turn are carried out")
-        messages += [{"role": "tool", "content": f"Error: {clause(problem)}."} for problem in problems]
+        if len(found) > self._max_calls:
+            content = _error(f"only the first {self._max_calls} calls of a turn are carried out")
+            messages.append({"role": "tool", "content": content})
         wrong = [message["content"] for message in messages if message["content"].startswith("Error: ")]
         self._wrong += wrong
         return Step(
             messages, feedback="\n".join(self._wrong[:8]) or None, turn_feedback="\n".join(wrong[:8]),
-            tool_calls=len(found.calls) + len(found.problems), tool_errors=errors,
+            tool_calls=len(found), tool_errors=errors,
         )  # fmt: skip
 
     async def _call(self, name: str, arguments: Mapping[str, Any]) -> tuple[str, bool]:
@@ -219,8 +226,12 @@ class Tools(Environment):
         return result, False
 
 
+def _error(problem: str) -> str:
+    return f"Error: {clause(problem)}."
+
+
 _LOADED: dict[str, Tool] = {}  # by reference: made once, before the episodes are forked
-_READERS: dict[tuple[str, str], ReadCalls] = {}  # vLLM's, by name and tokenizer
+_READERS: dict[tuple[str, str, str], ReadCalls] = {}  # vLLM's, by name, tokenizer and tools
 
 
 def load_tool(reference: str) -> Tool:
@@ -233,18 +244,19 @@ def load_tool(reference: str) -> Tool:
     return _LOADED[reference]
 
 
-def reader(parser: str, tokenizer: str) -> ReadCalls:
+def reader(parser: str, tokenizer: str, tools: Sequence[Mapping[str, object]]) -> ReadCalls:
     """What reads calls: our own for "hermes", else vLLM's."""
     if parser == OWN_PARSER:
         return read_hermes
-    if (parser, tokenizer) not in _READERS:
+    key = parser, tokenizer, json.dumps(tools)
+    if key not in _READERS:
         from megatron_srpo.rollout import engine_tool_parser
 
-        parse = engine_tool_parser(parser, tokenizer)
+        parse = engine_tool_parser(parser, tokenizer, tools)
 
         def read(reply: str) -> Calls:
-            calls, problem = parse(reply)
-            return Calls(calls, [problem] if problem else [])
+            calls, problem = parse(after_thinking(reply))  # vLLM's server takes the thinking out before, too
+            return Calls([*calls, *([problem] if problem else [])])
 
-        _READERS[parser, tokenizer] = read
-    return _READERS[parser, tokenizer]
+        _READERS[key] = read
+    return _READERS[key]

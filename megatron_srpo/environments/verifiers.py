@@ -17,7 +17,6 @@ import asyncio
 import itertools
 import json
 import os
-import random
 import secrets
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any
 from pydantic import ValidationError, validate_call
 
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.text import clause
+from megatron_srpo.core.text import after_thinking, clause
 from megatron_srpo.environments.base import Environment, Message, Step, Task
 from megatron_srpo.environments.tools import OPEN, read_hermes
 
@@ -77,7 +76,6 @@ class Verifiers(Environment):
         number = task.metadata.get("task")
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise ValueError(f'the row\'s field "task": expected the number of a task, from 0, got {number!r}')
-        random.seed(task.seed)  # what the library's environments draw from
         self._secret = secrets.token_urlsafe(16)
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/v1/chat/completions", self._complete)
@@ -203,9 +201,10 @@ def _text(content: object) -> str:
 
 def _response(reply: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """A turn of the policy as an OpenAI-compatible server would send it: thinking and calls apart."""
-    thought, ended, said = reply.rpartition("</think>")
+    said = after_thinking(reply)
     message: dict[str, Any] = {"role": "assistant", "content": said.strip()}
-    if ended:
+    if said != reply:
+        thought = reply.removesuffix(said).removesuffix("</think>")
         message["reasoning_content"] = thought.removeprefix("<think>").strip()
     if calls:
         message["content"] = said.partition(OPEN)[0].strip()

@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import pickle
+import random
 import selectors
 import signal
 import socket
@@ -210,8 +211,10 @@ class _Episode:
                 else:
                     kind, fields = message
                     self._name = f"kind {kind!r}, sample {fields['sample']} of {fields['messages'][-1:]!r:.200}"
+                    task = Task(**fields)
+                    _seed(task.seed)
                     environment = self._classes[kind](**self._setup.arguments.get(kind, {}))
-                    answer = await _started(environment, Task(**fields))
+                    answer = await _started(environment, task)
                 line = _to_json(answer)
             except MemoryError:
                 line = _to_json({"error": "out of memory (environment.memory_mib limits it)"})
@@ -240,8 +243,20 @@ class _Episode:
 
 async def _started(environment: Environment, task: Task) -> dict[str, Any]:
     environment.task = task
+    own = [dict(message) for message in task.messages]
     messages = _message_list("start() must return", await _awaited(environment.start(task)))
-    return {"messages": messages, "tools": list(environment.tools)}
+    # The row's own messages may be longer than what an environment may say, and the trainer has them.
+    return {"messages": None if messages == own else messages, "tools": list(environment.tools)}
+
+
+def _seed(seed: int) -> None:
+    """Begin what random, NumPy and torch draw for this episode. The generators of the last two are otherwise the same
+    in all forks, and that of random another one in every run."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
 
 
 async def _awaited(result: Any) -> Any:

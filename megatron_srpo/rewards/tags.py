@@ -16,11 +16,6 @@ def last_tagged(text: str, tag: str) -> str | None:
     return text[start + len(opening) : end].strip() if end >= 0 else None
 
 
-def after_thinking(text: str) -> str:
-    """The text after the last `</think>`; the whole text if there is none."""
-    return text.rpartition("</think>")[2]
-
-
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{…}` with balanced braces (`\{` does not count); None if there is none.
 

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_srpo.core.text import after_thinking
 from megatron_srpo.rewards.registry import RewardError, Verdict, register
-from megatron_srpo.rewards.tags import after_thinking
 
 MARK_LIMIT = 512  # actions and inputs of one response
 DEPTH_LIMIT = 64  # of an input's JSON

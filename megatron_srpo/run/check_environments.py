@@ -12,7 +12,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.core.environment import unset_variables
 from megatron_srpo.core.records import Prompt, TurnFeedback
 from megatron_srpo.core.text import visible
-from megatron_srpo.data import Chat, TeacherPromptBuilder
+from megatron_srpo.data import Chat, DataError, TeacherPromptBuilder
 from megatron_srpo.data.conversation import Conversation
 from megatron_srpo.data.tokenizer import Tokenizer
 from megatron_srpo.environments import Task
@@ -22,6 +22,7 @@ from megatron_srpo.environments.sandbox import weakness
 
 SHOWN = 2000  # characters of what environments print
 MADE_UP_TURN, MADE_UP_FEEDBACK = "(a made-up turn)", "(made-up feedback on turn {})"
+MADE_UP_RESULT = {"role": "tool", "content": "(a made-up result)"}  # where the environment has not answered the turn
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,25 @@ def first_readings(
                 try:
                     started, answer = await _start(pool, prompt)
                     conversation = chat.begin(prompt, started.messages, started.tools)
-                except EpisodeError as error:
+                    reading = Reading(tuple(conversation.context))
+                    _answer(conversation, answer, tokenizer)
+                except (EpisodeError, DataError) as error:
                     problems.append(f'kind "{prompt.kind}": its environment does not work: {error}')
                     continue
-                readings[prompt.kind] = Reading(tuple(conversation.context))
                 if at_turns and answer:
-                    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-                    turn = [*chat.encode(MADE_UP_TURN), *end]
-                    conversation.add_reply(turn, [0.0] * len(turn), stopped=bool(end))
-                    conversation.add_messages(answer, room=sys.maxsize, longest=sys.maxsize)
-                    read = _with_feedback(conversation, prompt, teacher)
-                    readings[prompt.kind] = replace(readings[prompt.kind], teacher=read)
+                    reading = replace(reading, teacher=_with_feedback(conversation, prompt, teacher))
+                readings[prompt.kind] = reading
+                if started.tools and not answer:
+                    try:
+                        _answer(conversation, [MADE_UP_RESULT], tokenizer)
+                    except DataError as error:
+                        say(f'\nwarning: kind "{prompt.kind}": the model cannot be shown what a tool returns: {error}')
                 if not conversation.shows_tools:
                     say(
                         f'\nwarning: kind "{prompt.kind}": the chat template of this tokenizer does not show the tools '
                         "of the environment"
                     )
-                first, limit = len(readings[prompt.kind].first), config.data.max_prompt_length
+                first, limit = len(reading.first), config.data.max_prompt_length
                 if first > limit:
                     problems.append(
                         f'kind "{prompt.kind}": the first messages and the tools have {first} '
@@ -91,6 +94,15 @@ def first_readings(
 
     asyncio.run(begin_all())
     return readings, problems
+
+
+def _answer(conversation: Conversation, messages: Sequence[Message], tokenizer: Tokenizer) -> None:
+    """Let the model make a turn, and the environment answer it. DataError if the chat template cannot show that."""
+    if messages:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        turn = [*tokenizer.encode(MADE_UP_TURN, add_special_tokens=False), *end]
+        conversation.add_reply(turn, [0.0] * len(turn), stopped=bool(end))
+        conversation.add_messages(messages, room=sys.maxsize, longest=sys.maxsize)
 
 
 def _with_feedback(conversation: Conversation, prompt: Prompt, teacher: TeacherPromptBuilder) -> Sequence[int]:

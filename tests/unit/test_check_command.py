@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_srpo.core import exit_codes
 from megatron_srpo.rewards import resolve
@@ -22,8 +23,12 @@ def broken(response, answer, metadata): return answer["no such field"] if answer
 def checked(tmp_path, capfd):
     """Runs `check` on rows; returns (exit code, standard output, standard error)."""
 
-    def run(rows, *overrides):
+    def run(rows, *overrides, template=None):
         model = make_tiny_model(tmp_path / "model")
+        if template:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(model)
         (tmp_path / "judge.py").write_text(JUDGES)
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = tmp_path / "run.toml"
@@ -107,16 +112,19 @@ class Chats(Environment):
 """
 
 
-@pytest.mark.parametrize("tools", [True, False])
-def test_a_chat_template_that_shows_no_tools_is_warned_about(checked, tmp_path, tools):
+@pytest.mark.parametrize(("tools", "shown"), [(True, True), (True, False), (False, False)])
+def test_a_chat_template_that_shows_no_tools_is_warned_about(checked, tmp_path, tools, shown):
+    """Nor what they return, if it is not `shown`."""
     (tmp_path / "chats.py").write_text(CHATS)
     classes = f'{{talk = "{tmp_path}/chats.py:Chats"}}'
     code, out, _ = checked(
         [row("hello", "4", "talk"), row("hi", "5", "talk")], "--environment.classes", classes,
         "--environment.arguments", f"{{talk = {{tools = {str(tools).lower()}}}}}",
+        template=None if shown else "{% for m in messages if m.role != 'tool' %}{{ m.content }}<eos>{% endfor %}",
     )  # fmt: skip
     assert code == exit_codes.DONE and "its environment gives the rewards" in out
     assert ("the chat template of this tokenizer does not show the tools" in out) is tools
+    assert ("the model cannot be shown what a tool returns" in out) is (tools and not shown)
 
 
 FAILS = """

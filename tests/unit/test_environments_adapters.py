@@ -20,6 +20,7 @@ from megatron_srpo.config import EnvironmentConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.environments import Task
 from megatron_srpo.environments.pool import EnvironmentPool, EpisodeError
+from megatron_srpo.environments.verifiers import _response
 
 PYTHON = os.environ.get("SRPO_ADAPTERS_PYTHON", "")
 needs_libraries = [
@@ -149,6 +150,20 @@ def test_a_real_openenv_server_is_started_for_the_episodes(mark, tmp_path):
     config = EnvironmentConfig(classes={"row": "openenv"}, arguments={"row": arguments})
     for _, steps in play(config, ["a", "b", "c"], sessions=4):
         assert [step.messages[0]["content"] for step in steps] == ["a1", "b2", "c3"] and steps[-1].reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "thought", "said"),
+    [
+        ("<think>3 + 3</think>\n\nIt is 6.", "3 + 3", "It is 6."),
+        ("opened by the template</think>6", "opened by the template", "6"),
+        ("<think>cut at its", "cut at its", ""),
+        ("It is 6.", None, "It is 6."),
+    ],
+)
+def test_verifiers_gets_the_thinking_of_a_reply_apart(reply, thought, said):
+    message = _response(reply, [])["choices"][0]["message"]
+    assert (message.get("reasoning_content"), message["content"]) == (thought, said)
 
 
 def test_without_the_library_the_cure_is_told():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 
 import pytest
@@ -136,6 +137,25 @@ def test_whatever_is_wrong_with_a_call_is_told_to_the_model(functions, text, tol
     assert not found.done and found.tool_errors == 1
     assert told in found.messages[-1]["content"] and found.messages[-1]["content"].startswith("Error: ")
     assert told in found.feedback, "it may teach"
+
+
+@pytest.mark.parametrize("parser", ["hermes", "another"])
+def test_calls_that_were_only_thought_of_are_not_carried_out(functions, parser, monkeypatch):
+    def parse(text):
+        return read_hermes(text).calls, ""
+
+    monkeypatch.setattr("megatron_srpo.rollout.engine_tool_parser", lambda name, tokenizer, tools: parse)
+    add = call('{"name": "add", "arguments": {"a": 2}}')
+    for reply in (f"<think>{add}</think>3", f"<think>I could {add}", f"no </think><think>{add}"):
+        assert step(Tools(functions("add"), parser, "unused"), reply).done, reply
+    assert step(Tools(functions("add"), parser, "unused"), f"<think>hm</think>{add}").messages[0]["content"] == "3"
+
+
+def test_answers_come_in_the_order_of_the_calls(functions):
+    good, bad = call('{"name": "add", "arguments": {"a": 2}}'), call("{")
+    found = step(Tools(functions("add")), bad + good + bad + good)
+    assert [message["content"][:5] for message in found.messages] == ["Error", "3", "Error", "3"]
+    assert (found.tool_calls, found.tool_errors) == (4, 2)
 
 
 def test_results_and_calls_of_a_turn_are_limited(functions):
@@ -339,6 +359,8 @@ def test_a_program_that_forges_results_does_not_know_what_is_expected():
         "os._exit(0)\n"
     )
     assert attempt(block(forged)).reward == 0.0
+    nonsense = forged.replace("'number': n, 'value': 99", "'number': [n], 'value': {}")
+    assert attempt(block(nonsense)).reward == 0.0, "what is no result is no failure of the environment"
 
 
 def evaluate(expression, code="import os, socket, sys", **limits):
@@ -411,6 +433,8 @@ def test_tests_and_code_are_read_from_what_rows_and_models_write():
         ("```python\na\n```\n```python\nhalf of", "a\n"),
         ("Use ```a``` here.\n```python```\n```python\na\n```", "a\n"),
         ("```python\n```", ""),
+        ("<think>```python\na\n```</think>```python\nb\n```", "b\n"),
+        ("<think>\n```python\na draft\n```\nor", None),
     ],
 )
 def test_the_last_block_of_python_in_a_reply_is_read(reply, code):
@@ -427,3 +451,19 @@ def test_a_weaker_sandbox_than_bubblewrap_is_told_unless_it_was_chosen(monkeypat
     assert told("python", isolation="unshare") == told("tools") == []
     monkeypatch.setattr(sandbox, "works", lambda name: True)
     assert told("python") == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expression", "told"),
+    [
+        ("x = 2", "[x, None, 'é']", '[2, null, "\\u00e9"]'),
+        ("", "1 / 0", "Error: RuntimeError: ZeroDivisionError: division by zero"),
+        ("def f(", "1", "Error: RuntimeError: SyntaxError: '(' was never closed"),
+        ("import os", "os._exit(3)", "Error: RuntimeError: the program has ended before"),
+    ],
+)
+def test_the_python_tool_of_the_example_tells_values_and_what_went_wrong(code, expression, told):
+    tools = Tools(["examples.agents.math_tools:run_python"])
+    found = step(tools, call(json.dumps({"name": "run_python", "arguments": {"code": code, "expression": expression}})))
+    assert found.messages[0]["content"].startswith(told)
+    assert found.tool_errors == told.startswith("Error") and bool(found.feedback) == bool(found.tool_errors)

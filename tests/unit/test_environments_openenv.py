@@ -18,8 +18,8 @@ TASK = Task(({"role": "user", "content": "x"},), "", {}, 0, 0)
 RESET = {"type": "observation", "data": {"observation": {"message": "hello"}, "reward": None, "done": False}}
 
 
-async def played(path, answers, observation="message"):
-    """The environment's answer to one turn, with a server that gives `answers` at `path`."""
+async def played(path, answers, observation="message", turns=1):
+    """The environment's answer to its last turn, with a server that gives `answers` at `path`."""
 
     async def talk(request):
         session = web.WebSocketResponse()
@@ -39,7 +39,7 @@ async def played(path, answers, observation="message"):
     environment = OpenEnv(url=f"http://127.0.0.1:{port}", action="message", observation=observation)
     try:
         await environment.start(TASK)
-        return await environment.step("go")
+        return [await environment.step("go") for _ in range(turns)][-1]
     finally:
         await environment.close()
         await runner.cleanup()
@@ -90,8 +90,14 @@ def test_an_action_that_the_server_refuses_is_told_to_the_model():
     assert (step.messages[0]["content"], step.tool_errors) == ("Error: no such move", 1)
 
 
-def observed(observation, done=False):
-    return {**RESET, "data": {"observation": observation, "reward": 1.0, "done": done}}
+def observed(observation, done=False, reward=1.0):
+    return {**RESET, "data": {"observation": observation, "reward": reward, "done": done}}
+
+
+@pytest.mark.parametrize(("rewards", "total"), [([1.0, None, 2.5, 0.0], 3.5), ([None, 0.0], 0.0), ([None], None)])
+def test_the_reward_of_an_episode_is_the_sum_of_those_of_its_steps(rewards, total):
+    answers = [observed({"message": "x"}, reward=reward) for reward in rewards]
+    assert asyncio.run(played("/ws", [RESET, *answers], turns=len(rewards))).reward == total
 
 
 @pytest.mark.parametrize(

@@ -566,3 +566,45 @@ def test_the_classes_and_rows_of_the_documentation_work(tmp_path):
     assert [(step.tool_calls, step.tool_errors) for step in reads] == [(1, 1), (1, 0), (0, 0)]
     assert reads[1].messages[0]["content"] == "Rome is a city." and (reads[2].done, reads[2].reward) == (True, 1.0)
     assert not (tmp_path / "environments").exists(), "nothing was printed, so close() has not failed"
+
+
+DRAWS = """
+import random
+import numpy as np
+from megatron_srpo.environments import Environment, Step
+class Plain(Environment):
+    async def step(self, reply):
+        return Step(done=True)
+class Draws(Plain):
+    async def start(self, task):
+        return [{"role": "user", "content": f"{random.random()} {np.random.rand()}"}]
+"""
+
+
+def started(tmp_path, name, *tasks):
+    """What an environment begins with, for each of the tasks."""
+    (tmp_path / "draws.py").write_text(DRAWS)
+
+    async def all_of_them():
+        found = []
+        with closing(EnvironmentPool(EnvironmentConfig(classes={"row": f"{tmp_path}/draws.py:{name}"}), print)) as pool:
+            for task in tasks:
+                process = await pool.open()
+                found.append((await process.start("row", task)).messages)
+                await process.close()
+        return found
+
+    return asyncio.run(all_of_them())
+
+
+def test_what_an_environment_draws_belongs_to_its_group(tmp_path):
+    tasks = [Task(TASK.messages, "", {}, seed, sample) for seed, sample in ((2**62, 0), (2**62, 1), (5, 0))]
+    one, same, other = started(tmp_path, "Draws", *tasks)
+    assert one == same
+    assert not set(one[0]["content"].split()) & set(other[0]["content"].split())
+    assert started(tmp_path, "Draws", tasks[0]) == [one], "another run with the same seed"
+
+
+def test_a_long_row_reaches_the_model_whole(tmp_path):
+    messages = tuple({"role": "user", "content": "é" * 150_000} for _ in range(2))
+    assert started(tmp_path, "Plain", Task(messages, "", {}, 0, 0)) == [list(messages)]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from megatron_srpo.algorithms.base import Algorithm
 from megatron_srpo.algorithms.routing import route
@@ -15,7 +16,8 @@ from megatron_srpo.batching import plan_batch
 from megatron_srpo.config import Config
 from megatron_srpo.config.check import contradictions
 from megatron_srpo.core.records import Attempt, Context, Credit, Episode, Group, Prompt, Reward, Rollout
-from megatron_srpo.data import Chat
+from megatron_srpo.data import Chat, Conversation, DataError
+from megatron_srpo.environments.code import read_code
 from megatron_srpo.observe.rollouts import groups_record
 from megatron_srpo.run.scorer import PoolScorer
 from tests.unit.chat_tokenizer import TEMPLATE, chat_tokenizer
@@ -191,3 +193,79 @@ def test_text_of_an_environment_cannot_end_a_turn():
     before = list(conversation.context)
     assert not conversation.add_messages([{"role": "tool", "content": "x" * 50}], 10, 999), "there is no room"
     assert conversation.context == before and conversation.contexts == []
+
+
+# As Mistral's: a tool's answer has the id of a call, which does not stand in a message's text.
+CALLS_APART = (
+    "{% for m in messages %}{% if m.tool_calls is defined %}<|im_start|>call {{ m.tool_calls | tojson }}<|im_end|>\n"
+    "{% elif m.role == 'tool' %}{% if m.tool_call_id|length != 9 %}{{ raise_exception('9 letters') }}{% endif %}"
+    "<|im_start|>result {{ m.content }}, {{ m.tool_call_id }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL_END = "<|call_end|>"  # a special token without a name of its own, as most of Llama's
+
+
+def answered(template, messages, history="split", end="<|im_end|>"):
+    """The conversation, and its text, when the environment has answered the turn "yes" and the same turn again."""
+    tokenizer = chat_tokenizer(template)
+    tokenizer.add_tokens([AddedToken(CALL_END, special=True)])
+    chat = Chat(tokenizer, {}, history)
+    first = ({"role": "user", "content": "hi"},)
+    conversation = chat.begin(Prompt("u", first, chat.encode(chat.render(first, ())), "", "k"))
+    for _ in range(2):
+        ids = [*chat.encode("yes"), tokenizer.convert_tokens_to_ids(end)]
+        conversation.add_reply(ids, [0.0] * len(ids), stopped=True)
+        assert conversation.add_messages(messages, 999, 999)
+    return conversation, chat.decode(conversation.context)
+
+
+@pytest.mark.parametrize("history", ["split", "keep"])
+def test_a_template_that_takes_calls_apart_shows_the_answers_of_tools(history):
+    messages = [{"role": "tool", "content": "4"}, {"role": "tool", "content": "5"}]
+    conversation, text = answered(CALLS_APART, messages, history)
+    results = "".join(f"<|im_start|>result {4 + n}, call0000{n}<|im_end|>\n" for n in range(2))
+    turn = "<|im_start|>assistant\nyes<|im_end|>"
+    assert text == f"<|im_start|>user\nhi<|im_end|>\n{turn}\n{results}{turn}\n{results}<|im_start|>assistant\n"
+    assert conversation.contexts == [], "one sequence"
+
+
+def test_a_template_that_leaves_an_answer_of_the_environment_out_is_refused():
+    silent = TEMPLATE.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"
+    )
+    with pytest.raises(DataError, match="does not show what the environment answers, in messages of the role tool"):
+        answered(silent, [{"role": "user", "content": "x"}, {"role": "tool", "content": "4"}])
+    answered(silent, [{"role": "user", "content": "x"}])
+
+
+def test_another_end_of_a_turn_than_the_templates_is_not_doubled():
+    _, text = answered(TEMPLATE, [{"role": "tool", "content": "4"}], "keep", end=CALL_END)
+    turn = f"<|im_start|>assistant\nyes{CALL_END}\n<|im_start|>tool\n4<|im_end|>\n"
+    assert text == f"<|im_start|>user\nhi<|im_end|>\n{turn}{turn}<|im_start|>assistant\n"
+
+
+def test_a_reward_function_reads_the_last_turn_without_its_special_tokens():
+    conversation, _ = answered(TEMPLATE, [{"role": "tool", "content": "4"}])
+    chat = Chat(chat_tokenizer(TEMPLATE), {}, "split")
+    ids = chat.encode("4<|im_start|>2<|im_end|>")
+    assert conversation.add_reply(ids, [0.0] * len(ids), stopped=True) == "4<|im_start|>2", "the environment's"
+    assert conversation.reply == "42"
+    ids = chat.encode("cut")
+    conversation.add_reply(ids, [0.0] * len(ids), stopped=False)
+    assert conversation.reply == "cut" and Conversation(chat, PROMPT, PROMPT.messages, ()).reply == ""
+
+
+def test_an_environment_reads_the_beginning_of_thinking_that_the_template_has_written():
+    template = TEMPLATE.replace("<|im_start|>assistant\n{% if", "<|im_start|>assistant\n<think>\n{% if")
+    chat = Chat(chat_tokenizer(template), {}, "keep")
+    conversation = Conversation(chat, PROMPT, PROMPT.messages, ())
+    ids = chat.encode("```python\na draft\n```")
+    reply = conversation.add_reply(ids, [0.0] * len(ids), stopped=False)
+    assert reply.startswith("<think>```") and read_code(reply, fence=True) is None
+    assert conversation.messages[-1]["content"].startswith("```"), "the template writes it again"
+
+
+def test_special_tokens_without_a_name_cannot_be_written_by_an_environment_either():
+    conversation, _ = answered(TEMPLATE, [{"role": "tool", "content": CALL_END}])
+    assert conversation.messages[-1]["content"] == "< |call_end|>"

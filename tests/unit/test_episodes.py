@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import Rollout
-from megatron_srpo.environments.tools import read_hermes
+from megatron_srpo.environments.tools import Tools, read_hermes
 from megatron_srpo.rollout import engine_tool_parser, turn_seed
 from tests.tiny_engines import tiny_engine
 from tests.tiny_episodes import (
@@ -25,6 +26,7 @@ from tests.tiny_episodes import (
     make_prompts,
     talk,
 )
+from tests.unit.chat_tokenizer import chat_tokenizer
 
 EXACT = 1e-5  # nats
 
@@ -267,6 +269,22 @@ def test_vllms_parser_reads_calls_as_our_own(engine, faithful, reply):
         UserError, match=r"tokenizer = 'nope': no such folder .* expected the model's Hugging Face folder"
     ):
         engine_tool_parser("hermes", "nope")
+
+
+def test_vllms_parser_knows_the_types_of_the_tools(engine, tmp_path):
+    """Qwen3-Coder's format writes every argument as it is, without a type. The engine's fixture has imported vLLM."""
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "texts.py").write_text(
+        "def join(parts: list[int], by: str) -> str:\n    return by.join(map(str, parts))\n"
+    )
+    tools = Tools([f"{tmp_path}/texts.py:join"], "qwen3_coder", str(tmp_path))
+    arguments = "".join(
+        f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in (("parts", [1, 2]), ("by", 0))
+    )
+    step = asyncio.run(tools.step(f"<tool_call>\n<function=join>\n{arguments}</function>\n</tool_call>"))
+    assert [message["content"] for message in step.messages] == ["102"]
 
 
 def test_environments_do_not_inherit_secrets(engine, faithful, tmp_path, monkeypatch):

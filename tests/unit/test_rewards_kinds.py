@@ -11,9 +11,10 @@ import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_srpo.core.text import after_thinking
 from megatron_srpo.rewards import RewardError, known_kinds, resolve
 from megatron_srpo.rewards.mcq import score_lenient
-from megatron_srpo.rewards.tags import after_thinking, last_boxed, last_tagged
+from megatron_srpo.rewards.tags import last_boxed, last_tagged
 from megatron_srpo.rewards.tooluse import read_calls
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -196,10 +197,12 @@ def test_tooluses_predictions_are_equal_for_what_it_takes_for_the_same_answer():
     assert prediction(("a", {"n": 1}), ("a", {"n": 2})) != prediction(("a", {"n": 3}), ("a", {"n": 2}))
 
 
-def test_tooluse_ignores_drafts_in_closed_thinking():
+def test_tooluse_ignores_drafts_in_thinking():
     right = call("find", {"q": 1})
     assert tooluse(f"<think>{call('no', {'x': 1})}</think>{right}", answer(("find", {"q": 1})), {}).score == 1
+    assert tooluse(f"<think>{right} or", answer(("find", {"q": 1})), {}).score == 0, "cut before the answer"
     assert after_thinking("a</think>b</think>c") == "c" and after_thinking("abc") == "abc"
+    assert after_thinking("<think>a") == after_thinking("a</think>\n<think>b") == ""
 
 
 def test_tooluse_takes_calls_on_one_line():

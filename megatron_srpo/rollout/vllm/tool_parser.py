@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from megatron_srpo.core.errors import UserError, nearest
 ParsedCalls = tuple[list[tuple[str, dict[str, Any]]], str]  # (name, arguments) of each call, and what is wrong, or ""
 
 
-def engine_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls]:
-    """The parser that vLLM knows as `name`. Importing vLLM takes seconds. UserError for an unknown name, and for a
-    folder `tokenizer` without one."""
+def engine_tool_parser(
+    name: str, tokenizer: str, tools: Sequence[Mapping[str, object]] = ()
+) -> Callable[[str], ParsedCalls]:
+    """The parser that vLLM knows as `name`. `tools`: the JSON schemas of functions, which say what type an argument has
+    where the format does not. Importing vLLM takes seconds. UserError for an unknown name, and for a folder `tokenizer`
+    without one."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager
 
@@ -25,12 +28,12 @@ def engine_tool_parser(name: str, tokenizer: str) -> Callable[[str], ParsedCalls
         raise UserError(f'tool parser {name!r} needs the model\'s tokenizer: set "tokenizer" to its folder')
     cls = ToolParserManager.get_tool_parser(name)
     loaded = _load_tokenizer(tokenizer)
-    request = ChatCompletionRequest(messages=[], model="policy")
+    request = ChatCompletionRequest.model_validate({"messages": [], "model": "policy", "tools": list(tools) or None})
     marks = [mark for mark in (_mark(cls, loaded, key) for key in MARKS) if mark]
 
     def parse(reply: str) -> ParsedCalls:
         try:
-            found = cls(loaded).extract_tool_calls(reply, request)
+            found = cls(loaded, request.tools).extract_tool_calls(reply, request)
             calls = [(call.function.name, json.loads(call.function.arguments)) for call in found.tool_calls]
         except Exception as error:  # parsers raise what they like for broken calls
             return [], f"the call cannot be read: {type(error).__name__}: {str(error)[:200]}"
