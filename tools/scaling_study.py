@@ -98,11 +98,13 @@ def draw(lines: list[dict[str, Any]], points: list[dict[str, str]], gpu: str, ta
     for line in lines:
         if "layout" in line and line["response_mean"] == longest:
             curves[line["model"]].append(line)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7))
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels, strict=True):
         for model, found in curves.items():
             axis.plot([line["gpus"] for line in found], [line[name] for line in found], marker="o", ms=3, label=model)
         axis.set_xscale("log", base=2)
+        counts = sorted({line["gpus"] for found in curves.values() for line in found})
+        axis.set_xticks(counts, [f"{count:,}" for count in counts])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("GPUs")
         axis.grid(alpha=0.3)
@@ -110,9 +112,8 @@ def draw(lines: list[dict[str, Any]], points: list[dict[str, str]], gpu: str, ta
         if point["gpu"] == gpu:
             axes.flat[0].plot(float(point["gpus"]), float(point["seconds"]), "kx")
     axes.flat[0].set_yscale("log")
-    axes.flat[0].legend(fontsize=7)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(f"predicted, {gpu}, mean response {longest} tokens, batch grows with the GPUs", fontsize=11)
-    figure.tight_layout()
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
