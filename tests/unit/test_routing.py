@@ -678,3 +678,19 @@ def test_a_history_keeps_the_newest_answers_and_the_prompts_that_were_seen_last(
     histories.observe([group(0, 6)], 7)  # seen again, so that 1 is now the one seen longest ago
     histories.observe([group(2, 0)], 8)
     assert [bool(answers(prompt)) for prompt in range(3)] == [True, False, True]
+
+
+def test_a_wrong_sibling_is_shown_whatever_its_length():
+    samples, _ = run([1, 0, 0], "contrastive", lengths=[9, 2, 9], sibling_min_length=1.0)
+    assert weights(samples) == [POLICY, {"guided": 1.0}, {"guided": 1.0}]
+
+
+def test_other_iterations_show_other_memories():
+    shown = []
+    for iteration in range(12):
+        teacher = Teacher()
+        groups = make_groups([prompt_of(0)], [rollout_of(0)], [Reward(0)])
+        groups[0].history = History(answers=("one", "two"))
+        route(groups, algorithm(teachers=["memory"]), seed=0, iteration=iteration, teacher_prompt=teacher)
+        shown += [solution for _, solution, _ in teacher.calls]
+    assert len(shown) == 12 and set(shown) == {"one", "two"}
