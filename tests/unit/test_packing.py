@@ -538,7 +538,8 @@ def attempts_of_an_episode_and_others():
 
 def test_the_sequences_of_an_episode_are_one_response_with_one_first_token():
     samples = attempts_of_an_episode_and_others()
-    (mini,) = plan_of(samples, dp_size=1, max_tokens=100).mini_batches
+    empty = make(sample=3, response=0)  # counts as no response
+    (mini,) = plan_of([*samples, empty], dp_size=1, max_tokens=100).mini_batches
     assert (mini.responses, mini.loss_tokens, mini.distill_tokens) == (2, 7, 2)
     row = pack_student(Row((0, 1, 2, 3), 0), samples)
     told = [(row.response_tokens[at].item(), row.first_token[at].item()) for at in row.targets.nonzero()[:, 0]]
