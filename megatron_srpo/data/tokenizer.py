@@ -79,5 +79,8 @@ def tokenizer_from(folder: Path) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises almost any exception for a broken folder
+        if not any((folder / name).is_file() for name in _FILES if name != "tokenizer_config.json"):
+            cure = "it has no tokenizer.json; copy the tokenizer's files from the model's repository"
+            raise DataError(f"the tokenizer in {folder} cannot be loaded: {cure}") from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"the tokenizer in {folder} cannot be loaded: {reason[:300]}") from error

@@ -137,7 +137,7 @@ class PartialPool:
         self._rounds += 1
         parts = []
         for place, group in enumerate(self._groups):
-            if group.seeds and group.version is None:
+            if group.version is None:
                 group.version = self.iteration
             for sample, seed in group.seeds.items():
                 begun = group.begun[sample].token_ids if sample in group.begun else array("i")

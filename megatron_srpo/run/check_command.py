@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from megatron_srpo.run.prompting import Prompting
 
 MOST = 32  # prompts of a kind whose rewards are called
+PATIENCE = 20.0  # seconds that the rewards of one made-up form may take; fewer prompts are tried of a slow function
+SAME_ANSWER = "not tried, because these rows all have the same answer; check data.answer_key"
 SHOWN = 2000  # characters of a prompt that are shown
 RULE = "-" * 60
 GIB = 2**30
@@ -61,11 +63,13 @@ class KindReport:
 
     def __str__(self) -> str:
         wrong = sum(correct for _, correct in self.wrong)
+        others = f"correct in {wrong} of {len(self.wrong)} rows" + (
+            f"; the first: {_reward(self.wrong[0][0])}" if self.wrong else ""
+        )
         lines = [
             f"  the answer itself, as {self.form}: correct in {self.right} of {self.tried} rows",
             f"  an empty response: {_reward(self.empty)}",
-            f"  the answer of another row: correct in {wrong} of {len(self.wrong)} rows"
-            + (f"; the first: {_reward(self.wrong[0][0])}" if self.wrong else ""),
+            f"  the answer of another row: {others if self.wrong else SAME_ANSWER}",
             f"  one reward takes {1000 * self.seconds:.1f} ms",
         ]
         return "\n".join(lines)
@@ -134,8 +138,15 @@ def threshold(config: Config) -> float:
 
 def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold: float) -> KindReport:
     """Call the reward of these prompts, which are of one kind, on made-up responses."""
-    step = max(1, len(prompts) // MOST)
-    chosen = list(prompts[::step][:MOST])
+    chosen = list(_spread(prompts, MOST))
+    for _ in range(2):  # a first call may load something, so only the second one shows that the function is slow
+        started = time.perf_counter()
+        (empty,) = pool.score([_task(chosen[0], "")])
+        first = time.perf_counter() - started
+        if first <= 1:
+            break
+    if first > 1:
+        chosen = list(_spread(prompts, max(2, min(MOST, int(PATIENCE / first)))))
     tried = []
     for name, form in forms(chosen[0].kind, own=own):
         started = time.perf_counter()
@@ -147,7 +158,6 @@ def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold
             break
     right, name, form, rewards, seconds = max(tried, key=lambda one: one[0])
     wrong = pool.score([_task(prompt, form(other)) for prompt, other in _others(chosen)])
-    (empty,) = pool.score([_task(chosen[0], "")])
     return KindReport(
         kind=chosen[0].kind,
         form=name if right else ", ".join(one[1] for one in tried),
@@ -158,6 +168,11 @@ def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold
         error=causes(reward.error for reward in rewards if reward.error),
         seconds=seconds,
     )
+
+
+def _spread(prompts: Sequence[Prompt], most: int) -> Sequence[Prompt]:
+    """Up to this number of prompts, taken at equal distances."""
+    return prompts[:: max(1, len(prompts) // most)][:most]
 
 
 def _others(prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, object]]:

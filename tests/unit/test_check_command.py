@@ -15,6 +15,7 @@ JUDGES = """
 def fair(response, answer, metadata): return float(response == f"#### {answer}")
 def deaf(response, answer, metadata): return 0.0
 def generous(response, answer, metadata): return 1.0
+def slow(response, answer, metadata): __import__("time").sleep(60)
 def broken(response, answer, metadata): return answer["no such field"] if answer == "4" else {}
 """
 
@@ -60,6 +61,20 @@ def test_check_shows_prompts_teacher_prompts_rewards_and_memory_and_finds_no_pro
     assert "an empty response: reward 0" in out and "one reward takes" in out
     assert "memory of the fullest of 1 h100 GPUs" in out and "it fits" in out and "no problem found" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_check_says_that_it_cannot_try_another_answer_if_all_rows_have_the_same(checked):
+    code, out, _ = checked([row("2 + 2?", "4", "exact"), row("1 + 3?", "4", "exact")])
+    assert code == exit_codes.DONE
+    assert "the answer of another row: not tried, because these rows all have the same answer" in out
+
+
+def test_check_tries_few_rows_of_a_reward_function_that_takes_too_long(checked, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_srpo.run.check_command.PATIENCE", 2.0)
+    rows = [row(f"{number} + 2?", str(number + 2), "sums") for number in range(32)]
+    options = ["--reward.functions.sums", f"{tmp_path}/judge.py:slow", "--reward.timeout_seconds", "1.2"]
+    code, _, err = checked(rows, *options)
+    assert code == exit_codes.MISTAKE and "is not correct in any of 2 rows" in err and "timeout" in err
 
 
 def test_check_tells_of_variables_that_are_not_set(checked):

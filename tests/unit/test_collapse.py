@@ -92,6 +92,20 @@ def test_a_smaller_fall_together_with_the_reward_is_an_early_alarm():
     assert watch([{**one, "critic/score/mean": 0.6} for one in series]) == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "harmless", "alarming"),
+    [
+        ("srpo/teacher_entropy", 2.0, 0.52, 0.48),  # a quarter
+        ("actor/first_token_entropy", 2.0, 0.52, 0.48),
+        ("critic/score/mean", 0.6, 0.46, 0.44),  # three quarters
+    ],
+)
+def test_an_early_alarm_needs_an_entropy_or_a_reward_below_its_share(name, before, harmless, alarming):
+    for after, alarms in ((harmless, 0), (alarming, 1)):
+        said, _ = watch([seen(100, 100, **{name: before})] * 10 + [seen(60, 60, **{name: after})] * 10)
+        assert len(said) == alarms
+
+
 def test_responses_that_stop_ending_are_an_alarm_only_if_the_reward_falls_too():
     healthy = seen(100, 100, **{"critic/score/mean": 0.6, "response_length/clip_ratio": 0.0})
     endless = seen(105, 100, **{"critic/score/mean": 0.1, "response_length/clip_ratio": 0.6})

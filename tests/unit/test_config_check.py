@@ -85,6 +85,11 @@ def test_a_sound_configuration_passes_all_checks():
         ),
         ({"train__prompts_per_mini_batch": 5}, "train.prompts_per_mini_batch = 5", "1, 2, 4, 8, 16, 32"),
         ({"train__prompts_per_mini_batch": 64}, "train.prompts_per_mini_batch = 64", "0 for the whole batch"),
+        (  # it weighs a group of one 0, whatever teaches
+            {"rollout__n_samples_per_prompt": 1, "algorithm__name": "scsdpo", "algorithm__use_feedback": True},
+            "rollout.n_samples_per_prompt = 1",
+            "sample at least 2",
+        ),
         ({"rollout__n_samples_per_prompt": 1}, "rollout.n_samples_per_prompt = 1", "sample at least 2"),
         (
             {"rollout__n_samples_per_prompt": 1, "algorithm__name": "sdpo"},

@@ -130,6 +130,11 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_with_the_cure(tmp_path):
         ("absent", lambda folder: None, "Nothing is downloaded"),
         ("empty", lambda folder: folder.mkdir(), "no tokenizer"),
         ("plain", lambda folder: chat_tokenizer(None).save_pretrained(folder), "no chat template"),
+        (
+            "rest",
+            lambda folder: (folder.mkdir(), (folder / "tokenizer_config.json").write_text("{}")),
+            "tokenizer.json;",
+        ),
         ("broken", lambda folder: (folder.mkdir(), (folder / "tokenizer.json").write_text("{")), "cannot be loaded"),
     ]:
         fit(tmp_path / name)

@@ -44,6 +44,12 @@ def test_a_group_of_which_nothing_may_be_in_the_loss_has_no_contrast():
     assert uids(groups_of(1, cut, whole)) == ["train:0"]
 
 
+def test_a_group_of_which_one_response_may_be_in_the_loss_has_a_contrast():
+    cut = batch(MIXED)
+    cut[0].attempts[0].rollout.finish_reason = "length"
+    assert uids(groups_of(1, cut, batch(MIXED, first=1), mask_truncated=True)) == ["train:0"]
+
+
 def test_without_a_choice_a_batch_stays_as_it_is():
     groups = groups_of(3, batch(MIXED, RIGHT, WRONG), choose=False)
     assert groups.full and uids(groups) == ["train:0", "train:1", "train:2"] and groups.metrics() == {}

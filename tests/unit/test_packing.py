@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from array import array
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_srpo.batching import prefixes as prefixes_module
+from megatron_srpo.batching.passes import BatchPasses
 from megatron_srpo.batching.plan import cost, plan_batch, share_of
 from megatron_srpo.batching.rows import NO_PADDING, pack_rows, padded_length, predicting_positions, row_lengths
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Padding, Row, Sample, Stream
+from megatron_srpo.core.records import Batch, Padding, Row, Sample, Stream
 from megatron_srpo.core.tensors import PackedBatch, Scores, chain_of
 from tests.made_samples import make_sample
 
@@ -539,3 +541,34 @@ def test_a_missing_or_misplaced_score_is_no_zero():
         pack_student(Row((0, 1), 10), samples, [Scores(logprob=torch.zeros(2)), Scores()])
     with pytest.raises(AssertionError, match="3 scores, 2 tokens"):
         pack_student(Row((0,), 5), samples, [Scores(logprob=torch.zeros(3)), Scores()])
+
+
+def attempts_of_an_episode_and_others():
+    """An attempt in two sequences of 2 and 3 tokens, a whole one of 2, and one that is left out."""
+    begin, end = make(sample=0, response=2), make(sample=0, response=3)
+    begin.attempt_length = end.attempt_length = 5
+    end.part = 1
+    return [begin, end, make(sample=1, distill=1.0, policy=0.0), make(sample=2, policy=0.0)]
+
+
+def test_the_sequences_of_an_episode_are_one_response_with_one_first_token():
+    samples = attempts_of_an_episode_and_others()
+    empty = make(sample=3, response=0)  # counts as no response
+    (mini,) = plan_of([*samples, empty], dp_size=1, max_tokens=100).mini_batches
+    assert (mini.responses, mini.loss_tokens, mini.distill_tokens) == (2, 7, 2)
+    row = pack_student(Row((0, 1, 2, 3), 0), samples)
+    told = [(row.response_tokens[at].item(), row.first_token[at].item()) for at in row.targets.nonzero()[:, 0]]
+    assert told == [(5, 1), (5, 0)] + [(5, 0)] * 3 + [(2, 1), (2, 0)] + [(2, 0)] * 2
+
+
+def test_a_step_has_the_denominators_of_its_mini_batch():
+    samples = attempts_of_an_episode_and_others()
+    plan = plan_of(samples, dp_size=1, max_tokens=100)
+    asked = []
+    policy = SimpleNamespace(padding=NO_PADDING, sum_over_data=lambda value: 3 * value, train_step=lambda *_: "done")
+    objective = SimpleNamespace(
+        distill_weight_sum=lambda *_: torch.tensor(0.5), loss=lambda **keys: asked.append(keys), end_step=lambda: None
+    )
+    passes = BatchPasses(Batch(samples, plan, {}), policy, objective)
+    assert passes.train_step(plan.mini_batches[0]) == "done"
+    assert asked == [{"loss_tokens": 7, "responses": 2, "distill_weight_mean": 0.75}]  # 3 ranks' 0.5 over 2 tokens

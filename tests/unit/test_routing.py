@@ -9,6 +9,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from megatron_srpo.algorithms.section import NAMES, algorithm
 from megatron_srpo.algorithms.teachers import stable_hash
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.records import History, Needs, Prompt, Reward, Rollout, Sample
+from megatron_srpo.core.tensors import Guidance
 from tests.made_samples import make_groups
 
 METHODS = ("srpo", "grpo", "sdpo", "mix", "rloo")
@@ -586,3 +588,109 @@ def test_a_teacher_prompt_is_made_of_the_tokens_of_its_sibling_where_they_are_kn
     expected = {"text 0.0": None, "text 0.2": array("i", [2, 2])}
     assert {text for _, text, _ in teacher.calls} == set(expected)  # both have taught
     assert teacher.known == [expected[text] for _, text, _ in teacher.calls]
+
+
+def test_the_weights_of_drift_are_those_of_its_formulas():
+    def routed(scores, history=None, **keys):
+        groups = make_groups([prompt_of(0)], [rollout_of(i) for i in range(len(scores))], [Reward(s) for s in scores])
+        groups[0].history = history or History()
+        route(groups, algorithm("drift", **keys), seed=0, iteration=1, teacher_prompt=Teacher())
+        return weights(groups[0].samples)
+
+    # p = 4/12 · 4/6 + 8/12 · 1/2, and p = 8/16 · 1/10 + 8/16 · 1/2
+    known = History(solved=3, failed=1), History(solved=0, failed=8)
+    assert difficulty(known[0]) == pytest.approx((0.1403957, 0.8204467, 0.0391577), abs=1e-7)
+    assert difficulty(known[1]) == pytest.approx((0.0066705, 0.4949971, 0.4983324), abs=1e-7)
+    for history, policy, bonus, distill in zip(
+        known, (0.8392137, 0.6448303), (0.6885301, 0.3191892), (0.0882961, 0.5006671), strict=True
+    ):
+        right = {"policy": pytest.approx(policy, abs=1e-7), "guided": pytest.approx(bonus, abs=1e-7)}
+        found = routed([1, 1, 0], history, warmup_iterations=1)  # which are over in the iteration number 1
+        assert found == [right, right, {"distill": pytest.approx(distill, abs=1e-7)}]
+    assert routed([0, 0]) == [POLICY, POLICY]  # nothing to show a teacher
+    assert routed([0, 0], warmup_iterations=2) == [OUT, OUT]
+
+
+def guided(method, advantage, gap, contrast=0.0, **keys):
+    seen = Guidance(*(torch.tensor([float(value)]) for value in (advantage, gap, contrast)))
+    return algorithm(method, **keys).guide(seen).item()
+
+
+@pytest.mark.parametrize(
+    ("method", "advantage", "gap", "expected"),
+    [
+        ("rlsd", 2, math.log(1.1), 2.2),  # the teacher finds the token likelier: more of a reward …
+        ("rlsd", -2, math.log(1.1), -2 / 1.1),  # … and less of a punishment
+        ("rlsd", 2, math.log(3), 2.4),
+        ("rlsd", -2, math.log(3), -1.6),
+        ("rlsd", 2, -math.log(3), 1.6),
+        ("rlrt", 2, math.log(1.1), 2 / 1.1),  # what the student found itself counts more
+        ("rlrt", 2, math.log(3), 1.6),
+        ("rlrt", 2, -math.log(3), 2.4),
+        ("rlrt", -2, -math.log(1.1), -2.2),
+        ("drift", 2, -0.2 - math.log(1.5), 1.0),  # surer than the teacher by more than the margin
+        ("drift", 2, -0.2, 0.0),
+        ("drift", 2, 3, 0.0),
+        ("drift", 2, -3, 2.0),  # the largest bonus
+    ],
+)
+def test_a_teachers_view_of_a_token_scales_its_advantage(method, advantage, gap, expected):
+    assert guided(method, advantage, gap) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_contrastive_advantage_is_half_of_what_the_right_demonstration_has_over_the_wrong_one():
+    assert guided("contrastive", 7, 0.3, -0.1) == pytest.approx(0.2)
+
+
+def test_demopsd_takes_its_share_of_a_tokens_weight_where_the_divergence_is_large():
+    demopsd = algorithm("demopsd", damping_max=0.2, damping_rate=50.0)
+    found = demopsd.token_weights(torch.tensor([0.0, math.log(3) / 50, 5.0]))  # σ: 0.5, 0.75, 1
+    assert found.tolist() == pytest.approx([1.0, 0.9, 0.8])
+
+
+def test_drift_keeps_histories_also_where_memories_do_not_teach():
+    assert algorithm("drift", teachers=["sibling"]).needs.history
+    assert not algorithm("srpo").needs.history and algorithm("srpo", teachers=["memory"]).needs.history
+
+
+def test_where_there_is_no_advantage_to_redistribute_no_teacher_is_asked():
+    teacher = Teacher()
+    assert weights(run([1, 1, 1], "rlsd", teacher=teacher)[0]) == [POLICY] * 3
+    assert teacher.calls == []
+
+
+def test_a_history_keeps_the_newest_answers_and_the_prompts_that_were_seen_last(monkeypatch):
+    def group(prompt, sample):
+        one = Rollout(0, sample, [5], [-0.5], f"text {prompt}.{sample}", "stop", 0)
+        return make_groups([prompt_of(prompt)], [one], [Reward(1)])[0]
+
+    def answers(prompt):
+        asked = group(prompt, 0)
+        histories.give([asked], 9)
+        return asked.history.answers
+
+    monkeypatch.setattr("megatron_srpo.algorithms.history.PROMPTS", 2)
+    histories = PromptHistories()
+    for sample in range(6):
+        histories.observe([group(0, sample)], sample)
+    assert answers(0) == ("text 0.2", "text 0.3", "text 0.4", "text 0.5")
+    histories.observe([group(1, 0)], 6)
+    histories.observe([group(0, 6)], 7)  # seen again, so that 1 is now the one seen longest ago
+    histories.observe([group(2, 0)], 8)
+    assert [bool(answers(prompt)) for prompt in range(3)] == [True, False, True]
+
+
+def test_a_wrong_sibling_is_shown_whatever_its_length():
+    samples, _ = run([1, 0, 0], "contrastive", lengths=[9, 2, 9], sibling_min_length=1.0)
+    assert weights(samples) == [POLICY, {"guided": 1.0}, {"guided": 1.0}]
+
+
+def test_other_iterations_show_other_memories():
+    shown = []
+    for iteration in range(12):
+        teacher = Teacher()
+        groups = make_groups([prompt_of(0)], [rollout_of(0)], [Reward(0)])
+        groups[0].history = History(answers=("one", "two"))
+        route(groups, algorithm(teachers=["memory"]), seed=0, iteration=iteration, teacher_prompt=teacher)
+        shown += [solution for _, solution, _ in teacher.calls]
+    assert len(shown) == 12 and set(shown) == {"one", "two"}

@@ -33,7 +33,7 @@ def test_it_comes_every_so_many_iterations_and_the_age_is_in_the_log():
         (seen(0.6), True),
         (seen(0.5), False),  # not better than the initial policy
         (seen(0.6, length=79), False),
-        (seen(0.6, length=81), True),
+        (seen(0.6, length=80), True),  # as long as it must be
         (seen(0.6, cut=0.11), False),
     ],
 )
