@@ -12,6 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from megatron_srpo.config import Config, load_config, save_resolved
 from megatron_srpo.config.load import to_toml_value
 from megatron_srpo.core.errors import UserError
+from megatron_srpo.core.quiet import quiet_libraries
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
@@ -89,11 +91,13 @@ def evaluate(
 def convert_to_hf(run: str | Path, out: str | Path, *, dtype: str | None = None) -> None:
     """Write a checkpoint, or the newest one of a run, as a Hugging Face folder. `dtype`: "float32", "bfloat16" or
     "float16"; None keeps what is stored."""
-    import torch
+    with warnings.catch_warnings():
+        quiet_libraries()
+        import torch
 
-    from megatron_srpo.conversion.to_hf import megatron_to_hf
+        from megatron_srpo.conversion.to_hf import megatron_to_hf
 
-    megatron_to_hf(Path(run), Path(out), dtype=None if dtype is None else getattr(torch, dtype))
+        megatron_to_hf(Path(run), Path(out), dtype=None if dtype is None else getattr(torch, dtype))
 
 
 def metrics(run: str | Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from megatron_srpo.bridge import read_config
 from megatron_srpo.bridge.load import WeightFolder
 from megatron_srpo.config import Config, layout_problems, listed
 from megatron_srpo.core.errors import ConfigError, UserError
+from megatron_srpo.core.quiet import quiet_libraries
 from megatron_srpo.families import expert_count, unsupported
 from megatron_srpo.run.cli import run_tool
 
@@ -73,9 +74,9 @@ def compare(
         {"model": {"path": str(hf), "dtype": dtype.value}, "data": {"train": "none"}, "parallel": parallel}
     )
     _refuse(hf, config)
-    from megatron_srpo.conversion.console import leads, quiet
+    from megatron_srpo.conversion.console import leads
 
-    quiet()
+    quiet_libraries()
     tokens, tokenizer = _tokens(hf, prompt, prompts, token_ids)
     traces = _traces(hf, megatron, tokens, config, vllm=vllm)
     if not leads():

@@ -15,6 +15,7 @@ import typer
 
 from megatron_srpo.config import ParallelConfig
 from megatron_srpo.core.errors import ConfigError
+from megatron_srpo.core.quiet import quiet_libraries
 from megatron_srpo.run.cli import run_tool
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -41,7 +42,7 @@ def convert(
         raise ConfigError(f"this layout is not supported: {error}") from None
     from megatron_srpo.conversion import console
 
-    console.quiet()
+    quiet_libraries()
     from megatron_srpo.conversion.to_megatron import hf_to_megatron
 
     return console.converted(

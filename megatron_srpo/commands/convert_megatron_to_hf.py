@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_srpo.core.quiet import quiet_libraries
 from megatron_srpo.run.cli import run_tool
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -48,7 +49,7 @@ def convert(
     """Megatron's sharded checkpoint → Hugging Face folder, for transformers and vLLM. LoRA adapters → peft's folder."""
     from megatron_srpo.conversion import console
 
-    console.quiet()
+    quiet_libraries()
     import torch
 
     from megatron_srpo.conversion.to_hf import megatron_to_hf

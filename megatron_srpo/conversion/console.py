@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,6 @@ from megatron_srpo.conversion.report import Report, Tell
 def leads() -> bool:
     """Whether this process writes to the terminal."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def quiet() -> None:
-    """Silence what the libraries say of themselves when they are imported."""
-    for module in ("torch", "megatron", "transformers"):
-        warnings.filterwarnings("ignore", module=module + r"\..*")
 
 
 @contextmanager

@@ -55,6 +55,12 @@ class KindReport:
                 f"{self.tried} rows (tried: {self.form}). Check data.answer_key, {function} and "
                 "algorithm.success_reward_threshold" + (f"; the function failed: {self.error}" if self.error else "")
             )
+        failed = [reward.error for reward in (self.empty, *(reward for reward, _ in self.wrong)) if reward.error]
+        if self.right and failed:
+            yield (
+                f'kind "{self.kind}": {function} failed for {len(failed)} of {1 + len(self.wrong)} wrong responses, '
+                f"the first time with {failed[0]}. Such a response gets reward.failure_score; return a reward for it"
+            )
         if self.wrong and all(correct for _, correct in self.wrong):
             yield (
                 f'kind "{self.kind}": a response with the answer of another row is correct in all of {len(self.wrong)} '

@@ -15,6 +15,7 @@ from rich.table import Table
 from megatron_srpo.config import LoraConfig
 from megatron_srpo.core.errors import UserError
 from megatron_srpo.core.json_types import read_weight_map
+from megatron_srpo.core.quiet import quiet_libraries
 from megatron_srpo.plan import (
     Architecture,
     Layout,
@@ -151,6 +152,7 @@ def check(files: Sequence[Path], gpus: int, overrides: list[str], model: str | N
     problems = contradictions(config, hf, gpus)
     if problems:
         raise UserError(listed(f"{shown} on {gpus} GPUs", problems))
+    quiet_libraries()
     from megatron_srpo.bridge.inventory import stage_inventory
     from megatron_srpo.mcore.meta_model import meta_ranks
 

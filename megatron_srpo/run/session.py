@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_srpo.config import Config
 from megatron_srpo.core import loopback
+from megatron_srpo.core.quiet import quiet_libraries
 from megatron_srpo.run.open_files import allow_open_files
 from megatron_srpo.run.read_ahead import read_ahead
 
@@ -69,9 +69,8 @@ def _all_engines_are_here(config: Config) -> bool:
 
 
 def _quiet() -> None:
-    """Silence what the libraries say of themselves at every start; nothing of ours goes through `warnings`."""
+    """Silence what the libraries say of themselves at every start."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with sequence parallelism
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM says where it binds memory as a warning of torch's
-    for module in ("torch.*", "megatron.*", "transformers.*"):
-        warnings.filterwarnings("ignore", module=module.replace(".*", r"\..*"))
+    quiet_libraries()

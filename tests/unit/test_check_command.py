@@ -13,6 +13,7 @@ from tests.tiny_models import make_tiny_model
 
 JUDGES = """
 def fair(response, answer, metadata): return float(response == f"#### {answer}")
+def fussy(response, answer, metadata): return 1.0 if answer in response else None
 def deaf(response, answer, metadata): return 0.0
 def generous(response, answer, metadata): return 1.0
 def slow(response, answer, metadata): __import__("time").sleep(60)
@@ -67,6 +68,13 @@ def test_check_says_that_it_cannot_try_another_answer_if_all_rows_have_the_same(
     code, out, _ = checked([row("2 + 2?", "4", "exact"), row("1 + 3?", "4", "exact")])
     assert code == exit_codes.DONE
     assert "the answer of another row: not tried, because these rows all have the same answer" in out
+
+
+def test_check_names_a_reward_function_that_fails_for_wrong_responses(checked, tmp_path):
+    rows = [row("2 + 2?", "four", "sums"), row("2 + 3?", "five", "sums")]
+    code, _, err = checked(rows, "--reward.functions.sums", f"{tmp_path}/judge.py:fussy")
+    assert code == exit_codes.MISTAKE
+    assert "reward.functions.sums failed for 3 of 3 wrong responses, the first time with" in err and "NoneType" in err
 
 
 def test_check_tries_few_rows_of_a_reward_function_that_takes_too_long(checked, tmp_path, monkeypatch):
