@@ -29,6 +29,8 @@ def math_reference(answer: object) -> str:
             "kind 'math' expects the answer alone, or a solution that ends in \\boxed{answer} or #### answer, got "
             f"{str(answer)[-80:]!r}"
         )
+    if last_boxed(f"\\boxed{{{text}}}") != text:
+        raise RewardError(f"kind 'math' expects an answer whose braces are balanced, got {text[-80:]!r}")
     return text
 
 
@@ -44,7 +46,12 @@ def exact_reference(answer: object) -> str:
     """The answer of a row of kind exact. RewardError if it is no text or number."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise RewardError(f"kind 'exact' expects text or a number as answer, got {type(answer).__name__}")
-    return str(answer).strip()
+    text = str(answer).strip()
+    if not text:
+        raise RewardError(
+            "kind 'exact' expects an answer that is not empty, because an empty response would be correct"
+        )
+    return text
 
 
 READERS = {"math": math_reference, "mcq": mcq_reference, "exact": exact_reference, "tooluse": expected_calls}
@@ -67,7 +74,7 @@ def _bare(text: str) -> str:
     text = text.strip()
     boxed = last_boxed(text)
     if boxed is not None:
-        return boxed.strip()
+        return " ".join(boxed.split())  # a matrix may be written on several lines
     hashes = _HASHES.search(text)
     text = hashes[1].strip() if hashes else text
     before = None

@@ -361,8 +361,8 @@ def test_exact_compares_the_whole_response(response, right, score):
     assert exact(response, right, {}).score == score
 
 
-@pytest.mark.parametrize("right", [None, [1], {"a": 1}, True])
-def test_exact_refuses_an_answer_that_is_no_text(right):
+@pytest.mark.parametrize("right", [None, [1], {"a": 1}, True, "", " "])
+def test_exact_refuses_an_answer_that_is_no_text_or_that_an_empty_response_would_have(right):
     with pytest.raises(RewardError, match="exact"):
         exact("x", right, {})
 
