@@ -16,6 +16,7 @@ from typing import Any
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from megatron_srpo.core.text import after_thinking
 from megatron_srpo.rewards.reasoning_gym_repairs import is_wrong, readable
 from megatron_srpo.rewards.reasoning_gym_safety import is_safe, replace_eval
 from megatron_srpo.rewards.registry import RewardError, Verdict, register
@@ -35,7 +36,7 @@ def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verd
     dataset = _dataset(entry, metadata)
     entry = readable(dataset, entry)
     scorer = _scorer(dataset)
-    given = last_tagged(response, "answer")
+    given = last_tagged(after_thinking(response), "answer")
     if given is None:
         return Verdict(0.0, "The response has no <answer>…</answer>.", False)
     well_formed = response.rstrip().endswith("</answer>")
