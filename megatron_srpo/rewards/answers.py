@@ -18,6 +18,10 @@ _LEAD = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option)\s*(?:i
 _MARKDOWN = re.compile(r"(\*\*|__|`)(.*)\1\.?", re.DOTALL)
 _LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]{1,2}(?:\s.*)?)?", re.DOTALL)
 
+_ANOTHER_LETTER = re.compile(
+    r"[)\].:]\W*(?:and|or|&|,|;|/)\W*[A-Za-z][)\].:]*\s*\Z"
+)  # (A) and (C), of several right ones
+
 
 def math_reference(answer: object) -> str:
     """The answer of a row of kind math. RewardError if it is a text from which no answer can be read."""
@@ -36,8 +40,9 @@ def math_reference(answer: object) -> str:
 
 def mcq_reference(answer: object) -> str:
     """The answer of a row of kind mcq, a capital letter. RewardError if it is no letter."""
-    found = _LETTER.fullmatch(_bare(answer)) if isinstance(answer, str) else None
-    if found is None:
+    text = _bare(answer) if isinstance(answer, str) else ""
+    found = _LETTER.fullmatch(text)
+    if found is None or _ANOTHER_LETTER.search(text):
         raise RewardError(f"kind 'mcq' expects the letter of the right option as answer, got {answer!r:.80}")
     return found[1].upper()
 

@@ -116,8 +116,8 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
                 continue
             report = examine(pool, group, own=kind in config.reward.functions, threshold=threshold(config))
             say(str(report))
-            if kind not in config.reward.functions and (line := _unasked(kind, group, prompting)):
-                say(f"  warning: {line}")
+            if kind not in config.reward.functions and (unasked := _unasked(kind, group, prompting)):
+                say(f"  warning: {unasked}")
             problems += report.problems()
             if report.empty.error is None and report.empty.score >= threshold(config):
                 problems.append(f'kind "{kind}": an empty response is correct; the reward must look at the response')

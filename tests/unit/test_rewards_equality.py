@@ -165,7 +165,7 @@ def test_the_letter_of_a_multiple_choice_is_read_however_it_is_written(written, 
     assert mcq_reference(written) == letter
 
 
-@pytest.mark.parametrize("written", ["a cell", "AB", "", "3", 3, None, ["A"]])
+@pytest.mark.parametrize("written", ["a cell", "AB", "", "3", 3, None, ["A"], "(A) and (C)", "A. or C."])
 def test_an_option_that_is_no_letter_is_refused(written):
     with pytest.raises(UserError, match="letter of the right option"):
         mcq_reference(written)
