@@ -18,7 +18,8 @@ _LEAD = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option)\s*(?:i
 _MARKDOWN = re.compile(r"(\*\*|__|`)(.*)\1\.?", re.DOTALL)
 _LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]{1,2}(?:\s.*)?)?", re.DOTALL)
 
-_ANOTHER_LETTER = re.compile(
+# "(A) and (C)", of several right options.
+_ANOTHER_LETTER = re.compile(r"[)\].:]\W*(?:and|or|&|,|;|/)\W*[A-Za-z][)\].:]*\s*\Z")
     r"[)\].:]\W*(?:and|or|&|,|;|/)\W*[A-Za-z][)\].:]*\s*\Z"
 )  # (A) and (C), of several right ones
 
