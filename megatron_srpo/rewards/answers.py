@@ -17,11 +17,8 @@ _HASHES = re.compile(r"####(.*)\s*\Z")  # the end of a worked solution, as GSM8K
 _LEAD = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option)\s*(?:is\b\s*:?|:)\s*", re.IGNORECASE)
 _MARKDOWN = re.compile(r"(\*\*|__|`)(.*)\1\.?", re.DOTALL)
 _LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]{1,2}(?:\s.*)?)?", re.DOTALL)
-
 # "(A) and (C)", of several right options.
 _ANOTHER_LETTER = re.compile(r"[)\].:]\W*(?:and|or|&|,|;|/)\W*[A-Za-z][)\].:]*\s*\Z")
-    r"[)\].:]\W*(?:and|or|&|,|;|/)\W*[A-Za-z][)\].:]*\s*\Z"
-)  # (A) and (C), of several right ones
 
 
 def math_reference(answer: object) -> str:

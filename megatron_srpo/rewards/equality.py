@@ -33,6 +33,11 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 _SIGNS = str.maketrans("，、。．；：（）［］｛｝＋－＝＜＞／％−–", ",,..;:()[]{}+-=<>/%--") | {ord("∞"): r"\infty "}
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _RAISED = re.compile("[⁻⁰¹²³⁴-⁹]+")
+_EXPONENTIAL = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
+_GROUPS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")  # 1 000
+_ROW = re.compile(r"\d[\d.]*(?: \d[\d.]*)+")  # 2 3 is no product
+_INEQUALITY = re.compile(r"[<>≤≥]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
+_RANGE = re.compile(rf"{_INEQUALITY.pattern}|[(\[∅]|\\(?:emptyset|varnothing)|\\\{{\s*\\\}}")
 _ROOT = re.compile(r"√ ?(\d+|[a-z])")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|~|\$")
 _FONT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
@@ -96,12 +101,15 @@ def equal(expected: str, given: str) -> bool:
         verdict = compare(ours, theirs)
         if verdict is not None:
             return verdict
+    # math-verify reads a row of numbers as their product, and takes the ends of an interval for the interval.
+    if _ROW.fullmatch(theirs) or (_INEQUALITY.search(ours) and not _RANGE.search(theirs)):
+        return False
     return _equal_expressions(expected, given)
 
 
 def _in_latex(text: str) -> str:
     raised = _RAISED.sub(lambda found: f"^{{{found[0].translate(_POWERS)}}}", text.translate(_SIGNS))
-    return _ROOT.sub(r"\\sqrt{\1}", raised)
+    return _EXPONENTIAL.sub(r"\1\\times 10^{\2}", _ROOT.sub(r"\\sqrt{\1}", raised))
 
 
 def _plain(text: str) -> str:
@@ -109,13 +117,12 @@ def _plain(text: str) -> str:
     while (unwrapped := _FONT.sub(r" \1 ", text)) != text:
         text = unwrapped
     text = _PERCENT.sub(r"\\%", _DEGREES.sub(" ° ", text)).removeprefix(r"\approx")
-    return " ".join(text.split()).removesuffix(".").strip()
+    return _GROUPS.sub("", " ".join(text.split())).removesuffix(".").strip()
 
 
 def _squeezed(text: str) -> str:
     """Without spaces next to anything but two letters or two digits (1 1/2 is not 11/2, but 1 000 is 1000), and without
     braces around single characters."""
-    text = re.sub(r"(?<=\d)\s+(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)\s+(?=\d)", "\0", text)
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+(?![A-Za-z])|(?<![A-Za-z])\s+", "", text))
 
