@@ -64,9 +64,9 @@ def check_boxed(text: str) -> None:
 
 def check_mcq(text: str) -> None:
     verdict = mcq(text, "B", {})
-    assert verdict.score == float(last_tagged(text, "answer") == "B")
+    assert verdict.score == float(last_tagged(after_thinking(text), "answer") == "B")
     assert verdict.well_formed is False or text.rstrip().endswith("</answer>")
-    assert mcq(text + "<answer>B</answer>", "B", {})[:3] == (1.0, None, True)
+    assert mcq(text + "</think><answer>B</answer>", "B", {})[:3] == (1.0, None, True)
     assert mcq(text + "<answer>A</answer>", "B", {}).score == 0.0
 
 
@@ -81,7 +81,7 @@ def check_calls(text: str) -> None:
     assert all(depth_of(given) <= DEPTH_LIMIT for given in calls.inputs)
     json.dumps(calls.inputs, allow_nan=False) if "e999" not in text else None
     right = "".join(f"\nAction: {c['Action']}\nAction Input: {json.dumps(c['Action_Input'])}" for c in CALLS)
-    silent = "Action" not in text and "</think>" not in text
+    silent = "Action" not in text and "think>" not in text
     verdict = tooluse(text + right, CALLS, {})
     if silent:
         assert verdict.score == 1.0

@@ -6,7 +6,8 @@
         --test-source ToolAlpaca/data/eval_simulated.json --out data/tooluse
     python -m megatron_srpo prepare-data convert x.parquet --kind math --out data/x \
         --map prompt=question,answer=solution.final
-    python -m megatron_srpo prepare-data convert gsm8k_of_verl.parquet --kind math --out data/gsm8k
+    python -m megatron_srpo prepare-data convert gsm8k_of_verl.parquet --kind math --out data/gsm8k \
+        --system "Put the final answer in \\boxed{}, not behind ####."
 
 `convert` reads jsonl, json, parquet, csv and saved data sets. Dots lead into nested columns. Without --map it finds the
 answer of verl's rows (reward_model.ground_truth) and of slime's (label), and keeps verl's data_source and extra_info

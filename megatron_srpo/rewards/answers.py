@@ -17,6 +17,8 @@ _HASHES = re.compile(r"####(.*)\s*\Z")  # the end of a worked solution, as GSM8K
 _LEAD = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option)\s*(?:is\b\s*:?|:)\s*", re.IGNORECASE)
 _MARKDOWN = re.compile(r"(\*\*|__|`)(.*)\1\.?", re.DOTALL)
 _LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]{1,2}(?:\s.*)?)?", re.DOTALL)
+# "(A) and (C)", of several right options.
+_ANOTHER_LETTER = re.compile(r"[)\].:]\W*(?:and|or|&|,|;|/)\W*[A-Za-z][)\].:]*\s*\Z")
 
 
 def math_reference(answer: object) -> str:
@@ -29,13 +31,16 @@ def math_reference(answer: object) -> str:
             "kind 'math' expects the answer alone, or a solution that ends in \\boxed{answer} or #### answer, got "
             f"{str(answer)[-80:]!r}"
         )
+    if last_boxed(f"\\boxed{{{text}}}") != text:
+        raise RewardError(f"kind 'math' expects an answer whose braces are balanced, got {text[-80:]!r}")
     return text
 
 
 def mcq_reference(answer: object) -> str:
     """The answer of a row of kind mcq, a capital letter. RewardError if it is no letter."""
-    found = _LETTER.fullmatch(_bare(answer)) if isinstance(answer, str) else None
-    if found is None:
+    text = _bare(answer) if isinstance(answer, str) else ""
+    found = _LETTER.fullmatch(text)
+    if found is None or _ANOTHER_LETTER.search(text):
         raise RewardError(f"kind 'mcq' expects the letter of the right option as answer, got {answer!r:.80}")
     return found[1].upper()
 
@@ -44,7 +49,12 @@ def exact_reference(answer: object) -> str:
     """The answer of a row of kind exact. RewardError if it is no text or number."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise RewardError(f"kind 'exact' expects text or a number as answer, got {type(answer).__name__}")
-    return str(answer).strip()
+    text = str(answer).strip()
+    if not text:
+        raise RewardError(
+            "kind 'exact' expects an answer that is not empty, because an empty response would be correct"
+        )
+    return text
 
 
 READERS = {"math": math_reference, "mcq": mcq_reference, "exact": exact_reference, "tooluse": expected_calls}
@@ -67,7 +77,7 @@ def _bare(text: str) -> str:
     text = text.strip()
     boxed = last_boxed(text)
     if boxed is not None:
-        return boxed.strip()
+        return " ".join(boxed.split())  # a matrix may be written on several lines
     hashes = _HASHES.search(text)
     text = hashes[1].strip() if hashes else text
     before = None

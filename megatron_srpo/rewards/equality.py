@@ -22,31 +22,58 @@ from sympy import Basic, Float, MatrixBase, Mul, Rational, UnevaluatedExpr
 
 DECIMALS = Fraction(2, 10**6)  # relative tolerance if one of two numbers is a decimal: 0.333333 is 1/3
 CLOSED_FORMS = Fraction(1, 10**12)  # relative tolerance of two expressions without decimals
+NESTING_LIMIT = 30  # of brackets and exponents; math-verify's parser takes seconds for a hundred and minutes for more
 EXPONENT_LIMIT = 400  # of a number in scientific notation; larger ones are compared as text
 
 # math-verify's own time-outs use signals, which fail outside the main thread. They are off, because the pool has a
 # time-out, and so is the library's warning that they are off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
+# Signs that models write in place of ASCII's and LaTeX's: those of Chinese texts, dashes, and mathematics in Unicode.
+_SIGNS = str.maketrans("，、。．；：（）［］｛｝＋－＝＜＞／％−–", ",,..;:()[]{}+-=<>/%--") | {ord("∞"): r"\infty "}
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_RAISED = re.compile("[⁻⁰¹²³⁴-⁹]+")
+_EXPONENTIAL = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
+_GROUPS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")  # 1 000
+_ROW = re.compile(r"\d[\d.]*(?: \d[\d.]*)+")  # 2 3 is no product
+_INEQUALITY = re.compile(r"[<>≤≥]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
+_RANGE = re.compile(rf"{_INEQUALITY.pattern}|[(\[∅]|\\(?:emptyset|varnothing)|\\\{{\s*\\\}}")
+_ROOT = re.compile(r"√ ?(\d+|[a-z])")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|~|\$")
 _FONT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?")
+_DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])|\bdegrees?\b|°)\s*")
+_PERCENT = re.compile(r"\s*(?:\bpercent\b|\\?%)")
+_DIGITS_IN_TEXT = re.compile(r"\\(?:text|mathrm)[a-z]*\s*\{([^{}]*\d[^{}]*)\}")
+_FRACTION = re.compile(r"([+-]?)\\[dtc]?frac\{?(\d+)\}?\{?(\d+)\}?")
+_MIXED = re.compile(
+    r"([+-]?)(\d+)(?: (\d+) ?/ ?(\d+)| ?\\[dtc]?frac ?(?:\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}|(\d) ?(\d)))(?! ?[\d./])"
+)
 _NUMBER = re.compile(
     r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)(?:\s*(?:[eE]|(?:\\times|\\cdot|\*|×)\s*10\s*(?:\^|\*\*))\s*\{?\s*"
     r"([+-]?\d{1,4})(?:\s*\})?)?"
 )
-_UNIT = re.compile(r"\s*(?:\\%|%|[A-Za-zµΩ°Å\\](?:[A-Za-zµΩ°Å\d\s/^{}()*·.⁻¹²³\\-]*))?")
+# A unit: words with exponents, as in kg m^2/s^2. A word of one or two letters must be a unit that we know, because it
+# may also be a variable (2 x), and some longer ones are mathematics or go on to another answer.
+_SHORT = r"[yzafpnµumcdhkMGTPEZ]?(?:[mgsAKNJWVCFHTLlMΩ]|\\Omega|Pa|Hz|eV)|[hd]|\\mu ?m|cd|ft|in|lb|oz|hr|mi|yd|dB|sq"
+_NO_UNIT = "or|and|to|not|but|by|then|plus|minus|times|over|choose|mod|sqrt|sin|cos|tan|cot|sec|csc|log|exp"
+_WORD = rf"(?:° ?[CFK]?|(?:{_SHORT})(?![A-Za-z])|(?!(?:{_NO_UNIT})(?![A-Za-z]))[A-Za-zµΩÅ]{{3,}})"
+_POWER = r"(?: ?\^ ?\{? ?-?\d ?\}?|-?\d)?"
+_UNIT = re.compile(rf"\s*(?:\\%|\(?{_WORD}{_POWER}(?: ?(?:[/*·.( -]|\\cdot(?![A-Za-z])) ?\(?{_WORD}{_POWER}\)?)*\)?)?")
+_GOES_ON = re.compile(r"(?<![A-Za-z])(?:or|and|not)(?![A-Za-z])")
 _BASED = re.compile(r"([0-9A-Fa-f]+)_\{?(\d+)\}?")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2}(?::\d{2})?)\s*([aApP])?\.?\s*(?:[mM]\.?)?")
 _FORMULA = re.compile(r"\(?[A-Za-z]{1,2}\)?(?:_?\d+|_[A-Za-z])?(?:[A-Z(][a-z]?\)?(?:_?\d+)?)*(?:\^?\d*[+-])?")
 _OPERATOR = re.compile(r"[-+*/^=<>\\]|\d")
 _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "arcsin", "arccos", "arctan", "sinh"}
 _FUNCTIONS |= {"cosh", "tanh", "max", "min", "mod", "gcd", "lcm", "and", "infty", "inf", "det", "lim", "deg", "frac"}
+_LITTLE = {"A", "An", "At", "By", "In", "Is", "It", "No", "On", "a", "an", "as", "at", "be", "by", "in", "is", "it"}
+_LITTLE |= {"no", "of", "on", "or", "to"}
 _LONG = 5  # letters; a run of so many inside an expression is a name and no product
 
 
 def equal(expected: str, given: str) -> bool:
     """Whether `given` is the answer `expected`. The answers are parsed as LaTeX and never evaluated as code."""
+    expected, given = _in_latex(expected), _in_latex(given)
     ours, theirs = _plain(expected), _plain(given)
     if _squeezed(ours) == _squeezed(theirs):
         return True
@@ -54,18 +81,29 @@ def equal(expected: str, given: str) -> bool:
         verdict = compare(ours, theirs)
         if verdict is not None:
             return verdict
+    # math-verify reads a row of numbers as their product, and takes the ends of an interval for the interval.
+    if _ROW.fullmatch(theirs) or (_INEQUALITY.search(ours) and not _RANGE.search(theirs)):
+        return False
     return _equal_expressions(expected, given)
+
+
+def _in_latex(text: str) -> str:
+    raised = _RAISED.sub(lambda found: f"^{{{found[0].translate(_POWERS)}}}", text.translate(_SIGNS))
+    return _EXPONENTIAL.sub(r"\1\\times 10^{\2}", _ROOT.sub(r"\\sqrt{\1}", raised))
 
 
 def _plain(text: str) -> str:
     text = _SPACING.sub(" ", text.strip()).strip()
     while (unwrapped := _FONT.sub(r" \1 ", text)) != text:
         text = unwrapped
-    return " ".join(text.split()).removesuffix(".").strip()
+    text = _PERCENT.sub(r"\\%", _DEGREES.sub(" ° ", text)).removeprefix(r"\approx")
+    return _GROUPS.sub("", " ".join(text.split())).removesuffix(".").strip()
 
 
 def _squeezed(text: str) -> str:
-    """Without spaces next to anything but two letters, and without braces around single characters."""
+    """Without spaces next to anything but two letters or two digits (1 1/2 is not 11/2, but 1 000 is 1000), and without
+    braces around single characters."""
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "\0", text)
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+(?![A-Za-z])|(?<![A-Za-z])\s+", "", text))
 
 
@@ -73,21 +111,25 @@ def _squeezed(text: str) -> str:
 
 
 def _equal_numbers(ours: str, theirs: str) -> bool | None:
-    """None unless both are numbers, with or without a unit."""
+    """None unless both are numbers, with or without a unit, or one is and the other goes on: 5 is not "5 or 6"."""
     first, second = _number(ours), _number(theirs)
     if first is None or second is None:
-        return None
+        return False if (first or second) and _GOES_ON.search(theirs if first else ours) else None
     if first[1] and second[1] and first[1] != second[1]:
-        return None if "%" in first[1] + second[1] else False
-    if "%" in first[1] + second[1]:
-        return None  # math-verify lets 50% be 50 or 0.5
-    return _close(first[0], second[0], DECIMALS if first[2] or second[2] else Fraction(0))
+        return False
+    tolerance = DECIMALS if first[2] or second[2] else Fraction(0)
+    if (first[1] == "%") != (second[1] == "%"):  # 50% may be meant as 50 or as 0.5
+        percent, other = (first[0], second[0]) if first[1] == "%" else (second[0], first[0])
+        return _close(percent, other, tolerance) or _close(percent / 100, other, tolerance)
+    return _close(first[0], second[0], tolerance)
 
 
 def _number(text: str) -> tuple[Fraction, str, bool] | None:
     """(value, unit, whether it is a decimal)."""
-    fraction = _FRACTION.match(text)
-    if fraction and int(fraction[3]):
+    mixed, fraction = _MIXED.match(text), _FRACTION.match(text)
+    if mixed and (parts := _mixed(mixed)):
+        value, decimal, end = parts, False, mixed.end()
+    elif fraction and int(fraction[3]):
         value, decimal, end = Fraction(int(fraction[1] + fraction[2]), int(fraction[3])), False, fraction.end()
     else:
         found = _NUMBER.match(text)
@@ -103,14 +145,16 @@ def _number(text: str) -> tuple[Fraction, str, bool] | None:
             value, end = value / int(over[1]), end + over.end()
     unit = text[end:]
     # 2x is no number with a unit: a unit follows a space, or is more than a letter.
-    if (unit and (not _UNIT.fullmatch(unit) or not (unit[0] == " " or "%" in unit))) or _is_expression(unit):
+    if unit and (not _UNIT.fullmatch(unit) or not (unit[0] == " " or "%" in unit)):
         return None
     return value, _squeezed(unit.replace("^", "").replace("{", "").replace("}", "").replace("\\", "")).strip(), decimal
 
 
-def _is_expression(unit: str) -> bool:
-    """Whether what follows a number is mathematics: a command such as \\sqrt, or a sum."""
-    return bool(re.search(r"\\(?!%|circ|degree|Omega|mu)[a-zA-Z]", unit)) or " + " in unit or " - " in unit
+def _mixed(found: re.Match[str]) -> Fraction | None:
+    """The value of 1 1/2; None if its fraction is not below 1, so that it may be a product."""
+    above, below = (int(part) for part in found.groups()[2:] if part is not None)
+    value = int(found[2]) + Fraction(above, below) if above < below else None
+    return -value if value and found[1] == "-" else value
 
 
 def _close(first: Fraction, second: Fraction, tolerance: Fraction) -> bool:
@@ -153,13 +197,20 @@ def _equal_words(ours: str, theirs: str) -> bool | None:
     if not _is_text(ours) and not _is_text(theirs):
         return None
     words = re.findall(r"[^\W\d_]+", f"{ours} {theirs}")
-    if all(len(word) > 2 and (word[1:].islower() or (len(word) > 3 and word.isupper())) for word in words):
+    if all(_is_word(word) for word in words):
         ours, theirs = ours.casefold(), theirs.casefold()
     return _squeezed(ours) == _squeezed(theirs)
 
 
+def _is_word(word: str) -> bool:
+    """Whether it is a word of a language and no formula: No or Nothing, but not Co, CO or NaCl."""
+    if len(word) < 3:
+        return word in _LITTLE
+    return word[1:].islower() or (len(word) > 3 and word.isupper())
+
+
 def _is_text(text: str) -> bool:
-    bare = re.sub(r"\\[A-Za-z]+", " ", text)
+    bare = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text)
     runs = [run for run in re.findall(r"[A-Za-z]+", bare) if run.lower() not in _FUNCTIONS]
     longest = max(map(len, runs), default=0)
     if longest >= _LONG:
@@ -174,6 +225,8 @@ def _is_text(text: str) -> bool:
 
 
 def _equal_expressions(expected: str, given: str) -> bool:
+    if _nesting(given) > NESTING_LIMIT:
+        return False
     gold, parsed = _parse(expected), _parse(given)
     if not gold or not parsed:
         return False
@@ -181,8 +234,18 @@ def _equal_expressions(expected: str, given: str) -> bool:
 
 
 def _parse(content: str) -> list:
+    content = _DIGITS_IN_TEXT.sub(r" \1 ", content)  # math-verify leaves texts out, so 5\text{ 6} would be 5
     latex = f"\\boxed{{{content.strip(' $')}}}"
     return math_verify.parse(f"${latex}$", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+
+
+def _nesting(text: str) -> int:
+    """How deeply brackets are nested at most, or how many exponents there are that need no brackets: x^x^x."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return max(deepest, len(re.findall(r"\^\s*[^\s{]\s*(?=\^)", text)))
 
 
 def _relatively_equal(first: Basic, second: Basic, float_rounding: int, numeric_precision: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_srpo.core.text import after_thinking
 from megatron_srpo.rewards.answers import math_reference
 from megatron_srpo.rewards.equality import equal
 from megatron_srpo.rewards.registry import Verdict, register
@@ -13,9 +14,10 @@ from megatron_srpo.rewards.tags import BOXED_LIMIT, last_boxed
 @register("math")
 def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
     r"""1 if the content of the last `\boxed{…}` equals the answer, else 0. The answer is LaTeX, plain text or a number,
-    boxed or not, or a solution that ends in `#### answer`. The text is parsed as LaTeX and never evaluated."""
+    boxed or not, or a solution that ends in `#### answer`. Thinking is a draft. The text is parsed as LaTeX and never
+    evaluated."""
     expected = math_reference(answer)
-    given = last_boxed(response)
+    given = last_boxed(after_thinking(response))
     if given is None:
         return Verdict(0.0, "The response has no final answer in \\boxed{…}.", False)
     if not given.strip() or len(given) > BOXED_LIMIT:

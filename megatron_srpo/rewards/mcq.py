@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_srpo.core.text import after_thinking
 from megatron_srpo.rewards.answers import mcq_reference
 from megatron_srpo.rewards.registry import Verdict, register
 from megatron_srpo.rewards.tags import last_tagged
@@ -11,13 +12,13 @@ from megatron_srpo.rewards.tags import last_tagged
 
 @register("mcq")
 def score(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:
-    """1 if the text between the last `<answer>` and `</answer>` is the answer's letter, else 0.
+    """1 if the text between the last `<answer>` and `</answer>` is the answer's letter, else 0. Thinking is a draft.
 
     The row's answer may be written as `B`, `b`, `(B)`, `B. text` or `Answer: B`. The response is well-formed if it ends
     with that pair and one capital letter is between the tags. The feedback never names the right option, because a
     teacher that reads it would only have to copy it.
     """
-    return _compare(response, last_tagged(response, "answer"), answer)
+    return _compare(response, last_tagged(after_thinking(response), "answer"), answer)
 
 
 def score_lenient(response: str, answer: object, metadata: Mapping[str, object]) -> Verdict:

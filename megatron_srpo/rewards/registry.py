@@ -27,8 +27,8 @@ PREDICTION_IS_ANSWER = {"math"}  # kinds that can score a response against anoth
 LARGEST_SCORE = 1e12  # larger ones overflow in the sums and squares of fp32, which would spoil the whole batch
 # Other files of this folder.
 _NOT_KINDS = {
-    "answers", "equality", "made_up", "pool", "process", "reasoning_gym_safety", "registry", "signatures", "tags",
-    "worker",
+    "answers", "equality", "made_up", "pool", "process", "reasoning_gym_repairs", "reasoning_gym_safety", "registry",
+    "signatures", "tags", "worker",
 }  # fmt: skip
 _FUNCTIONS: dict[str, RewardFunction] = {}
 

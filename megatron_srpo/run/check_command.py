@@ -126,6 +126,8 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
                 continue
             report = examine(pool, group, own=kind in config.reward.functions, threshold=threshold(config))
             say(str(report))
+            if kind not in config.reward.functions and (unasked := _unasked(kind, group, prompting)):
+                say(f"  warning: {unasked}")
             problems += report.problems()
             if report.empty.error is None and report.empty.score >= threshold(config):
                 problems.append(f'kind "{kind}": an empty response is correct; the reward must look at the response')
@@ -179,6 +181,21 @@ def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold
 def _spread(prompts: Sequence[Prompt], most: int) -> Sequence[Prompt]:
     """Up to this number of prompts, taken at equal distances."""
     return prompts[:: max(1, len(prompts) // most)][:most]
+
+
+def _unasked(kind: str, prompts: Sequence[Prompt], prompting: Prompting) -> str | None:
+    """A warning if no prompt says how the reward reads the answer: verl's GSM8K asks for `#### 72` and DAPO for
+    `Answer: 72`, so that a model that does as it is told would get no reward."""
+    from megatron_srpo.run.prompting import MARKS
+
+    mark = MARKS.get(kind.replace("-", "_"), ("",))[0]
+    texts = (prompting.tokenizer.decode(list(prompt.token_ids)) for prompt in prompts[:MOST])
+    if not mark or any(mark in text for text in texts):
+        return None
+    return (
+        f"the reward looks for {mark}, which no prompt of this kind mentions. If the model does not write it by "
+        'itself, say so in the prompts or in the system message: data.system_key, or prepare-data convert --system "…"'
+    )
 
 
 def _others(prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, object]]:

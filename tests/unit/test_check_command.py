@@ -85,6 +85,21 @@ def test_check_tries_few_rows_of_a_reward_function_that_takes_too_long(checked, 
     assert code == exit_codes.MISTAKE and "is not correct in any of 2 rows" in err and "timeout" in err
 
 
+@pytest.mark.parametrize(
+    ("question", "kind", "told"),
+    [
+        ('Put the final answer after "####".', "math", True),
+        ("Put the final answer in \\boxed{}.", "math", False),
+        ("Which one?", "mcq", True),
+        ("Which one? <answer>B</answer>, for example.", "mcq", False),
+        ("Which one?", "exact", False),
+    ],
+)
+def test_check_warns_if_no_prompt_asks_for_the_form_that_the_reward_reads(checked, question, kind, told):
+    code, out, _ = checked([row(f"1: {question}", "A", kind), row(f"2: {question}", "B", kind)])
+    assert code == exit_codes.DONE and ("warning: the reward looks for" in out) is told
+
+
 def test_check_tells_of_variables_that_are_not_set(checked):
     rows = [row("2 + 2?", "4", "exact"), row("2 + 3?", "5", "exact")]
     code, out, _ = checked(rows, "--reward.environment", '["NO_SUCH_VARIABLE"]')

@@ -2,6 +2,8 @@ r"""Pairs of answers over mathematics, physics, chemistry, intervals, units and 
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from megatron_srpo.core.errors import UserError
@@ -46,6 +48,15 @@ RIGHT = {
     "bases and times": r"""
         1011_2 | 1011_{2} || 1011_2 | 11_{10} || FF_{16} | ff_{16} || 1011_2 | 1011 || 12:30 | 12:30 || 09:05 | 9:05
         3:45 pm | 3:45 PM || 3:45 | 3:45 pm || 12:30:15 | 12:30:15 || 1:2 | 2:4 || 3:4 | 3:4""",
+    "as models write them": r"""
+        90 | 90° || 90 | 90^{\circ} || 90^\circ | 90\text{ degrees} || 25 | 25°C || 12\% | 12 percent || 3/4 | 75\%
+        1 1/2 | 3/2 || 1 1/2 | 1\frac{1}{2} || -1\frac12 | -1.5 || 1500 | 1\,500 || 1{,}500 | 1500 || 6 | \approx 6
+        (1,2) | （1，2） || 7 | 7。 || -5 | −5 || 120000 | 1.2×10⁵ || 2\sqrt{3} | 2√3 || (0,\infty) | (0, ∞)
+        8.314 | 8.314\ \text{J mol}^{-1}\text{K}^{-1} || 12\text{ m}^2 | 12 m² || 60 | 60 miles per hour
+        \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{bmatrix}1 & 2 \\ 3 & 4\end{bmatrix}
+        \begin{pmatrix}1/2\\3\end{pmatrix} | \begin{pmatrix}0.5\\3\end{pmatrix} || No | no
+        10^5 | 1e5 || 2\times 10^{-3} | 2e-3 || 1\,000 | 1000
+        no solution | No solution || 1,2 | x=1 or x=2 || 1,2 | 1 \text{ and } 2 || 5 | \text{ 5 apples}""",
 }  # fmt: skip
 WRONG = {
     "numbers": r"""
@@ -86,6 +97,14 @@ WRONG = {
     "bases and times": r"""
         101_2 | 101_3 || 1011_{2} | 1011_{8} || FF_{16} | FF_{18} || 1011_2 | 11 || 12:30 | 24:60 || 3:45 | 1:15
         12:30 | 2/5 || 10:00 | 10 || 10:15 | 2/3 || 3:45 am | 3:45 pm || 12:30 | 12:31 || 1:2 | 1:3""",
+    "a number and what goes on": r"""
+        5 | 5 or 6 || 5 | 5 \text{ or } 6 || 5 | 5 and 6 || 5 | 5 to 10 || 3 | 3 \text{ or } -3 || 6 | 6 (or 7)
+        5 | 5 \text{ maybe } 6 || 6 | 6 hours 30 minutes || 6 | 6 feet 5 inches || 6 | 6 \\ 5 || 5 | 5\text{ 6}
+        5 | 5\text{, 6} || 2 | 2 x || 2 | 2 pi || 2 | 2 sqrt(3) || 2 | 2 ln 2 || 3 | 3 i || 6 | 6 x^2 || 5 | 5 x-3
+        6 | 6 sin(x) || 6 | 6 choose 3 || 11/2 | 1 1/2 || 1 | 1 1/2 || 123 | 1 2 3 || 6 | 2 3 || 0 | 1 000 || 5e | 1e5
+        5<x<6 | \{5,6\} || 5<x<6 | 5 or 6 || 1 \le x \le 2 | 1,2 || 5^2 | 52 || 52 | 5²
+        12\% | 1200 || 25^\circ\text{C} | 25^\circ\text{F}
+        \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix}1&3\\2&4\end{pmatrix} || NO | No""",
 }  # fmt: skip
 
 
@@ -118,6 +137,22 @@ def test_a_reference_answer_is_read_however_it_is_written(written):
     assert equal(math_reference(written), "72")
 
 
+def test_a_reference_answer_in_a_box_may_have_several_lines():
+    assert math_reference("\\boxed{\\begin{pmatrix}\n1\n\\end{pmatrix}}") == "\\begin{pmatrix} 1 \\end{pmatrix}"
+
+
+@pytest.mark.parametrize("written", [r"\frac{1}{2", "1}", "}{"])
+def test_a_reference_answer_that_no_box_can_hold_is_refused(written):
+    with pytest.raises(UserError, match="braces"):
+        math_reference(written)
+
+
+def test_brackets_nested_too_deeply_cost_no_time():
+    before = time.process_time()
+    assert not any(equal("5", text) for text in ("{" * 900 + "}" * 900, "(" * 900 + ")" * 900, "x^" * 600 + "2"))
+    assert time.process_time() - before < 5  # as math-verify reads them, a minute
+
+
 @pytest.mark.parametrize("written", ["x is 3\nso it is 4", "", "####", "Answer:", "because " * 100, None, True, ["72"]])
 def test_a_reference_answer_that_cannot_be_read_is_refused(written):
     with pytest.raises(UserError, match="kind 'math' expects"):
@@ -132,7 +167,7 @@ def test_the_letter_of_a_multiple_choice_is_read_however_it_is_written(written, 
     assert mcq_reference(written) == letter
 
 
-@pytest.mark.parametrize("written", ["a cell", "AB", "", "3", 3, None, ["A"]])
+@pytest.mark.parametrize("written", ["a cell", "AB", "", "3", 3, None, ["A"], "(A) and (C)", "A. or C."])
 def test_an_option_that_is_no_letter_is_refused(written):
     with pytest.raises(UserError, match="letter of the right option"):
         mcq_reference(written)

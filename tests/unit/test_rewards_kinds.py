@@ -98,6 +98,17 @@ def test_mcq_scores_the_real_rows():
         assert mcq(f"<answer>{wrong}</answer>", right, row).score == 0
 
 
+def test_an_answer_in_thinking_is_a_draft_and_gets_no_reward():
+    entry = json.loads(json.dumps(reasoning_gym.create_dataset("chain_sum", size=1, seed=3)[0]))
+    metadata, right = {"dataset": "chain_sum", "entry": entry}, entry["answer"]
+    for score, form in ((mcq, "<answer>{}</answer>"), (mathematics, "\\boxed{{{}}}"), (gym, "<answer>{}</answer>")):
+        answer, other = ("B", form.format("D")) if score is mcq else (right, form.format("-7"))
+        draft = form.format(answer)
+        assert score(f"<think>{other}</think>\nSo {draft}", answer, metadata).score == 1
+        for response in (f"<think>{draft} or", f"<think>{draft}</think>", f"<think>{draft}</think>{other}"):
+            assert score(response, answer, metadata).score < 0.1, response
+
+
 # --- tooluse
 
 
@@ -361,8 +372,8 @@ def test_exact_compares_the_whole_response(response, right, score):
     assert exact(response, right, {}).score == score
 
 
-@pytest.mark.parametrize("right", [None, [1], {"a": 1}, True])
-def test_exact_refuses_an_answer_that_is_no_text(right):
+@pytest.mark.parametrize("right", [None, [1], {"a": 1}, True, "", " "])
+def test_exact_refuses_an_answer_that_is_no_text_or_that_an_empty_response_would_have(right):
     with pytest.raises(RewardError, match="exact"):
         exact("x", right, {})
 
