@@ -58,8 +58,11 @@ _SHORT = r"[yzafpnµumcdhkMGTPEZ]?(?:[mgsAKNJWVCFHTLlMΩ]|\\Omega|Pa|Hz|eV)|[hd]
 _NO_UNIT = "or|and|to|not|but|by|then|plus|minus|times|over|choose|mod|sqrt|sin|cos|tan|cot|sec|csc|log|exp"
 _WORD = rf"(?:° ?[CFK]?|(?:{_SHORT})(?![A-Za-z])|(?!(?:{_NO_UNIT})(?![A-Za-z]))[A-Za-zµΩÅ]{{3,}})"
 _POWER = r"(?: ?\^ ?\{? ?-?\d ?\}?|-?\d)?"
-_UNIT = re.compile(rf"\s*(?:\\%|\(?{_WORD}{_POWER}(?: ?(?:[/*·.( -]|\\cdot(?![A-Za-z])) ?\(?{_WORD}{_POWER}\)?)*\)?)?")
-_GOES_ON = re.compile(r"(?<![A-Za-z])(?:or|and|not)(?![A-Za-z])")
+_SCALE = r"(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|factorial)(?![A-Za-z])"
+_UNIT = re.compile(
+    rf"\s*(?!{_SCALE})(?:\\%|\(?{_WORD}{_POWER}(?: ?(?:[/*·.( -]|\\cdot(?![A-Za-z])) ?\(?{_WORD}{_POWER}\)?)*\)?)?"
+)
+_GOES_ON = re.compile(rf"(?<![A-Za-z])(?:or|and|not)(?![A-Za-z])|\d ?{_SCALE}")
 _BASED = re.compile(r"([0-9A-Fa-f]+)_\{?(\d+)\}?")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2}(?::\d{2})?)\s*([aApP])?\.?\s*(?:[mM]\.?)?")
 _FORMULA = re.compile(r"\(?[A-Za-z]{1,2}\)?(?:_?\d+|_[A-Za-z])?(?:[A-Z(][a-z]?\)?(?:_?\d+)?)*(?:\^?\d*[+-])?")

@@ -52,7 +52,8 @@ RIGHT = {
         90 | 90° || 90 | 90^{\circ} || 90^\circ | 90\text{ degrees} || 25 | 25°C || 12\% | 12 percent || 3/4 | 75\%
         1 1/2 | 3/2 || 1 1/2 | 1\frac{1}{2} || -1\frac12 | -1.5 || 1500 | 1\,500 || 1{,}500 | 1500 || 6 | \approx 6
         (1,2) | （1，2） || 7 | 7。 || -5 | −5 || 120000 | 1.2×10⁵ || 2\sqrt{3} | 2√3 || (0,\infty) | (0, ∞)
-        8.314 | 8.314\ \text{J mol}^{-1}\text{K}^{-1} || 12\text{ m}^2 | 12 m² || 60 | 60 miles per hour
+        8.314 | 8.314\ \text{J mol}^{-1}\text{K}^{-1} || 12\text{ m}^2 | 12 m²
+        60 | 60 miles per hour || 9 | 9 meters squared
         \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{bmatrix}1 & 2 \\ 3 & 4\end{bmatrix}
         \begin{pmatrix}1/2\\3\end{pmatrix} | \begin{pmatrix}0.5\\3\end{pmatrix} || No | no
         10^5 | 1e5 || 2\times 10^{-3} | 2e-3 || 1\,000 | 1000
@@ -101,7 +102,9 @@ WRONG = {
         5 | 5 or 6 || 5 | 5 \text{ or } 6 || 5 | 5 and 6 || 5 | 5 to 10 || 3 | 3 \text{ or } -3 || 6 | 6 (or 7)
         5 | 5 \text{ maybe } 6 || 6 | 6 hours 30 minutes || 6 | 6 feet 5 inches || 6 | 6 \\ 5 || 5 | 5\text{ 6}
         5 | 5\text{, 6} || 2 | 2 x || 2 | 2 pi || 2 | 2 sqrt(3) || 2 | 2 ln 2 || 3 | 3 i || 6 | 6 x^2 || 5 | 5 x-3
-        6 | 6 sin(x) || 6 | 6 choose 3 || 11/2 | 1 1/2 || 1 | 1 1/2 || 123 | 1 2 3 || 6 | 2 3 || 0 | 1 000 || 5e | 1e5
+        6 | 6 sin(x) || 6 | 6 choose 3 || 11/2 | 1 1/2 || 1 | 1 1/2
+        4 | 4 million || 2 | 2 dozen || 4 | 4 squared || 4 | 4 thousand dollars
+        123 | 1 2 3 || 6 | 2 3 || 0 | 1 000 || 5e | 1e5
         5<x<6 | \{5,6\} || 5<x<6 | 5 or 6 || 1 \le x \le 2 | 1,2 || 5^2 | 52 || 52 | 5²
         12\% | 1200 || 25^\circ\text{C} | 25^\circ\text{F}
         \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix}1&3\\2&4\end{pmatrix} || NO | No""",
