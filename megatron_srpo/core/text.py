@@ -52,8 +52,11 @@ def visible(text: str) -> str:
     )
 
 
+THINK = "<think>"
+
+
 def after_thinking(text: str) -> str:
     """What a model says behind its thinking: the text after the last `</think>`, or all of it if there is none. ""
     if that begins with a `<think>` that never ends: the thinking was cut, and its drafts are no answer."""
     said = text.rpartition("</think>")[2]
-    return "" if said.lstrip().startswith("<think>") else said
+    return "" if said.lstrip().startswith(THINK) else said

@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from megatron_srpo.core.records import Context, Gap, Prompt
+from megatron_srpo.core.text import THINK
 from megatron_srpo.data.control_tokens import control_tokens, defused
 from megatron_srpo.data.dataset import DataError
 from megatron_srpo.data.demonstrations import strip_thinking
-from megatron_srpo.data.prompts import encode, render_chat
+from megatron_srpo.data.prompts import encode, opened_thinking, render_chat
 from megatron_srpo.data.tokenizer import Tokenizer
 
 Message = dict[str, str]
 Tools = Sequence[Mapping[str, object]]
 _REPLY = "SRPO0REPLY"  # stands for the last reply while the template runs
-_THINK = "<think>"
 _MARK = "SRPO0GAP"  # stands for what a teacher may be shown behind a message
 
 
@@ -82,7 +82,8 @@ class Conversation:
     def add_reply(self, ids: Sequence[int], logprobs: Sequence[float], *, stopped: bool) -> str:
         """A turn of the model; returns its text, with the `<think>` that the template may have written before it.
         `stopped`: it ended by itself, so that its last token is the end."""
-        opened = _THINK if self._text.rstrip().endswith(_THINK) else ""
+        self._opened = opened_thinking(self._chat.tokenizer, self._text)
+        opened = THINK if self._text.rstrip().endswith(THINK) else ""
         text, end = self._chat.decode(ids[:-1] if stopped else ids), self._chat.decode(ids[-1:]) if stopped else ""
         self._text += text + end
         self._end = end
@@ -205,9 +206,11 @@ class Conversation:
 
     @property
     def reply(self) -> str:
-        """The text of the last turn without special tokens, as reward functions read every response; "" before the
-        first turn."""
-        return self._chat.decode(self.token_ids[-self.turns[-1] :], special=False) if self.turns else ""
+        """The text of the last turn without special tokens, as reward functions read every response, with the `<think>`
+        that the template may have written before it; "" before the first turn."""
+        if not self.turns:
+            return ""
+        return self._opened + self._chat.decode(self.token_ids[-self.turns[-1] :], special=False)
 
     @property
     def said(self) -> list[Message]:

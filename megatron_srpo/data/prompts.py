@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_srpo.config import DataConfig
 from megatron_srpo.core.records import Prompt
+from megatron_srpo.core.text import THINK
 from megatron_srpo.core.time_limit import TimeIsUp, time_limit
 from megatron_srpo.data.dataset import DataError, Example
 from megatron_srpo.data.prompt_cache import PromptCache
@@ -79,6 +80,17 @@ def on_all_cores() -> Iterator[None]:
         yield
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def opened_thinking(tokenizer: Tokenizer, text: str) -> str:
+    """ "<think>" if the chat template has begun the model's thinking at the end of `text`, else "". A response does not
+    have this tag, and would look like an answer if its thinking is cut. "" also where `</think>` is a special token,
+    which rewards never see."""
+    if not text.rstrip().endswith(THINK):
+        return ""
+    end = tokenizer.encode("</think>", add_special_tokens=False)
+    seen = tokenizer.decode(end, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return THINK if "</think>" in seen else ""
 
 
 def render_chat(

@@ -56,9 +56,13 @@ _NUMBER = re.compile(
 # may also be a variable (2 x), and some longer ones are mathematics or go on to another answer.
 _SHORT = r"[yzafpnµumcdhkMGTPEZ]?(?:[mgsAKNJWVCFHTLlMΩ]|\\Omega|Pa|Hz|eV)|[hd]|\\mu ?m|cd|ft|in|lb|oz|hr|mi|yd|dB|sq"
 _NO_UNIT = "or|and|to|not|but|by|then|plus|minus|times|over|choose|mod|sqrt|sin|cos|tan|cot|sec|csc|log|exp"
+_NO_UNIT += "|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|nu|xi|rho|sigma|tau|phi|chi|psi|omega|pi"
 _WORD = rf"(?:° ?[CFK]?|(?:{_SHORT})(?![A-Za-z])|(?!(?:{_NO_UNIT})(?![A-Za-z]))[A-Za-zµΩÅ]{{3,}})"
 _POWER = r"(?: ?\^ ?\{? ?-?\d ?\}?|-?\d)?"
-_SCALE = r"(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|factorial)(?![A-Za-z])"
+_SCALE = (
+    r"(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|squared|cubed|factorial"
+    r"|(?:ten|hundred|thousand)ths?)(?![A-Za-z])"
+)
 _UNIT = re.compile(
     rf"\s*(?!{_SCALE})(?:\\%|\(?{_WORD}{_POWER}(?: ?(?:[/*·.( -]|\\cdot(?![A-Za-z])) ?\(?{_WORD}{_POWER}\)?)*\)?)?"
 )

@@ -55,7 +55,7 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
     # Environments may give the rewards of their kinds themselves.
     own = {kind for kind in config.environment.classes if unknown(kind, config.reward.functions)}
     kinds = control.share(role.kinds) - own
-    chat_options = control.share(role.chat_options)
+    chat_options, opening = control.share(role.chat_options), control.share(role.opening)
 
     def build() -> Scorer:
         if topology.rank % size:
@@ -66,7 +66,8 @@ def build_scorer(config: Config, session: Session, role: Role, closing: ExitStac
         reward = config.reward.model_copy(update={"workers": workers})
         pool = closing.enter_context(RewardPool(reward, kinds, log))
         scorer = PoolScorer(
-            pool, control, threshold=config.algorithm.success_reward_threshold, leads=control.is_driver
+            pool, control, threshold=config.algorithm.success_reward_threshold, leads=control.is_driver,
+            opening=opening,
         )  # fmt: skip
         teaching = config.algorithm.teaching
         if teaching is not None and ("sibling" in teaching.sources or teaching.needs.contrast):

@@ -48,6 +48,18 @@ class Prompting:
         """The arguments of the chat template."""
         return self._data.chat_template_kwargs
 
+    @property
+    def opening(self) -> str:
+        """ "<think>" if the chat template begins the model's thinking, else ""."""
+        from megatron_srpo.data import DataError
+        from megatron_srpo.data.prompts import opened_thinking, render_chat
+
+        try:
+            text = render_chat(self.tokenizer, [{"role": "user", "content": "a"}], self.chat_options, "a chat")
+        except DataError:  # it wants something else than one message; rows that it refuses are told with their place
+            return ""
+        return opened_thinking(self.tokenizer, text)
+
     def prompts(self, split: str, say: Callable[[str], None]) -> list:
         """The prompts of one split, those over length dropped or refused."""
         from megatron_srpo.data import load_rows, render_prompts

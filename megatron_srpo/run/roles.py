@@ -49,6 +49,9 @@ class Role(Protocol):
     def chat_options(self) -> Mapping[str, object]:
         """The arguments of the chat template, on rank 0."""
 
+    def opening(self) -> str:
+        """What the chat template writes of every response: "<think>" or nothing; on rank 0."""
+
     def restore_data(self, restore: RestoreData, state: State) -> None:
         """Go on with the data where a checkpoint was taken."""
 
@@ -108,6 +111,9 @@ class Driver:
 
     def chat_options(self) -> Mapping[str, object]:
         return self._prompting.chat_options
+
+    def opening(self) -> str:
+        return self._prompting.opening
 
     def restore_data(self, restore: RestoreData, state: State) -> None:
         for loader in self._loaders:
@@ -180,6 +186,9 @@ class Follower:
 
     def chat_options(self) -> Mapping[str, object]:
         return {}
+
+    def opening(self) -> str:
+        return ""
 
     def restore_data(self, restore: RestoreData, state: State) -> None: ...
 

@@ -58,10 +58,14 @@ class PoolScorer:
     """The scorer of a rank whose engine hands responses over: its own pool scores them, rank 0 gets the rewards. An
     episode whose environment has given its reward keeps that.
 
-    The numbers do not depend on where a response is scored. Every rank calls `start` and `finish`.
+    The numbers do not depend on where a response is scored. Every rank calls `start` and `finish`. `opening`: what the
+    chat template has written of every response.
     """
 
-    def __init__(self, pool: RewardPool, control: Gathering, *, threshold: float, leads: bool) -> None:
+    def __init__(
+        self, pool: RewardPool, control: Gathering, *, threshold: float, leads: bool, opening: str = ""
+    ) -> None:  # fmt: skip
+        self._opening = opening
         self._pool, self._control, self._threshold, self._leads = pool, control, threshold, leads
         self._demonstrations: Demonstrations | None = None
         self._wrong_too = False
@@ -164,7 +168,10 @@ class PoolScorer:
         What fails or takes too long is not the same."""
         numbers = [number for number, (prompt, _, _) in enumerate(pairs) if self._pool.can_compare(prompt.kind)]
         chosen = [pairs[number] for number in numbers]
-        tasks = [RewardTask(prompt.kind, text, prediction, prompt.metadata) for prompt, text, prediction in chosen]
+        tasks = [
+            RewardTask(prompt.kind, self._opening + text, prediction, prompt.metadata)
+            for prompt, text, prediction in chosen
+        ]
         found = [False] * len(pairs)
         for number, reward in zip(numbers, self._pool.score(tasks), strict=True):
             found[number] = reward.error is None and reward.score >= self._threshold
@@ -172,7 +179,7 @@ class PoolScorer:
 
     def _task(self, rollout: Rollout) -> RewardTask:
         prompt = self._prompts[rollout.prompt]
-        text = rollout.text if rollout.episode is None else rollout.episode.reply
+        text = self._opening + rollout.text if rollout.episode is None else rollout.episode.reply
         return RewardTask(prompt.kind, text, prompt.answer, prompt.metadata)
 
 

@@ -264,6 +264,7 @@ def test_an_environment_reads_the_beginning_of_thinking_that_the_template_has_wr
     reply = conversation.add_reply(ids, [0.0] * len(ids), stopped=False)
     assert reply.startswith("<think>```") and read_code(reply, fence=True) is None
     assert conversation.messages[-1]["content"].startswith("```"), "the template writes it again"
+    assert conversation.reply == reply, "and so do reward functions"
 
 
 def test_special_tokens_without_a_name_cannot_be_written_by_an_environment_either():

@@ -104,6 +104,7 @@ WRONG = {
         5 | 5\text{, 6} || 2 | 2 x || 2 | 2 pi || 2 | 2 sqrt(3) || 2 | 2 ln 2 || 3 | 3 i || 6 | 6 x^2 || 5 | 5 x-3
         6 | 6 sin(x) || 6 | 6 choose 3 || 11/2 | 1 1/2 || 1 | 1 1/2
         4 | 4 million || 2 | 2 dozen || 4 | 4 squared || 4 | 4 thousand dollars
+        9 | 9 lakh || 9 | 9 tenths || 9 | 9 hundredths || 9 | 9 theta || 9 | 9 alpha
         123 | 1 2 3 || 6 | 2 3 || 0 | 1 000 || 5e | 1e5
         5<x<6 | \{5,6\} || 5<x<6 | 5 or 6 || 1 \le x \le 2 | 1,2 || 5^2 | 52 || 52 | 5²
         12\% | 1200 || 25^\circ\text{C} | 25^\circ\text{F}

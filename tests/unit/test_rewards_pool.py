@@ -12,9 +12,11 @@ import pytest
 
 from megatron_srpo.config import RewardConfig
 from megatron_srpo.core.errors import UserError
-from megatron_srpo.core.records import Prompt, Reward
+from megatron_srpo.core.records import Prompt, Reward, Rollout
+from megatron_srpo.data.prompts import opened_thinking
 from megatron_srpo.rewards import RewardPool, RewardTask
 from megatron_srpo.run.scorer import PoolScorer
+from tests.unit.chat_tokenizer import TEMPLATE, chat_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 JUDGE = """
@@ -218,12 +220,13 @@ def test_what_reward_functions_print_reaches_nobody(pool, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_function_that_prints_much_does_not_wait_until_the_driver_looks(pool):
-    pool.add(own("half"))
-    (busy,) = [worker for worker in pool._workers if worker.pending]
-    assert wait([busy.channel], 60)  # the driver generates meanwhile, and reads nothing
-    (reward,) = pool.finish()
-    assert (reward.score, reward.error) == (0.5, None) and busy in pool._workers  # no other one had to try again
+def test_a_function_that_prints_much_does_not_wait_until_the_driver_looks(judge):
+    with RewardPool(RewardConfig(functions={"own": judge}, workers=1, timeout_seconds=30.0), ["own"]) as pool:
+        pool.add(own("half"))
+        (busy,) = [worker for worker in pool._workers if worker.pending]
+        assert wait([busy.channel], 25)  # the driver generates meanwhile, and reads nothing
+        (reward,) = pool.finish()
+        assert (reward.score, reward.error) == (0.5, None) and busy in pool._workers  # no other one had to try again
 
 
 def test_workers_import_neither_torch_nor_the_engines_and_leave_no_core_files(pool):
@@ -400,6 +403,29 @@ def test_importing_the_rewards_imports_no_torch():
     script = "import sys, megatron_srpo.rewards.worker; print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("opening", "scores"), [("", [1.0, 1.0]), ("<think>", [0.0, 1.0])])
+def test_a_draft_in_thinking_that_the_template_has_begun_and_the_limit_has_cut_is_no_answer(opening, scores):
+    texts = ("Maybe \\boxed{7}, but", "Maybe \\boxed{8}</think> It is \\boxed{7}.")
+    rollouts = [Rollout(0, number, [1], [-1.0], text, "length", 0) for number, text in enumerate(texts)]
+    control = SimpleNamespace(gather=lambda mine: [mine], share=lambda compute: compute())
+    with RewardPool(RewardConfig(workers=1), ["math"]) as pool:
+        scorer = PoolScorer(pool, control, threshold=0.5, leads=True, opening=opening)
+        read = scorer.start([Prompt("test:0", (), [1], "7", "math")])
+        for rollout in rollouts:
+            read(rollout)
+        (group,) = scorer.finish(rollouts)
+    assert [attempt.reward.score for attempt in group.attempts] == scores
+
+
+def test_what_a_template_has_begun_is_known_unless_rewards_never_see_its_end():
+    begins = TEMPLATE.replace("<|im_start|>assistant\n{% if", "<|im_start|>assistant\n<think>\n{% if")
+    assert opened_thinking(chat_tokenizer(begins), "assistant\n<think>\n") == "<think>"
+    assert opened_thinking(chat_tokenizer(begins), "assistant\n") == ""
+    special = chat_tokenizer(begins)
+    special.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    assert opened_thinking(special, "assistant\n<think>\n") == ""
 
 
 def test_a_scorer_compares_two_answers_by_the_equality_of_their_kind():
