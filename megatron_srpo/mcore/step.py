@@ -9,7 +9,7 @@ gradients and leaves the loss alone, and `_sum_gradients` keeps the token divisi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,12 +91,13 @@ class PipelineRunner:
         return after(HeadInput(hidden, weight, self._real_width, self.vocab_start, group), row)
 
     def _run(self, rows: Sequence[PackedBatch], after: Any, **flags: Any) -> list[Any]:
+        first = rows[0]
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, after=after),
-            data_iterator=[iter(rows) for _ in self.model],
+            data_iterator=[_with_first(first, rows) for _ in self.model],
             model=self.model,
             num_microbatches=len(rows),
-            seq_length=rows[0].input_ids.numel(),
+            seq_length=first.input_ids.numel(),
             micro_batch_size=1,
             **flags,
         )
@@ -128,6 +129,13 @@ class PipelineRunner:
             return found
 
         return self._run(rows, after, forward_only=True, collect_non_loss_data=True)
+
+
+def _with_first(first: PackedBatch, rows: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
+    """The rows, of which the first is there already: a row is made anew whenever it is asked for."""
+    yield first
+    for number in range(1, len(rows)):
+        yield rows[number]
 
 
 def on_device(row: PackedBatch, device: torch.device) -> PackedBatch:
