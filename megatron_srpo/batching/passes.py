@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_srpo.batching.rows import pack_rows, predicting_positions, token_positions
+from megatron_srpo.batching.rows import is_scored, pack_rows, predicting_positions, token_positions
 from megatron_srpo.core.protocols import Objective, Policy, ScoringPass
 from megatron_srpo.core.records import Batch, Experts, MiniBatchPlan, Row, StreamName
 from megatron_srpo.core.tensors import Scores, StepStats
@@ -33,7 +33,7 @@ class BatchPasses:
 
     def run(self, scoring: ScoringPass) -> None:
         """One scoring pass over the iteration's rows, or over those of the first step if every step has its own."""
-        self._run(scoring, self.plan.mini_batches[scoring.start : 1 if scoring.each_step else None])
+        self._run(scoring, self.plan.mini_batches[scoring.start : 1 if scoring.each_step else scoring.stop])
 
     def _run(self, scoring: ScoringPass, minis: Sequence[MiniBatchPlan]) -> None:
         """Nothing happens, on any rank, where these mini-batches have no rows for the pass."""
@@ -63,7 +63,8 @@ class BatchPasses:
             for name, values in result.items():
                 parts = values.split([len(positions) for _, positions in place]) if place else ()
                 for (index, _), own in zip(place, parts, strict=True):
-                    setattr(into[index], name, own)
+                    if is_scored(name, self.samples[index]):
+                        setattr(into[index], name, own)
 
     def train_step(self, mini: MiniBatchPlan) -> StepStats | None:
         """One optimizer step, after its own scoring passes, or None when nothing in the mini-batch counts."""

@@ -299,6 +299,11 @@ def _turn_numbers(sample: Sample) -> PerToken:
     return np.repeat(numbers, sample.turns) if sample.turns else 1.0
 
 
+def is_scored(name: str, sample: Sample) -> bool:
+    """Whether passes give a sample this score, a field of Scores."""
+    return name in FOR_EVERY_SAMPLE or sample.teacher is not None
+
+
 def _scored(scores: Sequence[Scores], layout: _Layout) -> Scores:
     """The samples' scores as those of the row; None for passes that none of the samples was in."""
     width = next((score.teacher_logprobs.shape[1] for score in scores if score.teacher_logprobs is not None), 0)
@@ -321,8 +326,7 @@ def _gather(name: str, values: Sequence[Tensor | None], layout: _Layout, fills: 
     parts = []
     for value, sample in zip(values, layout.samples, strict=True):
         if value is None:
-            missing = name in FOR_EVERY_SAMPLE or sample.teacher is not None
-            assert not missing, f"{sample.uid} sample {sample.sample}: no score {name}"
+            assert not is_scored(name, sample), f"{sample.uid} sample {sample.sample}: no score {name}"
             value = torch.full((sample.length, *known.shape[1:]), fills.get(name, 0), dtype=known.dtype)
         assert len(value) == sample.length, (
             f"{sample.uid} sample {sample.sample}: {len(value)} scores, {sample.length} tokens"

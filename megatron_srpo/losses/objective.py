@@ -23,7 +23,7 @@ from megatron_srpo.core.records import Sample
 from megatron_srpo.core.tensors import HeadInput, LossFunction, PackedBatch, ScoreFunction, Scores
 from megatron_srpo.losses.distillation import dynamic_weights
 from megatron_srpo.losses.head import Head, LinearHead
-from megatron_srpo.losses.terms import RoutedLoss, TeacherLogprobs
+from megatron_srpo.losses.terms import RoutedLoss, TeacherLogprobs, distilled_positions
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ScoringPass:
     weights: Literal["student", "teacher", "reference"]
     score: ScoreFunction
     start: int = 0  # the first mini-batch that it scores
+    stop: int | None = None  # the mini-batch that it ends before; None: it scores them to the end
     frees: tuple[str, ...] = ()  # scores that nothing needs after it
     each_step: bool = False  # before every optimizer step, over its mini-batch, instead of once over all of them
     replays: bool = True  # tokens whose experts are known use them
@@ -66,16 +67,17 @@ class Objective:
         teacher row fit as a student row too, because their own prompts are never longer. With train.score_every =
         "step" top-k and teachers follow the policy inside the iteration. Old and reference log-probs never do.
 
-        Where the policy of a train pass is the one whose top-k ids are wanted, the train pass finds them
-        (`one_student_pass`): with scores of each step always, else in the first mini-batch.
+        Top-k ids are found by a pass that there is anyway: the train pass where its policy is the one whose ids are
+        wanted (`one_student_pass`), with scores of each step always, else in the first mini-batch; in the other
+        mini-batches the pass for old log-probs. A pass of their own is left where the train pass may not.
         """
         needs, each_step = self._needs, self._each_step
-        score = self._on_trained(self._score_old)
-        found = [ScoringPass("old", "student", "student", score, start=1, records=self._records)]
-        if needs.divergence and needs.topk and not (self._one_pass and each_step):
-            score = self._on_trained(self._score_topk)
-            start = 1 if self._one_pass else 0
-            found.append(ScoringPass("topk", "distilled", "student", score, start=start, each_step=each_step))
+        compares = bool(needs.divergence and needs.topk)
+        score = self._score_old_and_topk if compares and not each_step else self._score_old
+        found = [ScoringPass("old", "student", "student", self._on_trained(score), start=1, records=self._records)]
+        if compares and not self._one_pass:
+            score, stop = self._on_trained(self._score_topk), None if each_step else 1
+            found.append(ScoringPass("topk", "distilled", "student", score, stop=stop, each_step=each_step))
         if needs.teacher and self._trust_region is not None:
             score = self._trust_region.score_initial
             found.append(ScoringPass("initial", "teacher", "reference", score, each_step=each_step))
@@ -126,6 +128,11 @@ class Objective:
 
     def _score_old(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         return {"logprob": self._target_logprobs(given, row)}
+
+    def _score_old_and_topk(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
+        at, k = distilled_positions(row), self._needs.topk
+        logprobs, _, ids = self._head(given).gather_topk(row.targets[:, None], k, at)
+        return {"logprob": logprobs[:, 0], "topk_ids": ids.int()}
 
     def _score_reference(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
         return {"reference_logprob": self._target_logprobs(given, row)}

@@ -44,6 +44,14 @@ def mean_over(values: Tensor, weight: Tensor) -> Mean:
     return Mean((values.detach() * weight).sum(), weight.sum())
 
 
+def distilled_positions(batch: PackedBatch) -> Tensor:
+    """[n] ascending, where distillation counts: the positions whose top-k ids are wanted. The first one if there is
+    none, so that no tensor is empty."""
+    weight = batch.weights.get("distill", torch.zeros_like(batch.loss_mask))
+    at = ((batch.loss_mask > 0) & (weight > 0)).nonzero()[:, 0]
+    return at if len(at) else at.new_zeros(1)
+
+
 class RowState:
     """A packed row and the student's scores on it. Values outside the loss mask are replaced by 0, so that they
     cannot become NaN."""
@@ -83,8 +91,7 @@ class RowState:
             return self.head.gather_logprobs(torch.cat([ids, *topk], 1))
         settings = self.algorithm.distillation
         assert settings is not None, "only distillation has top-k ids"
-        at = (self.on & (self.batch.weights["distill"] > 0)).nonzero()[:, 0]
-        at = at if len(at) else at.new_zeros(1)  # so that no tensor is empty
+        at = distilled_positions(self.batch)
         logprobs, entropy, found = self.head.gather_topk(ids, settings.distillation_topk, at)
         known = teacher_logprobs(at, found[at])
         self.teacher_logprobs = torch.full_like(logprobs[:, 1:], -math.log(known.size(1) + 1))

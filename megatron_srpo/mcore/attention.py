@@ -59,6 +59,7 @@ class _Batches:
     positions: list[Tensor]  # [B, L] in the row, of each batch
     places: Tensor  # [T] of each token of the row in the batches, one after the other
     behind: list[_Behind | None]  # what the sequences of each batch go on behind
+    in_order: bool  # there is one batch, and it has the row's tokens as they stand: nothing needs copying
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, prefixes: Sequence[int]) -> _Batches:
@@ -82,9 +83,20 @@ class _Batches:
             passed += own.numel()
             positions.append(own)
             behind.append(_Behind.of(bounds, prefixes, group, sizes, device) if is_branch else None)
-        made = cls(positions, places, behind)
+        in_order = len(positions) == 1 and passed == len(places) and bool((places.diff() == 1).all())
+        made = cls(positions, places, behind, in_order)
         cu_seqlens.batches = made  # type: ignore[attr-defined]
         return made
+
+    def pad(self, values: Tensor) -> Sequence[Tensor]:
+        """[T, …] → [B, L, …] for each batch."""
+        if self.in_order:
+            return [values.view(*self.positions[0].shape, *values.shape[1:])]
+        return _Pad.apply(values, self.places, *self.positions)
+
+    def unpad(self, batches: Sequence[Tensor]) -> Tensor:
+        """[B, L, …] of each batch → [T, …]."""
+        return batches[0].flatten(0, 1) if self.in_order else _Unpad.apply(self.places, *batches)
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,7 @@ def packed_causal_attention(
     states of a prefix are not copied, keys and values are.
     """
     batches = _Batches.of(cu_seqlens, prefixes)
-    padded = (_Pad.apply(values, batches.places, *batches.positions) for values in (query, key, value))
+    padded = map(batches.pad, (query, key, value))
     found = []
     for behind, q, k, v in zip(batches.behind, *padded, strict=True):
         if behind is not None:
@@ -191,7 +203,7 @@ def packed_causal_attention(
             enable_gqa=query.size(1) != key.size(1),
         )  # fmt: skip
         found.append(mixed.transpose(1, 2))
-    return _Unpad.apply(batches.places, *found)
+    return batches.unpad(found)
 
 
 def _branches(lengths: list[int], prefixes: Sequence[int]) -> Iterator[list[int]]:

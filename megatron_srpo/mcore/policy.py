@@ -176,8 +176,7 @@ class Policy:
             self._moved = True
             if self._teacher_config.update_every == "step":
                 self._update_teacher()
-        memory = torch.tensor(peak_memory_gib(self.topology.device), dtype=torch.float64)
-        reduced = self._reduce([*metrics, {"perf/memory_gib_max": Max(memory)}])
+        reduced = self._reduce([*metrics, {"perf/memory_gib_max": Max(peak_memory_gib(self.topology.device))}])
         reduced["actor/lr"] = Mean(lr)
         reduced |= router_metrics(self.model, self.topology, self.runner.config, replayed=replayed)
         if self._replays_engine and on_policy and "moe/tokens_differ" in reduced:
@@ -207,37 +206,46 @@ class Policy:
         mine = values.detach().double().to(self.topology.device).clone()
         if not (self.topology.is_last_stage and self.topology.tp_rank == 0 and counts):
             mine.zero_()
-        dist.all_reduce(mine)
+        if self.topology.world_size > 1:
+            dist.all_reduce(mine)
         return mine
 
     def _reduce(self, rows: list[Metrics]) -> dict[str, Metric]:
         """The metrics of all rows of all ranks. Ranks that are not on the last pipeline stage have none of them."""
         mine = {name: type(metric) for row in rows for name, metric in row.items()}
-        everywhere: list[dict[str, type[Metric]]] = [{}] * self.topology.world_size
-        dist.all_gather_object(everywhere, mine, group=self.topology.control_group)
+        everywhere: list[dict[str, type[Metric]]] = [mine] * self.topology.world_size
+        if self.topology.world_size > 1:
+            dist.all_gather_object(everywhere, mine, group=self.topology.control_group)
         kinds = {name: kind for part in everywhere for name, kind in part.items()}
         summed = sorted(name for name, kind in kinds.items() if kind is not Max)
         maxima = sorted(name for name, kind in kinds.items() if kind is Max)
-        sums = torch.zeros(len(summed), 2, dtype=torch.float64)  # total and count
-        tops = torch.full((len(maxima),), -math.inf, dtype=torch.float64)
-        for row in rows:
-            for name, metric in row.items():
-                if isinstance(metric, Mean):
-                    sums[summed.index(name)] += torch.stack(
-                        [torch.as_tensor(metric.total), torch.as_tensor(metric.count)]
-                    ).double().cpu()  # fmt: skip
-                elif isinstance(metric, Total):
-                    sums[summed.index(name), 0] += torch.as_tensor(metric.value).double().cpu()
-                else:
-                    at = maxima.index(name)
-                    tops[at] = max(tops[at], torch.as_tensor(metric.value).double().cpu())
+        totals, counts = dict.fromkeys(summed, 0.0), dict.fromkeys(summed, 0.0)
+        largest = dict.fromkeys(maxima, -math.inf)
+        metrics = [(name, metric) for row in rows for name, metric in row.items()]
+        for (name, metric), (value, count) in zip(metrics, self._numbers(metrics), strict=True):
+            if isinstance(metric, Max):
+                largest[name] = max(largest[name], value)
+            else:
+                totals[name] += value
+                counts[name] += count
+        sums = torch.tensor([list(totals.values()), list(counts.values())], dtype=torch.float64)
         sums = self._sum(sums).cpu()  # context-parallel ranks each have their tokens' part
-        tops = tops.to(self.topology.device)
-        dist.all_reduce(tops, dist.ReduceOp.MAX)
+        tops = torch.tensor(list(largest.values()), dtype=torch.float64, device=self.topology.device)
+        if self.topology.world_size > 1:
+            dist.all_reduce(tops, dist.ReduceOp.MAX)
         result: dict[str, Metric] = {}
-        for name, (total, count) in zip(summed, sums.tolist(), strict=True):
+        for name, total, count in zip(summed, *sums.tolist(), strict=True):
             if kinds[name] is Total:
                 result[name] = Total(total)
             elif count > 0:
                 result[name] = Mean(total / count)
         return result | {name: Max(top) for name, top in zip(maxima, tops.tolist(), strict=True) if math.isfinite(top)}
+
+    def _numbers(self, metrics: Sequence[tuple[str, Metric]]) -> list[tuple[float, float]]:
+        """The value and the count of each, 0 where it has none. The device is waited for once."""
+        pairs = [(m.total, m.count) if isinstance(m, Mean) else (m.value, 0.0) for _, m in metrics]
+        tensors = [v for pair in pairs for v in pair if isinstance(v, torch.Tensor)]
+        tensors = [v.detach().to(self.topology.device, torch.float64) for v in tensors]
+        moved = iter(torch.stack(tensors).tolist() if tensors else [])
+        flat = [next(moved) if isinstance(v, torch.Tensor) else v for pair in pairs for v in pair]
+        return list(zip(flat[::2], flat[1::2], strict=True))

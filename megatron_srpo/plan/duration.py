@@ -294,8 +294,9 @@ def iteration_time(
 ) -> TimePlan:  # fmt: skip
     """The times of all parts of one iteration, which trainer.py runs one after the other."""
     students = student_pass(workload, layout, path=path, backward=True)
-    # The train pass of the first step finds the student's top-k ids, if the copy of the teacher's head fits.
-    passes = 1 - 1 / workload.steps if train_pass_finds_topk(arch, layout, workload) else float(workload.topk > 0)
+    # In the first step the train pass finds the student's top-k ids, if the copy of the teacher's head fits; in the
+    # others the pass for old log-probs does.
+    passes = 0.0 if train_pass_finds_topk(arch, layout, workload) else float(workload.topk > 0) / workload.steps
     scored = student_pass(workload, layout, path=path, share=workload.distilled or 1.0)
     taught, teachers = teacher_pass(workload, layout, path=path), 2 if workload.joins_heads else 1
     seconds_of = functools.partial(

@@ -392,7 +392,7 @@ def run_variants(variants, layout, student, teacher, groups_of):
         passes = BatchPasses(Batch(mine, share, {}), policy, objective)
         for scoring in objective.passes():
             passes.run(scoring)
-        one_pass = [scoring.start for scoring in objective.passes() if scoring.name == "topk"] in ([], [1])
+        one_pass = all(scoring.name != "topk" for scoring in objective.passes())
         one_pass = one_pass and objective._needs.topk > 0
         assert one_pass == (objective._needs.topk > 0 and config.train.teacher_head_mib > 0)
         is_bf16 = LAYOUTS[layout].dtype == "bfloat16"

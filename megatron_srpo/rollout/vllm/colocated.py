@@ -6,7 +6,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from megatron_srpo.rollout.vllm.counter_sampler import LogprobRecord
 
+T = TypeVar("T")
 SLEEPERS = ("weights", "kv_cache")  # vLLM's tags of the memory that it gives back while it sleeps
 
 
@@ -57,22 +58,22 @@ class ColocatedEngine:
         verifier: Verifier | None = None, adapters: LoraConfig | None = None,
     ) -> None:  # fmt: skip
         self._control, self._device, self._max_model_len = control_group, device, max_model_len
-        self._owns_world = not dist.is_initialized()
-        self._rank, world = (0, 1) if self._owns_world else (dist.get_rank(), dist.get_world_size())
-        if not self._owns_world and "RANK" not in os.environ:
+        in_world = dist.is_initialized()
+        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if in_world else (0, 1)
+        if in_world and "RANK" not in os.environ:
             raise RolloutError(
                 "torch.distributed runs, but RANK is not set: the ranks must be torchrun's (or set its variables). Is "
                 "another engine open in this process? Close it first."
             )
         self._size = size = rollout.tensor_parallel_size
-        if world % size:
+        if self._world % size:
             raise RolloutError(
-                f"rollout.tensor_parallel_size = {size} does not divide the {world} rank(s): every engine is a group "
+                f"rollout.tensor_parallel_size = {size} does not divide the {self._world} rank(s): every engine is a group "
                 "of that many. Choose a divisor, or start another number of processes."
             )
         check_model(str(hf_dir), rollout, max_model_len, device, adapters)
-        self._engines, self._engine, self._is_leader = world // size, self._rank // size, self._rank % size == 0
-        name = shared_memory_name(self._pids(world)[self._engine * size])
+        self._engines, self._engine, self._is_leader = self._world // size, self._rank // size, self._rank % size == 0
+        name = shared_memory_name(self._on_all_ranks(os.getpid())[self._engine * size])
         settings = EngineSettings(
             str(hf_dir), str(tokenizer or hf_dir), dtype, rollout, max_model_len, seed, device, name, adapters
         )
@@ -96,11 +97,12 @@ class ColocatedEngine:
         self._adapters, self._adapter = adapters, adapter_request() if adapters is not None else None
         self.weight_version = 0
 
-    def _pids(self, world: int) -> list[int]:
-        pids = [os.getpid()] * world
-        if world > 1:
-            dist.all_gather_object(pids, os.getpid(), group=self._control)
-        return pids
+    def _on_all_ranks(self, mine: T) -> list[T]:
+        """What every rank brings, by rank."""
+        found = [mine] * self._world
+        if self._world > 1:
+            dist.all_gather_object(found, mine, group=self._control)
+        return found
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingSettings,
@@ -250,8 +252,8 @@ class ColocatedEngine:
         """All answers on rank 0, [] elsewhere. A failure of any rank is raised on that rank and on rank 0."""
         mine = answers, repr(error) if error else None
         parts: list[tuple[list[Rollout], str | None]] | None = [mine]
-        if not self._owns_world:
-            parts = [mine] * dist.get_world_size() if self._rank == 0 else None
+        if self._world > 1:
+            parts = [mine] * self._world if self._rank == 0 else None
             dist.gather_object(mine, parts, dst=0, group=self._control)
         if error is not None:
             raise error
@@ -280,10 +282,7 @@ class ColocatedEngine:
 
     def _compare(self, report: Report) -> None:
         """Every rank compares all engines, so that all ranks raise the same error."""
-        reports = [report]
-        if not self._owns_world:
-            reports = reports * dist.get_world_size()
-            dist.all_gather_object(reports, report, group=self._control)
+        reports = self._on_all_ranks(report)
         for engine in range(self._engines):
             mine = reports[engine * self._size : (engine + 1) * self._size]
             self._verifier.compare(f"engine {engine}", mine)
