@@ -453,9 +453,9 @@ class TrainConfig(Section):
     backward pass."""
     teacher_head_mib: int = Field(2048, ge=0)
     """Memory limit in MiB on a device for a copy of the teacher's LM head (this rank's shard). With the copy, the train
-    pass finds the student's top-k ids itself wherever the policy has not moved, which saves a forward pass over the
-    distilled samples and takes one hidden state of host memory per distilled token. The result is the same. 0 makes no
-    copy."""
+    pass finds the student's top-k ids itself in the steps whose policy has not moved, which saves a forward pass over
+    the distilled samples and takes one hidden state of host memory per distilled token. The result is the same. 0 makes
+    no copy."""
     max_skipped_steps: int = Field(10, ge=0)
     """Stop with a checkpoint after this many optimizer steps in a row without a finite gradient. 0 never stops."""
     collapse_share: float = Field(0.5, ge=0, lt=1)

@@ -67,14 +67,14 @@ class Objective:
         teacher row fit as a student row too, because their own prompts are never longer. With train.score_every =
         "step" top-k and teachers follow the policy inside the iteration. Old and reference log-probs never do.
 
-        Top-k ids are found by a pass that there is anyway: the train pass where its policy is the one whose ids are
-        wanted (`one_student_pass`), with scores of each step always, else in the first mini-batch; in the other
-        mini-batches the pass for old log-probs. A pass of their own is left where the train pass may not.
+        Top-k ids rarely need a pass of their own. The train pass finds them in the first mini-batch, and with
+        train.score_every = "step" in all of them, if `one_student_pass` allows it. The pass for old log-probs finds
+        those of the other mini-batches, because both are wanted of the policy before it moves.
         """
         needs, each_step = self._needs, self._each_step
         compares = bool(needs.divergence and needs.topk)
-        score = self._score_old_and_topk if compares and not each_step else self._score_old
-        found = [ScoringPass("old", "student", "student", self._on_trained(score), start=1, records=self._records)]
+        score = self._on_trained(self._score_old_and_topk if compares and not each_step else self._score_old)
+        found = [ScoringPass("old", "student", "student", score, start=1, records=self._records)]
         if compares and not self._one_pass:
             score, stop = self._on_trained(self._score_topk), None if each_step else 1
             found.append(ScoringPass("topk", "distilled", "student", score, stop=stop, each_step=each_step))

@@ -329,6 +329,7 @@ def iteration_time(
     train_flops = (2 if layout.lora_rank else 3) * students.tokens * forward_flops(arch, students.context)
     scoring = passes * scored.tokens * forward_flops(arch, scored.context) if workload.distilled > 0 else 0.0
     scoring += teachers * taught.tokens * forward_flops(arch, taught.context)
+    scoring += (1 - 1 / workload.steps) * every.tokens * forward_flops(arch, every.context)
     if workload.reference:
         scoring += every.tokens * forward_flops(arch, every.context)
     return TimePlan(

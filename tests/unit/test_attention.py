@@ -10,7 +10,7 @@ from megatron_srpo.mcore import cpu_shim
 
 cpu_shim.install()
 
-from megatron_srpo.mcore.attention import length_groups, packed_causal_attention  # noqa: E402
+from megatron_srpo.mcore.attention import _Batches, length_groups, packed_causal_attention  # noqa: E402
 from megatron_srpo.mcore.policy import may_share_prompts  # noqa: E402
 
 
@@ -26,7 +26,9 @@ def reference(query, key, value, bounds, scale):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("lengths", [[7], [1, 1, 1], [5, 90, 3, 88, 64, 1], [70, 100, 130], [4, 0, 6]])
+@pytest.mark.parametrize(
+    "lengths", [[7], [1, 1, 1], [33, 33], [6, 5, 6], [5, 90, 3, 88, 64, 1], [70, 100, 130], [4, 0, 6]]
+)
 def test_packed_attention_equals_attention_inside_each_sequence(lengths):
     torch.manual_seed(0)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
@@ -43,6 +45,15 @@ def test_packed_attention_equals_attention_inside_each_sequence(lengths):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("lengths", "copied"), [([7], False), ([9, 9, 9], False), ([9, 8, 9], True), ([3, 70], True)])
+def test_rows_whose_sequences_have_one_length_are_not_copied(lengths, copied):
+    values = torch.randn(sum(lengths), 2, 8)
+    batches = _Batches.of(torch.tensor([0, *lengths]).cumsum(0).int(), ())
+    first, *_ = batches.pad(values)
+    assert (first.data_ptr() != values.data_ptr()) is copied
+    assert batches.unpad(batches.pad(values)).equal(values)
 
 
 @pytest.mark.parametrize(

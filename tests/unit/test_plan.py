@@ -491,7 +491,11 @@ def test_the_top_k_pass_is_left_out_where_the_train_pass_finds_the_ids_and_the_c
     assert iteration_time(arch, layout, H100, small, 1e10).lines == passes.lines
     two = dataclasses.replace(SMALL, steps=2), dataclasses.replace(own, steps=2)
     kept, both = (iteration_time(arch, layout, H100, one, 1e10).lines["score"] for one in two)
-    assert 0 < kept < both
+    assert 0 < kept < both  # the pass for old log-probs, which finds the ids of the second step; and the first step's
+    time = iteration_time(arch, layout, H100, two[0], 1e10)
+    every, taught = student_pass(two[0], layout), teacher_pass(two[0], layout)
+    scored = time.flops - time.train_flops - taught.tokens * forward_flops(arch, taught.context)
+    assert scored == pytest.approx(every.tokens * forward_flops(arch, every.context) / 2)
     lines, others = (training_memory(arch, layout, one, H100, rows=2).phases for one in (SMALL, own))
     hidden = 3 * 2 * layout.max_tokens * arch.hidden  # of the row, of its trained and of its distilled positions
     assert lines["train"] - others["train"] == pytest.approx((head + hidden) * (1 + H100.fragmentation))

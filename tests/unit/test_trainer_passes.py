@@ -217,7 +217,7 @@ def test_the_ids_of_samples_without_a_teacher_are_not_kept():
     work.run(objective.passes()[0])
     known = [(score.topk_ids is not None, score.logprob is not None) for score in work.scores]
     assert set(known) == {(False, False), (False, True), (True, True)}
-    assert [ids for ids, _ in known] == [one.teacher is not None and old for one, (_, old) in zip(mine, known)]
+    assert all(ids == (old and one.teacher is not None) for one, (ids, old) in zip(mine, known, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ class ColocatedEngine:
         self._size = size = rollout.tensor_parallel_size
         if self._world % size:
             raise RolloutError(
-                f"rollout.tensor_parallel_size = {size} does not divide the {self._world} rank(s): every engine is a group "
-                "of that many. Choose a divisor, or start another number of processes."
+                f"rollout.tensor_parallel_size = {size} does not divide the {self._world} rank(s): every engine is a "
+                "group of that many. Choose a divisor, or start another number of processes."
             )
         check_model(str(hf_dir), rollout, max_model_len, device, adapters)
         self._engines, self._engine, self._is_leader = self._world // size, self._rank // size, self._rank % size == 0
