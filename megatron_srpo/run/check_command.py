@@ -124,7 +124,7 @@ def check(config: Config, *, gpus: int, gpu: str, say: Say = print) -> int:
                 failed = "its environment has failed, so its rewards could not be looked at; the reason is below"
                 say("its environment gives the rewards" if kind in readings else failed)
                 continue
-            report = examine(pool, group, own=kind in config.reward.functions, threshold=threshold(config))
+            report = examine(pool, group, own=kind in config.reward.functions, threshold=threshold(config), say=say)
             say(str(report))
             if kind not in config.reward.functions and (unasked := _unasked(kind, group, prompting)):
                 say(f"  warning: {unasked}")
@@ -144,9 +144,11 @@ def threshold(config: Config) -> float:
     return config.algorithm.success_reward_threshold
 
 
-def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold: float) -> KindReport:
+def examine(
+    pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold: float, say: Say = print
+) -> KindReport:
     """Call the reward of these prompts, which are of one kind, on made-up responses."""
-    chosen = list(_spread(prompts, MOST))
+    chosen, tries = _spread(prompts, MOST), forms(prompts[0].kind, own=own)
     for _ in range(2):  # a first call may load something, so only the second one shows that the function is slow
         started = time.perf_counter()
         (empty,) = pool.score([_task(chosen[0], "")])
@@ -154,9 +156,11 @@ def examine(pool: RewardPool, prompts: Sequence[Prompt], *, own: bool, threshold
         if first <= 1:
             break
     if first > 1:
-        chosen = list(_spread(prompts, max(2, min(MOST, int(PATIENCE / first)))))
+        chosen = _spread(prompts, max(2, min(MOST, int(PATIENCE / first))))
+        longest = first * len(chosen) * (len(tries) + 1)
+        say(f"  one reward takes {first:.0f} s, so {len(chosen)} rows are tried, for up to {longest:.0f} s")
     tried = []
-    for name, form in forms(chosen[0].kind, own=own):
+    for name, form in tries:
         started = time.perf_counter()
         rewards = pool.score([_task(prompt, form(prompt.answer)) for prompt in chosen])
         seconds = (time.perf_counter() - started) / len(chosen)

@@ -81,8 +81,9 @@ def test_check_tries_few_rows_of_a_reward_function_that_takes_too_long(checked, 
     monkeypatch.setattr("megatron_srpo.run.check_command.PATIENCE", 2.0)
     rows = [row(f"{number} + 2?", str(number + 2), "sums") for number in range(32)]
     options = ["--reward.functions.sums", f"{tmp_path}/judge.py:slow", "--reward.timeout_seconds", "1.2"]
-    code, _, err = checked(rows, *options)
+    code, out, err = checked(rows, *options)
     assert code == exit_codes.MISTAKE and "is not correct in any of 2 rows" in err and "timeout" in err
+    assert "one reward takes 1 s, so 2 rows are tried, for up to " in out
 
 
 @pytest.mark.parametrize(
