@@ -182,6 +182,8 @@ METRIC_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 BF16_METRIC_BOUND, BF16_METRIC_LEAST, BF16_ERROR_RATIO = 5e-2, 2e-2, 2.0
 # Two bf16 models with experts send some tokens to different experts, which moves means further: 0.025 nats were seen.
 BF16_EXPERTS_LEAST = 4e-2
+# Where no experts are replayed, one token that goes to another expert moved a gradient by 0.16 of its length.
+BF16_EXPERTS_SHARE = 0.25
 BF16_TOKEN = 0.1  # nats, of the worst token's log-prob
 # Nats that a chosen id may lie below the k-th, of one bf16 model compared with another. Two models with experts send
 # some tokens to different experts, and those tokens' logits differ more: 0.95 was seen.
@@ -634,6 +636,8 @@ def check_steps(steps, samples, student, teacher, variant, layout):
             assert logged == pytest.approx(metrics, rel=BF16_METRIC_BOUND, abs=least), where
             _, rough = expected_step(*given, torch.bfloat16)
             bound = BF16_ERROR_RATIO * distance(rough, expected)
+            if has_experts and variant not in REPLAYS:
+                bound = max(bound, BF16_EXPERTS_SHARE * length(expected))
             assert distance(step["gradients"], expected) <= bound + 1e-12, where
             continue
         assert logged == pytest.approx(metrics, rel=METRIC_BOUND, abs=METRIC_BOUND), where
