@@ -88,7 +88,9 @@ class EnvironmentPool:
         self._control: socket.socket | None = None
         self._output: int | None = None  # where its output can be read
         self._ready: asyncio.Future[None] | None = None
-        self._failed_starts = 0
+        self._start_limit: asyncio.TimerHandle | None = None
+        self._failed_starts = 0  # in a row
+        self._was_up = False  # whether it has started once
         self.last_loss = ""  # why the program was lost last
 
     async def open(self) -> EpisodeProcess:
@@ -148,12 +150,8 @@ class EnvironmentPool:
                     self._close_program()
                     raise UserError(f"{self._program_name()} cannot run the environments: {error}") from None
             try:
-                await asyncio.wait_for(asyncio.shield(self._ready), START_SECONDS)
+                await asyncio.shield(self._ready)
                 return
-            except TimeoutError:
-                raise UserError(
-                    f"the environments did not start: importing their classes takes too long{self._printed()}"
-                ) from None
             except ProgramLost:
                 continue
         raise UserError(
@@ -184,6 +182,7 @@ class EnvironmentPool:
                 env=inherited(self._config.variables) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
         self._control = ours
+        self._start_limit = asyncio.get_running_loop().call_later(START_SECONDS, self._too_slow)
         with suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, which `_hear` finds out
             ours.send(encode_setup(self._setup))
         ours.setblocking(False)
@@ -237,17 +236,36 @@ class EnvironmentPool:
         elif "lost" in message:
             self._lost(str(message["lost"]), str(message.get("said", "")))
         elif "ready" in message:
-            self._failed_starts = 0
+            self._failed_starts, self._was_up = 0, True
+            self._end_start_limit()
             if not self._ready.done():
                 self._ready.set_result(None)
         elif (episode := self._episodes.get(message.get("ended", -1))) is not None:
             episode.ended(str(message.get("how", "")))
 
+    def _too_slow(self) -> None:
+        """The program has had START_SECONDS to start."""
+        self._unusable(
+            f"the environments did not start in {START_SECONDS:g} s: importing their classes, or the server that one "
+            f"starts, takes too long{self._printed()}"
+        )
+
+    def _end_start_limit(self) -> None:
+        if self._start_limit is not None:
+            self._start_limit.cancel()
+            self._start_limit = None
+
     def _unusable(self, why: str) -> None:
-        """The program says that it cannot run the environments, and ends."""
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(UserError(why))
+        """The program says that it cannot run the environments, and ends, or takes too long to start. If it has run
+        before, the machine may be busy for a while, which is no reason to end a run."""
+        ready = self._ready
         self._close_program()
+        self._failed_starts += 1
+        goes_on = self._was_up and self._failed_starts < FAILED_STARTS
+        if goes_on:
+            self._say(f"{why}. As they have run before, they are started again")
+        if ready is not None and not ready.done():
+            ready.set_exception(ProgramLost() if goes_on else UserError(why))
 
     def _lost(self, why: str = "", printed: str = "") -> None:
         """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again. `why`,
@@ -300,6 +318,7 @@ class EnvironmentPool:
     def _close_program(self) -> str:
         """End the program, if there is one. Returns how it has ended."""
         how = "it did not start"
+        self._end_start_limit()
         if self._control is not None:
             with suppress(RuntimeError, ValueError):
                 asyncio.get_running_loop().remove_reader(self._control)
