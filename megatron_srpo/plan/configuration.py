@@ -158,6 +158,8 @@ def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 
         distilled=taught_share(config.algorithm) if config.algorithm.needs.teacher else 0.0,
         correct=1 - Workload.distilled,
         teacher=config.teacher.mode,
+        contrast=config.algorithm.needs.contrast,
+        scores_each_step=config.train.score_every == "step",
         reference=config.algorithm.needs.reference,
         starts_as_base=config.lora.rank > 0 and not config.lora.path,
         topk=config.algorithm.needs.topk,

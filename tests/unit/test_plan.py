@@ -611,6 +611,69 @@ def test_the_pass_of_the_reference_and_its_swap_take_time():
     assert configured(teacher={"mode": "frozen"}, algorithm={"kl_loss_coef": 0.01})[1].swaps == 2  # of one shadow
 
 
+PASSES = [
+    {},
+    {"train": {"score_every": "step"}},
+    {"algorithm": {"name": "contrastive"}},
+    {"algorithm": {"name": "contrastive", "kl_loss_coef": 0.01}, "train": {"score_every": "step"}},
+    {"algorithm": {"name": "contrastive"}, "teacher": {"mode": "trust_region"}, "train": {"score_every": "step"}},
+    {"algorithm": {"name": "contrastive"}, "teacher": {"mode": "frozen"}, "lora": {"rank": 8}},
+    {"algorithm": {"kl_loss_coef": 0.01}, "teacher": {"mode": "live"}, "train": {"score_every": "step"}},
+]
+
+
+@pytest.mark.parametrize("sections", PASSES)
+def test_the_planner_counts_the_swaps_and_the_teachers_passes_that_the_trainer_makes(monkeypatch, sections):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from megatron_srpo.losses.objective import Objective
+    from megatron_srpo.mcore import policy
+
+    swapped = []
+    active = SimpleNamespace(active=lambda: swapped.append(1) or nullcontext())
+    monkeypatch.setattr(policy, "WeightShadow", lambda optimizer, offload: active)
+    monkeypatch.setattr(policy.lora, "adapters_off", lambda model: nullcontext())
+    steps = {"prompts_per_mini_batch": 8}  # four of them
+    sections = sections | {"train": steps | sections.get("train", {})}
+    config = Config(**{"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+    built = SimpleNamespace(
+        optimizer=None, _starts_as_base=config.lora.rank > 0 and not config.lora.path, model=None,
+        _teacher_config=config.teacher,
+    )  # fmt: skip
+    built.shadows = policy.Policy._build_shadows(built, config)
+    scorings = Objective(config).passes()
+    for scoring in scorings:
+        for _ in range(4 if scoring.each_step else 1):
+            policy.Policy.weights(built, scoring.weights)
+    _, workload = configured(**sections)
+    assert workload.steps == 4 and workload.swaps == len(swapped)
+    assert workload.teacher_passes == sum(scoring.rows in ("teacher", "contrast") for scoring in scorings)
+
+
+def test_scores_of_every_step_and_a_contrast_take_time():
+    arch, _ = read_architecture("Qwen3-8B")
+    layout = configured()[0]
+    once, each = (
+        configured(train={"prompts_per_mini_batch": 8, "score_every": every})[1] for every in ("iteration", "step")
+    )
+    rlsd, contrast = (configured(algorithm={"name": name})[1] for name in ("rlsd", "contrastive"))
+    swap = swap_seconds(arch, layout, H100)
+
+    def lines(workload):
+        return iteration_time(arch, layout, H100, workload, 1e10).lines
+
+    assert lines(each)["teacher"] - lines(once)["teacher"] == pytest.approx(3 * swap)
+    own = [dataclasses.replace(one, teacher_head_mib=0) for one in (once, each)]
+    ids = [lines(one)["score"] - lines(found)["score"] for one, found in zip(own, (once, each), strict=True)]
+    assert ids[1] == pytest.approx(4 * ids[0])  # the pass for old log-probs has none of every step's ids
+    contrast = dataclasses.replace(contrast, distilled=rlsd.distilled)
+    assert lines(contrast)["teacher"] == pytest.approx(2 * lines(rlsd)["teacher"])
+    flops = [iteration_time(arch, layout, H100, one, 1e10).flops for one in (rlsd, contrast)]
+    taught = teacher_pass(rlsd, layout)
+    assert flops[1] - flops[0] == pytest.approx(taught.tokens * forward_flops(arch, taught.context))
+
+
 def test_a_method_says_which_responses_its_teacher_scores():
     shares = {
         name: configured(algorithm={"name": name})[1].distilled for name in ("srpo", "demopsd", "sdpo", "rlsd", "rlrt")
