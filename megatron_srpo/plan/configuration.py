@@ -130,6 +130,9 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         lora_rank=config.lora.rank,
         lora_projections=config.lora.projections,
         lora_experts=config.lora.experts,
+        lora_merged=None
+        if config.lora.publish == "auto" and config.lora.servable
+        else config.lora.publish != "adapter",
         bucket_mib=config.bridge.bucket_mib or BUCKET_MIB["cuda"],
         sequence_split=parallel.sequence_parallel,
     )

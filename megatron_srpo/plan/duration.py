@@ -195,7 +195,7 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
     LoRA adapters alone."""
     adapters, adapter_tensors = published_adapters(arch, layout)
     whole, t = layout.dtype_bytes * (adapters or arch.parameters), layout.tensor
-    experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
+    experts = 0 if adapters else layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
     ordinary, split = whole - experts, layout.expert * layout.expert_tensor
     seconds = 0.0
     for size, ranks in ((ordinary, t), (experts, split)):

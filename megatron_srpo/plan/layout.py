@@ -41,6 +41,7 @@ class Layout:
     lora_rank: int = 0  # of LoRA adapters; 0 means that all weights are trained
     lora_projections: tuple[str, ...] = LORA_DEFAULT.projections  # that have adapters, without those of experts
     lora_experts: bool = False  # experts have adapters
+    lora_merged: bool | None = None  # publishes bring whole models (lora.publish); None: those of models with experts
     bucket_mib: int = BUCKET_MIB["cuda"]  # size of a gather bucket of a publish
     sequence_split: bool = True  # tensor-parallel ranks split norms and residuals too, if there are several
 

@@ -559,6 +559,21 @@ def test_engines_on_gpus_of_their_own_are_written_with_the_memory_that_they_were
     assert lines["weights"] + lines["engine work"] + lines["KV cache"] == pytest.approx(0.9 * H100.memory)
 
 
+@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B"])
+@pytest.mark.parametrize(
+    "lora", [{}, {"publish": "merged"}, {"publish": "adapter"}, {"rank": 600}, {"targets": ["attention", "experts"]}]
+)
+def test_the_planner_publishes_what_the_run_publishes(model, lora):
+    arch, _ = read_architecture(model)
+    config = Config(model={"path": "m"}, data={"train": "d"}, lora={"rank": 8, "targets": ["attention"]} | lora)
+    layout = dataclasses.replace(layout_of(config, 8), tensor=2)
+    alone = config.lora.published(arch.experts) is not None
+    assert (published_adapters(arch, layout) != (0, 0)) == alone
+    whole = dataclasses.replace(layout, lora_merged=True)
+    assert (0 < publish_seconds(arch, layout, H100) < publish_seconds(arch, whole, H100)) == alone
+    assert (publish_bytes(arch, layout) < publish_bytes(arch, whole)) == alone
+
+
 SHADOWS = [
     ({}, 1),
     ({"algorithm": {"kl_loss_coef": 0.01}}, 2),
