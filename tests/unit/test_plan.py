@@ -768,6 +768,22 @@ def test_a_trust_region_has_joined_heads_hidden_states_and_a_pass_of_the_initial
     assert kept == pytest.approx(8 * head + 2 * few)
 
 
+def test_hidden_states_of_the_teacher_are_kept_for_one_step_and_logits_for_all_whose_pass_they_are_of():
+    arch, _ = read_architecture("Qwen3-8B")
+
+    def kept(topk=100, **train):
+        layout, workload = configured(
+            algorithm={"distillation_topk": topk}, train={"max_tokens_per_gpu": 18432} | train
+        )
+        plan = training_memory(arch, layout, workload, H100, rows=0)
+        return plan.host_scores / (2 * 8)
+
+    four, each = {"prompts_per_mini_batch": 8}, {"prompts_per_mini_batch": 8, "score_every": "step"}
+    whole, logits = kept(), kept(topk=0)
+    assert kept(**four) == kept(**each) == pytest.approx(whole / 4)
+    assert kept(topk=0, **four) == logits and kept(topk=0, **each) == pytest.approx(logits / 4)
+
+
 def test_a_swap_writes_the_experts_share_of_their_own_ranks():
     arch, _ = read_architecture("Qwen3-30B-A3B")
     layout = Layout(16, 4, expert=16)
