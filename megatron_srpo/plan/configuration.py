@@ -17,7 +17,6 @@ from megatron_srpo.config.schema import PROJECTIONS
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
 from megatron_srpo.plan.layout import Layout
-from megatron_srpo.plan.memory import ENGINE_SHARE
 from megatron_srpo.plan.workload import Workload
 
 
@@ -49,7 +48,7 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
         rollout |= {
             "placement": "servers",
             "num_servers": layout.engines,
-            "gpu_memory_utilization": ENGINE_SHARE,
+            "gpu_memory_utilization": layout.server_memory,
         }
     return {
         "run": {"iterations": workload.iterations, "device": "cuda"},
@@ -121,6 +120,7 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         engine_tensor=rollout.tensor_parallel_size,
         engine_gpus=engine_gpus,
         engine_memory=rollout.gpu_memory_utilization,
+        server_memory=rollout.gpu_memory_utilization,
         engine_sleeps=rollout.sleep_while_training,
         trainer_leaves=config.train.offload_while_generating,
         shadow_on_host=config.teacher.offload,

@@ -32,6 +32,7 @@ class Layout:
     engine_tensor: int = 1  # tensor-parallel ranks of an engine
     engine_gpus: int = 0  # GPUs that only generate; 0 means that engines share the GPUs of the training ranks
     engine_memory: float = 0.5  # share of a GPU's memory for a colocated engine
+    server_memory: float = 0.9  # and for an engine on GPUs of its own
     engine_sleeps: bool = False  # the engine frees its memory during training
     trainer_leaves: bool = False  # the trainer frees its memory while the engine generates
     shadow_on_host: bool = False  # the teacher's average is kept in host memory

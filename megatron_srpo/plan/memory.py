@@ -32,7 +32,6 @@ from megatron_srpo.plan.workload import Workload
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
 PHASES = ("generate", "swap", "score", "train", "publish", "save", "load")  # of a run, in which memory differs
 SWAPPED_BYTES = 2.0 * 4 * 2**22  # two fp32 pieces that a swap holds (mcore/shadow.py: EXCHANGED)
-ENGINE_SHARE = 0.9  # of the memory of a GPU that only generates
 
 
 @dataclass(frozen=True)
@@ -353,7 +352,7 @@ def cache_problem(arch: Architecture, layout: Layout, workload: Workload, cache:
 
 def engine_memory(arch: Architecture, layout: Layout, workload: Workload, machine: Machine) -> MemoryPlan:
     """Memory of a GPU that only generates."""
-    budget = ENGINE_SHARE * machine.memory
+    budget = layout.server_memory * machine.memory
     weights, working = engine_weights(arch, layout), engine_activations(arch, layout)
     cache = budget - weights - working
     lines = {"weights": weights, "engine work": working, "KV cache": max(0.0, cache)}

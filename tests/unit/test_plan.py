@@ -557,6 +557,28 @@ def test_engines_on_gpus_of_their_own_are_written_with_the_memory_that_they_were
     arch, _ = read_architecture("Qwen3-8B")
     lines = engine_memory(arch, layout, SMALL, H100).lines
     assert lines["weights"] + lines["engine work"] + lines["KV cache"] == pytest.approx(0.9 * H100.memory)
+    rollout = {"placement": "servers", "num_servers": 4, "gpu_memory_utilization": 0.6}
+    layout = layout_of(Config(model={"path": "m"}, data={"train": "d"}, rollout=rollout), 8, 4)
+    lines = engine_memory(arch, layout, SMALL, H100).lines
+    assert lines["weights"] + lines["engine work"] + lines["KV cache"] == pytest.approx(0.6 * H100.memory)
+
+
+@pytest.mark.parametrize(
+    ("rollout_nodes", "given", "share"),
+    [("1", (), 0.9), ("1", ("--rollout.gpu_memory_utilization", "0.7"), 0.7),
+     ("0", ("--rollout.placement", "servers", "--rollout.num_servers", "8"), 0.5)],
+)  # fmt: skip
+def test_the_plan_of_a_job_has_the_memory_that_its_servers_get(tmp_path, capsys, rollout_nodes, given, share):
+    from slurm.plan import main
+
+    (tmp_path / "run.toml").write_text(
+        '[model]\npath = "Qwen3-8B"\nrecompute = "full"\n[parallel]\ntensor_model_parallel_size = 4\n'
+        'sequence_parallel = true\n[data]\ntrain = "d.jsonl"\n'
+    )
+    assert main(["h100", "2", rollout_nodes, "8", str(tmp_path / "run.toml"), *given]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "memory of an engine's GPU" in line]
+    parts = dict(re.findall(r"(weights|engine work|KV cache) ([\d.]+)", line))
+    assert sum(map(float, parts.values())) == pytest.approx(share * H100.memory / 2**30, abs=0.2)
 
 
 @pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B"])
