@@ -38,6 +38,7 @@ SERVER_SECONDS = 1.0  # until the end of a server is told after an episode has f
 OUTPUT_BYTES = 2**20  # that are read at a time of what is printed
 LAST_READS = 16  # of it when the program has ended: other processes may print for ever
 FAILED_STARTS = 3  # of the program, in a row, end the run
+AGAIN_SECONDS = 1.0  # until it is started again after a start that failed in the middle of a run
 
 # Another Python may lack packages of ours, or be too old: it says so instead of taking the setup.
 _PROGRAM = """
@@ -142,18 +143,19 @@ class EnvironmentPool:
     async def begin(self) -> None:
         """Start the program, unless it runs. UserError if it cannot run, or cannot import the classes."""
         for _ in range(FAILED_STARTS):
-            if self._ready is None:
-                self._ready = asyncio.get_running_loop().create_future()
+            ready = self._ready
+            if ready is None:
+                ready = self._ready = asyncio.get_running_loop().create_future()
                 try:
                     self._start()
                 except OSError as error:
-                    self._close_program()
-                    raise UserError(f"{self._program_name()} cannot run the environments: {error}") from None
+                    self._unusable(f"{self._program_name()} cannot run the environments: {error}")
             try:
-                await asyncio.shield(self._ready)
+                await asyncio.shield(ready)
                 return
             except ProgramLost:
-                continue
+                if self._was_up and self._failed_starts:
+                    await asyncio.sleep(AGAIN_SECONDS)
         raise UserError(
             f"{self._program_name()} ended {FAILED_STARTS} times before the environments were ready{self._printed()}"
         )

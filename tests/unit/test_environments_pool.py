@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 import venv
 from contextlib import closing
 from pathlib import Path
@@ -432,6 +433,7 @@ def test_a_program_that_ends_before_the_order_of_a_process_is_told(tmp_path, mon
 def test_a_program_that_starts_too_slowly_in_the_middle_of_a_run_does_not_end_it(tmp_path, monkeypatch):
     (tmp_path / "echo.py").write_text(ECHO)
     config = EnvironmentConfig(classes={"row": f"{tmp_path}/echo.py:Echo"}, step_timeout_seconds=60.0)
+    monkeypatch.setattr("megatron_srpo.environments.pool.AGAIN_SECONDS", 0.0)
     start, slow, said = EnvironmentPool._start, [], []
 
     def started(pool):
@@ -457,6 +459,35 @@ def test_a_program_that_starts_too_slowly_in_the_middle_of_a_run_does_not_end_it
 
     asyncio.run(play())
     assert sum("they are started again" in line for line in said) == 5
+
+
+def test_a_program_that_the_system_cannot_start_for_a_moment_does_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_srpo.environments.pool.AGAIN_SECONDS", 0.0)
+    (tmp_path / "echo.py").write_text(ECHO)
+    config = EnvironmentConfig(classes={"row": f"{tmp_path}/echo.py:Echo"}, step_timeout_seconds=60.0)
+    popen, full, said = subprocess.Popen, [], []
+
+    def start(*given, **named):
+        if full:
+            full.pop()
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return popen(*given, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+    async def play():
+        with closing(EnvironmentPool(config, said.append)) as pool:
+            await pool.begin()
+            pool._lost("a server has ended")
+            full.extend([True] * 2)
+            await asyncio.gather(*(pool.begin() for _ in range(3)))
+            pool._lost("a server has ended")
+            full.extend([True] * 3)
+            with pytest.raises(UserError, match=r"cannot run the environments: .*temporarily unavailable"):
+                await pool.begin()
+
+    asyncio.run(play())
+    assert sum("they are started again" in line for line in said) == 4
 
 
 def test_a_program_that_is_too_slow_at_the_start_of_a_run_ends_it_at_once(tmp_path, monkeypatch):
