@@ -5,6 +5,7 @@ GPU is a kind that the planner knows, like h100; RANKS are those of a node. Memo
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_srpo.plan import (
 )
 from megatron_srpo.plan.configuration import layout_of, own_engine_gpus, workload_of
 from megatron_srpo.plan.hardware import GIB
+from slurm.commands import ENGINE_MEMORY, MEMORY
 from slurm.job import files_and_overrides
 
 
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     servers = int(rollout_nodes) * int(ranks)
     own = 0 if servers else own_engine_gpus(settings)  # on GPUs that are not the job's training ranks
     layout = layout_of(settings, int(nodes) * int(ranks) + own, servers + own)
+    if servers and not any(MEMORY in part for part in overrides):  # as commands.serve_step
+        layout = dataclasses.replace(layout, server_memory=float(ENGINE_MEMORY))
     try:
         arch, hf = read_architecture(shipped_if_absent(settings.model.path))
         problems = contradictions(settings, hf, layout.training_gpus)

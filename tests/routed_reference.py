@@ -219,6 +219,14 @@ class Reference:
             self.differences += torch.tensor([differs.sum(), known.sum(), differs.any(1).sum(), known.any(1).sum()])
         return found
 
+    def _taught(self, stream, sample):
+        """The teacher's log-probs of a stream."""
+        found = self._logp(self.teacher, stream, sample)
+        if self.trust:  # the lerp of the logits; their normalisers make no difference to the softmax
+            own = self._logp(self.behaviour, stream, sample)
+            found = ((1 - self.trust) * found + self.trust * own).log_softmax(-1)
+        return found
+
     @torch.no_grad()
     def _correction(self, old, sample):
         ratio = (old - torch.tensor(sample.rollout_logprobs, dtype=torch.float32).double()).exp()
@@ -252,10 +260,7 @@ class Reference:
         with torch.no_grad():
             for i, s in enumerate(counted):
                 if {"distill", "guided"} & set(s.weights):
-                    taught[i] = self._logp(self.teacher, s.teacher, s)
-                    if self.trust:  # the lerp of the logits; their normalisers make no difference to the softmax
-                        own = self._logp(self.behaviour, s.teacher, s)
-                        taught[i] = ((1 - self.trust) * taught[i] + self.trust * own).log_softmax(-1)
+                    taught[i] = self._taught(s.teacher, s)
         entropies = {i: -(logq.exp() * logq).sum(-1) for i, logq in taught.items()}
         entropies = {i: h for i, h in entropies.items() if "distill" in counted[i].weights}
         distilled = {i: per_token(counted[i].weights["distill"], len(h)) for i, h in entropies.items()}
@@ -306,7 +311,7 @@ class Reference:
                 gap, contrast = taught[i].gather(1, ids[:, None])[:, 0] - old, None
                 if s.contrast is not None:
                     with torch.no_grad():
-                        contrast = self._logp(self.teacher, s.contrast, s).gather(1, ids[:, None])[:, 0] - old
+                        contrast = self._taught(s.contrast, s).gather(1, ids[:, None])[:, 0] - old
                 tokens = guided_advantage(a, s.advantage, gap, contrast)
                 guided, edge = self._policy_term(at, old, tokens, moved)
                 total = total + (weight["guided"] * r * guided).sum()

@@ -62,9 +62,10 @@ class BatchPasses:
         for place, result in zip(places, results, strict=False):  # no results before the last pipeline stage
             for name, values in result.items():
                 parts = values.split([len(positions) for _, positions in place]) if place else ()
-                for (index, _), own in zip(place, parts, strict=True):
-                    if is_scored(name, self.samples[index]):
-                        setattr(into[index], name, own)
+                scored = [is_scored(name, self.samples[index]) for index, _ in place]
+                for (index, _), own, keep in zip(place, parts, scored, strict=True):
+                    if keep:  # a view would keep the memory of those that are not
+                        setattr(into[index], name, own if all(scored) else own.clone())
 
     def train_step(self, mini: MiniBatchPlan) -> StepStats | None:
         """One optimizer step, after its own scoring passes, or None when nothing in the mini-batch counts."""

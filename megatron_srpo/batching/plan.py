@@ -47,11 +47,12 @@ def plan_batch(
 
 def cost(indices: Sequence[int], samples: Sequence[Sample], padding: Padding) -> float:
     """Work for some samples of one prompt in all passes of the iteration, in token forwards: training, and for those
-    that are distilled the teacher's score and the student's top-k."""
+    that are taught the teacher's score. (A pass of the student's for top-k ids is rare, and one for old log-probs is in
+    proportion to the training.)"""
     taught = [i for i in indices if samples[i].teacher is not None]
     work = TRAIN_PASSES * _stream_cost(indices, samples, padding, "student")
     if taught:
-        work += _stream_cost(taught, samples, padding, "student") + _stream_cost(taught, samples, padding, "teacher")
+        work += _stream_cost(taught, samples, padding, "teacher")
         work += _stream_cost([i for i in taught if samples[i].contrast is not None], samples, padding, "contrast")
     return work
 

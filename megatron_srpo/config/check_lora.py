@@ -28,6 +28,11 @@ def lora_problems(config: Config) -> Iterator[str]:
             f'model.fp8 = "{config.model.fp8}": adapters on FP8 products have not been tested; set it to "off", or '
             "lora.rank = 0"
         )
+    if config.train.moe_aux_loss_coef:
+        yield (
+            f"train.moe_aux_loss_coef = {config.train.moe_aux_loss_coef}: with adapters the routers are not trained, "
+            "and this loss would bend the adapters to balance the experts; set it to 0, or lora.rank = 0"
+        )
     if lora.dropout and lora.experts:
         yield (
             f"lora.dropout = {lora.dropout}: the ranks that split an expert would drop different inputs of it; set it "

@@ -225,7 +225,8 @@ def _idle_teacher_keys(config: Config) -> list[str]:
 
 
 def _idle_keys(config: Config) -> list[str]:
-    """A line about settings of servers, episodes and schedules that the run does not have, as above."""
+    """A line about settings of servers, episodes and schedules that the run does not have, as above, and about those
+    that mean something else with adapters."""
     rollout, colocated = config.rollout, config.rollout.placement == "colocated"
     of_episodes = tuple(key for key in type(config.environment).model_fields if key not in ("classes", "arguments"))
     cases = (
@@ -237,6 +238,10 @@ def _idle_keys(config: Config) -> list[str]:
          of_episodes),
         (config.optimizer.schedule == "constant", 'optimizer.schedule = "constant"', config.optimizer, "optimizer",
          ("min_lr",)),
+        (config.lora.rank > 0, "a run with adapters (lora.rank), which are matrices,", config.optimizer, "optimizer",
+         ("decay_norms_and_biases",)),
+        (not _has_shadow(config), "a run without weights of a teacher or a reference beside the student's",
+         config.teacher, "teacher", ("offload",)),
     )  # fmt: skip
     notes = []
     for applies, what, section, name, keys in cases:
@@ -244,7 +249,20 @@ def _idle_keys(config: Config) -> list[str]:
         idle = [key for key in keys if applies and getattr(section, key) != defaults[key].default]
         if idle:
             notes.append(f"note: {what} does not use {name}.{', '.join(idle)}: no effect")
+    if config.lora.rank and "lr" not in config.optimizer.model_fields_set:
+        notes.append(
+            f"note: optimizer.lr = {config.optimizer.lr} is the default, a rate for all weights. Adapters (lora.rank) "
+            "need 10 to 20 times as much (docs/lora.md); set it"
+        )
     return notes
+
+
+def _has_shadow(config: Config) -> bool:
+    """Whether a second set of weights exists (mcore/policy.py). New adapters need none for the initial model."""
+    needs, starts_as_base = config.algorithm.needs, config.lora.rank > 0 and not config.lora.path
+    mode = config.teacher.mode if needs.teacher else "live"
+    initial = needs.reference or mode in ("frozen", "trust_region")
+    return mode in ("ema", "refresh") or (initial and not starts_as_base)
 
 
 def _read_files(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:

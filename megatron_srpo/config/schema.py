@@ -465,8 +465,8 @@ class TrainConfig(Section):
     stop_on_collapse: bool = False
     """Stop with a checkpoint at this warning."""
     moe_aux_loss_coef: float = Field(0.0, ge=0)
-    """Coefficient of the load-balancing loss of the expert routers, computed per row. A usual value is 0.001. 0
-    switches it off."""
+    """Coefficient of the load-balancing loss of the expert routers, computed per row. A usual value is 0.001. It needs
+    lora.rank = 0, because adapters train no routers. 0 switches it off."""
     offload_while_generating: bool = False
     """Move the trainer's weights and optimizer state to host memory while colocated engines generate. Needs
     rollout.sleep_while_training."""

@@ -38,6 +38,7 @@ SERVER_SECONDS = 1.0  # until the end of a server is told after an episode has f
 OUTPUT_BYTES = 2**20  # that are read at a time of what is printed
 LAST_READS = 16  # of it when the program has ended: other processes may print for ever
 FAILED_STARTS = 3  # of the program, in a row, end the run
+AGAIN_SECONDS = 1.0  # until it is started again after a start that failed in the middle of a run
 
 # Another Python may lack packages of ours, or be too old: it says so instead of taking the setup.
 _PROGRAM = """
@@ -88,7 +89,9 @@ class EnvironmentPool:
         self._control: socket.socket | None = None
         self._output: int | None = None  # where its output can be read
         self._ready: asyncio.Future[None] | None = None
-        self._failed_starts = 0
+        self._start_limit: asyncio.TimerHandle | None = None
+        self._failed_starts = 0  # in a row
+        self._was_up = False  # whether it has started once
         self.last_loss = ""  # why the program was lost last
 
     async def open(self) -> EpisodeProcess:
@@ -140,22 +143,19 @@ class EnvironmentPool:
     async def begin(self) -> None:
         """Start the program, unless it runs. UserError if it cannot run, or cannot import the classes."""
         for _ in range(FAILED_STARTS):
-            if self._ready is None:
-                self._ready = asyncio.get_running_loop().create_future()
+            ready = self._ready
+            if ready is None:
+                ready = self._ready = asyncio.get_running_loop().create_future()
                 try:
                     self._start()
                 except OSError as error:
-                    self._close_program()
-                    raise UserError(f"{self._program_name()} cannot run the environments: {error}") from None
+                    self._unusable(f"{self._program_name()} cannot run the environments: {error}")
             try:
-                await asyncio.wait_for(asyncio.shield(self._ready), START_SECONDS)
+                await asyncio.shield(ready)
                 return
-            except TimeoutError:
-                raise UserError(
-                    f"the environments did not start: importing their classes takes too long{self._printed()}"
-                ) from None
             except ProgramLost:
-                continue
+                if self._was_up and self._failed_starts:
+                    await asyncio.sleep(AGAIN_SECONDS)
         raise UserError(
             f"{self._program_name()} ended {FAILED_STARTS} times before the environments were ready{self._printed()}"
         )
@@ -184,6 +184,7 @@ class EnvironmentPool:
                 env=inherited(self._config.variables) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
         self._control = ours
+        self._start_limit = asyncio.get_running_loop().call_later(START_SECONDS, self._too_slow)
         with suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, which `_hear` finds out
             ours.send(encode_setup(self._setup))
         ours.setblocking(False)
@@ -237,17 +238,36 @@ class EnvironmentPool:
         elif "lost" in message:
             self._lost(str(message["lost"]), str(message.get("said", "")))
         elif "ready" in message:
-            self._failed_starts = 0
+            self._failed_starts, self._was_up = 0, True
+            self._end_start_limit()
             if not self._ready.done():
                 self._ready.set_result(None)
         elif (episode := self._episodes.get(message.get("ended", -1))) is not None:
             episode.ended(str(message.get("how", "")))
 
+    def _too_slow(self) -> None:
+        """The program has had START_SECONDS to start."""
+        self._unusable(
+            f"the environments did not start in {START_SECONDS:g} s: importing their classes, or the server that one "
+            f"starts, takes too long{self._printed()}"
+        )
+
+    def _end_start_limit(self) -> None:
+        if self._start_limit is not None:
+            self._start_limit.cancel()
+            self._start_limit = None
+
     def _unusable(self, why: str) -> None:
-        """The program says that it cannot run the environments, and ends."""
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(UserError(why))
+        """The program says that it cannot run the environments, and ends, or takes too long to start. If it has run
+        before, the machine may be busy for a while, which is no reason to end a run."""
+        ready = self._ready
         self._close_program()
+        self._failed_starts += 1
+        goes_on = self._was_up and self._failed_starts < FAILED_STARTS
+        if goes_on:
+            self._say(f"{why}. As they have run before, they are started again")
+        if ready is not None and not ready.done():
+            ready.set_exception(ProgramLost() if goes_on else UserError(why))
 
     def _lost(self, why: str = "", printed: str = "") -> None:
         """The program has ended, or talks nonsense. Its episodes are told, and the next one starts it again. `why`,
@@ -300,6 +320,7 @@ class EnvironmentPool:
     def _close_program(self) -> str:
         """End the program, if there is one. Returns how it has ended."""
         how = "it did not start"
+        self._end_start_limit()
         if self._control is not None:
             with suppress(RuntimeError, ValueError):
                 asyncio.get_running_loop().remove_reader(self._control)

@@ -78,20 +78,22 @@ class Objective:
         if compares and not self._one_pass:
             score, stop = self._on_trained(self._score_topk), None if each_step else 1
             found.append(ScoringPass("topk", "distilled", "student", score, stop=stop, each_step=each_step))
-        if needs.teacher and self._trust_region is not None:
-            score = self._trust_region.score_initial
-            found.append(ScoringPass("initial", "teacher", "reference", score, each_step=each_step))
-        if needs.teacher:
-            score = self._on_trained(self._score_teacher)
-            frees = ("initial_hidden",)
-            found.append(ScoringPass("teacher", "teacher", "teacher", score, frees=frees, each_step=each_step))
-        if needs.contrast:
-            score = self._on_trained(self._score_contrast)
-            found.append(ScoringPass("contrast", "contrast", "teacher", score, each_step=each_step))
+        found += self._taught("teacher", self._score_teacher) if needs.teacher else []
+        found += self._taught("contrast", self._score_contrast) if needs.contrast else []
         if needs.reference:
             found.append(ScoringPass("reference", "student", "reference", self._on_trained(self._score_reference)))
         # Teacher and reference are other models, which may choose for themselves.
         return [replace(p, replays=p.weights == "student" or self._replays_teacher) for p in found]
+
+    def _taught(self, name: Literal["teacher", "contrast"], score: ScoreFunction) -> list[ScoringPass]:
+        """The passes with which the teacher scores one of the samples' streams."""
+        judged = ScoringPass(
+            name, name, "teacher", self._on_trained(score), frees=("initial_hidden",), each_step=self._each_step
+        )
+        if self._trust_region is None:
+            return [judged]
+        initial = self._trust_region.score_initial
+        return [ScoringPass("initial", name, "reference", initial, each_step=self._each_step), judged]
 
     def check_pass(self) -> ScoringPass:
         """Log-probs of the rows of a step, to look for what is not finite."""
@@ -144,8 +146,7 @@ class Objective:
         """Teacher log-probs at the student's top-k ids and at the trained tokens, whichever are needed, and the entropy
         over the full vocabulary. Where the ids are not known yet, the inputs of the teacher's head are kept for the
         train pass. A divergence over the full vocabulary keeps this rank's shard of the logits."""
-        if self._trust_region is not None:
-            given = self._trust_region.joined(given, row)
+        given = self._teachers(given, row)
         head, topk = self._head(given), row.scores.topk_ids
         ids = row.targets[:, None] if topk is None else torch.cat([row.targets[:, None], topk.long()], 1)
         logprobs, entropy, normaliser = head.gather_statistics(ids)
@@ -176,7 +177,11 @@ class Objective:
             self._trust_region.free()
 
     def _score_contrast(self, given: HeadInput, row: PackedBatch) -> dict[str, Tensor]:
-        return {"contrast_logprob": self._target_logprobs(given, row)}
+        return {"contrast_logprob": self._target_logprobs(self._teachers(given, row), row)}
+
+    def _teachers(self, given: HeadInput, row: PackedBatch) -> HeadInput:
+        """What the teacher's head gets, from what the model with its weights gives."""
+        return given if self._trust_region is None else self._trust_region.joined(given, row)
 
     def distill_weight_sum(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
         """Σ exp(−β H_t) over the distilled tokens of these samples: the numerator of the mean weight over Ω."""

@@ -17,7 +17,6 @@ from megatron_srpo.config.schema import PROJECTIONS
 from megatron_srpo.core.errors import ConfigError, UserError
 from megatron_srpo.core.records import Attempt, Group, Prompt, Reward, Rollout
 from megatron_srpo.plan.layout import Layout
-from megatron_srpo.plan.memory import ENGINE_SHARE
 from megatron_srpo.plan.workload import Workload
 
 
@@ -49,7 +48,7 @@ def sections(layout: Layout, workload: Workload, model_path: str) -> dict[str, d
         rollout |= {
             "placement": "servers",
             "num_servers": layout.engines,
-            "gpu_memory_utilization": ENGINE_SHARE,
+            "gpu_memory_utilization": layout.server_memory,
         }
     return {
         "run": {"iterations": workload.iterations, "device": "cuda"},
@@ -121,6 +120,7 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         engine_tensor=rollout.tensor_parallel_size,
         engine_gpus=engine_gpus,
         engine_memory=rollout.gpu_memory_utilization,
+        server_memory=rollout.gpu_memory_utilization,
         engine_sleeps=rollout.sleep_while_training,
         trainer_leaves=config.train.offload_while_generating,
         shadow_on_host=config.teacher.offload,
@@ -130,6 +130,9 @@ def layout_of(config: Config, gpus: int, engine_gpus: int = 0) -> Layout:
         lora_rank=config.lora.rank,
         lora_projections=config.lora.projections,
         lora_experts=config.lora.experts,
+        lora_merged=None
+        if config.lora.publish == "auto" and config.lora.servable
+        else config.lora.publish != "adapter",
         bucket_mib=config.bridge.bucket_mib or BUCKET_MIB["cuda"],
         sequence_split=parallel.sequence_parallel,
     )
@@ -158,6 +161,8 @@ def workload_of(config: Config, *, prompt_mean: int = 400, response_mean: int = 
         distilled=taught_share(config.algorithm) if config.algorithm.needs.teacher else 0.0,
         correct=1 - Workload.distilled,
         teacher=config.teacher.mode,
+        contrast=config.algorithm.needs.contrast,
+        scores_each_step=config.train.score_every == "step",
         reference=config.algorithm.needs.reference,
         starts_as_base=config.lora.rank > 0 and not config.lora.path,
         topk=config.algorithm.needs.topk,

@@ -195,7 +195,7 @@ def publish_seconds(arch: Architecture, layout: Layout, machine: Machine) -> flo
     LoRA adapters alone."""
     adapters, adapter_tensors = published_adapters(arch, layout)
     whole, t = layout.dtype_bytes * (adapters or arch.parameters), layout.tensor
-    experts = layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
+    experts = 0 if adapters else layout.dtype_bytes * arch.layers * arch.experts * arch.expert_matrices
     ordinary, split = whole - experts, layout.expert * layout.expert_tensor
     seconds = 0.0
     for size, ranks in ((ordinary, t), (experts, split)):
@@ -295,10 +295,11 @@ def iteration_time(
     """The times of all parts of one iteration, which trainer.py runs one after the other."""
     students = student_pass(workload, layout, path=path, backward=True)
     # In the first step the train pass finds the student's top-k ids, if the copy of the teacher's head fits; in the
-    # others the pass for old log-probs does.
-    passes = 0.0 if train_pass_finds_topk(arch, layout, workload) else float(workload.topk > 0) / workload.steps
+    # others the pass for old log-probs does, unless every step has scores of its own.
+    own = 1.0 if workload.scores_each_step else 1 / workload.steps
+    passes = 0.0 if train_pass_finds_topk(arch, layout, workload) else own * (workload.topk > 0)
     scored = student_pass(workload, layout, path=path, share=workload.distilled or 1.0)
-    taught, teachers = teacher_pass(workload, layout, path=path), 2 if workload.joins_heads else 1
+    taught, teachers = teacher_pass(workload, layout, path=path), workload.teacher_passes
     seconds_of = functools.partial(
         pass_seconds, arch, layout, machine, workload, path=path, logits_mib=logits_mib
     )  # fmt: skip

@@ -32,6 +32,7 @@ class Layout:
     engine_tensor: int = 1  # tensor-parallel ranks of an engine
     engine_gpus: int = 0  # GPUs that only generate; 0 means that engines share the GPUs of the training ranks
     engine_memory: float = 0.5  # share of a GPU's memory for a colocated engine
+    server_memory: float = 0.9  # and for an engine on GPUs of its own
     engine_sleeps: bool = False  # the engine frees its memory during training
     trainer_leaves: bool = False  # the trainer frees its memory while the engine generates
     shadow_on_host: bool = False  # the teacher's average is kept in host memory
@@ -41,6 +42,7 @@ class Layout:
     lora_rank: int = 0  # of LoRA adapters; 0 means that all weights are trained
     lora_projections: tuple[str, ...] = LORA_DEFAULT.projections  # that have adapters, without those of experts
     lora_experts: bool = False  # experts have adapters
+    lora_merged: bool | None = None  # publishes bring whole models (lora.publish); None: those of models with experts
     bucket_mib: int = BUCKET_MIB["cuda"]  # size of a gather bucket of a publish
     sequence_split: bool = True  # tensor-parallel ranks split norms and residuals too, if there are several
 

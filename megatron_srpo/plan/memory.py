@@ -32,7 +32,6 @@ from megatron_srpo.plan.workload import Workload
 OPTIMIZER_PIECE = 2**28  # bytes; mcore/host_state.py's PIECE, whose module needs torch
 PHASES = ("generate", "swap", "score", "train", "publish", "save", "load")  # of a run, in which memory differs
 SWAPPED_BYTES = 2.0 * 4 * 2**22  # two fp32 pieces that a swap holds (mcore/shadow.py: EXCHANGED)
-ENGINE_SHARE = 0.9  # of the memory of a GPU that only generates
 
 
 @dataclass(frozen=True)
@@ -265,19 +264,21 @@ def teacher_bytes(
 
 
 def scores_host_bytes(arch: Architecture, layout: Layout, workload: Workload, machine: Machine, *, rows: int) -> float:
-    """Host memory of a node for the teacher's hidden states or logits: those of all distilled tokens of its ranks, from
-    the scoring pass to their step, and once more in the packed rows of a step."""
+    """Host memory of a node for the teacher's hidden states or logits, from the scoring pass to their step, and once
+    more in the packed rows of a step: logits of all distilled tokens of its ranks, hidden states of those of one step.
+    """
+    scored = workload.distilled_tokens * (1 + workload.imbalance) / layout.data  # in one pass
+    scored, kept = scored / (workload.steps if workload.scores_each_step else 1), scored / workload.steps
     width = 0
     if workload.full_vocabulary and workload.distilled > 0:
-        width = math.ceil(arch.vocab / layout.tensor)
+        width, kept = math.ceil(arch.vocab / layout.tensor), scored
     elif train_pass_finds_topk(arch, layout, workload):
         width = arch.hidden * (2 if workload.joins_heads else 1)
-    tokens = workload.distilled_tokens * (1 + workload.imbalance) / layout.data
     packed = rows * layout.max_tokens * layout.context
-    values = (tokens + packed) * width
+    values = (kept + packed) * width
     if workload.joins_heads:  # the initial model's head, and its hidden states until the teacher pass is over
         initial = math.ceil(arch.vocab / layout.tensor) * arch.hidden
-        values = initial + tokens * width + max(packed * width, tokens * arch.hidden)
+        values = initial + kept * width + max(packed * width, scored * arch.hidden)
     last_stage = min(machine.node, layout.training_gpus // layout.pipeline)
     return layout.dtype_bytes * values * last_stage
 
@@ -351,7 +352,7 @@ def cache_problem(arch: Architecture, layout: Layout, workload: Workload, cache:
 
 def engine_memory(arch: Architecture, layout: Layout, workload: Workload, machine: Machine) -> MemoryPlan:
     """Memory of a GPU that only generates."""
-    budget = ENGINE_SHARE * machine.memory
+    budget = layout.server_memory * machine.memory
     weights, working = engine_weights(arch, layout), engine_activations(arch, layout)
     cache = budget - weights - working
     lines = {"weights": weights, "engine work": working, "KV cache": max(0.0, cache)}

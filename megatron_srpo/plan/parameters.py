@@ -62,7 +62,8 @@ def trained_parameters(arch: Architecture, layout: Layout, stage: int) -> StageP
 
 def published_adapters(arch: Architecture, layout: Layout) -> tuple[int, int]:
     """(numbers, tensors) of a publish of adapters alone (LoraConfig.published); (0, 0) if it has whole models."""
-    if not layout.lora_rank or arch.experts:
+    merged = arch.experts > 0 if layout.lora_merged is None else layout.lora_merged
+    if not layout.lora_rank or merged:
         return 0, 0
     names = adapted_projections(arch, layout)
     one = sum(_factors(arch, arch.ffn, 1)[name] for name in names)

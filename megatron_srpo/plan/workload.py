@@ -33,6 +33,8 @@ class Workload:
     shares_prompts: bool = True  # the responses in a packed row use one copy of their prompt
     teacher_head_mib: int = 2048  # train.teacher_head_mib; 0: the student's top-k ids have a pass of their own
     teacher: str = "ema"  # teacher.mode
+    contrast: bool = False  # the teacher scores the samples behind a wrong demonstration too (Needs.contrast)
+    scores_each_step: bool = False  # the teacher scores before every step (train.score_every = "step")
     reference: bool = False  # samples are scored under the initial model too (Needs.reference)
     starts_as_base: bool = False  # the initial model is the one without adapters, which needs no shadow
     full_vocabulary: bool = False  # distillation compares whole distributions (algorithm.distillation_topk = 0)
@@ -61,8 +63,15 @@ class Workload:
     @property
     def swaps(self) -> int:
         """How often an iteration swaps a shadow in and out again."""
-        initial = 0 if self.starts_as_base else self._initial + self.reference
-        return (self.mode in ("ema", "refresh")) + initial
+        initial = 0 if self.starts_as_base else self._initial
+        teachers = ((self.mode in ("ema", "refresh")) + initial) * (1 + self.contrast)
+        return teachers * (self.steps if self.scores_each_step else 1) + (self.reference and not self.starts_as_base)
+
+    @property
+    def teacher_passes(self) -> int:
+        """Passes over the samples that a teacher judges: of the teacher, for a contrast once more, and of the initial
+        model where logits are mixed."""
+        return (1 + self.contrast) * (1 + self.joins_heads)
 
     @property
     def joins_heads(self) -> bool:

@@ -196,7 +196,10 @@ class RewardPool:
             if isinstance(message, Result):
                 self._settle(worker.take_first(), message)
             elif "failed" in message:
-                raise UserError(message["failed"])
+                self._remove(worker).kill()
+                self._count_failed_start(message["failed"])
+                self._start()
+                return
             else:
                 worker.ready, worker.deadline = True, None
                 self._failed_starts = 0
@@ -210,20 +213,24 @@ class RewardPool:
 
     def _on_timeout(self, worker: WorkerProcess) -> None:
         self._remove(worker).kill()
-        if not worker.ready:  # later the machine may be busy for a while, which is no reason to end a run
-            self._failed_starts += 1
-            if self._failed_starts == FAILED_STARTS or not self._was_up:
-                raise UserError(
-                    f"a reward worker did not start: importing the reward functions takes more than {START_SECONDS:g} "
-                    "s. Import less at the beginning of their module, or lower reward.workers, which import at the "
-                    "same time"
-                )
+        if not worker.ready:
+            self._count_failed_start(
+                f"a reward worker did not start: importing the reward functions takes more than {START_SECONDS:g} s. "
+                "Import less at the beginning of their module, or lower reward.workers, which import at the same time"
+            )
             self._start()
             return
         first, *rest = worker.pending
         seconds = self._config.timeout_seconds
         self._settle(first, Result(error=f"time-out after {seconds:g} s (reward.timeout_seconds)"))
         self._replace(rest)
+
+    def _count_failed_start(self, why: str) -> None:
+        """UserError, unless workers have started before: the machine may be busy for a while, or a file system away,
+        which is no reason to end a run."""
+        self._failed_starts += 1
+        if self._failed_starts == FAILED_STARTS or not self._was_up:
+            raise UserError(why)
 
     def _on_exit(self, worker: WorkerProcess) -> None:
         how = self._remove(worker).end()

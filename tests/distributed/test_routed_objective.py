@@ -56,6 +56,7 @@ VARIANTS = {
         REGULARISED | {"name": "rlsd", "token_credit": 0.6, "token_credit_iterations": 0}, 160, 3, 0.8,
     ),
     "contrastive in two steps": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
+    "contrastive in two steps, trust region": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
     "drift in two steps": (REGULARISED | {"name": "drift", "bonus_rate": 3.0}, 200, 3, 1.0),
     "demopsd, full vocabulary": (BASE | {"name": "demopsd", "distillation_topk": 0}, 200, 0, 1.0),
     "srpo, experts of the engine": (BASE, 300, 0, 1.0),
@@ -85,6 +86,7 @@ TEACHERS = {  # the others have the EMA teacher
     "sdpo two steps, forward": {"mode": "frozen"},
     "srpo in two steps, trust region": TRUST_REGION,
     "sdpo full vocabulary, trust region": TRUST_REGION,
+    "contrastive in two steps, trust region": TRUST_REGION,
     "srpo in two steps, experts of the engine for the teacher too": {"routing_replay": True},
 }
 SCORED_EACH_STEP = "srpo in two steps, credit per token"  # the others: once, before the first step

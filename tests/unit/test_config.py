@@ -254,6 +254,16 @@ def test_keys_of_another_mode_of_the_teacher_are_told_once(minimal, overrides, e
         (["--environment.max_turns", "3", "--environment.classes.math", "tools"], []),
         (["--optimizer.min_lr", "1e-7"], ['optimizer.schedule = "constant" does not use optimizer.min_lr']),
         (["--optimizer.min_lr", "1e-7", "--optimizer.schedule", "cosine"], []),
+        (["--optimizer.decay_norms_and_biases", "true"], []),
+        (["--optimizer.decay_norms_and_biases", "true", "--lora.rank", "8", "--optimizer.lr", "5e-5"],
+         ["a run with adapters (lora.rank), which are matrices, does not use optimizer.decay_norms_and_biases"]),
+        (["--teacher.offload", "true"], []),
+        (["--teacher.offload", "true", "--teacher.mode", "frozen"], []),
+        (["--teacher.offload", "true", "--teacher.mode", "frozen", "--lora.rank", "8", "--optimizer.lr", "5e-5"],
+         ["a run without weights of a teacher or a reference beside the student's does not use teacher.offload"]),
+        (["--teacher.offload", "true", "--algorithm.name", "grpo"],
+         ["a run without weights of a teacher or a reference beside the student's does not use teacher.offload"]),
+        (["--teacher.offload", "true", "--algorithm.name", "grpo", "--algorithm.kl_loss_coef", "0.1"], []),
     ],
 )  # fmt: skip
 def test_settings_of_what_the_run_does_not_have_are_told_once(minimal, overrides, expected):
@@ -438,6 +448,12 @@ def test_settings_of_adapters_that_are_not_trained_are_told(tmp_path):
     load_config(file, [], tell=told.append)
     assert told == ["note: lora.rank = 0 trains all weights, without lora.alpha: no effect"]
     told.clear()
-    load_config(file, ["--lora.rank", "4"], tell=told.append)
+    load_config(file, ["--lora.rank", "4", "--optimizer.lr", "5e-6"], tell=told.append)
     load_config(file, ["--lora.alpha", "32.0"], tell=told.append)
     assert told == []
+
+
+def test_adapters_at_the_default_learning_rate_of_all_weights_are_told(minimal):
+    told = []
+    load_config(minimal, ["--lora.rank", "4"], tell=told.append)
+    assert len(told) == 1 and "optimizer.lr = 5e-06 is the default" in told[0] and "10 to 20 times" in told[0]

@@ -78,6 +78,11 @@ def test_a_sound_configuration_passes_all_checks():
         ({"lora__rank": 8, "lora__path": "nowhere"}, 'lora.path = "nowhere"', "name the folder of a peft adapter"),
         ({"lora__rank": 8, "lora__targets": []}, "lora.targets = []", '["attention", "mlp"]'),
         ({"lora__rank": 8, "model__fp8": "hybrid"}, 'model.fp8 = "hybrid"', "lora.rank = 0"),
+        (  # the routers have no adapters
+            {"lora__rank": 8, "train__moe_aux_loss_coef": 0.001},
+            "train.moe_aux_loss_coef = 0.001: with adapters the routers are not trained",
+            "set it to 0, or lora.rank = 0",
+        ),
         (
             {"lora__rank": 8, "lora__dropout": 0.1, "lora__targets": ["experts"]},
             "lora.dropout = 0.1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 import venv
 from contextlib import closing
 from pathlib import Path
@@ -427,6 +428,100 @@ def test_a_program_that_ends_before_the_order_of_a_process_is_told(tmp_path, mon
                 await episode.close()
 
     asyncio.run(play())
+
+
+def test_a_program_that_starts_too_slowly_in_the_middle_of_a_run_does_not_end_it(tmp_path, monkeypatch):
+    (tmp_path / "echo.py").write_text(ECHO)
+    config = EnvironmentConfig(classes={"row": f"{tmp_path}/echo.py:Echo"}, step_timeout_seconds=60.0)
+    monkeypatch.setattr("megatron_srpo.environments.pool.AGAIN_SECONDS", 0.0)
+    start, slow, said = EnvironmentPool._start, [], []
+
+    def started(pool):
+        start(pool)
+        if slow:
+            slow.pop()
+            asyncio.get_running_loop().call_soon(pool._too_slow)  # the time is over
+
+    monkeypatch.setattr(EnvironmentPool, "_start", started)
+
+    async def play():
+        with closing(EnvironmentPool(config, said.append)) as pool:
+            await pool.begin()
+            for slow_starts in (1, 2):
+                pool._lost("a server has ended")
+                slow.extend([True] * slow_starts)
+                await asyncio.gather(*(pool.begin() for _ in range(3)))
+            assert pool._start_limit is None
+            pool._lost("a server has ended")
+            slow.extend([True] * 3)
+            with pytest.raises(UserError, match="did not start in 300 s"):
+                await pool.begin()
+
+    asyncio.run(play())
+    assert sum("they are started again" in line for line in said) == 5
+
+
+def test_a_program_that_the_system_cannot_start_for_a_moment_does_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_srpo.environments.pool.AGAIN_SECONDS", 0.0)
+    (tmp_path / "echo.py").write_text(ECHO)
+    config = EnvironmentConfig(classes={"row": f"{tmp_path}/echo.py:Echo"}, step_timeout_seconds=60.0)
+    popen, full, said = subprocess.Popen, [], []
+
+    def start(*given, **named):
+        if full:
+            full.pop()
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return popen(*given, **named)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+    async def play():
+        with closing(EnvironmentPool(config, said.append)) as pool:
+            await pool.begin()
+            pool._lost("a server has ended")
+            full.extend([True] * 2)
+            await asyncio.gather(*(pool.begin() for _ in range(3)))
+            pool._lost("a server has ended")
+            full.extend([True] * 3)
+            with pytest.raises(UserError, match=r"cannot run the environments: .*temporarily unavailable"):
+                await pool.begin()
+
+    asyncio.run(play())
+    assert sum("they are started again" in line for line in said) == 4
+
+
+def test_a_program_that_is_too_slow_at_the_start_of_a_run_ends_it_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_srpo.environments.pool.START_SECONDS", 0.0)
+    (tmp_path / "echo.py").write_text(ECHO)
+    assert "the environments did not start in 0 s" in refusal(classes={"row": f"{tmp_path}/echo.py:Echo"})
+
+
+def test_a_class_that_cannot_be_prepared_again_for_a_moment_does_not_end_a_run(tmp_path):
+    """Its server may find its port taken, or start slowly on a busy machine."""
+    (tmp_path / "often.py").write_text(
+        ECHO
+        + """
+    @classmethod
+    def prepare(cls):
+        starts = __file__ + ".starts"
+        with open(starts, "a") as file:
+            file.write(".")
+        if len(open(starts).read()) == 2:
+            raise OSError("the port is taken")
+"""
+    )
+    said = []
+
+    async def play():
+        config = EnvironmentConfig(classes={"row": f"{tmp_path}/often.py:Echo"})
+        with closing(EnvironmentPool(config, said.append)) as pool:
+            await pool.begin()
+            pool._lost("a server has ended")
+            await pool.begin()
+
+    asyncio.run(play())
+    assert "the port is taken" in said[-1] and said[-1].endswith("they are started again")
+    assert len((tmp_path / "often.py.starts").read_text()) == 3
 
 
 TALKING = """

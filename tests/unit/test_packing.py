@@ -572,3 +572,9 @@ def test_a_step_has_the_denominators_of_its_mini_batch():
     passes = BatchPasses(Batch(samples, plan, {}), policy, objective)
     assert passes.train_step(plan.mini_batches[0]) == "done"
     assert asked == [{"loss_tokens": 7, "responses": 2, "distill_weight_mean": 0.75}]  # 3 ranks' 0.5 over 2 tokens
+
+
+def test_the_work_of_a_taught_sample_is_training_and_the_teachers_pass():
+    plain, taught = make(0, 0, 10, 20), make(0, 1, 10, 20, distill=1.0, teacher=40)
+    work = [cost([i], [plain, taught], Padding()) for i in (0, 1)]
+    assert work[1] - work[0] == pytest.approx(60, rel=0.01)  # the student's top-k ids have no pass of their own

@@ -557,6 +557,43 @@ def test_engines_on_gpus_of_their_own_are_written_with_the_memory_that_they_were
     arch, _ = read_architecture("Qwen3-8B")
     lines = engine_memory(arch, layout, SMALL, H100).lines
     assert lines["weights"] + lines["engine work"] + lines["KV cache"] == pytest.approx(0.9 * H100.memory)
+    rollout = {"placement": "servers", "num_servers": 4, "gpu_memory_utilization": 0.6}
+    layout = layout_of(Config(model={"path": "m"}, data={"train": "d"}, rollout=rollout), 8, 4)
+    lines = engine_memory(arch, layout, SMALL, H100).lines
+    assert lines["weights"] + lines["engine work"] + lines["KV cache"] == pytest.approx(0.6 * H100.memory)
+
+
+@pytest.mark.parametrize(
+    ("rollout_nodes", "given", "share"),
+    [("1", (), 0.9), ("1", ("--rollout.gpu_memory_utilization", "0.7"), 0.7),
+     ("0", ("--rollout.placement", "servers", "--rollout.num_servers", "8"), 0.5)],
+)  # fmt: skip
+def test_the_plan_of_a_job_has_the_memory_that_its_servers_get(tmp_path, capsys, rollout_nodes, given, share):
+    from slurm.plan import main
+
+    (tmp_path / "run.toml").write_text(
+        '[model]\npath = "Qwen3-8B"\nrecompute = "full"\n[parallel]\ntensor_model_parallel_size = 4\n'
+        'sequence_parallel = true\n[data]\ntrain = "d.jsonl"\n'
+    )
+    assert main(["h100", "2", rollout_nodes, "8", str(tmp_path / "run.toml"), *given]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "memory of an engine's GPU" in line]
+    parts = dict(re.findall(r"(weights|engine work|KV cache) ([\d.]+)", line))
+    assert sum(map(float, parts.values())) == pytest.approx(share * H100.memory / 2**30, abs=0.2)
+
+
+@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B"])
+@pytest.mark.parametrize(
+    "lora", [{}, {"publish": "merged"}, {"publish": "adapter"}, {"rank": 600}, {"targets": ["attention", "experts"]}]
+)
+def test_the_planner_publishes_what_the_run_publishes(model, lora):
+    arch, _ = read_architecture(model)
+    config = Config(model={"path": "m"}, data={"train": "d"}, lora={"rank": 8, "targets": ["attention"]} | lora)
+    layout = dataclasses.replace(layout_of(config, 8), tensor=2)
+    alone = config.lora.published(arch.experts) is not None
+    assert (published_adapters(arch, layout) != (0, 0)) == alone
+    whole = dataclasses.replace(layout, lora_merged=True)
+    assert (0 < publish_seconds(arch, layout, H100) < publish_seconds(arch, whole, H100)) == alone
+    assert (publish_bytes(arch, layout) < publish_bytes(arch, whole)) == alone
 
 
 SHADOWS = [
@@ -609,6 +646,69 @@ def test_the_pass_of_the_reference_and_its_swap_take_time():
     assert (twice.swaps, without.swaps, workload.swaps) == (2, 0, 1)
     assert configured(teacher={"mode": "frozen"}, lora={"rank": 8})[1].swaps == 0  # adapters are switched off
     assert configured(teacher={"mode": "frozen"}, algorithm={"kl_loss_coef": 0.01})[1].swaps == 2  # of one shadow
+
+
+PASSES = [
+    {},
+    {"train": {"score_every": "step"}},
+    {"algorithm": {"name": "contrastive"}},
+    {"algorithm": {"name": "contrastive", "kl_loss_coef": 0.01}, "train": {"score_every": "step"}},
+    {"algorithm": {"name": "contrastive"}, "teacher": {"mode": "trust_region"}, "train": {"score_every": "step"}},
+    {"algorithm": {"name": "contrastive"}, "teacher": {"mode": "frozen"}, "lora": {"rank": 8}},
+    {"algorithm": {"kl_loss_coef": 0.01}, "teacher": {"mode": "live"}, "train": {"score_every": "step"}},
+]
+
+
+@pytest.mark.parametrize("sections", PASSES)
+def test_the_planner_counts_the_swaps_and_the_teachers_passes_that_the_trainer_makes(monkeypatch, sections):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from megatron_srpo.losses.objective import Objective
+    from megatron_srpo.mcore import policy
+
+    swapped = []
+    active = SimpleNamespace(active=lambda: swapped.append(1) or nullcontext())
+    monkeypatch.setattr(policy, "WeightShadow", lambda optimizer, offload: active)
+    monkeypatch.setattr(policy.lora, "adapters_off", lambda model: nullcontext())
+    steps = {"prompts_per_mini_batch": 8}  # four of them
+    sections = sections | {"train": steps | sections.get("train", {})}
+    config = Config(**{"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+    built = SimpleNamespace(
+        optimizer=None, _starts_as_base=config.lora.rank > 0 and not config.lora.path, model=None,
+        _teacher_config=config.teacher,
+    )  # fmt: skip
+    built.shadows = policy.Policy._build_shadows(built, config)
+    scorings = Objective(config).passes()
+    for scoring in scorings:
+        for _ in range(4 if scoring.each_step else 1):
+            policy.Policy.weights(built, scoring.weights)
+    _, workload = configured(**sections)
+    assert workload.steps == 4 and workload.swaps == len(swapped)
+    assert workload.teacher_passes == sum(scoring.rows in ("teacher", "contrast") for scoring in scorings)
+
+
+def test_scores_of_every_step_and_a_contrast_take_time():
+    arch, _ = read_architecture("Qwen3-8B")
+    layout = configured()[0]
+    once, each = (
+        configured(train={"prompts_per_mini_batch": 8, "score_every": every})[1] for every in ("iteration", "step")
+    )
+    rlsd, contrast = (configured(algorithm={"name": name})[1] for name in ("rlsd", "contrastive"))
+    swap = swap_seconds(arch, layout, H100)
+
+    def lines(workload):
+        return iteration_time(arch, layout, H100, workload, 1e10).lines
+
+    assert lines(each)["teacher"] - lines(once)["teacher"] == pytest.approx(3 * swap)
+    own = [dataclasses.replace(one, teacher_head_mib=0) for one in (once, each)]
+    ids = [lines(one)["score"] - lines(found)["score"] for one, found in zip(own, (once, each), strict=True)]
+    assert ids[1] == pytest.approx(4 * ids[0])  # the pass for old log-probs has none of every step's ids
+    contrast = dataclasses.replace(contrast, distilled=rlsd.distilled)
+    assert lines(contrast)["teacher"] == pytest.approx(2 * lines(rlsd)["teacher"])
+    flops = [iteration_time(arch, layout, H100, one, 1e10).flops for one in (rlsd, contrast)]
+    taught = teacher_pass(rlsd, layout)
+    assert flops[1] - flops[0] == pytest.approx(taught.tokens * forward_flops(arch, taught.context))
 
 
 def test_a_method_says_which_responses_its_teacher_scores():
@@ -688,6 +788,22 @@ def test_a_trust_region_has_joined_heads_hidden_states_and_a_pass_of_the_initial
     tokens = ema.distilled_tokens * 1.03 / 8
     assert few == pytest.approx(8 * 2 * arch.hidden * (tokens + 2 * layout.max_tokens))
     assert kept == pytest.approx(8 * head + 2 * few)
+
+
+def test_hidden_states_of_the_teacher_are_kept_for_one_step_and_logits_for_all_whose_pass_they_are_of():
+    arch, _ = read_architecture("Qwen3-8B")
+
+    def kept(topk=100, **train):
+        layout, workload = configured(
+            algorithm={"distillation_topk": topk}, train={"max_tokens_per_gpu": 18432} | train
+        )
+        plan = training_memory(arch, layout, workload, H100, rows=0)
+        return plan.host_scores / (2 * 8)
+
+    four, each = {"prompts_per_mini_batch": 8}, {"prompts_per_mini_batch": 8, "score_every": "step"}
+    whole, logits = kept(), kept(topk=0)
+    assert kept(**four) == kept(**each) == pytest.approx(whole / 4)
+    assert kept(topk=0, **four) == logits and kept(topk=0, **each) == pytest.approx(logits / 4)
 
 
 def test_a_swap_writes_the_experts_share_of_their_own_ranks():

@@ -361,6 +361,27 @@ def test_a_worker_that_starts_too_slowly_on_a_busy_machine_does_not_end_a_run(po
         the_newest_is_too_slow()
 
 
+def test_functions_that_cannot_be_imported_again_for_a_moment_do_not_end_a_run(tmp_path):
+    """On a file system that is away, for example."""
+    module = tmp_path / "away.py"
+    module.write_text("def score(response, answer, **row):\n    return 1.0\n")
+    with RewardPool(RewardConfig(workers=1, functions={"own": f"{module}:score"}), ["own"]) as pool:
+        text = module.read_text()
+        module.unlink()
+        pool._remove(pool._workers[0]).kill()
+        pool._start()
+        while pool._failed_starts == 0:
+            pool._handle_events()
+        module.write_text(text)
+        assert [reward.score for reward in pool.score([RewardTask("own", "x", "")])] == [1.0]
+        module.unlink()
+        pool._remove(pool._workers[0]).kill()
+        pool._start()
+        with pytest.raises(UserError, match=r"away\.py"):
+            while True:
+                pool._handle_events()
+
+
 def test_an_unknown_kind_is_refused_before_training(pool):
     with pytest.raises(UserError, match=r"unknown reward kind 'mqc'. Did you mean 'mcq'"):
         RewardPool(RewardConfig(workers=1), ["mqc"])
