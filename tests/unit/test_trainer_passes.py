@@ -218,6 +218,10 @@ def test_the_ids_of_samples_without_a_teacher_are_not_kept():
     known = [(score.topk_ids is not None, score.logprob is not None) for score in work.scores]
     assert set(known) == {(False, False), (False, True), (True, True)}
     assert all(ids == (old and one.teacher is not None) for one, (ids, old) in zip(mine, known, strict=True))
+    rows = [row.samples for mini in share.mini_batches[1:] for row in mini.student[0]]
+    assert any({mine[i].teacher is None for i in row} == {True, False} for row in rows)
+    for ids in (score.topk_ids for score in work.scores if score.topk_ids is not None):
+        assert ids.untyped_storage().nbytes() == ids.nbytes  # no view of those of the row
 
 
 @pytest.mark.parametrize(
