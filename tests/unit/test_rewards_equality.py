@@ -178,6 +178,10 @@ def test_a_reference_answer_is_read_however_it_is_written(written):
     assert equal(math_reference(written), "72")
 
 
+def test_marks_around_parts_of_a_reference_answer_stay():
+    assert math_reference("**3** and **4**") == "**3** and **4**"
+
+
 def test_a_reference_answer_in_a_box_may_have_several_lines():
     assert math_reference("\\boxed{\\begin{pmatrix}\n1\n\\end{pmatrix}}") == "\\begin{pmatrix} 1 \\end{pmatrix}"
 
