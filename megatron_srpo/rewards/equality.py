@@ -56,7 +56,7 @@ _NUMBER = re.compile(
 )
 # A unit: words with exponents, as in kg m^2/s^2. A word of one or two letters must be a unit that we know, because it
 # may also be a variable (2 x), and some longer ones are mathematics or go on to another answer.
-_SHORT = r"[yzafpnµumcdhkMGTPEZ]?(?:[mgsAKNJWVCFHTLlMΩ]|\\Omega|Pa|Hz|eV)|[hd]|\\mu ?m|cd|ft|in|lb|oz|hr|mi|yd|dB|sq"
+_SHORT = r"[yzafpnµμumcdhkMGTPEZ]?(?:[mgsAKNJWVCFHTLlMΩÅ]|\\Omega|Pa|Hz|eV)|[hd]|\\mu ?m|cd|ft|in|lb|oz|hr|mi|yd|dB|sq"
 _NO_UNIT = "or|and|to|not|but|by|then|plus|minus|times|over|choose|mod|sqrt|sin|cos|tan|cot|sec|csc|log|exp"
 _NO_UNIT += "|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|nu|xi|rho|sigma|tau|phi|chi|psi|omega|pi"
 _WORD = rf"(?:° ?[CFK]?|(?:{_SHORT})(?![A-Za-z])|(?!(?:{_NO_UNIT})(?![A-Za-z]))[A-Za-zµΩÅ]{{3,}})"
@@ -77,7 +77,7 @@ _NAMES = re.compile(
     r"|fahrenheit|minute|hour|hrs?|day|week|month|year|yrs?|inch|foot|feet|mile|yard|acre|hectare|ounce|pound"
     r"|ton(?:ne)?|gallon|quart|pint|cup|dollar|cent|euro|yen|yuan|rupee|usd|eur|gbp|cny|rmb|percent|unit|point|squared?"
     r"|cubic|cubed|per|torr|mmhg|mph|kph|kmh|rpm|fps|ppm|ppb|kwh|mah|amu|molar|angstrom|knot|people|person|children"
-    r"|men|women|mice|sheep|fish|cattle|total|each|altogether|(?![a-z]*[sui]s$)[a-z]{2,}s",
+    r"|men|women|mice|dice|sheep|fish|cattle|total|each|altogether|more|less|fewer|left|remaining|bpm|btu|dbm|(?![a-z]*[sui]s$)[a-z]{2,}s",
     re.IGNORECASE,
 )
 _REMARKS = {"false", "true", "wrong", "right", "incorrect", "correct", "perhaps", "maybe", "sometimes", "always", "yes"}

@@ -103,7 +103,6 @@ def _serve(channel: socket.socket, functions: dict[str, RewardFunction], timeout
         for kind, response, answer, metadata in chunk:
             signal.alarm(alarm)
             result = score_one(functions[kind], response, answer, metadata)
-            signal.alarm(0)
             if os.getpid() != worker:  # a process that the function has forked returns here too
                 os._exit(0)
             _send(channel, result)
