@@ -258,6 +258,16 @@ def test_the_shortest_sibling_teaches():
     assert [s.teacher_sample for s in samples] == [1, 2, 1, 1]
 
 
+def test_ties_are_broken_otherwise_for_every_prompt():
+    groups = make_groups(
+        [prompt_of(i) for i in range(8)],
+        [rollout_of(sample, i) for i in range(8) for sample in range(3)],
+        [Reward(score) for _ in range(8) for score in (1, 1, 0)],
+    )
+    route(groups, algorithm("srpo"), seed=0, iteration=0, teacher_prompt=Teacher())
+    assert {group.samples[2].teacher_sample for group in groups} == {0, 1}
+
+
 def test_least_used_siblings_take_turns():
     samples, _ = run([1, 1, 1] + [0] * 6, "srpo", sibling="least_used")
     taught = [s.teacher_sample for s in samples if s.teacher is not None]
@@ -569,7 +579,9 @@ def test_histories_fade_forget_duplicates_and_survive_a_checkpoint():
     for iteration, scores in enumerate([(1, 1, 0), (1, 0, 0)]):
         histories.observe(group(scores), iteration)
     resumed = PromptHistories()
+    resumed.observe(make_groups([prompt_of(1)], [rollout_of(0)], [Reward(1)]), 0)
     resumed.load_state_dict(json.loads(json.dumps(histories.state_dict())))
+    assert resumed.state_dict() == histories.state_dict()  # of what it saw before, nothing
     for each in (histories, resumed):
         groups = group((0,))
         each.give(groups, 3)
