@@ -225,6 +225,12 @@ def test_feedback_is_shown_only_without_a_solution_unless_asked_for():
     assert samples[1].teacher_sample is None and weights(samples)[1] == DISTILL
 
 
+def test_every_attempt_reads_the_feedback_on_itself():
+    teacher = Teacher()
+    run([0, 0], "srpo", feedback=["x", "y"], use_feedback=True, teacher=teacher)
+    assert [feedback for _, _, feedback in teacher.calls] == ["x", "y"]
+
+
 def test_feedback_is_never_shown_when_it_is_switched_off():
     teacher = Teacher()
     run([1, 0], "srpo", feedback=["x", "y"], use_feedback=False, teacher=teacher, with_solution=True)
