@@ -2,7 +2,7 @@ r"""Whether two answers of mathematics, physics or chemistry are equal.
 
     1. the same text, apart from spaces and LaTeX's spacing and font commands
     2. numbers: exactly, or to 6 digits if one is a decimal; units that both have must be the same
-    3. numerals with a base, and clock times
+    3. residues (6 mod 7), numerals with a base, and clock times
     4. words, names and formulas (NaCl, x_1): only the same text, see 1
     5. all else is mathematics: math-verify compares the expressions symbolically
 
@@ -37,7 +37,9 @@ _EXPONENTIAL = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])")
 _GROUPS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")  # 1 000
 _ROW = re.compile(r"\d[\d.]*(?: \d[\d.]*)+")  # 2 3 is no product
 _INEQUALITY = re.compile(r"[<>≤≥]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
-_RANGE = re.compile(rf"{_INEQUALITY.pattern}|[(\[∅]|\\(?:emptyset|varnothing)|\\\{{\s*\\\}}")
+_RANGE = re.compile(rf"{_INEQUALITY.pattern}|[(\[]|\\emptyset")
+_EMPTY = re.compile(r"\\varnothing(?![A-Za-z])|∅|(?:\\left)?\\\{(?:\s|\\[,;:! ])*(?:\\right)?\\\}")
+_REPEATING = re.compile(r"(\d{1,3}(?:,\d{3})+|\d*)\.(\d*) ?\\(?:overline|bar) ?\{ ?(\d+) ?\}(?!\d)")
 _ROOT = re.compile(r"√ ?(\d+|[a-z])")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|~|\$")
 _FONT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
@@ -54,7 +56,7 @@ _NUMBER = re.compile(
 )
 # A unit: words with exponents, as in kg m^2/s^2. A word of one or two letters must be a unit that we know, because it
 # may also be a variable (2 x), and some longer ones are mathematics or go on to another answer.
-_SHORT = r"[yzafpnµumcdhkMGTPEZ]?(?:[mgsAKNJWVCFHTLlMΩ]|\\Omega|Pa|Hz|eV)|[hd]|\\mu ?m|cd|ft|in|lb|oz|hr|mi|yd|dB|sq"
+_SHORT = r"[yzafpnµμumcdhkMGTPEZ]?(?:[mgsAKNJWVCFHTLlMΩÅ]|\\Omega|Pa|Hz|eV)|[hd]|\\mu ?m|cd|ft|in|lb|oz|hr|mi|yd|dB|sq"
 _NO_UNIT = "or|and|to|not|but|by|then|plus|minus|times|over|choose|mod|sqrt|sin|cos|tan|cot|sec|csc|log|exp"
 _NO_UNIT += "|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|nu|xi|rho|sigma|tau|phi|chi|psi|omega|pi"
 _WORD = rf"(?:° ?[CFK]?|(?:{_SHORT})(?![A-Za-z])|(?!(?:{_NO_UNIT})(?![A-Za-z]))[A-Za-zµΩÅ]{{3,}})"
@@ -67,6 +69,22 @@ _UNIT = re.compile(
     rf"\s*(?!{_SCALE})(?:\\%|\(?{_WORD}{_POWER}(?: ?(?:[/*·.( -]|\\cdot(?![A-Za-z])) ?\(?{_WORD}{_POWER}\)?)*\)?)?"
 )
 _GOES_ON = re.compile(rf"(?<![A-Za-z])(?:or|and|not)(?![A-Za-z])|\d ?{_SCALE}")
+# A word behind a number belongs to it if it, or a word with it, names a unit or is a plural: 5 apples, but not 5 false.
+_NAMES = re.compile(
+    rf"[°%]|(?-i:{_SHORT})|(?:kilo|centi|milli|micro|nano|pico|deci|mega|giga|tera)?(?:met(?:er|re)|gram|lit(?:er|re)"
+    r"|second|joule|newton|watt|volt|amp(?:ere)?|ohm|pascal|hertz|kelvin|coulomb|tesla|farad|henry|mole?|rad(?:ian)?"
+    r"|cal(?:orie)?|bit|byte|bar)|[kmµuncMG]?(?:mol|sec|min|atm|cal|bits?|bytes?|bps|rad|omega)|deg(?:ree)?|celsius"
+    r"|fahrenheit|minute|hour|hrs?|day|week|month|year|yrs?|inch|foot|feet|mile|yard|acre|hectare|ounce|pound"
+    r"|ton(?:ne)?|gallon|quart|pint|cup|dollar|cent|euro|yen|yuan|rupee|usd|eur|gbp|cny|rmb|percent|unit|point|squared?"
+    r"|cubic|cubed|per|torr|mmhg|mph|kph|kmh|rpm|fps|ppm|ppb|kwh|mah|amu|molar|angstrom|knot|people|person|children"
+    r"|men|women|mice|dice|sheep|fish|cattle|total|each|altogether|more|less|fewer|left|remaining|bpm|btu|dbm|(?![a-z]*[sui]s$)[a-z]{2,}s",
+    re.IGNORECASE,
+)
+_REMARKS = {"false", "true", "wrong", "right", "incorrect", "correct", "perhaps", "maybe", "sometimes", "always", "yes"}
+_REMARKS |= {"unknown", "impossible", "halves", "thirds", "fifths", "sixths", "sevenths", "eighths", "ninths"}
+_RESIDUE = re.compile(
+    r"(?:(\\?[A-Za-z]\w*)? ?(?:=|≡|\\equiv) ?)?([+-]? ?\d+) ?\(? ?\\?[bp]?mod(?:ulo)? ?\{? ?([1-9]\d*) ?\}? ?\)?"
+)
 _BASED = re.compile(r"([0-9A-Fa-f]+)_\{?(\d+)\}?")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2}(?::\d{2})?)\s*([aApP])?\.?\s*(?:[mM]\.?)?")
 _FORMULA = re.compile(r"\(?[A-Za-z]{1,2}\)?(?:_?\d+|_[A-Za-z])?(?:[A-Z(][a-z]?\)?(?:_?\d+)?)*(?:\^?\d*[+-])?")
@@ -84,19 +102,27 @@ def equal(expected: str, given: str) -> bool:
     ours, theirs = _plain(expected), _plain(given)
     if _squeezed(ours) == _squeezed(theirs):
         return True
-    for compare in (_equal_numbers, _equal_numerals, _equal_times, _equal_words):
+    for compare in (_equal_residues, _equal_numbers, _equal_numerals, _equal_times, _equal_words):
         verdict = compare(ours, theirs)
         if verdict is not None:
             return verdict
-    # math-verify reads a row of numbers as their product, and takes the ends of an interval for the interval.
-    if _ROW.fullmatch(theirs) or (_INEQUALITY.search(ours) and not _RANGE.search(theirs)):
+    # math-verify reads a row of numbers as their product or sum, and takes the ends of an interval for the interval.
+    if _ROW.fullmatch(ours) or _ROW.fullmatch(theirs) or (_INEQUALITY.search(ours) and not _RANGE.search(theirs)):
         return False
     return _equal_expressions(expected, given)
 
 
 def _in_latex(text: str) -> str:
     raised = _RAISED.sub(lambda found: f"^{{{found[0].translate(_POWERS)}}}", text.translate(_SIGNS))
+    raised = _REPEATING.sub(_as_fraction, _EMPTY.sub(r"\\emptyset ", raised))
     return _EXPONENTIAL.sub(r"\1\\times 10^{\2}", _ROOT.sub(r"\\sqrt{\1}", raised))
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    r"""A repeating decimal: 0.1\overline{6} is (16 - 1)/90."""
+    before = found[1].replace(",", "") + found[2]
+    above = int(before + found[3]) - int(before or "0")
+    return rf"\frac{{{above}}}{{{(10 ** len(found[3]) - 1) * 10 ** len(found[2])}}}"
 
 
 def _plain(text: str) -> str:
@@ -123,6 +149,8 @@ def _equal_numbers(ours: str, theirs: str) -> bool | None:
     if first is None or second is None:
         return False if (first or second) and _GOES_ON.search(theirs if first else ours) else None
     if first[1] and second[1] and first[1] != second[1]:
+        return False
+    if not first[1] and not _belongs(second[1], second[0]):
         return False
     tolerance = DECIMALS if first[2] or second[2] else Fraction(0)
     if (first[1] == "%") != (second[1] == "%"):  # 50% may be meant as 50 or as 0.5
@@ -157,6 +185,14 @@ def _number(text: str) -> tuple[Fraction, str, bool] | None:
     return value, _squeezed(unit.replace("^", "").replace("{", "").replace("}", "").replace("\\", "")).strip(), decimal
 
 
+def _belongs(unit: str, value: Fraction) -> bool:
+    """Whether the words behind a number leave it what it is. What is counted may have any name behind 1: 1 apple."""
+    words = re.findall(r"[^\W\d_]+|[°%]", unit)
+    if words and words[-1].lower() in _REMARKS:
+        return False
+    return not words or abs(value) <= 1 or any(map(_NAMES.fullmatch, words))
+
+
 def _mixed(found: re.Match[str]) -> Fraction | None:
     """The value of 1 1/2; None if its fraction is not below 1, so that it may be a product."""
     above, below = (int(part) for part in found.groups()[2:] if part is not None)
@@ -169,6 +205,21 @@ def _close(first: Fraction, second: Fraction, tolerance: Fraction) -> bool:
 
 
 # ---- numerals, times, words ------------------------------------------------------------------------------------------
+
+
+def _equal_residues(ours: str, theirs: str) -> bool | None:
+    """None unless both are residues, or one is and the other an integer, which leaves its modulus out. -1 mod 7 is
+    6 mod 7, but 13 mod 7 is not: it may be the question."""
+    first, second = (_RESIDUE.fullmatch(text) for text in (ours, theirs))
+    if first and second:
+        a, b, modulus = (int(text.replace(" ", "")) for text in (first[2], second[2], first[3]))
+        named = not first[1] or not second[1] or first[1] == second[1]
+        same = a == b or ((a - b) % modulus == 0 and max(abs(a), abs(b)) < modulus)
+        return named and same and modulus == int(second[3])
+    residue, other = (first, theirs) if first else (second, ours)
+    if residue is None or not re.fullmatch(r"[+-]? ?\d+", other):
+        return None
+    return int(residue[2].replace(" ", "")) == int(other.replace(" ", ""))
 
 
 def _equal_numerals(ours: str, theirs: str) -> bool | None:

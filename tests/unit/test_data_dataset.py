@@ -95,6 +95,28 @@ def test_the_fields_names_and_the_kind_can_be_set(tmp_path):
     ]
 
 
+def test_an_empty_kind_and_an_empty_system_message_are_none(tmp_path):
+    ((one,), _) = load_rows(write(tmp_path, row(kind="", system="")), config(kind="mcq"))
+    assert one.kind == "mcq" and [message["role"] for message in one.messages] == ["user"]
+
+
+def test_dots_lead_into_objects_unless_a_field_has_that_name(tmp_path):
+    nested = {"prompt": "q", "reward": {"gold": 1}, "kind": "math"}
+    keys = {"answer_key": "reward.gold"}
+    examples, _ = load_rows(write(tmp_path, nested, {**nested, "reward.gold": 2}), config(**keys))
+    assert [one.answer for one in examples] == [1, 2]
+    assert "no field 'reward.gold'" in refusal(write(tmp_path, {**nested, "reward": "gold"}), **keys)
+
+
+def test_a_worked_solution_is_text_and_no_metadata(tmp_path):
+    path = write(tmp_path, row(how="1 and 1 are 2", n=1), row(n=2), row(how=None, n=3))
+    examples, _ = load_rows(path, config(solution_key="how"))
+    assert [(one.solution, one.metadata) for one in examples] == [
+        ("1 and 1 are 2", {"n": 1}), ("", {"n": 2}), ("", {"n": 3}),
+    ]  # fmt: skip
+    assert "'how': expected text, got a number" in refusal(write(tmp_path, row(how=2)), solution_key="how")
+
+
 def test_several_files_are_one_data_set_with_rows_counted_through(tmp_path):
     paths = [write(tmp_path, row(), row(), name="a.jsonl"), write(tmp_path, row(), name="b.jsonl")]
     examples, report = load_rows(paths, config())
@@ -128,6 +150,7 @@ BAD_ROWS = {
         row(prompt=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
         "last message",
     ),
+    "nobody asks": (row(prompt=[{"role": "tool", "content": "x"}]), "last message"),
     "two system messages": (
         row(system="a", prompt=[{"role": "system", "content": "b"}, {"role": "user", "content": "x"}]),
         "keep one",

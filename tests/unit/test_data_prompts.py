@@ -1,7 +1,9 @@
 """Prompts are the chat template's, within their length; batches come in an order that a checkpoint continues."""
 
 import json
+import os
 from collections import Counter
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -97,6 +99,42 @@ def test_kept_token_ids_are_of_these_messages_template_and_options(counted, tmp_
     assert [one.token_ids for one in before] != [one.token_ids for one in after] or change == "option"
     prompts_of(change)
     assert len(counted) == 6
+
+
+def with_another_end(tokenizer):
+    tokenizer.eos_token = "<|im_start|>"
+    return tokenizer
+
+
+def with_another_vocabulary(tokenizer):
+    tokenizer.add_tokens(["q1"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("change", [with_another_end, with_another_vocabulary, "library"])
+def test_kept_token_ids_are_of_this_tokenizer_and_of_these_libraries(counted, tmp_path, monkeypatch, change):
+    examples = [example(row, f"q{row}") for row in range(2)]  # as few as are kept
+    for times in (2, 2):
+        render_prompts(examples, chat_tokenizer(), config(), "train", tmp_path / "p")
+        assert len(counted) == times
+    changed = chat_tokenizer()
+    if change == "library":
+        monkeypatch.setattr(prompt_cache, "version", lambda name: "0.0")
+    else:
+        change(changed)
+    render_prompts(examples, changed, config(), "train", tmp_path / "p")
+    assert len(counted) == 4
+
+
+@pytest.mark.parametrize("before", ["false", "true", None])
+def test_a_tokenizer_has_its_threads_for_a_batch_alone_whatever_happens(monkeypatch, before):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    with pytest.raises(DataError), rendering.on_all_cores():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+        raise DataError("a text that cannot be encoded")
+    assert os.environ["TOKENIZERS_PARALLELISM"] == (before or "false")
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-4], lambda data: data + b"1234",
@@ -239,6 +277,8 @@ def test_a_resumed_loader_goes_on_where_it_stopped(taken):
         (PromptLoader(prompts(8), 3, seed=1), "number of prompts"),
         (PromptLoader(prompts(7, answer="b"), 3, seed=1), "data set"),
         (PromptLoader(list(reversed(prompts(7))), 3, seed=1), "data set"),
+        (PromptLoader([replace(one, token_ids=[9]) for one in prompts(7)], 3, seed=1), "data set"),
+        (PromptLoader([replace(one, kind="math") for one in prompts(7)], 3, seed=1), "data set"),
         (PromptLoader(prompts(7), 3, seed=2), "run.seed"),
         (PromptLoader(prompts(7), 3, seed=1, shuffle=False), "data.shuffle"),
     ],
@@ -251,7 +291,10 @@ def test_the_state_of_another_data_set_or_order_is_refused(other, named):
 
 def test_a_damaged_state_and_an_empty_data_set_are_refused():
     loader = PromptLoader(prompts(7), 3)
-    with pytest.raises(DataError, match="damaged"):
-        loader.load_state_dict({**loader.state_dict(), "position": 7})
+    for damage in ({"position": 7}, {"position": -1}, {"position": None}, {"epoch": "1"}):
+        with pytest.raises(DataError, match="damaged"):
+            loader.load_state_dict({**loader.state_dict(), **damage})
+    with pytest.raises(DataError, match=r"rollout_batch_size: expected at least 1, got 0"):
+        PromptLoader(prompts(7), 0)
     with pytest.raises(DataError, match="empty"):
         PromptLoader([], 3)

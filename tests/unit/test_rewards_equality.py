@@ -33,6 +33,7 @@ RIGHT = {
         C_6H_{12}O_6 | C_{6}H_{12}O_6 || Fe | Fe || \text{Ca(OH)}_2 | Ca(OH)_2 || 18.02\text{ g/mol} | 18.02 g/mol
         7.4 | 7.40 || 2\text{ mol} | 2 mol || sodium chloride | Sodium chloride || benzene | Benzene || pH | pH""",
     "intervals and sets": r"""
+        x=50\% | 50 || x=50\% | 0.5 || \{50\%,1\} | \{50,1\}
         (1,2] | (1,2] || [0,1) | [0, 1) || (-\infty, 3) | (-\infty,3) || \{1, 2\} | \{2,1\} || (1,2) | (1, 2)
         [0.5,1] | [\frac{1}{2}, 1] || (0,1)\cup(2,3) | (0,1) \cup (2,3) || x>2 | 2<x || x > 2 | x>2
         (3,4) | \left(3,4\right)
@@ -46,7 +47,8 @@ RIGHT = {
         the cat | the cat || New York | New  York || A | A || \textbf{B} | B || even | \text{even}
         DECREASES | decreases""",
     "bases and times": r"""
-        1011_2 | 1011_{2} || 1011_2 | 11_{10} || FF_{16} | ff_{16} || 1011_2 | 1011 || 12:30 | 12:30 || 09:05 | 9:05
+        1011_2 | 1011_{2} || 1011_2 | 11_{10} || FF_{16} | ff_{16} || FF_{16} | ff || 1011_2 | 1011
+        12:30 | 12:30 || 09:05 | 9:05
         3:45 pm | 3:45 PM || 3:45 | 3:45 pm || 12:30:15 | 12:30:15 || 1:2 | 2:4 || 3:4 | 3:4""",
     "as models write them": r"""
         90 | 90° || 90 | 90^{\circ} || 90^\circ | 90\text{ degrees} || 25 | 25°C || 12\% | 12 percent || 3/4 | 75\%
@@ -58,6 +60,23 @@ RIGHT = {
         \begin{pmatrix}1/2\\3\end{pmatrix} | \begin{pmatrix}0.5\\3\end{pmatrix} || No | no
         10^5 | 1e5 || 2\times 10^{-3} | 2e-3 || 1\,000 | 1000
         no solution | No solution || 1,2 | x=1 or x=2 || 1,2 | 1 \text{ and } 2 || 5 | \text{ 5 apples}""",
+    "repeating decimals": r"""
+        1/3 | 0.\overline{3} || \frac{1}{6} | 0.1\overline{6} || -\frac13 | -0.\overline{3}
+        \frac{1}{7} | .\bar{142857} || \frac{1000}{3} | 333.\overline{3} || \frac{3001}{3} | 1,000.\overline{3}
+        0.333333 | 0.\overline{3}
+        1 | 0.\overline{9} || x = 1/3 | 0.\overline{3} || 33.\overline{3}\% | \frac{100}{3}""",
+    "the empty set": r"""
+        \varnothing | \emptyset || \emptyset | ∅ || \varnothing | \{\} || \emptyset | \{ \} || ∅ | \left\{ \right\}""",
+    "residues": r"""
+        6 \pmod 7 | 6 mod 7 || x \equiv 6 \pmod{7} | 6 mod 7 || x \equiv 6 \pmod{7} | x\equiv6\pmod7
+        x \equiv 6 \pmod{7} | 6 \ (\text{mod } 7) || x = 6 \bmod 7 | x ≡ 6 (mod 7) || 6 \pmod 7 | 6
+        7 | \equiv 7 \pmod 9 || x \equiv -1 \pmod{7} | x \equiv 6 \pmod{7}""",
+    "what is counted or measured": r"""
+        12 | 12 students || 3 | 3 green apples || 10 | 10 people || 1 | 1 apple || 0.5 | 0.5 pizza
+        24 | 24 square unit || 12 | 12 cm long || 40 | 40 mph || 40 | 40 kPa || 8.3 | 8.3 J/(mol K)
+        40 | 40 k\Omega || 40 | 40 \mu m || 5 | 5 μF || 6 | 6 Å
+        5 | 5 correct answers || 5 | 5 more || 6 | 6 dice || 3 | 3 boxes || 90 | 90 degrees counterclockwise
+        2 | 2 hours || 72 | 72 dollars""",
 }  # fmt: skip
 WRONG = {
     "numbers": r"""
@@ -80,11 +99,13 @@ WRONG = {
     "chemistry": r"""
         NaCl | ClNa || NaCl | NaCI || CO | OC || CO | Co || H_2O | H_2O_2 || H_2O | HO_2 || CO_2 | CO_3 || HCN | NHC
         C_6H_{12}O_6 | C_6H_6 || Fe | F || sodium | dosium || 2H | H_2 || FeS | SeF || NO | ON || Ca | aC
-        KI | IK""",
+        KI | IK || HCN | Hcn""",
     "intervals and sets": r"""
         [1,2] | (1,2) || (1,2] | [1,2) || (1,2) | (2,1) || \{1,2\} | \{1,3\} || (0,1) | (0,2) || x>2 | x<2
         x>2 | x \geq 2
         (0.0000001, 1) | (0.0000002, 1) || (-\infty,3) | (3,\infty) || \{1,2\} | \{1,2,3\} || (1,2,3) | (1,3,2)
+        \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1&2\end{pmatrix}
+        \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1\\2\\3\end{pmatrix}
         \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}2\\1\end{pmatrix} || [0,1] | [0,1.1]""",
     "expressions": r"""
         x+1 | x-1 || x+1 | y+1 || x^2 | x^3 || 2x | 3x || \sin x | \cos x || x_1 | x_2 || a-b | b-a || x^2+1 | x^2-1
@@ -96,9 +117,20 @@ WRONG = {
         angel | glean
         speed/time | speed/item || night+1 | thing+1 || decreases | increases || evil | live""",
     "bases and times": r"""
-        101_2 | 101_3 || 1011_{2} | 1011_{8} || FF_{16} | FF_{18} || 1011_2 | 11 || 12:30 | 24:60 || 3:45 | 1:15
-        12:30 | 2/5 || 10:00 | 10 || 10:15 | 2/3 || 3:45 am | 3:45 pm || 12:30 | 12:31 || 1:2 | 1:3""",
+        101_2 | 101_3 || 1010_2 | 1012_2 || 1011_{2} | 1011_{8} || FF_{16} | FF_{18} || 1011_2 | 11
+        12:30 | 24:60 || 3:45 | 1:15 || 12:30 | 2/5 || 10:00 | 10 || 10:15 | 2/3 || 3:45 am | 3:45 pm
+        12:30 | 12:31 || 1:2 | 1:3""",
+    "what has no value": r"""
+        5 | 5/0 || 7/2 | 1/0 || 5 | \frac{1}{0} || 0 | \frac{0}{0}""",
+    "repeating decimals": r"""
+        0.\overline{3} | 0.3 || 1/3 | 0.\overline{6} || 0.\overline{3} | 0.333 || 10/3 | 0.\overline{3}""",
+    "the empty set": r"""
+        \varnothing | 0 || \varnothing | \{0\} || \emptyset | \{\emptyset\} || \varnothing | \{1\}""",
+    "residues": r"""
+        6 \pmod 7 | 5 \pmod 7 || 6 \pmod 7 | 6 \pmod 8 || x \equiv 6 \pmod 7 | y \equiv 6 \pmod 7 || 6 \pmod 7 | 7
+        x \equiv 6 \pmod 7 | x \equiv 13 \pmod 7 || 2 | 100 \bmod 7 || 6 \pmod 7 | 13""",
     "a number and what goes on": r"""
+        10 | 2.5 4 || 5 | 2 3
         5 | 5 or 6 || 5 | 5 \text{ or } 6 || 5 | 5 and 6 || 5 | 5 to 10 || 3 | 3 \text{ or } -3 || 6 | 6 (or 7)
         5 | 5 \text{ maybe } 6 || 6 | 6 hours 30 minutes || 6 | 6 feet 5 inches || 6 | 6 \\ 5 || 5 | 5\text{ 6}
         5 | 5\text{, 6} || 2 | 2 x || 2 | 2 pi || 2 | 2 sqrt(3) || 2 | 2 ln 2 || 3 | 3 i || 6 | 6 x^2 || 5 | 5 x-3
@@ -129,6 +161,12 @@ def test_answers_that_only_look_alike_are_not_equal_in_either_direction():
     assert [pair for pair in pairs(WRONG) if equal(*pair) or equal(*pair[::-1])] == []
 
 
+def test_a_number_with_a_remark_is_not_the_number():
+    remarks = ["5 false", "5 wrong", "5\\text{ odd}", "5 \\text{ (false)}", "5 halves", "5 kg wrong"]
+    assert [text for text in remarks if equal("5", text)] == []
+    assert not equal("1", "1 wrong") and equal("5 odd", "5") and equal("5 cattle", "5")  # of the data, it is a name
+
+
 @pytest.mark.parametrize(
     "written",
     [
@@ -139,6 +177,10 @@ def test_answers_that_only_look_alike_are_not_equal_in_either_direction():
 )  # fmt: skip
 def test_a_reference_answer_is_read_however_it_is_written(written):
     assert equal(math_reference(written), "72")
+
+
+def test_marks_around_parts_of_a_reference_answer_stay():
+    assert math_reference("**3** and **4**") == "**3** and **4**"
 
 
 def test_a_reference_answer_in_a_box_may_have_several_lines():

@@ -15,7 +15,7 @@ from megatron_srpo.core.text import after_thinking
 from megatron_srpo.rewards import RewardError, known_kinds, resolve
 from megatron_srpo.rewards.mcq import score_lenient
 from megatron_srpo.rewards.tags import last_boxed, last_tagged
-from megatron_srpo.rewards.tooluse import read_calls
+from megatron_srpo.rewards.tooluse import DEPTH_LIMIT, NAMED_LIMIT, read_calls
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 LONG = 1_000_000  # characters
@@ -172,6 +172,22 @@ def test_tooluse_tells_values_of_different_types_apart(given, right):
     assert tooluse(call("find", {"n": right}), answer(("find", {"n": right})), {}).score == 1
 
 
+def test_an_action_without_its_input_is_not_well_formed():
+    assert tooluse("Action: list", answer(("list", {})), {})[:3] == (1.0, None, False)
+
+
+def test_an_input_may_be_nested_as_deeply_as_its_limit():
+    for depth, score in ((DEPTH_LIMIT, 1), (DEPTH_LIMIT + 1, 0)):
+        deep = '{"n": ' + "[" * (depth - 1) + "]" * (depth - 1) + "}"
+        assert tooluse(call("find", deep), [{"Action": "find", "Action_Input": json.loads(deep)}], {}).score == score
+
+
+def test_a_feedback_says_whether_it_names_everything():
+    for count, more in ((NAMED_LIMIT, False), (NAMED_LIMIT + 1, True)):
+        verdict = tooluse(call("find", dict.fromkeys(map(str, range(count)))), answer(("find", {})), {})
+        assert verdict.feedback.endswith(", ….") is more
+
+
 def test_tooluses_feedback_holds_no_expected_value():
     verdict = tooluse(call("find", {"code": "mine"}), answer(("find", {"code": "s3cret"}), ("hidden", {"pin": 77})), {})
     assert verdict.score == 0 and not re.search("s3cret|77|hidden", verdict.feedback)
@@ -181,6 +197,9 @@ def test_tooluse_merges_inputs_as_the_reference_does_the_later_value_counts():
     expected = answer(("find", {"size": "small"}), ("find", {"size": "large"}))
     assert tooluse(call("find", {"size": "small"}) + call("find", {"size": "large"}), expected, {}).score == 1
     assert tooluse(call("find", {"size": "large"}) + call("find", {"size": "small"}), expected, {}).score == 0
+    thrice = answer(*(("find", {"size": size}) for size in ("small", "large", "large")))
+    for sizes, right in ((("large", "small", "large"), 1), (("small", "large", "small"), 0)):
+        assert tooluse("".join(call("find", {"size": size}) for size in sizes), thrice, {}).score == right
 
 
 def test_a_later_call_does_not_hide_a_wrong_earlier_value_of_the_same_argument():
@@ -343,10 +362,15 @@ def test_math_compares_what_the_box_means(content, right):
 
 
 @pytest.mark.parametrize(
-    "response", ["42", "", "\\boxed{", "\\boxed{}", "\\boxed{4", "\\boxed 42", "\\boxed{" + "4" * 3000 + "}"]
-)
+    "response",
+    [
+        "42", "", "\\boxed{", "\\boxed{}", "\\boxed{4", "\\boxed 42", "\\boxed{" + "4" * 3000 + "}",
+        "\\boxed{42" + " " * 3000 + "or 43}",
+    ],
+)  # fmt: skip
 def test_math_needs_a_box(response):
-    assert mathematics(response, "42", {}).score == 0
+    verdict = mathematics(response, "42", {})
+    assert (verdict.score, verdict.well_formed) == (0, False)
 
 
 def test_math_reads_the_last_closed_box():

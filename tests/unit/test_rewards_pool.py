@@ -347,9 +347,8 @@ def test_workers_that_are_killed_while_they_start_are_started_again_but_not_for_
 def test_a_worker_that_starts_too_slowly_on_a_busy_machine_does_not_end_a_run(pool):
     def the_newest_is_too_slow() -> None:
         newest = pool._workers[-1]
-        newest.ready, newest.deadline = False, 0.0
-        while newest in pool._workers:
-            pool._handle_events(wait=False)
+        newest.ready = False
+        pool._on_timeout(newest)  # and no other event: on a busy machine its message may be there by now
 
     the_newest_is_too_slow()
     assert [reward.score for reward in pool.score(own("1", "0.5"))] == [1.0, 0.5]

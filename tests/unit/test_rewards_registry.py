@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_srpo.rewards import RewardError, Verdict, register, resolve
-from megatron_srpo.rewards.registry import FEEDBACK_LIMIT, as_verdict
+from megatron_srpo.rewards.registry import FEEDBACK_LIMIT, PREDICTION_LIMIT, as_verdict
 
 OWN = """
 import helper_beside_the_judge
@@ -88,6 +88,7 @@ def test_functions_written_for_verl_and_trl_get_every_argument_by_its_name(forei
     assert found == Verdict(1.0, "gsm8k {'index': 7}", None, "42")
     assert as_verdict(foreign("verl")("41", "42", {"level": 2})) == Verdict(0.0, "mine {'level': 2}", None, "41")
     assert as_verdict(foreign("trl")("42", "42", row)).score == 3.0
+    assert as_verdict(foreign("trl")("42", "42", {**row, "solution": "41"})).score == 2.0  # the row has its own
     for name in ("verl_short", "swapped", "ours"):
         assert foreign(name)("42", "42", row) and not foreign(name)("41", "42", row)
 
@@ -146,6 +147,7 @@ def test_a_kind_is_registered_once():
         ((0.5, "why"), Verdict(0.5, "why")),
         ((0.5, None, 1), Verdict(0.5, None, True)),
         ((0.5, None, None, 7), Verdict(0.5, None, None, "7")),
+        ((0.5, None, None, "x" * 100_000), Verdict(0.5, None, None, "x" * PREDICTION_LIMIT)),
         (Verdict(0.0, "", False), Verdict(0.0, None, False)),
         (SimpleNamespace(score=0.25, feedback="f", well_formed=None, error=None), Verdict(0.25, "f")),
         ((0.0, "x" * 100_000), Verdict(0.0, "x" * FEEDBACK_LIMIT)),

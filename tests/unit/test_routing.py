@@ -225,6 +225,12 @@ def test_feedback_is_shown_only_without_a_solution_unless_asked_for():
     assert samples[1].teacher_sample is None and weights(samples)[1] == DISTILL
 
 
+def test_every_attempt_reads_the_feedback_on_itself():
+    teacher = Teacher()
+    run([0, 0], "srpo", feedback=["x", "y"], use_feedback=True, teacher=teacher)
+    assert [feedback for _, _, feedback in teacher.calls] == ["x", "y"]
+
+
 def test_feedback_is_never_shown_when_it_is_switched_off():
     teacher = Teacher()
     run([1, 0], "srpo", feedback=["x", "y"], use_feedback=False, teacher=teacher, with_solution=True)
@@ -256,6 +262,16 @@ def test_the_shortest_sibling_teaches():
     assert samples[3].teacher_sample == 1
     samples, _ = run([1, 1, 1, 0], "sdpo", lengths=[9, 2, 5, 4], sibling="shortest")
     assert [s.teacher_sample for s in samples] == [1, 2, 1, 1]
+
+
+def test_ties_are_broken_otherwise_for_every_prompt():
+    groups = make_groups(
+        [prompt_of(i) for i in range(8)],
+        [rollout_of(sample, i) for i in range(8) for sample in range(3)],
+        [Reward(score) for _ in range(8) for score in (1, 1, 0)],
+    )
+    route(groups, algorithm("srpo"), seed=0, iteration=0, teacher_prompt=Teacher())
+    assert {group.samples[2].teacher_sample for group in groups} == {0, 1}
 
 
 def test_least_used_siblings_take_turns():
@@ -569,7 +585,9 @@ def test_histories_fade_forget_duplicates_and_survive_a_checkpoint():
     for iteration, scores in enumerate([(1, 1, 0), (1, 0, 0)]):
         histories.observe(group(scores), iteration)
     resumed = PromptHistories()
+    resumed.observe(make_groups([prompt_of(1)], [rollout_of(0)], [Reward(1)]), 0)
     resumed.load_state_dict(json.loads(json.dumps(histories.state_dict())))
+    assert resumed.state_dict() == histories.state_dict()  # of what it saw before, nothing
     for each in (histories, resumed):
         groups = group((0,))
         each.give(groups, 3)
