@@ -57,7 +57,9 @@ VARIANTS = {
     ),
     "contrastive in two steps": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
     "drift in two steps": (REGULARISED | {"name": "drift", "bonus_rate": 3.0}, 200, 3, 1.0),
-    "demopsd, full vocabulary": (BASE | {"name": "demopsd", "distillation_topk": 0}, 200, 0, 1.0),
+    "demopsd, full vocabulary": (
+        BASE | {"name": "demopsd", "distillation_topk": 0, "divergence_alpha": 0.3}, 200, 0, 1.0,
+    ),
     "srpo, experts of the engine": (BASE, 300, 0, 1.0),
     "srpo in two steps, experts of the engine, tool answers": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, experts of the engine for the teacher too": (REGULARISED, 160, 3, 0.8),

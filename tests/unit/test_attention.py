@@ -91,6 +91,20 @@ def test_sequences_behind_a_shared_prefix_see_it_and_themselves(lengths, prefixe
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
 
 
+def test_a_row_is_cut_into_batches_once_for_all_layers_and_scores_are_scaled_as_asked():
+    bounds = torch.tensor([0, 4, 9, 15]).int()
+    query, key, value = (torch.randn(15, 2, 8, dtype=torch.float64) for _ in range(3))
+    for prefixes in ((), (-1, 0, 0)):
+        cut = bounds.clone()
+        found = packed_causal_attention(query, key, value, cut, scale=0.7, dropout=0.0, prefixes=prefixes)
+        assert _Batches.of(cut, prefixes) is _Batches.of(cut, prefixes)
+        spans = [[*range(4), *range(*span)] for span in ((4, 9), (9, 15))] if prefixes else [range(4, 9), range(9, 15)]
+        for span in (range(4), *spans):
+            at, own = torch.tensor(list(span)), span[4:] if prefixes and len(span) > 4 else span
+            alone = reference(query[at], key[at], value[at], [0, len(at)], 0.7)[-len(own) :]
+            torch.testing.assert_close(found[torch.tensor(list(own))], alone, rtol=0, atol=1e-12)
+
+
 def test_length_groups_bound_the_padding_and_lose_no_sequence():
     lengths = [1000, 900, 799, 500, 64, 63, 2, 1, 0]
     groups = length_groups(lengths)
