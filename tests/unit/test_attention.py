@@ -1,6 +1,7 @@
 """Packed attention against a plain per-sequence reference in float64, value and gradient."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ cpu_shim.install()
 
 from megatron_srpo.mcore.attention import _Batches, length_groups, packed_causal_attention  # noqa: E402
 from megatron_srpo.mcore.policy import may_share_prompts  # noqa: E402
+from megatron_srpo.mcore.rotary import positions_in_sequences  # noqa: E402
+from megatron_srpo.mcore.step import packed_params  # noqa: E402
 
 
 def reference(query, key, value, bounds, scale):
@@ -89,6 +92,19 @@ def test_sequences_behind_a_shared_prefix_see_it_and_themselves(lengths, prefixe
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+def test_a_sequence_behind_a_tree_of_prefixes_begins_where_the_last_of_them_ends():
+    bounds = torch.tensor([0, 4, 7, 9, 15]).int()
+    row = SimpleNamespace(cu_seqlens=bounds, prefixes=(-1, 0, 1, 0))
+    params = packed_params(row)
+    positions = positions_in_sequences(bounds, 15, 0, 1, starts=bounds.starts)
+    assert positions.tolist() == [*range(4), *range(4, 7), *range(7, 9), *range(4, 10)]
+    assert params.max_seqlen_q == params.max_seqlen_kv == 10
+    seen = [*range(4), *range(7), *range(9), *range(4), *range(9, 15)]
+    assert params.keys.tolist() == seen and params.key_bounds.tolist() == [0, 4, 11, 20, 30]
+    row.prefixes = ()
+    assert packed_params(row).max_seqlen_q == 6
 
 
 def test_a_row_is_cut_into_batches_once_for_all_layers_and_scores_are_scaled_as_asked():
