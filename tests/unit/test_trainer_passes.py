@@ -279,6 +279,9 @@ def test_the_joined_heads_of_a_trust_region_are_freed_after_the_step():
     assert kept() is None
     again = trust.joined(given, row)
     assert expected.equal(again.hidden @ again.weight.T)
+    trust.score_initial(given, row)  # the next teacher pass, whose student has moved
+    moved = HeadInput(given.hidden, 2 * weight.detach(), 11, 0, None)
+    assert trust.joined(moved, row).weight.equal(torch.cat([weight.detach(), 2 * weight.detach()], -1))
 
 
 @pytest.mark.parametrize("keep", [{"train": {"skip_zero_advantage": False}}, {"algorithm": {"kl_loss_coef": 0.1}}])
@@ -379,4 +382,4 @@ def test_the_sum_of_dynamic_weights_is_not_zero_where_fp32_has_no_exponential():
     config = Config(model={"path": "m"}, data={"train": "d"}, algorithm={"entropy_beta": 10.0})
     one = make_sample("a", 0, [1, 2], [4, 5], [-1.0, -1.0], weights={"distill": 1.0}, teacher_ids=TEACHER_PROMPT)
     found = Objective(config).distill_weight_sum([one], [Scores(teacher_entropy=torch.full((2,), 12.0))])
-    assert float(found) == pytest.approx(2 * math.exp(-120.0))
+    assert float(found) == pytest.approx(2 * math.exp(-120.0), abs=0)
