@@ -1,11 +1,13 @@
 """Dropout draws the same numbers again: in a second run, under recomputation, and on every rank that must agree."""
 
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from tests.distributed.test_policy import VOCAB, _rows, logprobs
+from tests.distributed.test_policy import VOCAB, _rows, logprobs, scored
 from tests.distributed_harness import run_distributed
 from tests.tiny_models import make_tiny_model
 
@@ -109,17 +111,23 @@ def test_dropout_of_adapters_is_reproducible(tmp_path, layout):
 
 
 def _drawn(parallel):
-    """The first numbers of the generators that dropout takes: that of replicated activations, that of split ones."""
+    """The first numbers of the generators that dropout takes: that of replicated activations, that of split ones, that
+    of attention, whose heads are split."""
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from megatron_srpo.config import ParallelConfig
-    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore import attention, groups
     from megatron_srpo.mcore.device import choose_device
 
     groups.initialize(ParallelConfig(**parallel), choose_device("cpu", 0), seed=1, timeout_minutes=2)
     with get_cuda_rng_tracker().fork():
         split = torch.rand(4)
-    return torch.rand(4), split
+    settings = SimpleNamespace(attention_dropout=0.2, sequence_parallel=False, context_parallel_size=1)
+    with patch.object(attention, "packed_causal_attention", lambda *given, **how: torch.rand(4, 1, 1)):
+        layer = attention.PackedAttention(settings, 1, None, "self")
+        of_heads = layer(None, None, None, None, packed_seq_params=PackedSeqParams("thd"))
+    return torch.rand(4), split, of_heads
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,27 @@ def _drawn(parallel):
     ],
 )
 def test_ranks_with_other_tokens_or_layers_drop_other_units(parallel, same):
-    (whole, split), (others_whole, others_split) = run_distributed(_drawn, 2, parallel)
+    (whole, split, of_heads), (others_whole, others_split, others_heads) = run_distributed(_drawn, 2, parallel)
     assert torch.equal(whole, others_whole) == same
-    assert not torch.equal(split, others_split)
+    assert not torch.equal(split, others_split) and not torch.equal(of_heads, others_heads)
+
+
+def _scored_twice(model):
+    """Log-probs of the same rows, right after a training step."""
+    from megatron_srpo.config import ParallelConfig
+    from megatron_srpo.mcore import groups
+    from megatron_srpo.mcore.device import choose_device
+
+    path = choose_device("cpu", 0)
+    topology = groups.initialize(ParallelConfig(), path, seed=1, timeout_minutes=2)
+    found = []
+    for kind in ("hidden_dropout", "attention_dropout"):
+        sections = {"model": {"path": str(model), "dtype": "float32", kind: 0.2}, "optimizer": {"lr": 1e-3}}
+        policy = _two_steps(path, topology, 1, **sections)
+        found.append([torch.cat(scored(policy, _rows(0, 1))) for _ in range(2)])
+    return found
+
+
+def test_a_scoring_pass_drops_nothing(tmp_path):
+    (found,) = run_distributed(_scored_twice, 1, make_tiny_model(tmp_path / "model", tied=False, vocab=VOCAB))
+    assert all(torch.equal(first, again) for first, again in found)

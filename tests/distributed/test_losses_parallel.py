@@ -99,6 +99,13 @@ def _a_rank_without_columns():
     expected = full_divergence(logits.double(), other.double(), 0.5, group=None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(topk(mine, 3, vocab_start=0, group=group), topk(logits, 3, vocab_start=0, group=None))
+    start, ids = 2 * rank, ids + 2  # rank 0 has two columns, of which no token is possible
+    mine = torch.full((5, 2), -torch.inf) if rank == 0 else logits
+    logp, entropy = gather_logprobs(mine, ids, vocab_start=start, group=group)
+    torch.testing.assert_close(logp.double(), exact[:, [0, 5]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-5, atol=1e-5)
+    found = full_divergence(mine, mine if rank == 0 else other, 0.5, group=group)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_without_a_column_of_the_vocabulary():

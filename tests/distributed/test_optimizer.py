@@ -167,6 +167,28 @@ def update_once_per_iteration(model):
     assert all(torch.equal(value, student[name]) for name, value in copied.items())
 
 
+def learning_rates(model):
+    """What the log says of five steps, of which the second is skipped, and how far each of them went."""
+    policy = _policy(model, {}, optimizer={"lr": LR, "warmup_steps": 4})
+    told, moved = [], []
+    for number in range(5):
+        before = [value.detach().clone() for value in policy.shards.parameters.values()]
+        factor = float("nan") if number == 1 else 1.0
+        stats = policy.train_step(_rows(0, 1), lambda given, row, f=factor: (f * _loss(given, row)[0], {}))
+        assert stats.skipped is (number == 1)
+        told.append(float(stats.metrics["actor/lr"]))
+        pairs = zip(before, policy.shards.parameters.values(), strict=True)
+        moved.append(max(float((new.detach() - old).abs().max()) for old, new in pairs))
+    return told, moved
+
+
+def test_a_step_takes_the_learning_rate_of_its_number_which_skipped_steps_count_in(tmp_path):
+    (found,) = run_distributed(learning_rates, 1, make_tiny_model(tmp_path / "model", vocab=VOCAB))
+    told, moved = found
+    assert told == pytest.approx([LR / 4, LR / 2, 3 * LR / 4, LR, LR])
+    assert moved[0] == pytest.approx(LR / 4, rel=1e-2) and moved[1] == 0.0  # Adam's first step is as long as its rate
+
+
 def test_a_teacher_that_is_updated_once_per_iteration_waits_for_its_last_step(tmp_path):
     run_distributed(update_once_per_iteration, 1, make_tiny_model(tmp_path / "model", vocab=VOCAB))
 

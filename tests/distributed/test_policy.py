@@ -178,8 +178,12 @@ def train_and_report(model: Path, parallel: dict, scratch: Path, other: Path | N
         value, metrics = loss(given, row)
         return (value * float("nan") if policy.topology.dp_rank == 0 else value), metrics
 
+    with policy.weights("teacher"):
+        taught = {name: value.detach().clone() for name, value in policy.shards.parameters.items()}
     assert policy.train_step(rows, bad_on_one_rank).skipped
     assert all(torch.equal(held[name], value) for name, value in policy.shards.parameters.items())
+    with policy.weights("teacher"):
+        assert all(torch.equal(taught[name], value) for name, value in policy.shards.parameters.items())
     with policy.weights("reference"):
         reference = scored(policy, rows)
     scratch.mkdir(exist_ok=True)

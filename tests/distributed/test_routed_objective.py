@@ -28,6 +28,7 @@ BASE = {"distillation_topk": 8, "entropy_beta": 1.0}
 GSPO_RATIO = {"importance_ratio": "sequence", "clip_ratio_low": 1e-4, "clip_ratio_high": 2e-4}
 PER_RESPONSE = {"loss_aggregation": "seq-mean-token-mean"}
 MASKED = {"rollout_correction": "sequence_mask", "rollout_correction_cap": 1.1, "dual_clip": 1.05}
+DAMPED = {"damping_max": 0.5, "damping_rate": 2.0}  # below saturation, where the divergence still counts
 REGULARISED = BASE | {"kl_loss_coef": 0.05, "entropy_coef": 0.02, "dual_clip": 1.5}
 # name -> (algorithm, token budget of a row, prompts a mini-batch, temperature)
 VARIANTS = {
@@ -58,7 +59,9 @@ VARIANTS = {
     "contrastive in two steps": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
     "contrastive in two steps, trust region": (REGULARISED | {"name": "contrastive"}, 200, 3, 1.0),
     "drift in two steps": (REGULARISED | {"name": "drift", "bonus_rate": 3.0}, 200, 3, 1.0),
-    "demopsd, full vocabulary": (BASE | {"name": "demopsd", "distillation_topk": 0}, 200, 0, 1.0),
+    "demopsd, full vocabulary": (
+        BASE | {"name": "demopsd", "distillation_topk": 0, "divergence_alpha": 0.3} | DAMPED, 200, 0, 1.0,
+    ),
     "srpo, experts of the engine": (BASE, 300, 0, 1.0),
     "srpo in two steps, experts of the engine, tool answers": (REGULARISED, 160, 3, 0.8),
     "srpo in two steps, experts of the engine for the teacher too": (REGULARISED, 160, 3, 0.8),
@@ -565,6 +568,16 @@ def unhurried(cases, long):
 )
 def test_a_routed_step_equals_float64_whatever_the_layout_and_the_rows(models_of, family, layout):
     check_layout(*models_of(family, LAYOUTS[layout].dtype), layout)
+
+
+def test_context_parallel_ranks_tell_each_other_what_whole_responses_need(models_of):
+    """Ratios and corrections of sequences, shared prompts, and the mean weight; the slow suite has all variants."""
+    student, teacher = models_of("qwen3", "float32")
+    variants = ["srpo", "grpo", "gspo"]
+    groups_of = {variant: make_groups(student, variant) for variant in variants}
+    found = run_distributed(run_variants, 2, variants, "cp2", student, teacher, groups_of)[0]
+    for variant in variants:
+        check_steps(found[variant], list(itertools.chain(*groups_of[variant])), student, teacher, variant, "cp2")
 
 
 def check_layout(student, teacher, layout, **how):

@@ -1,5 +1,6 @@
 """The routed objective against the plain reference in one process: value and gradient."""
 
+import dataclasses
 import math
 
 import pytest
@@ -17,6 +18,8 @@ from megatron_srpo.losses import (
     topk_divergence,
     vocab_parallel,
 )
+from megatron_srpo.losses.policy import rollout_weights, sequence_mean
+from megatron_srpo.losses.terms import distilled_positions
 from tests.losses_reference import divergence, objective, random_row
 from tests.losses_reference import settings as settings_of
 
@@ -192,6 +195,7 @@ def test_an_empty_row_gives_an_exact_zero_that_backward_can_run_through():
     (gradient,) = torch.autograd.grad(loss, logits)
     assert float(loss.detach()) == 0.0 and torch.equal(gradient, torch.zeros_like(gradient))
     assert float(metrics["actor/entropy"].count) == 0.0
+    assert float(metrics["rollout_corr/logprob_diff_max"]) == -math.inf  # unknown, which is not 0
 
 
 def test_bf16_divergence_is_not_negative_and_near_its_float64_value():
@@ -233,3 +237,93 @@ def test_grpo_pieces_by_hand():
     assert loss.tolist() == pytest.approx([-1.28, 2.0, 0.0]) and clipped.tolist() == [True, False, False]
     assert float(k3(logp, old)[0]) == pytest.approx(0.5 - 1 + math.log(2))
     assert float(divergence([torch.tensor(1.0)], [torch.tensor(1.0)], 0.5)) == 0.0
+
+
+def test_a_log_ratio_beyond_twenty_counts_as_twenty():
+    """So that no loss is infinite, and no advantage of 0 makes a NaN of it."""
+    far = torch.tensor([1000.0, -1000.0, 1000.0], dtype=torch.float64)
+    advantages = torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)
+    loss, _ = policy_loss(far, advantages, clip_low=0.2, clip_high=0.28)
+    assert loss.tolist() == pytest.approx([math.exp(20), -math.exp(-20), 0.0])
+    largest = [math.exp(20) - 21, math.exp(-20) + 19, math.exp(20) - 21]
+    assert k3(torch.zeros_like(far), far).tolist() == pytest.approx(largest)
+    old = torch.cat([far[:1], torch.zeros(99, dtype=torch.float64)])
+    bounds, mask = torch.tensor([0, 100]), torch.ones_like(old)
+    for sign in (1, -1):  # one token of a hundred moves the sequence's mean by 0.2
+        weights = rollout_weights(sign * old, 0 * old, mask, bounds, mode="sequence_mask", cap=1.3)
+        assert weights[1:].equal(mask[1:])
+
+
+def test_the_mean_of_a_sequence_is_that_of_its_masked_tokens_and_a_weight_at_the_cap_is_kept():
+    values, mask = torch.tensor([1.0, 100.0, 3.0, 7.0, 100.0]), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    assert sequence_mean(values, mask, torch.tensor([0, 3, 4, 5])).tolist() == [2.0, 2.0, 2.0, 7.0, 0.0]
+    far = torch.tensor([-1.0, 0.0, 1.0])
+    kept = rollout_weights(far, 0 * far, 1 + 0 * far, torch.tensor([0, 3]), mode="mask", cap=1.0)
+    assert kept.tolist() == pytest.approx([math.exp(-1), 1.0, 0.0])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_ids_that_have_all_the_mass_leave_a_tail_whose_log_is_finite(alpha):
+    """In fp32 the mass of a sure student's or teacher's ids is exactly 1."""
+    sure, other = torch.tensor([[0.0, -40.0, -50.0]]), torch.tensor([[0.5, 0.2, 0.2]]).log()
+    for student, teacher in ((sure, other), (other, sure), (sure, sure)):
+        student = student.clone().requires_grad_()
+        found = topk_divergence(student, teacher, alpha, tail=True)
+        (gradient,) = torch.autograd.grad(found.sum(), student)
+        assert found.isfinite().all() and gradient.isfinite().all()
+
+
+def test_no_gradient_flows_into_the_teacher():
+    student, teacher = (torch.randn(3, 5).log_softmax(-1).requires_grad_() for _ in range(2))
+    for found in (
+        topk_divergence(student, teacher, 0.5, tail=True),
+        topk_divergence(student, teacher, 0.5, tail=False),
+        full_divergence(student, teacher, 0.5, group=None),
+    ):
+        assert torch.autograd.grad(found.sum(), teacher, retain_graph=True, allow_unused=True) == (None,)
+        assert torch.autograd.grad(found.sum(), student)[0].any()
+
+
+def test_metrics_keep_no_row_in_memory():
+    """They live until the step ends; with a graph behind one of them every row's activations would."""
+    settings = settings_of(kl_loss_coef=0.1, entropy_coef=0.1)
+    logits, _, batch, _ = random_row(0, 13, k=4, old=True, kl=0.1, entropy=0.1)
+    batch.turn = torch.ones_like(batch.loss_mask)
+    loss, metrics = RoutedLoss(settings)(
+        LogitsHead(logits.requires_grad_()), batch, loss_tokens=9, distill_weight_mean=1
+    )
+    assert loss.requires_grad and len(metrics) > 15
+    for name, metric in metrics.items():
+        assert not any(torch.is_tensor(v) and v.requires_grad for v in vars(metric).values()), name
+
+
+def test_the_gap_between_trainer_and_engine_is_told_for_each_turn_and_the_fourth_includes_later_ones():
+    logits, _, batch, _ = random_row(0, 13, k=4, old=True)
+    batch.turn = torch.tensor([1.0, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6, 4, 1, 4])
+    batch.loss_mask = (torch.arange(14) != 3).double()  # one token of the second turn is not trained
+    _, metrics = RoutedLoss(settings_of())(LogitsHead(logits), batch, loss_tokens=9, distill_weight_mean=1.0)
+    gap = (batch.scores.logprob - batch.rollout_logprobs).abs()
+    on = batch.loss_mask > 0
+    expected = {str(turn): gap[on & (batch.turn == turn)].mean() for turn in (1, 2, 3)}
+    expected["4_and_later"] = gap[on & (batch.turn > 3)].mean()
+    prefix = "rollout_corr/logprob_diff_turn_"
+    found = {name.removeprefix(prefix): float(metric) for name, metric in metrics.items() if name.startswith(prefix)}
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()})
+
+
+def test_a_weight_that_no_term_takes_is_refused():
+    logits, _, batch, _ = random_row(0, 13, k=4)
+    batch = dataclasses.replace(batch, weights=batch.weights | {"guided": batch.loss_mask})
+    with pytest.raises(AssertionError, match="no loss term is named \\['guided'\\]"):
+        RoutedLoss(settings_of())(LogitsHead(logits), batch, loss_tokens=9, distill_weight_mean=1.0)
+
+
+def test_the_positions_whose_top_k_ids_are_wanted_are_trained_and_distilled_and_never_none():
+    _, _, batch, _ = random_row(0, 13, k=4)
+    at = [t for t in range(14) if batch.loss_mask[t] > 0 and batch.weights["distill"][t] > 0]
+    assert 0 < len(at) < int((batch.weights["distill"] > 0).sum())  # some distilled token is not trained
+    assert distilled_positions(batch).tolist() == at
+    batch.weights["distill"].zero_()
+    assert distilled_positions(batch).tolist() == [0]
+    del batch.weights["distill"]
+    assert distilled_positions(batch).tolist() == [0]

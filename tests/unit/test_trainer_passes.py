@@ -1,6 +1,7 @@
 """Which forward passes an iteration makes: no more than the objective needs, and as many as the log says."""
 
 import itertools
+import math
 import weakref
 from collections import Counter
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from megatron_srpo.batching.rows import pack_rows
 from megatron_srpo.config import Config
 from megatron_srpo.core.records import Batch, Padding, Row
 from megatron_srpo.core.tensors import HeadInput, Scores
-from megatron_srpo.losses.objective import Objective, _TrustRegion
+from megatron_srpo.losses.objective import Objective, _TrustRegion, head_moves
 from tests.made_samples import make_sample
 
 TEACHER_PROMPT = [1] * 9
@@ -282,6 +283,9 @@ def test_the_joined_heads_of_a_trust_region_are_freed_after_the_step():
     assert kept() is None
     again = trust.joined(given, row)
     assert expected.equal(again.hidden @ again.weight.T)
+    trust.score_initial(given, row)  # the next teacher pass, whose student has moved
+    moved = HeadInput(given.hidden, 2 * weight.detach(), 11, 0, None)
+    assert trust.joined(moved, row).weight.equal(torch.cat([weight.detach(), 2 * weight.detach()], -1))
 
 
 @pytest.mark.parametrize("keep", [{"train": {"skip_zero_advantage": False}}, {"algorithm": {"kl_loss_coef": 0.1}}])
@@ -332,3 +336,54 @@ def test_a_step_that_nothing_counts_in_keeps_no_teachers_head():
     mine, share = share_of([empty], plan, 0)
     assert BatchPasses(Batch(mine, share, {}), CountingPolicy(), objective).train_step(share.mini_batches[0]) is None
     assert plan.mini_batches[0].teacher[0] and ended
+
+
+def test_what_no_later_pass_needs_is_freed():
+    """Hidden states and logits are larger than all other scores of a token together."""
+    config = Config(model={"path": "unused"}, data={"train": "unused"}, teacher={"mode": "trust_region"})
+    plan, objective = plan_batch([POLICY, DISTILLED], dp_size=1, max_tokens=40), ZeroObjective(config)
+    mine, share = share_of(POLICY + DISTILLED, plan, 0)
+    work = BatchPasses(Batch(mine, share, {}), CountingPolicy(), objective)
+    taught = [(one, score) for one, score in zip(mine, work.scores, strict=True) if one.teacher is not None]
+    for scoring in objective.passes():
+        work.run(scoring)
+        if scoring.name in ("initial", "teacher"):
+            assert all((score.initial_hidden is None) is (scoring.name == "teacher") for _, score in taught)
+    for one, score in taught:  # as if the train pass found the ids, and as with a divergence over the full vocabulary
+        score.teacher_hidden, score.teacher_logits = torch.zeros(one.length, 8), torch.zeros(one.length, 5)
+    work.train_step(share.mini_batches[0])
+    assert taught and all(score.teacher_hidden is None and score.teacher_logits is None for _, score in taught)
+    assert all(score.teacher_entropy is not None for _, score in taught)
+
+
+def test_the_teachers_head_is_copied_once_however_many_rows_it_reads():
+    config = Config(model={"path": "m"}, data={"train": "d"}, algorithm={"distillation_topk": 4})
+    objective, samples = Objective(config), distilled_group()[2:]
+    (scoring,) = [scoring for scoring in objective.passes() if scoring.name == "teacher"]
+    given, kept = HeadInput(torch.randn(16, 8), torch.randn(11, 8), 11, 0, None), []
+    for row in pack_rows([Row((0,), 16), Row((1,), 16)], samples, [Scores() for _ in samples], stream="teacher"):
+        size = len(row.targets)
+        scoring.score(HeadInput(given.hidden[:size], given.weight, 11, 0, None), row)
+        kept.append(objective._teacher_head)
+    assert kept[0] is not None and kept[1] is kept[0] and kept[0].weight.data_ptr() != given.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("sections", "moves"),
+    [
+        ({}, True),
+        ({"teacher": {"mode": "frozen"}}, True),
+        ({"teacher": {"mode": "live"}}, False),
+        ({"teacher": {"mode": "trust_region"}}, False),  # its joined head is a copy already
+        ({"lora": {"rank": 4}}, False),
+    ],
+)
+def test_the_teachers_head_is_copied_only_where_the_students_takes_its_place(sections, moves):
+    assert head_moves(Config(model={"path": "unused"}, data={"train": "unused"}, **sections)) is moves
+
+
+def test_the_sum_of_dynamic_weights_is_not_zero_where_fp32_has_no_exponential():
+    config = Config(model={"path": "m"}, data={"train": "d"}, algorithm={"entropy_beta": 10.0})
+    one = make_sample("a", 0, [1, 2], [4, 5], [-1.0, -1.0], weights={"distill": 1.0}, teacher_ids=TEACHER_PROMPT)
+    found = Objective(config).distill_weight_sum([one], [Scores(teacher_entropy=torch.full((2,), 12.0))])
+    assert float(found) == pytest.approx(2 * math.exp(-120.0), abs=0)
