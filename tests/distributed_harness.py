@@ -85,6 +85,8 @@ def run_distributed(func: Callable, world_size: int, *args: Any, fresh: bool = F
             status, value = results.get(rank, ("error", "the rank died without a traceback"))
             if status == "error":
                 failed[rank] = value
+        if "EADDRINUSE" in failed.get(0, "") and "_create_c10d_store" in failed[0]:  # another process has the port now
+            return run_distributed(func, world_size, *args, fresh=fresh)
         if failed:  # first the one that did not fail only because another rank had gone
             rank = min(
                 failed, key=lambda rank: (rank not in results, "Connection closed by peer" in failed[rank], rank)

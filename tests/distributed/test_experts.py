@@ -86,10 +86,11 @@ def replayed(model, parallel):
     found += [(row.experts, chosen) for row, chosen in zip(rows, used, strict=True)]
     stats = policy.train_step(rows, lambda given, row: (logprobs(given, row).sum(), {}))
     metrics = {name: float(metric) for name, metric in stats.metrics.items()}
-    free = []
-    policy.score([dataclasses.replace(row, experts=None) for row in rows], _nothing, chosen=free)
     replays = [layer.router.router_replay for piece in policy.model for layer in _expert_layers(piece)]
     assert all(not replay.recorded and not replay.compared for replay in replays)  # nothing stays behind
+    free = []
+    policy.score([dataclasses.replace(row, experts=None) for row in rows], _nothing, chosen=free)
+    assert all(not replay.recorded and not replay.compared for replay in replays)
     assert all(not torch.equal(a, b) for a, b in zip(used, free, strict=True))
     _alone(policy)
     return found, metrics

@@ -361,6 +361,9 @@ def test_the_teachers_head_is_copied_once_however_many_rows_it_reads():
     objective, samples = Objective(config), distilled_group()[2:]
     (scoring,) = [scoring for scoring in objective.passes() if scoring.name == "teacher"]
     given, kept = HeadInput(torch.randn(16, 8), torch.randn(11, 8), 11, 0, None), []
+    (empty,) = pack_rows([Row((), 0)], samples, [Scores() for _ in samples], stream="teacher")
+    scoring.score(HeadInput(given.hidden[: len(empty.targets)], given.weight, 11, 0, None), empty)
+    assert objective._teacher_head is None  # a row that only keeps the ranks in step may have another head
     for row in pack_rows([Row((0,), 16), Row((1,), 16)], samples, [Scores() for _ in samples], stream="teacher"):
         size = len(row.targets)
         scoring.score(HeadInput(given.hidden[:size], given.weight, 11, 0, None), row)
