@@ -45,6 +45,7 @@ def guard() -> None:
     """Make sys.stdout and sys.stderr tolerant of every error, and open /dev/null in place of closed descriptors 0 to 2.
 
     Without the latter, the next file or socket would get a number of these, and children would read and write it.
+    Lines are written at once, so that a file of both streams has them in order and shows a slow command's progress.
     Streams that somebody has replaced (a test, a notebook) stay. Characters outside the stream's encoding are written
     as escapes.
     """
@@ -75,7 +76,7 @@ def _tolerant(stream: TextIO | None, descriptor: int) -> _Lossy:
     raw = io.FileIO(descriptor, "wb", closefd=False)
     return _Lossy(
         io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace",
-        line_buffering=raw.isatty() or descriptor == 2, write_through=bool(os.environ.get("PYTHONUNBUFFERED")),
+        line_buffering=True, write_through=bool(os.environ.get("PYTHONUNBUFFERED")),
     )  # fmt: skip
 
 

@@ -85,3 +85,11 @@ def test_the_command_line_guards_its_streams():
     process = subprocess.run(command, stdout=write_end, stderr=write_end, timeout=60)
     os.close(write_end)
     assert process.returncode == 0  # a broken pipe causes 1 or 120
+
+
+def test_a_file_of_both_streams_has_their_lines_in_order(tmp_path):
+    script = "import sys; from megatron_srpo.core import streams; streams.guard(); print('first'); "
+    script += "print('second', file=sys.stderr); print('third')"
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run([sys.executable, "-c", script], stdout=log, stderr=log, check=True)
+    assert (tmp_path / "log").read_text().split() == ["first", "second", "third"]
